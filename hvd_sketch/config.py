@@ -1,0 +1,111 @@
+"""SketchConfig: every choice of the exchange in one frozen, validated value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Selection = Literal["topk", "heavymix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    """How gradients are compressed; must be equal on all ranks (compared at start-up).
+
+    Attributes:
+        cols: columns of the sketch table. More => better estimates, more bytes.
+        k: coordinates updated per step. More => closer to dense, more bytes.
+        rows: rows of the table; the estimate is their median. At equal bytes three do as well as five or
+            seven and cost less.
+        oversample: ``P`` of the paper: ``P * k`` candidates get an exact value before the k largest are kept.
+            More => better choice, more bytes. Clamped so that ``P * k <= dim``. Plays no part in HEAVYMIX.
+        momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
+        weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
+        seed: of the hashes; every step hashes afresh from ``(seed, step)``.
+        selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
+        dense_below: tensors with fewer elements, and all with ``ndim <= 1``, are exchanged dense.
+        deterministic: sum in rank order on every transport, so that all give equal bits. Costs a local sum.
+
+    Raises:
+        ValueError: a value out of range; the message says which and what is allowed.
+    """
+
+    cols: int
+    k: int
+    rows: int = 3
+    oversample: int = 4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    seed: int = 0
+    selection: Selection = "topk"
+    dense_below: int = 1024
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "k", "oversample"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.selection not in ("topk", "heavymix"):
+            raise ValueError(f"selection must be 'topk' or 'heavymix', got {self.selection!r}")
+        if not isinstance(self.dense_below, int) or self.dense_below < 0:
+            raise ValueError(f"dense_below must be an integer of at least 0, got {self.dense_below!r}")
+
+    @classmethod
+    def for_compression(cls, ratio: float, dim: int, **overrides: Any) -> SketchConfig:
+        """The configuration that meets the paper's ``2 * dim / (rows * cols + oversample * k + k)``.
+
+        Half the floats go to the table, half to the candidates and the update.
+
+        Args:
+            ratio: the paper's compression ratio, above 0; indices are not counted in it.
+            dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
+            **overrides: any other field; given ``cols`` or ``k``, the rest of the floats go to the other.
+
+        Raises:
+            ValueError: ``ratio`` not positive, ``dim`` below 1, or no table of at least one column and no k
+                of at least 1 fit the ratio.
+        """
+        if not 0 < ratio < float("inf"):
+            raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        rows = overrides.get("rows", cls.rows)
+        per_choice = overrides.get("oversample", cls.oversample) + 1
+        floats = 2 * dim / ratio
+        if "cols" in overrides and "k" in overrides:
+            raise ValueError("give at most one of cols and k to for_compression: both fix the ratio already")
+        if "cols" in overrides:
+            cols = overrides["cols"]
+            k = int((floats - rows * cols) / per_choice)
+        elif "k" in overrides:
+            k = overrides["k"]
+            cols = int((floats - per_choice * k) / rows)
+        else:
+            cols, k = int(floats / 2 / rows), int(floats / 2 / per_choice)
+        k = min(k, dim)
+        if cols < 1 or k < 1:
+            raise ValueError(
+                f"a ratio of {ratio:g} at dim {dim} leaves {floats:.0f} floats per step, not enough for {rows} "
+                f"rows of at least one column and {per_choice} floats per updated coordinate: lower the ratio, "
+                f"rows or oversample"
+            )
+        return cls(**{**overrides, "cols": cols, "k": k})
+
+    def candidates(self, dim: int) -> int:
+        """How many coordinates get an exact value each step: ``min(oversample * k, dim)``, or k for HEAVYMIX."""
+        return self.k if self.selection == "heavymix" else min(self.oversample * self.k, dim)
+
+    def paper_floats(self, dim: int) -> int:
+        """``|S| + Pk + k``: floats per rank and step as the paper counts them, indices left out."""
+        return self.rows * self.cols + self.candidates(dim) + self.k
+
+    def paper_compression_ratio(self, dim: int) -> float:
+        """``2 * dim / (|S| + Pk + k)`` (paper, section 5), for ``dim`` sketched coordinates."""
+        return 2 * dim / self.paper_floats(dim)

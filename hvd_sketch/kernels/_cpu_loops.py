@@ -1,0 +1,565 @@
+"""Numba code of the CPU kernels; :mod:`hvd_sketch.kernels.cpu` calls it.
+
+All that is compiled lies in this one file, because Numba's on-disk cache notices changes of the file of the
+cached function only. Nothing is compiled at import.
+
+Sizes and indices are int64, field elements uint64: of the two mixed Numba would make a float64.
+Milliseconds in comments: one thread of a Zen 4 core at 2.6 GHz, dim 25 million, 5 rows of 500,000 columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, PRIME
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
+
+WORDS = MAX_BLOCK // LANES_PER_WORD  # sign words of the largest block
+MAX_NETWORK_ROWS = 9  # medians of more rows are sorted lane by lane
+GROUP = 32  # blocks hashed in one vector loop; the cache keeps their values (32 KiB) from row to row
+MASK_LANES = 64  # lanes searched at once for magnitudes above a threshold
+SUBCOUNTS = 4  # histograms filled in turn
+
+Array = np.ndarray
+# Coefficients for signs [rows, 4], offsets [rows, 4] and shards [4]; block, columns of a shard, shards.
+HashNumbers = tuple[Array, Array, Array, int, int, int]
+
+_PRIME = np.uint64(PRIME)
+_PRIME_BITS = np.uint64(31)
+_MAGNITUDE = np.uint32(MAGNITUDE_MASK)
+_ONE = np.uint64(1)
+
+# --- 16 lanes at a time -----------------------------------------------------------------------------------
+# LLVM's vectoriser leaves these loops scalar or adds checks for overlap to every 16 lanes; written as vectors
+# they become one AVX-512 instruction each, two of AVX2 or four of NEON.
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_INTS = ir.VectorType(_I32, LANES_PER_WORD)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES_PER_WORD)
+
+
+def _ints(values: list[int]) -> ir.Constant:
+    return ir.Constant(_INTS, values)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_INTS, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, _ints([0] * LANES_PER_WORD))
+
+
+def _lanes_at(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+
+def _signs(builder: Any, word: Any) -> Any:
+    """The float -1 in lane l where bit l of the sign word is set, else +1."""
+    top = builder.shl(_splat(builder, word), _ints([31 - lane for lane in range(LANES_PER_WORD)]))
+    sign = builder.and_(top, _ints([0x80000000] * LANES_PER_WORD))
+    return builder.bitcast(builder.or_(sign, _ints([0x3F800000] * LANES_PER_WORD)), _FLOATS)
+
+
+@intrinsic
+def _add_signed(typing: Any, table: Any, cell: Any, values: Any, index: Any, word: Any) -> Any:
+    """``table[cell + l] += ±values[index + l]`` for 16 lanes l."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, cell, values, index, word = arguments
+        source = _lanes_at(context, builder, signature.args[2], values, index, _FLOATS)
+        target = _lanes_at(context, builder, signature.args[0], table, cell, _FLOATS)
+        signed = builder.fmul(builder.load(source, align=4), _signs(builder, word))
+        builder.store(builder.fadd(builder.load(target, align=4), signed), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(table, types.intp, values, types.intp, types.uint32), generate
+
+
+@intrinsic
+def _store_median(
+    typing: Any, out: Any, index: Any, table: Any, cells: Any, lane: Any, words: Any, word: Any, rows: Any
+) -> Any:
+    """``out[index + l]`` = median over rows j of ``±table[cells[j] + lane + l]`` for 16 lanes l.
+
+    The sign word of row j is ``words[WORDS * j + word]``. Does nothing for more than MAX_NETWORK_ROWS rows.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, index, table, cells, lane, words, word, rows = arguments
+        out_type, _, table_type, cells_type, _, words_type, _, _ = signature.args
+        cells = context.make_array(cells_type)(context, builder, cells).data
+        words = context.make_array(words_type)(context, builder, words).data
+        target = _lanes_at(context, builder, out_type, out, index, _FLOATS)
+        done = builder.append_basic_block("median_done")
+        switch = builder.switch(rows, done)
+        for count in range(1, MAX_NETWORK_ROWS + 1):
+            case = builder.append_basic_block(f"median_of_{count}")
+            switch.add_case(ir.Constant(_I64, count), case)
+            builder.position_at_end(case)
+            votes = []
+            for row in range(count):
+                cell = builder.add(builder.load(builder.gep(cells, [ir.Constant(_I64, row)])), lane)
+                source = _lanes_at(context, builder, table_type, table, cell, _FLOATS)
+                which = builder.add(word, ir.Constant(_I64, WORDS * row))
+                signs = _signs(builder, builder.load(builder.gep(words, [which])))
+                votes.append(builder.fmul(builder.load(source, align=4), signs))
+            builder.store(_median_network(builder, votes), target, align=4)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    args = (out, types.intp, table, cells, types.intp, words, types.intp, types.intp)
+    return types.void(*args), generate
+
+
+def _median_network(builder: Any, votes: list[Any]) -> Any:
+    """Min/max code for the median (mean of the middle two), 7 compare-exchanges for 5 rows.
+
+    Forgetful selection: of n // 2 + 2 votes neither the least nor the greatest is the median of n, so both
+    are dropped and one more vote is taken in.
+    """
+
+    def exchange(low: int, high: int) -> None:
+        a, b = live[low], live[high]
+        less, greater = builder.fcmp_ordered("<", a, b), builder.fcmp_ordered(">", a, b)
+        live[low], live[high] = builder.select(less, a, b), builder.select(greater, a, b)  # minps, maxps
+
+    middle = len(votes) // 2 + 2
+    live, waiting = votes[:middle], votes[middle:]
+    while len(live) > 2:
+        for i in range(0, len(live) - 1, 2):
+            exchange(i, i + 1)
+        for i in range(2, len(live), 2):  # lows, and the unpaired last one
+            exchange(0, i)
+        last = len(live) - 1
+        for i in range(1, last, 2):
+            exchange(i, last)
+        live = live[1:-1]
+        if waiting:
+            live.append(waiting.pop())
+    if len(live) == 1:
+        return live[0]
+    return builder.fmul(builder.fadd(*live), ir.Constant(_FLOATS, [0.5] * LANES_PER_WORD))
+
+
+@intrinsic
+def _prefetch(typing: Any, table: Any, cell: Any) -> Any:
+    """Ask for the cache line of ``table[cell]``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, cell = arguments
+        address = _lanes_at(context, builder, signature.args[0], table, cell, ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, nearest, data = (ir.Constant(_I32, n) for n in (0, 3, 1))
+        builder.call(function, [address, read, nearest, data])
+        return context.get_dummy_value()
+
+    return types.void(table, types.intp), generate
+
+
+def _matcher(relation: str) -> Any:
+    @intrinsic
+    def match(typing: Any, bits: Any, index: Any, shift: Any, prefix: Any) -> Any:
+        """Bit l is set where ``magnitude(bits[index + l]) >> shift`` stands in ``relation`` to ``prefix``."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            bits, index, shift, prefix = arguments
+            mask = ir.Constant(_I64, 0)
+            for first in range(0, MASK_LANES, LANES_PER_WORD):
+                at = builder.add(index, ir.Constant(_I64, first))
+                lanes = builder.load(_lanes_at(context, builder, signature.args[0], bits, at, _INTS), align=4)
+                lanes = builder.and_(lanes, _ints([MAGNITUDE_MASK] * LANES_PER_WORD))
+                lanes = builder.lshr(lanes, _splat(builder, shift))
+                found = builder.icmp_unsigned(relation, lanes, _splat(builder, prefix))
+                found = builder.zext(builder.bitcast(found, ir.IntType(LANES_PER_WORD)), _I64)
+                mask = builder.or_(mask, builder.shl(found, ir.Constant(_I64, first)))
+            return mask
+
+        return types.uint64(bits, types.intp, types.uint32, types.uint32), generate
+
+    return match
+
+
+_match_equal = _matcher("==")
+_match_above = _matcher(">")
+
+
+@intrinsic
+def _lowest(typing: Any, mask: Any) -> Any:
+    """Position of the lowest set bit of a non-zero uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.intp(types.uint64), generate
+
+
+@intrinsic
+def _ones(typing: Any, mask: Any) -> Any:
+    """How many bits of a uint64 are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.intp(types.uint64), generate
+
+
+# --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
+
+# inline="always": called, these three keep LLVM from vectorising the loops over words: accumulate takes 50, not 25.
+
+
+@njit(inline="always")
+def _fold(value: Any) -> Any:
+    return (value & _PRIME) + (value >> _PRIME_BITS)
+
+
+@njit(inline="always")
+def _cubic(c0: Any, c1: Any, c2: Any, c3: Any, x: Any) -> Any:
+    """The cubic at ``x`` over GF(2^31 - 1), without a division: 2^31 = 1 there. Nothing reaches 2^64."""
+    value = _fold(c3 * x + c2)
+    value = _fold(value * x + c1)
+    value = _fold(_fold(value * x + c0))
+    return value - _PRIME if value >= _PRIME else value
+
+
+@njit(inline="always")
+def _scaled(c0: Any, c1: Any, c2: Any, c3: Any, x: Any, size: int) -> Any:
+    """The cubic at ``x`` mapped to [0, size)."""
+    return np.intp((_cubic(c0, c1, c2, c3, np.uint64(x)) * np.uint64(size)) >> _PRIME_BITS)
+
+
+@njit
+def _fill_words(words: Array, at: int, coefficients: Array, block: int, size: int) -> None:
+    """Sign words of a block, one vector loop for the most it can have: ``words[at : at + WORDS]``."""
+    c0, c1, c2, c3 = coefficients
+    first = np.uint64((block * size) >> 4)
+    for word in range(WORDS):
+        words[at + word] = np.uint32(_cubic(c0, c1, c2, c3, first + np.uint64(word)))
+
+
+@njit
+def _fill_columns(columns: Array, at: int, coefficients: Array, blocks: Array, cols: int) -> None:
+    """Column of lane 0 of each block of a group in one row: ``columns[at : at + GROUP]``."""
+    c0, c1, c2, c3 = coefficients
+    for i in range(GROUP):
+        columns[at + i] = _scaled(c0, c1, c2, c3, blocks[i], cols)
+
+
+@njit(error_model="numpy")
+def _fill_whole(blocks: Array, bases: Array, first: int, coefficients: Array, shards: int, cols: int) -> None:
+    """Blocks ``first …`` of the vector, and the first cell of their shard in a row of the whole table."""
+    c0, c1, c2, c3 = coefficients
+    group = first // shards
+    place, rotation = first - group * shards, _scaled(c0, c1, c2, c3, group, shards)
+    for i in range(GROUP):
+        shard = place + rotation
+        blocks[i] = first + i
+        bases[i] = (shard - shards if shard >= shards else shard) * cols
+        place += 1
+        if place == shards:
+            group += 1
+            place, rotation = 0, _scaled(c0, c1, c2, c3, group, shards)
+
+
+@njit
+def _fill_owned(blocks: Array, bases: Array, first: int, coefficients: Array, shards: int, shard: int) -> None:
+    """Blocks ``first …`` in the order of a shard's owner; its part of the table holds no other shard."""
+    c0, c1, c2, c3 = coefficients
+    for i in range(GROUP):
+        group = first + i
+        place = shard - _scaled(c0, c1, c2, c3, group, shards)
+        blocks[i] = group * shards + (place + shards if place < 0 else place)
+        bases[i] = 0
+
+
+@njit
+def _negative(words: Array, at: int, bit: int) -> Any:
+    """Bit number ``bit`` of a block's sign words ``words[at:]``: 1 for -1."""
+    return (words[at + (bit >> 4)] >> np.uint32(bit & 15)) & np.uint32(1)
+
+
+# --- accumulate --------------------------------------------------------------------------------------------
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def accumulate(table: Array, values: Array, start: int, hash: HashNumbers, parts: int) -> None:
+    """Each part adds whatever falls into its own run of cells of the flat ``table`` [rows * shards * cols].
+
+    So there is no private table, nothing to merge, and one order of addition whatever ``parts`` is. The price
+    is that each part reads the values: 2 parts take 15 each, one alone 22. A run goes on from row to row,
+    so that most rows belong to one part, which reads in sequence (parts that halve every row: 19).
+    """
+    for part in prange(parts):
+        low, high = part * table.size // parts, (part + 1) * table.size // parts
+        _accumulate_cells(table, low, high, values, start, hash)
+
+
+@njit(error_model="numpy")
+def _accumulate_cells(table: Array, low: int, high: int, values: Array, start: int, hash: HashNumbers) -> None:
+    signs, offsets, rotations, block, cols, shards = hash
+    row_cells = cols * shards
+    stop = start + values.size
+    words = np.empty(WORDS, dtype=np.uint32)
+    blocks = np.empty(GROUP, dtype=np.int64)
+    bases = np.empty(GROUP, dtype=np.int64)
+    columns = np.empty(GROUP, dtype=np.int64)
+    chosen = np.empty(GROUP, dtype=np.int64)
+    end = (stop - 1) // block + 1
+    for first in range(start // block, end, GROUP):
+        count = min(GROUP, end - first)
+        _fill_whole(blocks, bases, first, rotations, shards, cols)
+        for row in range(low // row_cells, (high - 1) // row_cells + 1):
+            _fill_columns(columns, 0, offsets[row], blocks, cols)
+            n = 0
+            for i in range(count):  # without a branch, which would be mispredicted every other time
+                begin = row * row_cells + bases[i] + columns[i]
+                chosen[n] = i
+                n += (columns[i] + block > cols) | ((begin < high) & (begin + block > low))
+            for c in range(n):
+                i = chosen[c]
+                if c + 1 < n:  # the next block's cells come from the third-level cache: 22 instead of 25
+                    ahead = row * row_cells + bases[chosen[c + 1]] + columns[chosen[c + 1]]
+                    for lane in range(0, block, LANES_PER_WORD):
+                        _prefetch(table, ahead + lane)
+                _fill_words(words, 0, signs[row], blocks[i], block)
+                base, column, origin = row * row_cells + bases[i], columns[i], blocks[i] * block
+                cell = base + column
+                whole = block >= LANES_PER_WORD and column + block <= cols and start <= origin
+                if whole and origin + block <= stop and low <= cell and cell + block <= high:
+                    for word in range(block >> 4):
+                        lane = word * LANES_PER_WORD
+                        _add_signed(table, cell + lane, values, origin - start + lane, words[word])
+                else:
+                    _add_lanes(table, low, high, base, column, cols, values, start, origin, block, words)
+
+
+@njit
+def _add_lanes(
+    table: Array,
+    low: int,
+    high: int,
+    base: int,
+    column: int,
+    cols: int,
+    values: Array,
+    start: int,
+    origin: int,
+    block: int,
+    words: Array,
+) -> None:
+    """A block that wraps at ``cols``, or lies only in part within the values or the part's cells."""
+    lane = max(0, start - origin)
+    end = min(block, start + values.size - origin)
+    first_bit = origin & 15  # blocks below 16 share a sign word
+    while lane < end:
+        place = column + lane
+        if place >= cols:
+            place -= cols
+        cell, index = base + place, origin - start + lane
+        fits = lane & 15 == 0 and lane + LANES_PER_WORD <= end and place + LANES_PER_WORD <= cols
+        if fits and low <= cell and cell + LANES_PER_WORD <= high:
+            _add_signed(table, cell, values, index, words[lane >> 4])
+            lane += LANES_PER_WORD
+            continue
+        if low <= cell < high:
+            value = values[index]
+            table[cell] += -value if _negative(words, 0, first_bit + lane) else value
+        lane += 1
+
+
+# --- estimate ----------------------------------------------------------------------------------------------
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def estimate(out: Array, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, parts: int) -> None:
+    """Coordinates ``start … stop`` from a whole flat table, or, for ``shard`` >= 0, all of one shard's."""
+    block = hash[3]
+    first = start // block
+    blocks = (start + out.size - 1) // block + 1 - first  # start is 0 for a shard's
+    for part in prange(parts):
+        begin, end = first + part * blocks // parts, first + (part + 1) * blocks // parts
+        _estimate_blocks(out, table, shard, start, stop, hash, begin, end)
+
+
+@njit(error_model="numpy")
+def _estimate_blocks(
+    out: Array, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, begin: int, end: int
+) -> None:
+    signs, offsets, rotations, block, cols, shards = hash
+    rows = signs.shape[0]
+    row_cells = table.size // rows
+    words = np.empty(rows * WORDS, dtype=np.uint32)
+    votes = np.empty(rows, dtype=np.float32)
+    blocks = np.empty(GROUP, dtype=np.int64)
+    bases = np.empty(GROUP, dtype=np.int64)
+    columns = np.empty(rows * GROUP, dtype=np.int64)
+    cells = np.empty(rows, dtype=np.int64)
+    for first in range(begin, end, GROUP):
+        if shard < 0:
+            _fill_whole(blocks, bases, first, rotations, shards, cols)
+        else:
+            _fill_owned(blocks, bases, first, rotations, shards, shard)
+        for row in range(rows):
+            _fill_columns(columns, row * GROUP, offsets[row], blocks, cols)
+        for i in range(min(GROUP, end - first)):
+            whole = block >= LANES_PER_WORD and rows <= MAX_NETWORK_ROWS
+            for row in range(rows):
+                column = columns[row * GROUP + i]
+                cells[row] = row * row_cells + bases[i] + column
+                whole &= column + block <= cols
+                _fill_words(words, row * WORDS, signs[row], blocks[i], block)
+                if i + 1 < GROUP:
+                    ahead = row * row_cells + bases[i + 1] + columns[row * GROUP + i + 1]
+                    for lane in range(0, block, LANES_PER_WORD):
+                        _prefetch(table, ahead + lane)
+            origin, index = blocks[i] * block, (first + i) * block - start
+            if whole and start <= origin and origin + block <= stop:
+                for word in range(block >> 4):
+                    lane = word * LANES_PER_WORD
+                    _store_median(out, index + lane, table, cells, lane, words, word, rows)
+            else:
+                lanes = max(0, start - origin), min(block, stop - origin)
+                for row in range(rows):
+                    cells[row] -= columns[row * GROUP + i]
+                _estimate_lanes(out, index, table, cells, columns[i::GROUP], cols, words, origin & 15, lanes, votes)
+
+
+@njit
+def _estimate_lanes(
+    out: Array,
+    index: int,
+    table: Array,
+    bases: Array,
+    columns: Array,
+    cols: int,
+    words: Array,
+    first_bit: int,
+    lanes: tuple[int, int],
+    votes: Array,
+) -> None:
+    """A block that wraps at ``cols`` or is wanted in part, or a block of any number of rows."""
+    rows = bases.size
+    cells = np.empty(rows, dtype=np.int64)
+    lane, end = lanes
+    while lane < end:
+        fits = rows <= MAX_NETWORK_ROWS and lane & 15 == 0 and lane + LANES_PER_WORD <= end
+        for row in range(rows):
+            place = columns[row] + lane
+            if place >= cols:
+                place -= cols
+            cells[row] = bases[row] + place
+            fits &= place + LANES_PER_WORD <= cols
+        if fits:
+            _store_median(out, index + lane, table, cells, 0, words, lane >> 4, rows)
+            lane += LANES_PER_WORD
+            continue
+        for row in range(rows):
+            vote = table[cells[row]]
+            if _negative(words, row * WORDS, first_bit + lane):
+                vote = -vote
+            at = row
+            while at > 0 and votes[at - 1] > vote:
+                votes[at] = votes[at - 1]
+                at -= 1
+            votes[at] = vote
+        middle = votes[rows // 2]
+        out[index + lane] = middle if rows & 1 else (votes[rows // 2 - 1] + middle) * np.float32(0.5)
+        lane += 1
+
+
+# --- selection ---------------------------------------------------------------------------------------------
+
+
+@njit
+def _matches(bits: Array, index: int, end: int, shift: int, prefix: int, equal: bool) -> Any:
+    """Which of the lanes ``index …`` below ``end``, at most MASK_LANES, match: uint64."""
+    if index + MASK_LANES <= end:
+        if equal:
+            return _match_equal(bits, index, np.uint32(shift), np.uint32(prefix))
+        return _match_above(bits, index, np.uint32(shift), np.uint32(prefix))
+    mask = np.uint64(0)
+    for lane in range(end - index):
+        value = np.int64((bits[index + lane] & _MAGNITUDE) >> np.uint32(shift))
+        if value == prefix if equal else value > prefix:
+            mask |= _ONE << np.uint64(lane)
+    return mask
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def histogram(bits: Array, prefix: int, shift: int, width: int, parts: int) -> Array:
+    """Counts int64 [parts * SUBCOUNTS, 2 ** width], to be summed."""
+    counts = np.zeros((parts * SUBCOUNTS, 1 << width), dtype=np.int64)
+    for part in prange(parts):
+        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+        own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
+        if shift + width < 31:
+            _count_matches(own, bits, low, high, prefix, shift, width)
+        elif prefix == 0:
+            _count_all(own, bits, low, high, shift)
+    return counts
+
+
+@njit
+def _count_all(counts: Array, bits: Array, low: int, high: int, shift: int) -> None:
+    for i in range(low, high):
+        value = bits[i] & _MAGNITUDE
+        # Neighbours often share a bin: taking turns, an addition need not wait for the one before.
+        counts[i % SUBCOUNTS, value >> np.uint32(shift)] += value != 0
+
+
+@njit
+def _count_matches(counts: Array, bits: Array, low: int, high: int, prefix: int, shift: int, width: int) -> None:
+    """Below the first level few values match: found 64 lanes at a time they cost 8 and 4 instead of 15."""
+    keep = np.uint32((1 << width) - 1)
+    for index in range(low, high, MASK_LANES):
+        mask = _matches(bits, index, high, shift + width, prefix, True)
+        while mask != 0:
+            value = bits[index + _lowest(mask)] & _MAGNITUDE
+            counts[0, (value >> np.uint32(shift)) & keep] += value != 0
+            mask &= mask - _ONE
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def select(bits: Array, threshold: int, ties: int, parts: int) -> Array:
+    """Count per part, then write each part's positions where those of the parts before it end."""
+    found = np.zeros((2, parts + 1), dtype=np.int64)  # above and equal, at 1 + part
+    for part in prange(parts):
+        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+        for index in range(low, high, MASK_LANES):
+            found[0, part + 1] += _ones(_matches(bits, index, high, 0, threshold, False))
+            if ties > 0:
+                found[1, part + 1] += _ones(_matches(bits, index, high, 0, threshold, True))
+    for part in range(parts):
+        found[0, part + 1] += found[0, part]
+        found[1, part + 1] = min(found[1, part] + found[1, part + 1], ties)
+    out = np.empty(found[0, parts] + found[1, parts], dtype=np.int64)
+    for part in prange(parts):
+        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+        at = found[0, part] + found[1, part]
+        _write_positions(out, at, bits, low, high, threshold, found[1, part + 1] - found[1, part])
+    return out
+
+
+@njit
+def _write_positions(out: Array, at: int, bits: Array, low: int, high: int, threshold: int, ties: int) -> None:
+    for index in range(low, high, MASK_LANES):
+        mask = _matches(bits, index, high, 0, threshold, False)
+        if ties > 0:
+            equal = _matches(bits, index, high, 0, threshold, True)
+            while ties > 0 and equal != 0:
+                mask |= equal & (~equal + _ONE)
+                equal &= equal - _ONE
+                ties -= 1
+        while mask != 0:
+            out[at] = index + _lowest(mask)
+            at += 1
+            mask &= mask - _ONE

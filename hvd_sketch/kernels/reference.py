@@ -1,0 +1,87 @@
+"""The sketch kernels in plain NumPy: slow, readable, and the truth every other backend is tested against.
+
+A backend is a module with these functions. Tensors are float32 and contiguous, on the backend's
+device; ``hash`` is a :class:`~hvd_sketch.hashing.BlockHash`. None of them communicates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.hashing import BlockHash
+
+MAGNITUDE_MASK = 0x7FFFFFFF  # a float32 without its sign: unsigned order is the order of magnitudes
+
+
+def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int) -> None:
+    """Add coordinates ``start … start + len(values)`` to ``table`` [rows, shards, C] in place.
+
+    Source: Count Sketch update (paper, Alg. 4): ``S[j, h_j(i)] += s_j(i) * x``.
+    """
+    index = np.arange(start, start + values.numel(), dtype=np.int64)
+    for row in range(hash.rows):
+        np.add.at(table[row].numpy(), hash.cells(row, index), hash.signs(row, index) * values.numpy())
+
+
+def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
+    """Median over rows for coordinates ``start … stop`` from a whole ``table`` [rows, shards, C].
+
+    For an even row count the mean of the two middle values (the lower one alone is biased).
+    Returns float32 [stop - start].
+    """
+    index = np.arange(start, stop, dtype=np.int64)
+    votes = np.empty((hash.rows, index.size), dtype=np.float32)
+    for row in range(hash.rows):
+        votes[row] = hash.signs(row, index) * table[row].numpy()[hash.cells(row, index)]
+    return torch.from_numpy(_median(votes))
+
+
+def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
+    """Median over rows for all coordinates of one shard, from its part ``shard_table`` [rows, C].
+
+    Returns float32 [hash.owned_size(shard)] in the owner's own order.
+    """
+    index = hash.owned_to_global(shard, np.arange(hash.owned_size(shard), dtype=np.int64))
+    votes = np.empty((hash.rows, index.size), dtype=np.float32)
+    for row in range(hash.rows):
+        votes[row] = hash.signs(row, index) * shard_table[row].numpy()[hash.cells(row, index)[1]]
+    return torch.from_numpy(_median(votes))
+
+
+def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
+    """Counts one level of a radix refinement over float32 magnitude bits ``m`` (31 of them).
+
+    Of the non-zero values with ``m >> (shift + bits) == prefix``, count how many have each value of
+    ``(m >> shift) & (2**bits - 1)``. Infinities and NaN count as the largest magnitudes.
+    Returns int64 [2**bits].
+    """
+    magnitude = _magnitude(values)
+    chosen = magnitude[(magnitude != 0) & (magnitude >> (shift + bits) == prefix)]
+    counts = np.bincount((chosen >> shift) & (2**bits - 1), minlength=2**bits)
+    return torch.from_numpy(counts.astype(np.int64))
+
+
+def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
+    """Positions with magnitude bits above ``threshold``, and the first ``ties`` of those equal to it.
+
+    Zeros are never selected. Returns int64, ascending.
+    """
+    magnitude = _magnitude(values)
+    above = magnitude > max(threshold, 0)
+    equal = np.flatnonzero((magnitude == threshold) & (magnitude != 0))[:ties]
+    above[equal] = True
+    return torch.from_numpy(np.flatnonzero(above).astype(np.int64))
+
+
+def _median(votes: np.ndarray) -> np.ndarray:
+    votes.sort(axis=0)
+    rows = len(votes)
+    if rows % 2:
+        return votes[rows // 2].copy()
+    return (votes[rows // 2 - 1] + votes[rows // 2]) * np.float32(0.5)
+
+
+def _magnitude(values: Tensor) -> np.ndarray:
+    return values.numpy().view(np.int32) & MAGNITUDE_MASK

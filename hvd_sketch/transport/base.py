@@ -1,0 +1,100 @@
+"""What the exchange asks of a network: seven collectives, equal in meaning on every transport.
+
+Every method except ``rank`` and ``size`` is collective: all ranks call it in the same order with the
+same dtype and, where not said otherwise, the same shape. Sums are elementwise over the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Handle(Protocol):
+    """A reduce_scatter under way."""
+
+    def wait(self) -> Tensor:
+        """Finish it and return this rank's summed part; call exactly once, in order of starting."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One rank's end of the collectives. Tensors are contiguous."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, ``0 … size - 1``."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks take part (``W``)."""
+
+    def allreduce_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place; also returned. float32, float64, int32 or int64."""
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """``tensor`` [size, ...]: returns the sum over ranks of ``tensor[rank]`` as a new tensor [...]."""
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
+        """Begin a :meth:`reduce_scatter`; ``tensor`` must stay untouched until ``wait()`` returns."""
+
+    def alltoall(self, tensor: Tensor) -> Tensor:
+        """``tensor`` [size, ...], part i for rank i: returns what the ranks sent here, in rank order."""
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        """Concatenate along dimension 0 in rank order. Sizes of dimension 0 may differ, and be 0."""
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """Copy the root's tensor to all ranks, in place; also returned."""
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+
+
+class Finished:
+    """The handle of a reduce_scatter that is done already, on transports that do not overlap."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> Tensor:
+        return self._result
+
+
+def sum_in_rank_order(parts: Tensor) -> Tensor:
+    """``parts`` [size, ...]: ``((parts[0] + parts[1]) + parts[2]) + …``, the same bits on every transport."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def ordered_reduce_scatter(transport: Transport, tensor: Tensor) -> Tensor:
+    """A reduce_scatter made of an alltoall and a sum in rank order: bit-equal on every transport.
+
+    Sends what a ring reduce_scatter sends, ``(size - 1) / size`` of the tensor.
+    """
+    return sum_in_rank_order(transport.alltoall(tensor))
+
+
+def mean_over_ranks(transport: Transport, tensor: Tensor) -> Tensor:
+    """The mean of a float32 [n] tensor over ranks, equal bits on all. Communication: collective."""
+    own_sum = transport.reduce_scatter(_in_equal_parts(tensor, transport.size))
+    return transport.allgather(own_sum)[: tensor.numel()].div_(transport.size)
+
+
+def _in_equal_parts(tensor: Tensor, parts: int) -> Tensor:
+    """[n] as [parts, ceil(n / parts)], with zeros at the end; no copy where ``parts`` divides n."""
+    missing = -tensor.numel() % parts
+    return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(parts, -1)
+
+
+def check_parts(tensor: Tensor, size: int, collective: str) -> None:
+    """Refuse a tensor whose first dimension is not one part per rank."""
+    if tensor.ndim == 0 or tensor.shape[0] != size:
+        raise ValueError(
+            f"{collective} needs a tensor with one part for each of the {size} ranks along dimension 0, "
+            f"got shape {tuple(tensor.shape)}"
+        )

@@ -1,0 +1,180 @@
+"""Communication volume: one record for every collective, taken from the buffers handed to it."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.transport.base import Finished, Handle, Transport, ordered_reduce_scatter
+
+# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather.
+RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One collective of one step.
+
+    Attributes:
+        step: number of the step, from 0; -1 before the first.
+        phase: which part of the algorithm asked for it ("finite", "sketch", "select", "indices", …).
+        collective: "allreduce", "reduce_scatter", "alltoall", "allgather" or "broadcast".
+        dtype: of the elements, as NumPy names it.
+        payload_bytes: the whole logical vector: a reduce_scatter's or alltoall's input, an allgather's output,
+            an allreduce's or broadcast's buffer.
+        wire_bytes: modelled from it: what one rank sends on average under the ring form,
+            ``passes * (W - 1) / W * payload_bytes``.
+    """
+
+    step: int
+    phase: str
+    collective: str
+    dtype: str
+    payload_bytes: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over all steps so far, per rank: collectives, payload bytes and modelled wire bytes."""
+
+    steps: int
+    collectives: int
+    payload_bytes: int
+    wire_bytes: int
+
+
+class CommLedger:
+    """What one rank's exchange handed to the network, and what a dense exchange would have.
+
+    Totals and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None: all).
+    """
+
+    def __init__(self, max_records: int | None = 100_000) -> None:
+        self.records: deque[Record] = deque(maxlen=max_records)
+        self._step = -1
+        self._collectives = 0
+        self._payload_bytes = 0
+        self._wire_bytes = 0
+        self._ring_bytes = 0  # passes * payload: the wire without its factor (W - 1) / W, which ratios do not need
+        self._dense_ring_bytes = 0
+        self._paper_floats = 0
+        self._dense_floats = 0
+
+    @property
+    def step(self) -> int:
+        """Number of the current step, from 0; -1 before the first."""
+        return self._step
+
+    def begin_step(self) -> None:
+        self._step += 1
+
+    def record(self, phase: str, collective: str, dtype: torch.dtype, payload_bytes: int, size: int) -> None:
+        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload."""
+        ring_bytes = RING_PASSES[collective] * payload_bytes
+        wire_bytes = round(ring_bytes * (size - 1) / size)
+        name = str(dtype).removeprefix("torch.")
+        self.records.append(Record(self._step, phase, collective, name, payload_bytes, wire_bytes))
+        self._collectives += 1
+        self._payload_bytes += payload_bytes
+        self._wire_bytes += wire_bytes
+        self._ring_bytes += ring_bytes
+
+    def compare_with_dense(self, elements: int, dense_bytes: int, paper_floats: int) -> None:
+        """Note what this step stood in for: a gradient of so many elements and bytes (in its own dtype).
+
+        ``paper_floats`` is what the paper counts for it, ``|S| + Pk + k``; ``2 * elements`` where it went dense.
+        """
+        self._dense_floats += 2 * elements
+        self._dense_ring_bytes += RING_PASSES["allreduce"] * dense_bytes
+        self._paper_floats += paper_floats
+
+    def totals(self) -> Totals:
+        return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes)
+
+    def compression_ratio(self) -> float:
+        """Bytes a ring allreduce of the dense gradient would send over the bytes we send, both modelled.
+
+        Everything counts: indices, histograms, flags. The factor (W - 1) / W is in both and cancels, so the
+        ratio is defined on one rank too. NaN before the first step.
+        """
+        return self._dense_ring_bytes / self._ring_bytes if self._ring_bytes else float("nan")
+
+    def paper_compression_ratio(self) -> float:
+        """``2 * d / (|S| + Pk + k)`` as the paper counts, indices left out; NaN before the first step."""
+        return self._dense_floats / self._paper_floats if self._paper_floats else float("nan")
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Write the records kept, one JSON object per line. Communication: none."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record)) + "\n" for record in self.records)
+
+
+class MeteredTransport:
+    """A transport whose every collective is recorded. With ``deterministic``, sums are made in rank order."""
+
+    def __init__(self, transport: Transport, ledger: CommLedger, deterministic: bool = False) -> None:
+        self._transport = transport
+        self.ledger = ledger
+        self._deterministic = deterministic
+        self._phase = "start"
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def size(self) -> int:
+        return self._transport.size
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name the part of the algorithm that the collectives inside belong to."""
+        outer, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = outer
+
+    def allreduce_(self, tensor: Tensor) -> Tensor:
+        self._record("allreduce", tensor)
+        return self._transport.allreduce_(tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        return self.start_reduce_scatter(tensor).wait()
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
+        if self._deterministic:
+            self._record("alltoall", tensor)
+            return Finished(ordered_reduce_scatter(self._transport, tensor))
+        self._record("reduce_scatter", tensor)
+        return self._transport.start_reduce_scatter(tensor)
+
+    def alltoall(self, tensor: Tensor) -> Tensor:
+        self._record("alltoall", tensor)
+        return self._transport.alltoall(tensor)
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        # Parts of unequal size: the sizes travel first, one int64 from each rank.
+        self.ledger.record(self._phase, "allgather", torch.int64, 8 * self.size, self.size)
+        gathered = self._transport.allgather(tensor)
+        self._record("allgather", gathered)
+        return gathered
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        self._record("broadcast", tensor)
+        return self._transport.broadcast_(tensor, root)
+
+    def barrier(self) -> None:
+        self._transport.barrier()
+
+    def _record(self, collective: str, tensor: Tensor) -> None:
+        payload_bytes = tensor.numel() * tensor.element_size()
+        self.ledger.record(self._phase, collective, tensor.dtype, payload_bytes, self.size)

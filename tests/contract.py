@@ -1,0 +1,100 @@
+"""What every transport must do, run by test_transports.py on each kind and several world sizes."""
+
+from __future__ import annotations
+
+import torch
+
+from hvd_sketch.transport import Transport
+from hvd_sketch.transport.base import ordered_reduce_scatter
+
+SUMMABLE = [torch.float32, torch.float64, torch.int32, torch.int64]
+MOVABLE = [*SUMMABLE, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.int16]
+LENGTHS = [0, 1, 2, 7, 1000]
+
+
+def check_all(transport: Transport, max_count: int | None = None) -> int:
+    """Run every check; returns how many ran."""
+    if max_count is not None:
+        transport._max_count = max_count  # as if MPI's counts ended there
+    checks = [value for name, value in globals().items() if name.startswith("check_") and name != "check_all"]
+    for check in checks:
+        check(transport)
+        transport.barrier()
+    return len(checks)
+
+
+def of_rank(rank: int, *shape: int) -> torch.Tensor:
+    """Small integers that differ between ranks and positions, float32."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) * 7 + rank * 31) % 101 - 50).to(torch.float32).reshape(shape)
+
+
+def check_rank_and_size(t: Transport) -> None:
+    assert 0 <= t.rank < t.size
+    assert t.allgather(torch.tensor([t.rank])).tolist() == list(range(t.size))
+
+
+def check_allreduce(t: Transport) -> None:
+    for dtype in SUMMABLE:
+        for length in LENGTHS[1:]:
+            mine = of_rank(t.rank, length).to(dtype)
+            result = t.allreduce_(mine)
+            expected = sum(of_rank(r, length).to(dtype) for r in range(t.size))
+            assert torch.equal(mine, expected) and torch.equal(result, expected) and mine.dtype == dtype
+
+
+def check_reduce_scatter(t: Transport) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for shape in [(n,) for n in LENGTHS] + [(3, 5)]:
+            mine = of_rank(t.rank, t.size, *shape).to(dtype)
+            before = mine.clone()
+            expected = sum(of_rank(r, t.size, *shape)[t.rank] for r in range(t.size)).to(dtype)
+            for result in (t.reduce_scatter(mine), ordered_reduce_scatter(t, mine)):
+                assert result.shape == shape and torch.equal(result, expected)
+            assert torch.equal(mine, before), "a reduce_scatter must not change its input"
+
+
+def check_reduce_scatters_in_flight(t: Transport) -> None:
+    for _ in range(3):
+        rows = [of_rank(t.rank, t.size, 11) * (row + 1) for row in range(4)]
+        handles = [t.start_reduce_scatter(row) for row in rows]
+        expected = sum(of_rank(r, t.size, 11)[t.rank] for r in range(t.size))
+        for row, handle in enumerate(handles):
+            assert torch.equal(handle.wait(), expected * (row + 1))
+
+
+def check_alltoall(t: Transport) -> None:
+    for dtype in (torch.float32, torch.int64, torch.uint8):
+        for length in LENGTHS:
+            mine = of_rank(t.rank, t.size, length).abs().to(dtype)
+            expected = torch.stack([of_rank(r, t.size, length)[t.rank].abs().to(dtype) for r in range(t.size)])
+            assert torch.equal(t.alltoall(mine), expected)
+
+
+def check_allgather_of_unequal_parts(t: Transport) -> None:
+    for dtype in MOVABLE:
+        for length in LENGTHS:
+            # Some ranks send nothing, and where length is 0 none does.
+            lengths = [(length * ((r + 1) % t.size)) for r in range(t.size)]
+            parts = [of_rank(r, n).to(dtype) for r, n in enumerate(lengths)]
+            result = t.allgather(parts[t.rank])
+            assert result.dtype == dtype and torch.equal(result, torch.cat(parts))
+    matrices = [of_rank(r, r + 1, 3) for r in range(t.size)]
+    assert torch.equal(t.allgather(matrices[t.rank]), torch.cat(matrices))
+
+
+def check_broadcast(t: Transport) -> None:
+    for root in {0, t.size - 1}:
+        for dtype in MOVABLE:
+            for shape in [(1,), (7,), (3, 5), ()]:
+                tensor = of_rank(t.rank, *shape).to(dtype)
+                t.broadcast_(tensor, root)
+                assert torch.equal(tensor, of_rank(root, *shape).to(dtype))
+
+
+def check_large_messages(t: Transport) -> None:
+    length = 300_001
+    total = t.allreduce_(torch.full((length,), float(t.rank + 1)))
+    assert bool((total == t.size * (t.size + 1) / 2).all())
+    gathered = t.allgather(torch.full((length,), t.rank, dtype=torch.uint8))
+    assert torch.equal(gathered, torch.arange(t.size, dtype=torch.uint8).repeat_interleave(length))

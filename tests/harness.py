@@ -1,0 +1,79 @@
+"""Run a function on several ranks, as threads, under mpirun or under horovodrun, and collect what it returns.
+
+The function is named ``"module:function"``; it takes a transport and keyword arguments that JSON can carry, and
+returns anything ``torch.save`` can write. Every launch has a time limit and fails loudly when it is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_sketch.transport import run_local
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = {
+    "mpi": ["launch/mpirun.sh"],
+    "horovod-gloo": ["launch/horovodrun.sh", "--gloo"],
+    "horovod-mpi": ["launch/horovodrun.sh", "--mpi"],
+}
+
+
+def launch(kind: str, ranks: int, target: str, timeout_s: float = 120, **kwargs: Any) -> list[Any]:
+    """Run ``target`` on ``ranks`` ranks of ``kind`` ("local" or a key of LAUNCHERS): the results in rank order."""
+    if kind == "local":
+        return run_local(ranks, partial(_resolve(target), **kwargs), timeout_s)
+    with tempfile.TemporaryDirectory() as folder:
+        rank_main = [sys.executable, "-m", "tests.harness", kind, target, json.dumps(kwargs), folder]
+        status, output = run_command([*LAUNCHERS[kind], "-n", str(ranks), "--", *rank_main], timeout_s)
+        assert status == 0, f"{kind} with {ranks} ranks ended with status {status}:\n{output}"
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def run_command(command: list[str], timeout_s: float, **environment: str) -> tuple[int, str]:
+    """Exit status and output of a command from the checkout's root; its whole process group dies at the limit."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{' '.join(command)} did not end within {timeout_s} s:\n{output}") from None
+    return process.returncode, output
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    module, function = target.split(":")
+    return getattr(import_module(module), function)
+
+
+def _rank_main(kind: str, target: str, kwargs: str, folder: str) -> None:
+    from hvd_sketch.transport import resolve_transport
+
+    transport = resolve_transport("mpi" if kind == "mpi" else "horovod")
+    result = _resolve(target)(transport, **json.loads(kwargs))
+    torch.save(result, Path(folder) / f"{transport.rank}.pt")
+    transport.barrier()
+
+
+if __name__ == "__main__":
+    _rank_main(*sys.argv[1:])

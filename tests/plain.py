@@ -1,0 +1,42 @@
+"""Algorithm 3 of the paper in plain Python, momentum 0: what the exchange must agree with exactly."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.hashing import BlockHash
+
+
+class PlainSketchedSGD:
+    """All ranks at once, on lists of numbers. Ties go by (owner, index), then by index."""
+
+    def __init__(self, config: SketchConfig, dim: int, ranks: int) -> None:
+        self.config, self.dim, self.ranks, self.steps = config, dim, ranks, 0
+        self.v = [[0.0] * dim for _ in range(ranks)]
+
+    def step(self, gradients: list[list[float]]) -> dict[int, float]:
+        c = self.config
+        h = BlockHash(self.dim, c.rows, c.cols, self.ranks, c.seed, self.steps)
+        self.steps += 1
+        every = np.arange(self.dim)
+        owner = h.shard_of(every // h.block).tolist()
+        cells = [list(zip(*h.cells(j, every), strict=True)) for j in range(c.rows)]
+        signs = [h.signs(j, every).tolist() for j in range(c.rows)]
+        table: list[dict] = [{} for _ in range(c.rows)]
+        for v, gradient in zip(self.v, gradients, strict=True):
+            for i, g in enumerate(gradient):
+                v[i] += g
+                for j in range(c.rows):
+                    table[j][cells[j][i]] = table[j].get(cells[j][i], 0.0) + signs[j][i] * v[i]
+        estimate = [median(signs[j][i] * table[j][cells[j][i]] for j in range(c.rows)) for i in range(self.dim)]
+        by_size = sorted((i for i in range(self.dim) if estimate[i]), key=lambda i: (-abs(estimate[i]), owner[i], i))
+        candidates = sorted(by_size[: c.candidates(self.dim)])
+        exact = {i: sum(v[i] for v in self.v) for i in candidates}
+        chosen = sorted((i for i in candidates if exact[i]), key=lambda i: (-abs(exact[i]), i))[: c.k]
+        for v in self.v:
+            for i in chosen:
+                v[i] = 0.0
+        return {i: exact[i] / self.ranks for i in sorted(chosen)}

@@ -1,0 +1,270 @@
+"""The Numba kernels against the reference, for any sizes and any number of parts the work is split into."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import cpu, reference
+
+LEVELS = ((21, 10), (11, 10), (0, 11))
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -np.inf, np.nan, -np.nan]
+
+few_examples = settings(max_examples=80, deadline=None)  # the first one compiles
+
+
+class PoisonedNumpy:
+    """NumPy whose ``empty`` holds NaN, so that an element nobody writes is noticed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def empty(shape: Any, dtype: Any) -> np.ndarray:
+        return np.full(shape, np.nan, dtype=dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "np", PoisonedNumpy())
+        yield
+
+
+@contextmanager
+def split_into(parts: int) -> Iterator[None]:
+    """Split every kernel's work into so many parts, whatever its size and the machine's threads."""
+
+    @contextmanager
+    def parallel(size: int) -> Iterator[int]:
+        yield parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_parallel", parallel)
+        yield
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@st.composite
+def hashes(draw: st.DrawFn) -> BlockHash:
+    dim = draw(st.one_of(st.integers(1, 300), st.integers(1, 10_000)))
+    rows = draw(st.integers(1, 9))
+    shards = draw(st.integers(1, 7))
+    cols = draw(st.one_of(st.integers(shards, 40), st.integers(shards, 5_000)))
+    seed, step = draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 3))
+    return BlockHash(dim, rows, cols, shards, seed, step)
+
+
+@st.composite
+def ranges(draw: st.DrawFn, dim: int) -> tuple[int, int]:
+    start, stop = sorted((draw(st.integers(0, dim)), draw(st.integers(0, dim))))
+    return start, stop
+
+
+def random_values(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def random_integers(size: int, seed: int = 0) -> Tensor:
+    return torch.randint(-50, 51, (size,), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def sketched(kernels: Any, hash: BlockHash, values: Tensor, start: int = 0) -> Tensor:
+    table = torch.zeros(hash.table_shape)
+    kernels.accumulate_(hash, table, values, start)
+    return table
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@few_examples
+@given(st.data(), hashes(), st.integers(1, 5))
+def test_table_equals_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+    start, stop = data.draw(ranges(hash.dim))
+    for values in (random_integers(stop - start), random_values(stop - start)):
+        table = random_integers(hash.rows * hash.shards * hash.shard_cols, 1).view(hash.table_shape)
+        expected = table.clone()
+        with split_into(parts):
+            cpu.accumulate_(hash, table, values, start)
+        reference.accumulate_(hash, expected, values, start)
+        assert torch.equal(table, expected)
+
+
+@few_examples
+@given(st.data(), hashes(), st.integers(1, 5))
+def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+    start, stop = data.draw(ranges(hash.dim))
+    table = sketched(reference, hash, random_values(hash.dim))
+    whole = reference.estimate(hash, table, 0, hash.dim)
+    with split_into(parts):
+        assert torch.equal(cpu.estimate(hash, table, 0, hash.dim), whole)
+        assert torch.equal(cpu.estimate(hash, table, start, stop), whole[start:stop])
+        for shard in range(hash.shards):
+            own = cpu.estimate_owned(hash, table[:, shard].contiguous(), shard)
+            assert own.numel() == hash.owned_size(shard)
+            assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
+
+
+@pytest.mark.parametrize("rows", [*range(1, 10), 11, 12])
+@pytest.mark.parametrize(("cols", "shards"), [(9000, 1), (1100, 1), (4201, 3)])
+def test_blocks_of_full_size(rows: int, cols: int, shards: int) -> None:
+    hash = BlockHash(80_003, rows, cols, shards)
+    assert hash.block == 256
+    table = sketched(cpu, hash, random_values(hash.dim))
+    assert torch.equal(table, sketched(reference, hash, random_values(hash.dim)))
+    assert torch.equal(cpu.estimate(hash, table, 0, hash.dim), reference.estimate(hash, table, 0, hash.dim))
+    own = cpu.estimate_owned(hash, table[:, -1].contiguous(), shards - 1)
+    assert torch.equal(own, reference.estimate_owned(hash, table[:, -1].contiguous(), shards - 1))
+
+
+def test_accumulating_in_slices_equals_at_once() -> None:
+    hash = BlockHash(20_000, 3, 900, 2)
+    for values in (random_integers(hash.dim), random_values(hash.dim)):
+        pieces = torch.zeros(hash.table_shape)
+        bounds = [0, 1, 1, 17, 300, 4096, 4097, 19_999, 20_000]
+        for start, stop in pairwise(bounds):
+            cpu.accumulate_(hash, pieces, values[start:stop], start)
+        assert same_bits(pieces, sketched(cpu, hash, values))
+
+
+def test_nothing_to_do() -> None:
+    hash = BlockHash(10, 2, 7, 7)
+    table = torch.ones(hash.table_shape)
+    cpu.accumulate_(hash, table, torch.empty(0), 10)
+    assert bool((table == 1).all())
+    assert cpu.estimate(hash, table, 4, 4).numel() == 0
+    tiny = BlockHash(1, 1, 7, 7)
+    sizes = [cpu.estimate_owned(tiny, torch.ones(1, 1), shard).numel() for shard in range(7)]
+    assert sorted(sizes) == [0] * 6 + [1]
+    assert cpu.select_above(torch.empty(0), 0, 3).numel() == 0
+    assert int(cpu.magnitude_histogram(torch.empty(0), 0, 21, 10).sum()) == 0
+
+
+@pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
+def test_tables_that_are_not_finite(poison: float) -> None:
+    hash = BlockHash(10_000, 4, 600)
+    table = sketched(cpu, hash, random_values(hash.dim))
+    table[1, 0, ::3] = poison
+    estimates = cpu.estimate(hash, table, 0, hash.dim)
+    assert estimates.shape == (hash.dim,)
+    chosen = cpu.select_above(torch.full((100,), poison), 0x3F800000, 0)
+    assert torch.equal(chosen, torch.arange(100))
+
+
+def magnitude(value: float) -> int:
+    return int(np.float32(value).view(np.uint32)) & 0x7FFFFFFF
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> Tensor:
+    """Lengths around multiples of 64; few different values, so that many tie, or many."""
+    size = draw(st.one_of(st.integers(0, 20), st.integers(60, 70), st.integers(100, 700)))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    values = random.standard_normal(size).astype(np.float32)
+    special = random.random(size) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    values[special] = random.choice(np.array(SPECIAL, dtype=np.float32), int(special.sum()))
+    return torch.from_numpy(values)
+
+
+@few_examples
+@given(st.data(), vectors(), st.integers(1, 5))
+def test_histogram_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+    value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
+    for shift, bits in LEVELS:
+        prefix = magnitude(value) >> (shift + bits)
+        with split_into(parts):
+            counts = cpu.magnitude_histogram(values, prefix, shift, bits)
+        assert torch.equal(counts, reference.magnitude_histogram(values, prefix, shift, bits))
+
+
+@few_examples
+@given(st.data(), vectors(), st.integers(1, 5))
+def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+    value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
+    threshold = max(0, magnitude(value) + data.draw(st.integers(-1, 0)))
+    ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
+    with split_into(parts):
+        chosen = cpu.select_above(values, threshold, ties)
+    assert torch.equal(chosen, reference.select_above(values, threshold, ties))
+    assert bool((values[chosen] != 0).all())
+
+
+@pytest.mark.parametrize("threshold", [-1, 0])
+def test_zeros_are_never_selected(threshold: int) -> None:
+    values = torch.tensor([0.0, 1e-45, -0.0, -3.0] * 40)
+    assert torch.equal(cpu.select_above(values, threshold, 9), values.nonzero().flatten())
+
+
+def test_thread_count_changes_no_bit() -> None:
+    hash = BlockHash(300_000, 3, 20_000, 2)
+    values = random_values(hash.dim)
+    results = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            table = sketched(cpu, hash, values)
+            estimates = cpu.estimate(hash, table, 0, hash.dim)
+            counts = cpu.magnitude_histogram(estimates, 0, 21, 10)
+            results.append((table, estimates, counts.int(), cpu.select_above(estimates, 0x3F800000, 0).int()))
+    assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
+    assert same_bits(results[0][0], sketched(reference, hash, values))
+
+
+def test_callers_in_several_python_threads() -> None:
+    hash = BlockHash(200_000, 3, 10_000)
+
+    def work(seed: int) -> list[Tensor]:
+        table = sketched(cpu, hash, random_values(hash.dim, seed))
+        estimates = cpu.estimate(hash, table, 0, hash.dim)
+        return [table, estimates, cpu.select_above(estimates, magnitude(2.0), 5).int()]
+
+    alone = [work(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, [*range(4)] * 4, timeout=60))
+    for seed, result in enumerate(together):
+        assert all(same_bits(a, b) for a, b in zip(alone[seed % 4], result, strict=True))
+
+
+def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
+    program = (
+        "import torch\n"
+        "from hvd_sketch.kernels import _cpu_loops, cpu\n"
+        "names = 'accumulate', 'estimate', 'histogram', 'select'\n"
+        "assert not any(getattr(_cpu_loops, name).signatures for name in names), 'compiled at import'\n"
+        "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 10).sum()) == 1000\n"
+        "assert len(_cpu_loops.histogram.signatures) == 1\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    try:
+        errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert any(path.suffix == ".nbc" for path in tmp_path.rglob("*"))

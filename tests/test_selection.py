@@ -1,0 +1,91 @@
+"""The distributed radix select against a plain sort, and the codes of what was selected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_sketch.coding import decode_choices, decode_positions, encode_choice, encode_positions
+from hvd_sketch.kernels import load_backend
+from hvd_sketch.selection import select_largest
+from hvd_sketch.transport import run_local
+
+KERNELS = load_backend(None, torch.device("cpu"))
+
+
+def plain_selection(parts: list[torch.Tensor], count: int) -> list[list[int]]:
+    """Sort by magnitude, then rank, then position; zeros are left out, infinities and NaN come first."""
+
+    def key(item):
+        rank, position, value = item
+        bits = int(np.float32(value).view(np.int32)) & 0x7FFFFFFF
+        return (-bits, rank, position)
+
+    items = [(r, i, v) for r, part in enumerate(parts) for i, v in enumerate(part.tolist()) if v != 0]
+    chosen = sorted(items, key=key)[:count]
+    return [sorted(i for r, i, _ in chosen if r == rank) for rank in range(len(parts))]
+
+
+def check(parts: list[torch.Tensor], count: int) -> None:
+    selected = run_local(len(parts), lambda t: select_largest(KERNELS, parts[t.rank], count, t), timeout_s=30)
+    assert [s.tolist() for s in selected] == plain_selection(parts, count)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_random_floats_of_many_sizes(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    for length, count in [(0, 3), (1, 1), (7, 3), (1000, 1), (1000, 999), (5000, 313)]:
+        parts = [torch.randn(length + rank, generator=generator) ** 5 for rank in range(ranks)]
+        check(parts, count)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ties_zeros_and_non_finite(ranks: int) -> None:
+    special = torch.tensor([0.0, -0.0, 2.0, -2.0, 2.0, 1.0, float("inf"), float("nan"), 1e-45, -float("inf"), 2.0])
+    for count in range(0, 11 * ranks + 2, 3):
+        check([special.roll(rank) for rank in range(ranks)], count)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1.0, -1.0, 1.5, 3e38, 1e-40, -7.0]), max_size=12), min_size=1, max_size=4),
+    st.integers(0, 50),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_small_vectors(lists: list[list[float]], count: int) -> None:
+    check([torch.tensor(values, dtype=torch.float32) for values in lists], count)
+
+
+@given(st.lists(st.integers(0, 2**40), unique=True, max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_positions_survive_the_code(positions: list[int]) -> None:
+    ascending = torch.tensor(sorted(positions), dtype=torch.int64)
+    other = torch.arange(5) * 3
+    decoded = decode_positions(torch.cat([encode_positions(ascending), encode_positions(other)]))
+    assert [d.tolist() for d in decoded] == [ascending.tolist(), other.tolist()]
+
+
+@pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])
+def test_the_code_is_within_a_tenth_of_a_bit_of_the_entropy(mean_gap: float, most_bytes: float) -> None:
+    gaps = np.random.default_rng(0).geometric(1 / mean_gap, 20_000)
+    encoded = encode_positions(torch.from_numpy(np.cumsum(gaps) - 1))
+    p = 1 / mean_gap
+    entropy_bits = (-p * np.log2(p) - (1 - p) * np.log2(1 - p)) / p
+    assert 8 * encoded.numel() / len(gaps) < entropy_bits + 0.1
+    assert encoded.numel() / len(gaps) < most_bytes
+
+
+@given(st.integers(1, 4), st.integers(0, 40), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_choices_survive_the_code(parts: int, length: int, random) -> None:
+    messages, positions, values = [], [], []
+    for part in range(parts):
+        own = torch.tensor([random.uniform(-1, 1) for _ in range(length)], dtype=torch.float32)
+        chosen = torch.tensor(sorted(random.sample(range(length), random.randint(0, length))), dtype=torch.int64)
+        messages.append(encode_choice(chosen, own))
+        positions.append(chosen + part * length)
+        values.append(own[chosen])
+    got_positions, got_values = decode_choices(torch.cat(messages), parts, length)
+    assert torch.equal(got_positions, torch.cat(positions)) and torch.equal(got_values, torch.cat(values))

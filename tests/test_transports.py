@@ -1,0 +1,64 @@
+"""All transports pass one contract."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from hvd_sketch.transport import local_transports, resolve_transport, run_local
+from tests.harness import launch
+
+WORLDS = [("local", 1), ("local", 2), ("local", 3), ("local", 4)]
+PROCESS_WORLDS = [
+    ("mpi", 1),
+    ("mpi", 3),
+    ("mpi", 4),
+    ("horovod-gloo", 2),
+    ("horovod-gloo", 3),
+    ("horovod-mpi", 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), WORLDS)
+def test_contract_between_threads(kind: str, ranks: int) -> None:
+    assert launch(kind, ranks, "tests.contract:check_all") == [8] * ranks
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("kind", "ranks"), PROCESS_WORLDS)
+def test_contract_between_processes(kind: str, ranks: int) -> None:
+    assert launch(kind, ranks, "tests.contract:check_all") == [8] * ranks
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("max_count", [3, 100])
+def test_mpi_in_chunks(max_count: int) -> None:
+    """Vectors longer than MPI's counts allow, with the limit lowered."""
+    assert launch("mpi", 3, "tests.contract:check_all", max_count=max_count) == [8] * 3
+
+
+def test_a_failing_thread_releases_the_others() -> None:
+    def fail_on_one(transport):
+        if transport.rank == 1:
+            raise RuntimeError("rank 1 failed")
+        transport.barrier()
+
+    with pytest.raises(RuntimeError, match="rank 1 failed"):
+        run_local(3, fail_on_one)
+
+
+def test_a_missing_thread_is_noticed() -> None:
+    alone = local_transports(2, timeout_s=0.1)[0]
+    with pytest.raises(threading.BrokenBarrierError):
+        alone.allreduce_(torch.ones(1))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="'horovod', 'mpi' or a Transport"):
+        resolve_transport("smoke signals")
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        local_transports(0)
+    with pytest.raises(ValueError, match="one part for each of the 2 ranks"):
+        local_transports(2)[0].reduce_scatter(torch.ones(3))
