@@ -15,13 +15,33 @@ from hvd_sketch.hashing import BlockHash
 MAGNITUDE_MASK = 0x7FFFFFFF  # a float32 without its sign: unsigned order is the order of magnitudes
 
 
-def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int) -> None:
+def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
+    """``u <- m * u + g``, ``v <- v + u`` (paper, Alg. 3, lines 1 and 2) in place, each operation rounded on its own.
+
+    All float32 [n]; ``u`` is None where momentum is 0: then it is g itself.
+    """
+    if u is not None:
+        gradient = u.mul_(momentum).add_(gradient)
+    v += gradient
+
+
+def feedback_accumulate_(
+    hash: BlockHash, table: Tensor, u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float, start: int
+) -> None:
+    """:func:`feedback_`, then :func:`accumulate_` of v, in one pass; the tensors hold coordinates ``start …``."""
+    feedback_(u, v, gradient, momentum)
+    accumulate_(hash, table, v, start)
+
+
+def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
     """Add coordinates ``start … start + len(values)`` to ``table`` [rows, shards, C] in place.
+
+    Only the given ``rows`` of it (consecutive ones); default all.
 
     Source: Count Sketch update (paper, Alg. 4): ``S[j, h_j(i)] += s_j(i) * x``.
     """
     index = np.arange(start, start + values.numel(), dtype=np.int64)
-    for row in range(hash.rows):
+    for row in range(hash.rows) if rows is None else rows:
         np.add.at(table[row].numpy(), hash.cells(row, index), hash.signs(row, index) * values.numpy())
 
 
@@ -48,6 +68,24 @@ def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
     for row in range(hash.rows):
         votes[row] = hash.signs(row, index) * shard_table[row].numpy()[hash.cells(row, index)[1]]
     return torch.from_numpy(_median(votes))
+
+
+def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+    """:func:`magnitude_histogram` of :func:`estimate_owned`, which other backends do not write to memory."""
+    return magnitude_histogram(estimate_owned(hash, shard_table, shard), prefix, shift, bits)
+
+
+def owned_above(
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`select_above` of :func:`estimate_owned`, which other backends do not write to memory.
+
+    Returns positions, int64 ascending, and the estimates there, float32; None if more than ``limit`` would be
+    returned (a backend may then stop early).
+    """
+    estimates = estimate_owned(hash, shard_table, shard)
+    positions = select_above(estimates, threshold, ties)
+    return (positions, estimates[positions]) if positions.numel() <= limit else None
 
 
 def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
