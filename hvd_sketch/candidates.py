@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,24 +12,35 @@ from torch import Tensor
 
 from hvd_sketch.coding import decode_positions, encode_positions
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import select_largest
-from hvd_sketch.sketch import CountSketch, fill_at_random, keep_heavy_, row_energies
+from hvd_sketch.kernels.cpu import merge_owned
+from hvd_sketch.selection import Largest, Magnitudes, OwnedEstimates, VectorPart, expected_floor, select_largest
+from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.volume import MeteredTransport
+
+# Estimates an owner may keep, in units of its share of the candidates; in and above the threshold's bin lie 1.1 to 1.4.
+KEPT_PER_CANDIDATE = 2
+KEPT_ALWAYS = 1 << 16
 
 
 class CandidateSource(Protocol):
-    """Names the coordinates whose exact sums are exchanged."""
+    """Takes in a gradient and names the coordinates whose exact sums are exchanged."""
 
-    def find(self, v: Tensor, step: int) -> Tensor:
-        """Candidates for the summed ``v`` (float32 [dim], this rank's): int64, ascending, equal on all ranks.
+    def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+        """``u <- m * u + g``, ``v <- v + u``, then candidates for the summed v: int64, ascending, equal on all ranks.
+
+        Args:
+            feedback: this rank's u and v.
+            parts: all of this rank's gradient, as (start, float32 [n]), in the order to work in.
+            step: number of the step.
 
         Communication: collective, all ranks in the same order.
         """
 
 
 class SketchCandidates:
-    """Candidates from the summed Count Sketch (paper, Alg. 3, line 4; Alg. 1 for HEAVYMIX).
+    """Candidates from the summed Count Sketch (paper, Alg. 3, lines 1 to 4; Alg. 1 for HEAVYMIX).
 
     The table is summed by reduce_scatter: each rank holds the sum of the columns of its own shard only, and
     judges the coordinates that hash into them, alone. So no two ranks can disagree through rounding, and the
@@ -40,38 +52,49 @@ class SketchCandidates:
         self._comm = comm
         self._kernels = load_backend(None, torch.device(device))
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
+        self._thresholds = 0, 0  # of the estimates chosen, in the last step and the one before; equal on all ranks
 
-    def find(self, v: Tensor, step: int) -> Tensor:
-        summed = self._sum_sketches(v, step)
-        estimates = self._kernels.estimate_owned(self._sketch.hash, summed, self._comm.rank)
-        if self._config.selection == "heavymix":
-            return self._heavymix(summed, estimates, step)
-        return self._top(estimates, self._config.candidates(v.numel()))
+    def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+        summed = self._sum_sketches(feedback, parts, step)
+        return self._heavymix(summed, step) if self._config.selection == "heavymix" else self._top_candidates(summed)
 
-    def _sum_sketches(self, v: Tensor, step: int) -> Tensor:
+    def _sum_sketches(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         """This rank's shard of the sum of all sketches: float32 [rows, cols // size]."""
-        table = self._sketch.zero_(step).accumulate_(v).table
+        self._sketch.zero_(step)
+        for start, part in parts:
+            feedback.add_(part, start, self._sketch)
         with self._comm.phase("sketch"):
-            rows = [self._comm.start_reduce_scatter(row) for row in table]
+            rows = [self._comm.start_reduce_scatter(row) for row in self._sketch.table]
             return torch.stack([row.wait() for row in rows])
 
-    def _top(self, estimates: Tensor, count: int) -> Tensor:
-        """The ``count`` largest estimates over all owners, made known to every rank."""
-        with self._comm.phase("select"):
-            chosen = select_largest(self._kernels, estimates, count, self._comm)
-        with self._comm.phase("indices"):
-            encoded = self._comm.allgather(encode_positions(chosen))
-        shards = enumerate(decode_positions(encoded))
-        owned = [self._sketch.hash.owned_to_global(shard, positions.numpy()) for shard, positions in shards]
-        # Stable sorting in NumPy merges runs that are sorted already, and the owners' lists are.
-        return torch.from_numpy(np.sort(np.concatenate(owned), kind="stable"))
+    def _top_candidates(self, summed: Tensor) -> Tensor:
+        count = self._config.candidates(self._sketch.hash.dim)
+        limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
+        estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
+        largest = self._select(estimates, count, expected_floor(*self._thresholds))
+        del estimates, summed  # what they hold is the peak of a step's memory
+        self._thresholds = largest.threshold, self._thresholds[0]
+        return self._tell_all(largest.positions)
 
-    def _heavymix(self, summed: Tensor, estimates: Tensor, step: int) -> Tensor:
+    def _select(self, estimates: Magnitudes, count: int, floor: int = 0) -> Largest:
+        with self._comm.phase("select"):
+            return select_largest(estimates, count, self._comm, floor)
+
+    def _tell_all(self, positions: Tensor) -> Tensor:
+        """Every owner's chosen coordinates, from their positions in its own order."""
+        with self._comm.phase("indices"):
+            encoded = self._comm.allgather(encode_positions(positions))
+        return merge_owned(self._sketch.hash, decode_positions(encoded)).to(self._sketch.table.device)
+
+    def _heavymix(self, summed: Tensor, step: int) -> Tensor:
         """H, the heavy coordinates, and others at random: k in all, the same on every rank."""
-        k, dim = self._config.k, self._sketch.hash.dim
+        k, hash = self._config.k, self._sketch.hash
         with self._comm.phase("norm"):
             energies = self._comm.allgather(row_energies(summed).unsqueeze(0))  # [size, rows]
         # fsum is exact, so that every rank has the same bits.
         norm = math.sqrt(np.median([math.fsum(row) for row in energies.T.tolist()]))
-        heavy = self._top(keep_heavy_(estimates, norm, k), k)
-        return fill_at_random(heavy, k, dim, self._config.seed, step)
+        where = hash, summed, self._comm.rank
+        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0, hash.dim)
+        chosen = self._select(VectorPart(self._kernels, estimates), k).positions
+        heavy = self._tell_all(positions[chosen])
+        return fill_at_random(heavy, k, hash.dim, self._config.seed, step)

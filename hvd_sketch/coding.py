@@ -5,8 +5,9 @@ high part ``g >> b`` in unary (so many 0 bits, then a 1), in a stream of its own
 bits. Rice (1979) codes are within 0.05 bits of the entropy of geometric gaps, which hashed shards give; a
 byte-aligned LEB128 needs 1.0 and 1.6 bytes.
 
-Layout: int64 count, int64 b, int64 bits of the unary stream, low bits, unary stream; each padded to bytes,
-little-endian. A stream says where it ends, so several can follow one another.
+Layout: int64 count, int64 b, int64 bits of the unary stream, low bits, unary stream; little-endian, each padded to
+whole 64-bit words, in which both are read and written (a million positions: 4 ms to encode, 3 to decode; bit by bit
+it was 14 and 13). A stream says where it ends, so several can follow one another.
 """
 
 from __future__ import annotations
@@ -17,108 +18,160 @@ import torch
 from numba import njit
 from torch import Tensor
 
-HEADER_BYTES = 24
+from hvd_sketch.kernels._cpu_loops import lowest_bit
+
+HEADER_WORDS = 3
+TRIED_LOW_BITS = 3
+Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
 
 
 def encode_positions(positions: Tensor) -> Tensor:
-    """Encode ascending, distinct, non-negative int64 positions [n] as uint8, on the CPU."""
+    """Encode ascending, distinct, non-negative int64 or int32 positions [n] as uint8, on the CPU."""
     ascending = positions.cpu().numpy()
-    gaps = np.diff(ascending, prepend=-1) - 1
-    low_bits = _best_low_bits(gaps)
-    unary_bits = len(gaps) + int((gaps >> low_bits).sum())
-    header = np.array([len(gaps), low_bits, unary_bits], dtype=np.int64).view(np.uint8)
-    # Eight spare bytes: the low bits are written as whole 64-bit words.
-    low = np.zeros(_padded_bytes(len(gaps) * low_bits) + 8, dtype=np.uint8)
-    unary = np.zeros(_padded_bytes(unary_bits), dtype=np.uint8)
-    _encode(gaps, low_bits, low, unary)
-    return torch.from_numpy(np.concatenate([header, low[:-8], unary]))
+    low_bits, unary_bits = _fewest_bits(ascending)
+    unary_start = HEADER_WORDS + _padded(len(ascending) * low_bits, 64)
+    words = np.zeros(unary_start + _padded(unary_bits, 64), dtype=np.uint64)
+    words[:HEADER_WORDS] = len(ascending), low_bits, unary_bits
+    _encode(ascending, low_bits, words[HEADER_WORDS:unary_start], words[unary_start:])
+    return torch.from_numpy(words.view(np.uint8))
 
 
 def decode_positions(encoded: Tensor) -> list[Tensor]:
     """The positions of every stream in a concatenation of streams: a list of int64 [n], on the CPU."""
-    data = encoded.cpu().numpy()
+    words = encoded.cpu().numpy().view(np.uint64)
     decoded = []
     start = 0
-    while start < len(data):
-        count, low_bits, unary_bits = data[start : start + HEADER_BYTES].copy().view(np.int64).tolist()
-        low_start = start + HEADER_BYTES
-        unary_start = low_start + _padded_bytes(count * low_bits)
-        start = unary_start + _padded_bytes(unary_bits)
+    while start < len(words):
+        count, low_bits, unary_bits = words[start : start + HEADER_WORDS].tolist()
+        low_start = start + HEADER_WORDS
+        unary_start = low_start + _padded(count * low_bits, 64)
+        start = unary_start + _padded(unary_bits, 64)
         positions = np.empty(count, dtype=np.int64)
-        _decode(data[low_start:unary_start], data[unary_start:start], low_bits, positions)
+        _decode(words[low_start:unary_start], words[unary_start:start], low_bits, positions)
         decoded.append(torch.from_numpy(positions))
     return decoded
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """Which of ``values`` (float32 [n]) are chosen, one bit each, then the chosen values: uint8, on the CPU."""
-    chosen = np.zeros(values.numel(), dtype=bool)
-    chosen[positions.cpu().numpy()] = True
-    kept = values.cpu().numpy()[chosen]
-    return torch.from_numpy(np.concatenate([np.packbits(chosen, bitorder="little"), kept.view(np.uint8)]))
+    chosen = positions.cpu().numpy()
+    bitmap_bytes = _padded(values.numel(), 8)
+    out = np.zeros(bitmap_bytes + 4 * len(chosen), dtype=np.uint8)
+    _set_bits(chosen, out[:bitmap_bytes])
+    out[bitmap_bytes:].view(np.float32)[:] = values.cpu().numpy()[chosen]
+    return torch.from_numpy(out)
 
 
 def decode_choices(encoded: Tensor, parts: int, part_length: int) -> tuple[Tensor, Tensor]:
     """Positions in the whole, int64 ascending, and float32 values of ``parts`` choices that follow one another."""
     data = encoded.cpu().numpy()
-    bitmap_bytes = _padded_bytes(part_length)
-    positions, values = [], []
-    start = 0
+    bitmap_bytes = _padded(part_length, 8)
+    total = (len(data) - parts * bitmap_bytes) // 4
+    positions, values = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32)
+    start = at = 0
     for part in range(parts):
         bitmap = data[start : start + bitmap_bytes]
-        chosen = np.flatnonzero(np.unpackbits(bitmap, count=part_length, bitorder="little"))
-        stop = start + bitmap_bytes + 4 * len(chosen)
-        positions.append(chosen + part * part_length)
-        values.append(data[start + bitmap_bytes : stop].copy().view(np.float32))
-        start = stop
-    return torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(values))
+        end = _find_bits(bitmap, part * part_length, positions, at)
+        start += bitmap_bytes + 4 * (end - at)
+        values[at:end] = data[start - 4 * (end - at) : start].view(np.float32)
+        at = end
+    return torch.from_numpy(positions), torch.from_numpy(values)
 
 
-def _padded_bytes(bits: int) -> int:
-    return (bits + 7) // 8
+def _padded(bits: int, unit: int) -> int:
+    """How many units of so many bits hold ``bits``."""
+    return -(-bits // unit)
 
 
-def _best_low_bits(gaps: npt.NDArray[np.int64]) -> int:
-    if len(gaps) == 0:
-        return 0
-    guess = int(gaps.mean()).bit_length()  # the optimum is this or one or two less
-    return min(range(max(0, guess - 2), guess + 1), key=lambda b: len(gaps) * b + int((gaps >> b).sum()))
-
-
-@njit(cache=True, nogil=True)
-def _encode(gaps: npt.NDArray[np.int64], low_bits: int, low: Bytes, unary: Bytes) -> None:
-    mask = (np.int64(1) << low_bits) - 1
-    unary_position = 0
-    for i in range(len(gaps)):
-        unary_position += gaps[i] >> low_bits
-        unary[unary_position >> 3] |= np.uint8(1 << (unary_position & 7))
-        unary_position += 1
-        bit = i * low_bits
-        rest = np.uint64(gaps[i] & mask) << np.uint64(bit & 7)
-        byte = bit >> 3
-        while rest:
-            low[byte] |= np.uint8(rest & np.uint64(255))
-            rest >>= np.uint64(8)
-            byte += 1
+def _fewest_bits(ascending: IntArray) -> tuple[int, int]:
+    """The number of low bits that makes the code shortest, and the length of the unary stream then, in bits."""
+    if len(ascending) == 0:
+        return 0, 0
+    mean_gap = (int(ascending[-1]) + 1) // len(ascending) - 1
+    least = max(0, mean_gap.bit_length() + 1 - TRIED_LOW_BITS)  # the optimum is this or up to two more
+    unary = len(ascending) + _high_parts(ascending, least)
+    best = int(np.argmin([len(ascending) * (least + i) + int(bits) for i, bits in enumerate(unary)]))
+    return least + best, int(unary[best])
 
 
 @njit(cache=True, nogil=True)
-def _decode(low: Bytes, unary: Bytes, low_bits: int, positions: npt.NDArray[np.int64]) -> None:
+def _high_parts(ascending: IntArray, least: int) -> IntArray:
+    """Sums of ``gap >> b`` for ``b`` of ``least`` and the next ones: int64 [TRIED_LOW_BITS]."""
+    sums = np.zeros(TRIED_LOW_BITS, dtype=np.int64)
+    previous = np.int64(-1)
+    for position in ascending:
+        high = (np.int64(position) - previous - 1) >> least
+        previous = np.int64(position)
+        for i in range(TRIED_LOW_BITS):
+            sums[i] += high >> i
+    return sums
+
+
+@njit(cache=True, nogil=True)
+def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> None:
+    width = np.uint64(low_bits)
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    previous = np.int64(-1)
+    bit = np.int64(0)  # of the unary stream
+    word, filled, at = np.uint64(0), np.uint64(0), 0  # of the low bits
+    for position in ascending:
+        gap = np.int64(position) - previous - 1
+        previous = np.int64(position)
+        bit += gap >> low_bits
+        unary[bit >> 6] |= np.uint64(1) << np.uint64(bit & 63)
+        bit += 1
+        value = np.uint64(gap) & mask
+        word |= value << filled
+        filled += width
+        if filled >= np.uint64(64):
+            low[at] = word
+            at += 1
+            filled -= np.uint64(64)
+            word = value >> (width - filled)
+    if filled > np.uint64(0):
+        low[at] = word
+
+
+@njit(cache=True, nogil=True)
+def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> None:
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
-    unary_position = 0
     position = np.int64(-1)
+    at, ones = 0, np.uint64(0)  # the next unary word, and what is left of the one before
+    high_start = np.int64(0)  # where the unary code of the next gap begins
     for i in range(len(positions)):
-        high = np.int64(0)
-        while not (unary[unary_position >> 3] >> (unary_position & 7)) & 1:
-            unary_position += 1
-            high += 1
-        unary_position += 1
+        while ones == 0:
+            ones = unary[at]
+            at += 1
+        end = (at - 1) * 64 + lowest_bit(ones)
+        ones &= ones - np.uint64(1)
+        high = end - high_start
+        high_start = end + 1
         bit = i * low_bits
-        word = np.uint64(0)
-        last = (bit + low_bits + 7) >> 3
-        for byte in range(bit >> 3, last):
-            word |= np.uint64(low[byte]) << np.uint64(8 * (byte - (bit >> 3)))
-        gap = (high << low_bits) | np.int64((word >> np.uint64(bit & 7)) & mask)
-        position += gap + 1
+        value = np.uint64(0)
+        if low_bits:
+            shift = np.uint64(bit & 63)
+            value = low[bit >> 6] >> shift
+            if (bit & 63) + low_bits > 64:
+                value |= low[(bit >> 6) + 1] << (np.uint64(64) - shift)
+        position += ((high << low_bits) | np.int64(value & mask)) + 1
         positions[i] = position
+
+
+@njit(cache=True, nogil=True)
+def _set_bits(positions: IntArray, bitmap: Bytes) -> None:
+    for position in positions:
+        bitmap[position >> 3] |= np.uint8(1 << (position & 7))
+
+
+@njit(cache=True, nogil=True)
+def _find_bits(bitmap: Bytes, first: int, positions: IntArray, at: int) -> int:
+    """Write the places of set bits, counted from ``first``, to ``positions[at:]``; returns where they end."""
+    for byte in range(len(bitmap)):
+        bits = np.uint64(bitmap[byte])
+        while bits:
+            positions[at] = first + 8 * byte + lowest_bit(bits)
+            at += 1
+            bits &= bits - np.uint64(1)
+    return at

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import HISTOGRAM_BYTES, select_largest
+from hvd_sketch.selection import HISTOGRAM_BYTES, VectorPart, select_largest
 from hvd_sketch.transport.base import Transport, mean_over_ranks
 from hvd_sketch.transport.local import local_transports
 from hvd_sketch.volume import RING_PASSES, CommLedger, MeteredTransport
@@ -103,30 +104,32 @@ class SketchedAllreduce:
         """u, float32 [dim]: this rank's momentum."""
         return self._feedback.u
 
-    def step(self, gradient: Tensor, finite: bool = True) -> SparseUpdate:
+    def step(self, gradient: Tensor | Sequence[Tensor], finite: bool = True) -> SparseUpdate:
         """Exchange one gradient.
 
         Args:
-            gradient: float32 [dim], this rank's; not modified.
+            gradient: float32 [dim], this rank's, or consecutive parts of it, each contiguous; not modified. Sums are
+                made from the last part to the first, the order in which backward passes finish them.
             finite: False if this rank found anything else not finite that belongs to the step.
 
         Returns:
             The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero.
         """
-        check_gradient(gradient, self.dim)
+        parts = [gradient] if isinstance(gradient, Tensor) else list(gradient)
+        check_gradient(parts, self.dim)
         self.ledger.begin_step()
         step, self._step = self._step, self._step + 1
-        if not self._guard.passes(self._comm, step, gradient, finite):
-            return _nothing(gradient.device)
+        if not self._guard.passes(self._comm, step, finite and all_finite(parts)):
+            return _nothing(self._device)
 
-        self._feedback.add_(gradient)  # u <- m u + g, v <- v + u
-        candidates = self._candidates.find(self._feedback.v, step)  # top-Pk of the summed sketch
+        # u <- m u + g, v <- v + u, and the top-Pk of the summed sketches of v
+        candidates = self._candidates.find(self._feedback, _from_the_last(parts), step)
         own_sums = self._sum_exactly(candidates)  # second round: exact values
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
-        if not all_finite(sums):
+        if not all_finite([sums]):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
-            return _nothing(gradient.device)
+            return _nothing(self._device)
 
         indices = candidates[positions]
         self._feedback.clear_(indices)  # zero u and v where they were sent
@@ -151,10 +154,10 @@ class SketchedAllreduce:
         if 4 * candidates <= candidates / 8 + 4 * k + RING_PASSES["allreduce"] * HISTOGRAM_BYTES:
             with self._comm.phase("values"):
                 sums = self._comm.allgather(own_sums)
-            positions = select_largest(self._kernels, sums, k, local_transports(1)[0])
+            positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0]).positions
             return positions, sums[positions]
         with self._comm.phase("choose"):
-            own_positions = select_largest(self._kernels, own_sums, k, self._comm)
+            own_positions = select_largest(VectorPart(self._kernels, own_sums), k, self._comm).positions
         with self._comm.phase("values"):
             gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
         return decode_choices(gathered, self._comm.size, own_sums.numel())
@@ -244,16 +247,16 @@ class DenseAllreduce:
     def step(self, gradient: Tensor, finite: bool = True) -> SparseUpdate:
         """Exchange one gradient; see :meth:`SketchedAllreduce.step`. ``indices`` are all of ``0 … dim - 1``."""
         if not self.begin_step(gradient, finite):
-            return _nothing(gradient.device)
+            return _nothing(self._device)
         mean = self.mean(gradient)
         return SparseUpdate(torch.arange(self.dim, device=self._device), mean)
 
     def begin_step(self, gradient: Tensor, finite: bool = True) -> bool:
         """Agree whether every rank's gradient is finite; False: skip. Communication: collective."""
-        check_gradient(gradient, self.dim)
+        check_gradient([gradient], self.dim)
         self.ledger.begin_step()
         step, self._step = self._step, self._step + 1
-        return self._guard.passes(self._comm, step, gradient, finite)
+        return self._guard.passes(self._comm, step, finite and all_finite([gradient]))
 
     def mean(self, gradient: Tensor) -> Tensor:
         """The mean over ranks with momentum, float32 [dim], in a step that has begun. Communication: collective."""
@@ -274,12 +277,16 @@ class DenseAllreduce:
         self._guard.skipped_steps = state["skipped_steps"]
 
 
-def check_gradient(gradient: Tensor, dim: int) -> None:
-    """Refuse anything but a float32 [dim] tensor."""
-    if gradient.dtype != torch.float32 or gradient.shape != (dim,):
-        raise ValueError(
-            f"the gradient must be float32 of shape ({dim},), got {gradient.dtype} of {tuple(gradient.shape)}"
-        )
+def check_gradient(parts: Sequence[Tensor], dim: int) -> None:
+    """Refuse anything but float32 vectors of ``dim`` elements in all."""
+    if any(part.dtype != torch.float32 or part.ndim != 1 for part in parts) or sum(map(len, parts)) != dim:
+        arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in parts[:5])
+        raise ValueError(f"the gradient must be float32 of shape ({dim},), or such parts in order, got {arrived}")
+
+
+def _from_the_last(parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    starts = accumulate((part.numel() for part in parts), initial=0)
+    return list(zip(starts, parts, strict=False))[::-1]
 
 
 def check_state(state: Mapping[str, Any], dim: int, comm: Transport) -> None:

@@ -180,10 +180,11 @@ class BlockHash:
 
     def owned_size(self, shard: int) -> int:
         """How many coordinates one shard owns; can be 0."""
-        owned = self.owned_blocks(shard)
-        if owned.size == 0:
-            return 0
-        return int(owned.size - 1) * self.block + min(self.block, self.dim - int(owned[-1]) * self.block)
+        groups, rest = divmod(self.blocks, self.shards)  # a whole group holds one block of each shard
+        place = (shard - int(self.rotations(np.array([groups]))[0])) % self.shards
+        last = int(self.shard_of(np.array([self.blocks - 1]))[0])
+        missing = self.blocks * self.block - self.dim if shard == last else 0
+        return (groups + (place < rest)) * self.block - missing
 
     def owned_to_global(self, shard: int, position: IntArray) -> IntArray:
         """Coordinates at positions in an owner's own order: int64, ascending where ``position`` is."""

@@ -255,7 +255,7 @@ class GradientExchange:
             return self._average_dense(inverse_scale, finite)
         if self.dense is not None:
             beside = self._dense_flat.pack(self._weight_decay, inverse_scale)
-            finite = finite and all_finite(beside)
+            finite = finite and all_finite([beside])
         update = self.sketched.step(self._flat.pack(self._weight_decay, inverse_scale), finite)
         if update.skipped:
             return False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash, Purpose, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import select_largest
+from hvd_sketch.selection import VectorPart, select_largest
 from hvd_sketch.transport.local import local_transports
 
 
@@ -99,7 +99,7 @@ class CountSketch:
         """
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        return select_largest(self._kernels, self.estimate(), count, local_transports(1)[0])
+        return self._largest(self.estimate(), count)
 
     def heavymix(self, k: int, seed: int) -> Tensor:
         """HEAVYMIX (paper, Alg. 1): the heavy coordinates, filled up at random to k: int64 [k], ascending.
@@ -112,9 +112,13 @@ class CountSketch:
         """
         if not 1 <= k <= self.hash.dim:
             raise ValueError(f"k must be between 1 and dim {self.hash.dim}, got {k}")
-        estimates = keep_heavy_(self.estimate(), self.norm(), k)
-        heavy = select_largest(self._kernels, estimates, k, local_transports(1)[0]).cpu()
+        estimates = self.estimate()
+        heavy = self._kernels.select_above(estimates, heavy_threshold(self.norm(), k), 0)
+        heavy = heavy[self._largest(estimates[heavy], k)]
         return fill_at_random(heavy, k, self.hash.dim, seed, self.hash.step)
+
+    def _largest(self, estimates: Tensor, count: int) -> Tensor:
+        return select_largest(VectorPart(self._kernels, estimates), count, local_transports(1)[0]).positions
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.hash.dim:
@@ -126,13 +130,16 @@ def row_energies(table: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) ** 2 for row in table]).cpu()
 
 
-def keep_heavy_(estimates: Tensor, norm: float, k: int) -> Tensor:
-    """Zero, in place, the estimates below ``norm / sqrt(k)`` in magnitude (paper, Alg. 1, line 3)."""
-    return estimates.masked_fill_(estimates.abs().to(torch.float64) < norm / math.sqrt(k), 0.0)
+def heavy_threshold(norm: float, k: int) -> int:
+    """Magnitude bits above which a float32 is at least ``norm / sqrt(k)`` (paper, Alg. 1, line 3)."""
+    least = np.float32(norm / math.sqrt(k))
+    if float(least) < norm / math.sqrt(k):
+        least = np.nextafter(least, np.float32(np.inf))
+    return int(least.view(np.int32)) - 1
 
 
 def fill_at_random(heavy: Tensor, k: int, dim: int, seed: int, step: int) -> Tensor:
-    """``heavy`` and ``k - len(heavy)`` others, uniform without replacement: int64 [k], ascending.
+    """``heavy`` and ``k - len(heavy)`` others, uniform without replacement: int64 [k], ascending, on its device.
 
     The same on every rank: drawn by Floyd's algorithm (Bentley and Floyd 1987) from Philox under
     ``(seed, step)`` among the ranks of the other coordinates, then mapped past the heavy ones.
@@ -146,6 +153,6 @@ def fill_at_random(heavy: Tensor, k: int, dim: int, seed: int, step: int) -> Ten
         drawn.add(last if candidate in drawn else candidate)
     ranks = np.array(sorted(drawn), dtype=np.int64)
     # The r-th other coordinate is r plus the number of heavy ones below it; heavy[i] - i others lie below heavy[i].
-    taken = heavy.numpy()
+    taken = heavy.cpu().numpy()
     below = np.searchsorted(taken - np.arange(taken.size), ranks, side="right")
-    return torch.from_numpy(np.sort(np.concatenate([taken, ranks + below])))
+    return torch.from_numpy(np.sort(np.concatenate([taken, ranks + below]))).to(heavy.device)

@@ -19,23 +19,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
 
-LEVELS = ((21, 10), (11, 10), (0, 11))
+LEVELS = ((20, 11), (10, 10), (0, 10))
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -np.inf, np.nan, -np.nan]
 
 few_examples = settings(max_examples=80, deadline=None)  # the first one compiles
 
 
 class PoisonedNumpy:
-    """NumPy whose ``empty`` holds NaN, so that an element nobody writes is noticed."""
+    """NumPy whose ``empty`` holds NaN (or -1), so that an element nobody writes is noticed."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
     @staticmethod
     def empty(shape: Any, dtype: Any) -> np.ndarray:
-        return np.full(shape, np.nan, dtype=dtype)
+        return np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else -1, dtype=dtype)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,10 +125,84 @@ def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, par
     with split_into(parts):
         assert torch.equal(cpu.estimate(hash, table, 0, hash.dim), whole)
         assert torch.equal(cpu.estimate(hash, table, start, stop), whole[start:stop])
-        for shard in range(hash.shards):
-            own = cpu.estimate_owned(hash, table[:, shard].contiguous(), shard)
-            assert own.numel() == hash.owned_size(shard)
-            assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
+
+
+def every_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> tuple[Tensor, Tensor]:
+    found = cpu.owned_above(hash, shard_table, shard, 0, 0, hash.dim)
+    assert found is not None
+    return found
+
+
+@few_examples
+@given(st.data(), hashes(), st.integers(1, 5))
+def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+    table = sketched(reference, hash, random_integers(hash.dim))  # whole numbers: many tie
+    whole = reference.estimate(hash, table, 0, hash.dim)
+    for shard in range(hash.shards):
+        own_table = table[:, shard].contiguous()
+        own = reference.estimate_owned(hash, own_table, shard)
+        assert own.numel() == hash.owned_size(shard)
+        assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
+        value = data.draw(st.sampled_from([0.0, 1e30, *own[:20].tolist()]))
+        ties = data.draw(st.sampled_from([0, 1, 50]))
+        for limit in (hash.dim, 10):
+            with split_into(parts):
+                found = cpu.owned_above(hash, own_table, shard, magnitude(value), ties, limit)
+            expected = reference.owned_above(hash, own_table, shard, magnitude(value), ties, limit)
+            assert (found is None) == (expected is None)
+            if found is not None and expected is not None:
+                assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
+        for shift, bits in LEVELS:
+            where = hash, own_table, shard, magnitude(value) >> (shift + bits), shift, bits
+            with split_into(parts):
+                counts = cpu.owned_histogram(*where)
+            assert torch.equal(counts, reference.owned_histogram(*where))
+
+
+@few_examples
+@given(st.data(), hashes(), st.integers(1, 5), st.sampled_from([None, 0.9, 0.3]))
+def test_feedback_equals_the_reference(
+    data: st.DataObject, hash: BlockHash, parts: int, momentum: float | None
+) -> None:
+    """u, v and the table to the bit, fused and alone, in chunks of any size."""
+    start, stop = data.draw(ranges(hash.dim))
+    gradient = random_values(stop - start, 1)
+    before = [random_values(stop - start, seed) for seed in (2, 3)]
+    u, v = (x.clone() for x in before)
+    expected_table = torch.zeros(hash.table_shape)
+    velocity = u if momentum else None
+    reference.feedback_accumulate_(hash, expected_table, velocity, v, gradient, momentum, start)
+    for fused in (True, False):
+        our_u, our_v = (x.clone() for x in before)
+        table = torch.zeros(hash.table_shape)
+        velocity = our_u if momentum else None
+        with split_into(parts):
+            if fused:
+                cpu.feedback_accumulate_(hash, table, velocity, our_v, gradient, momentum, start)
+            else:
+                cpu.feedback_(velocity, our_v, gradient, momentum)
+                for row in range(hash.rows):
+                    cpu.accumulate_(hash, table, our_v, start, range(row, row + 1))
+        assert torch.equal(our_u, u) and torch.equal(our_v, v) and torch.equal(table, expected_table)
+
+
+def test_feedback_over_several_chunks() -> None:
+    hash = BlockHash(3 * loops.CHUNK + 77, 3, 5000)
+    tables = torch.zeros(2, *hash.table_shape)
+    gradient, v, u = (random_values(hash.dim, seed) for seed in range(3))
+    ours, theirs = (u.clone(), v.clone()), (u.clone(), v.clone())
+    for kernels, table, (u, v) in ((cpu, tables[0], ours), (reference, tables[1], theirs)):
+        kernels.feedback_accumulate_(hash, table, u, v, gradient, 0.9, 0)
+    assert torch.equal(tables[0], tables[1]) and all(map(torch.equal, ours, theirs))
+
+
+@few_examples
+@given(hashes(), st.integers(0, 100), st.floats(0, 1))
+def test_merged_positions_are_sorted_coordinates(hash: BlockHash, seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    positions = [np.flatnonzero(random.random(hash.owned_size(shard)) < share) for shard in range(hash.shards)]
+    expected = np.sort(np.concatenate([hash.owned_to_global(shard, own) for shard, own in enumerate(positions)]))
+    assert cpu.merge_owned(hash, [torch.from_numpy(own) for own in positions]).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("rows", [*range(1, 10), 11, 12])
@@ -138,8 +213,9 @@ def test_blocks_of_full_size(rows: int, cols: int, shards: int) -> None:
     table = sketched(cpu, hash, random_values(hash.dim))
     assert torch.equal(table, sketched(reference, hash, random_values(hash.dim)))
     assert torch.equal(cpu.estimate(hash, table, 0, hash.dim), reference.estimate(hash, table, 0, hash.dim))
-    own = cpu.estimate_owned(hash, table[:, -1].contiguous(), shards - 1)
-    assert torch.equal(own, reference.estimate_owned(hash, table[:, -1].contiguous(), shards - 1))
+    positions, estimates = every_owned(hash, table[:, -1].contiguous(), shards - 1)
+    expected = reference.estimate_owned(hash, table[:, -1].contiguous(), shards - 1)
+    assert torch.equal(estimates, expected[positions]) and bool((expected != 0).sum() == positions.numel())
 
 
 def test_accumulating_in_slices_equals_at_once() -> None:
@@ -159,7 +235,8 @@ def test_nothing_to_do() -> None:
     assert bool((table == 1).all())
     assert cpu.estimate(hash, table, 4, 4).numel() == 0
     tiny = BlockHash(1, 1, 7, 7)
-    sizes = [cpu.estimate_owned(tiny, torch.ones(1, 1), shard).numel() for shard in range(7)]
+    sizes = [every_owned(tiny, torch.ones(1, 1), shard)[0].numel() for shard in range(7)]
+    assert sizes == [int(cpu.owned_histogram(tiny, torch.ones(1, 1), shard, 0, 20, 11).sum()) for shard in range(7)]
     assert sorted(sizes) == [0] * 6 + [1]
     assert cpu.select_above(torch.empty(0), 0, 3).numel() == 0
     assert int(cpu.magnitude_histogram(torch.empty(0), 0, 21, 10).sum()) == 0
@@ -229,7 +306,9 @@ def test_thread_count_changes_no_bit() -> None:
             table = sketched(cpu, hash, values)
             estimates = cpu.estimate(hash, table, 0, hash.dim)
             counts = cpu.magnitude_histogram(estimates, 0, 21, 10)
-            results.append((table, estimates, counts.int(), cpu.select_above(estimates, 0x3F800000, 0).int()))
+            positions, kept = every_owned(hash, table[:, 1].contiguous(), 1)
+            chosen = cpu.select_above(estimates, 0x3F800000, 0)
+            results.append((table, estimates, counts.int(), chosen.int(), positions, kept))
     assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
     assert same_bits(results[0][0], sketched(reference, hash, values))
 
@@ -253,7 +332,7 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
     program = (
         "import torch\n"
         "from hvd_sketch.kernels import _cpu_loops, cpu\n"
-        "names = 'accumulate', 'estimate', 'histogram', 'select'\n"
+        "names = 'accumulate', 'feedback_accumulate', 'estimate', 'owned_above', 'histogram', 'select'\n"
         "assert not any(getattr(_cpu_loops, name).signatures for name in names), 'compiled at import'\n"
         "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 10).sum()) == 1000\n"
         "assert len(_cpu_loops.histogram.signatures) == 1\n"

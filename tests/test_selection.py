@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_sketch.coding import decode_choices, decode_positions, encode_choice, encode_positions
-from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import select_largest
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import load_backend, reference
+from hvd_sketch.selection import OwnedEstimates, VectorPart, expected_floor, select_largest
 from hvd_sketch.transport import run_local
 
 KERNELS = load_backend(None, torch.device("cpu"))
@@ -30,8 +33,38 @@ def plain_selection(parts: list[torch.Tensor], count: int) -> list[list[int]]:
 
 
 def check(parts: list[torch.Tensor], count: int) -> None:
-    selected = run_local(len(parts), lambda t: select_largest(KERNELS, parts[t.rank], count, t), timeout_s=30)
-    assert [s.tolist() for s in selected] == plain_selection(parts, count)
+    def main(transport):
+        part = VectorPart(KERNELS, parts[transport.rank])
+        largest = select_largest(part, count, transport)
+        return largest, select_largest(part, count, transport, expected_floor(largest.threshold, 0))
+
+    for rank, (largest, again) in enumerate(run_local(len(parts), main, timeout_s=30)):
+        assert largest.positions.tolist() == again.positions.tolist() == plain_selection(parts, count)[rank]
+
+
+@pytest.mark.parametrize("limit", [0, 100, 10_000])
+@pytest.mark.parametrize(("ranks", "whole_numbers"), [(1, False), (2, True), (3, False), (4, True)])
+def test_estimates_are_judged_as_if_they_lay_in_memory(ranks: int, whole_numbers: bool, limit: int) -> None:
+    """Whatever the floor, too high ones too, and however few estimates a rank may keep."""
+    hash = BlockHash(9001, 3, 1200, ranks)
+    values = torch.randn(hash.dim, generator=torch.Generator().manual_seed(ranks)) ** 3
+    table = torch.zeros(hash.table_shape)
+    KERNELS.accumulate_(hash, table, values.round() if whole_numbers else values, 0)
+    own_tables = [table[:, rank].contiguous() for rank in range(ranks)]
+    owned = [reference.estimate_owned(hash, own, rank) for rank, own in enumerate(own_tables)]
+
+    def main(transport, count, floor):
+        rank = transport.rank
+        part = OwnedEstimates(KERNELS, hash, own_tables[rank], rank, limit if rank % 2 == 0 else 50)
+        return select_largest(part, count, transport, floor)
+
+    for count in (0, 1, 30, 800, 20_000):
+        expected = plain_selection(owned, count)
+        thresholds = {largest.threshold for largest in run_local(ranks, partial(main, count=count, floor=0))}
+        assert len(thresholds) == 1, "ranks differ in the threshold"
+        for floor in {expected_floor(*thresholds, 0), 0, 1 << 20, 0x3F800000, 0x7F000000}:
+            found = run_local(ranks, partial(main, count=count, floor=floor), timeout_s=30)
+            assert [largest.positions.tolist() for largest in found] == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

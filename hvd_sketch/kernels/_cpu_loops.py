@@ -22,7 +22,10 @@ from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
 WORDS = MAX_BLOCK // LANES_PER_WORD  # sign words of the largest block
 MAX_NETWORK_ROWS = 9  # medians of more rows are sorted lane by lane
+WHOLE_TABLE = -1  # in place of a shard
 GROUP = 32  # blocks hashed in one vector loop; the cache keeps their values (32 KiB) from row to row
+STRETCH = 2 * GROUP  # blocks estimated into a buffer that the second-level cache holds (64 KiB), then judged there
+CHUNK = 1 << 17  # coordinates of u, v and g that go through the caches on the way into the table
 MASK_LANES = 64  # lanes searched at once for magnitudes above a threshold
 SUBCOUNTS = 4  # histograms filled in turn
 
@@ -193,7 +196,7 @@ _match_above = _matcher(">")
 
 
 @intrinsic
-def _lowest(typing: Any, mask: Any) -> Any:
+def lowest_bit(typing: Any, mask: Any) -> Any:
     """Position of the lowest set bit of a non-zero uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -291,16 +294,50 @@ def _negative(words: Array, at: int, bit: int) -> Any:
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def accumulate(table: Array, values: Array, start: int, hash: HashNumbers, parts: int) -> None:
-    """Each part adds whatever falls into its own run of cells of the flat ``table`` [rows * shards * cols].
+def accumulate(
+    table: Array, first_cell: int, cells: int, values: Array, start: int, hash: HashNumbers, parts: int
+) -> None:
+    """Each part adds whatever falls into its own run of ``cells`` of the flat ``table`` [rows * shards * cols].
 
     So there is no private table, nothing to merge, and one order of addition whatever ``parts`` is. The price
     is that each part reads the values: 2 parts take 15 each, one alone 22. A run goes on from row to row,
     so that most rows belong to one part, which reads in sequence (parts that halve every row: 19).
     """
     for part in prange(parts):
-        low, high = part * table.size // parts, (part + 1) * table.size // parts
+        low, high = first_cell + part * cells // parts, first_cell + (part + 1) * cells // parts
         _accumulate_cells(table, low, high, values, start, hash)
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def feedback(u: Array, v: Array, gradient: Array, momentum: float, parts: int) -> None:
+    for part in prange(parts):
+        _feedback_run(u, v, gradient, momentum, part * v.size // parts, (part + 1) * v.size // parts)
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def feedback_accumulate(
+    table: Array, u: Array, v: Array, gradient: Array, momentum: float, start: int, hash: HashNumbers, parts: int
+) -> None:
+    """Chunk by chunk, so that v comes from the cache when it is added to the table: XX instead of XX."""
+    for first in range(0, v.size, CHUNK):
+        count = min(CHUNK, v.size - first)
+        for part in prange(parts):
+            _feedback_run(u, v, gradient, momentum, first + part * count // parts, first + (part + 1) * count // parts)
+        for part in prange(parts):
+            low, high = part * table.size // parts, (part + 1) * table.size // parts
+            _accumulate_cells(table, low, high, v[first : first + count], start + first, hash)
+
+
+@njit
+def _feedback_run(u: Array, v: Array, gradient: Array, momentum: float, low: int, high: int) -> None:
+    """``u`` is empty where momentum is 0."""
+    if u.size:
+        for i in range(low, high):
+            u[i] = momentum * u[i] + gradient[i]
+            v[i] += u[i]
+    else:
+        for i in range(low, high):
+            v[i] += gradient[i]
 
 
 @njit(error_model="numpy")
@@ -380,20 +417,87 @@ def _add_lanes(
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def estimate(out: Array, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, parts: int) -> None:
-    """Coordinates ``start … stop`` from a whole flat table, or, for ``shard`` >= 0, all of one shard's."""
+def estimate(out: Array, table: Array, start: int, hash: HashNumbers, parts: int) -> None:
+    """Coordinates ``start …`` from a whole flat table."""
     block = hash[3]
+    stop = start + out.size
     first = start // block
-    blocks = (start + out.size - 1) // block + 1 - first  # start is 0 for a shard's
+    blocks = (stop - 1) // block + 1 - first
     for part in prange(parts):
         begin, end = first + part * blocks // parts, first + (part + 1) * blocks // parts
-        _estimate_blocks(out, table, shard, start, stop, hash, begin, end)
+        _estimate_blocks(out, start, table, WHOLE_TABLE, start, stop, hash, begin, end)
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def owned_histogram(
+    table: Array, shard: int, size: int, dim: int, hash: HashNumbers, prefix: int, shift: int, width: int, parts: int
+) -> Array:
+    """:func:`histogram` of a shard's ``size`` estimates from its part of the table, flat."""
+    counts = np.zeros((parts * SUBCOUNTS, 1 << width), dtype=np.int64)
+    block = hash[3]
+    blocks = (size + block - 1) // block
+    for part in prange(parts):
+        own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
+        buffer = np.empty(STRETCH * block, dtype=np.float32)
+        end = (part + 1) * blocks // parts
+        for first in range(part * blocks // parts, end, STRETCH):
+            last = min(first + STRETCH, end)
+            _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
+            _count(own, buffer.view(np.uint32), 0, min(last * block, size) - first * block, prefix, shift, width)
+    return counts
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def owned_above(
+    positions: Array,
+    values: Array,
+    table: Array,
+    shard: int,
+    size: int,
+    dim: int,
+    hash: HashNumbers,
+    threshold: int,
+    limit: int,
+    parts: int,
+) -> Array:
+    """Estimates of magnitude bits above ``threshold``, each part's from where its first coordinate would lie.
+
+    ``positions`` and ``values`` are as long as the shard has coordinates, but what is not written to takes no
+    memory. Returns where each part begins and ends: int64 [2, parts]. A part stops beyond ``limit``.
+    """
+    block = hash[3]
+    blocks = (size + block - 1) // block
+    ends = np.empty((2, parts), dtype=np.int64)
+    for part in prange(parts):
+        buffer = np.empty(STRETCH * block, dtype=np.float32)
+        bits = buffer.view(np.uint32)
+        begin, end = part * blocks // parts, (part + 1) * blocks // parts
+        at = begin * block
+        ends[0, part] = at
+        for first in range(begin, end, STRETCH):
+            last = min(first + STRETCH, end)
+            _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
+            count = min(last * block, size) - first * block
+            for index in range(0, count, MASK_LANES):
+                mask = _matches(bits, index, count, 0, threshold, False)
+                while mask != 0:
+                    lane = index + lowest_bit(mask)
+                    positions[at] = first * block + lane
+                    values[at] = buffer[lane]
+                    at += 1
+                    mask &= mask - _ONE
+            if at - ends[0, part] > limit:
+                break
+        ends[1, part] = at
+    return ends
 
 
 @njit(error_model="numpy")
 def _estimate_blocks(
-    out: Array, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, begin: int, end: int
+    out: Array, zero: int, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, begin: int, end: int
 ) -> None:
+    """Blocks ``begin … end`` in coordinate order or, for ``shard`` >= 0, in its owner's; ``out[0]`` is number ``zero``
+    in that order. Only coordinates ``start … stop`` are written."""
     signs, offsets, rotations, block, cols, shards = hash
     rows = signs.shape[0]
     row_cells = table.size // rows
@@ -404,7 +508,7 @@ def _estimate_blocks(
     columns = np.empty(rows * GROUP, dtype=np.int64)
     cells = np.empty(rows, dtype=np.int64)
     for first in range(begin, end, GROUP):
-        if shard < 0:
+        if shard == WHOLE_TABLE:
             _fill_whole(blocks, bases, first, rotations, shards, cols)
         else:
             _fill_owned(blocks, bases, first, rotations, shards, shard)
@@ -421,7 +525,7 @@ def _estimate_blocks(
                     ahead = row * row_cells + bases[i + 1] + columns[row * GROUP + i + 1]
                     for lane in range(0, block, LANES_PER_WORD):
                         _prefetch(table, ahead + lane)
-            origin, index = blocks[i] * block, (first + i) * block - start
+            origin, index = blocks[i] * block, (first + i) * block - zero
             if whole and start <= origin and origin + block <= stop:
                 for word in range(block >> 4):
                     lane = word * LANES_PER_WORD
@@ -501,11 +605,16 @@ def histogram(bits: Array, prefix: int, shift: int, width: int, parts: int) -> A
     for part in prange(parts):
         low, high = part * bits.size // parts, (part + 1) * bits.size // parts
         own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-        if shift + width < 31:
-            _count_matches(own, bits, low, high, prefix, shift, width)
-        elif prefix == 0:
-            _count_all(own, bits, low, high, shift)
+        _count(own, bits, low, high, prefix, shift, width)
     return counts
+
+
+@njit
+def _count(counts: Array, bits: Array, low: int, high: int, prefix: int, shift: int, width: int) -> None:
+    if shift + width < 31:
+        _count_matches(counts, bits, low, high, prefix, shift, width)
+    elif prefix == 0:
+        _count_all(counts, bits, low, high, shift)
 
 
 @njit
@@ -523,7 +632,7 @@ def _count_matches(counts: Array, bits: Array, low: int, high: int, prefix: int,
     for index in range(low, high, MASK_LANES):
         mask = _matches(bits, index, high, shift + width, prefix, True)
         while mask != 0:
-            value = bits[index + _lowest(mask)] & _MAGNITUDE
+            value = bits[index + lowest_bit(mask)] & _MAGNITUDE
             counts[0, (value >> np.uint32(shift)) & keep] += value != 0
             mask &= mask - _ONE
 
@@ -560,6 +669,28 @@ def _write_positions(out: Array, at: int, bits: Array, low: int, high: int, thre
                 equal &= equal - _ONE
                 ties -= 1
         while mask != 0:
-            out[at] = index + _lowest(mask)
+            out[at] = index + lowest_bit(mask)
             at += 1
             mask &= mask - _ONE
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def merge_owned(out: Array, positions: Array, ends: Array, blocks: int, coefficients: Array, block: int) -> None:
+    """Positions of all shards, one shard's after the other's up to ``ends``, as coordinates in ascending order."""
+    c0, c1, c2, c3 = coefficients
+    shards = ends.size
+    nexts = np.zeros(shards, dtype=np.int64)
+    nexts[1:] = ends[:-1]
+    at = 0
+    for group in range((blocks + shards - 1) // shards):
+        shard = _scaled(c0, c1, c2, c3, group, shards)  # of the group's first block
+        first, stop = group * block, (group + 1) * block  # of the positions in this group's block
+        for place in range(shards):
+            origin = (group * shards + place) * block
+            i = nexts[shard]
+            while i < ends[shard] and positions[i] < stop:
+                out[at] = origin + positions[i] - first
+                at += 1
+                i += 1
+            nexts[shard] = i
+            shard = shard + 1 if shard + 1 < shards else 0

@@ -22,23 +22,82 @@ MIN_PART = 1 << 15  # with fewer coordinates a part does not pay for its thread 
 _lock = threading.Lock()  # Numba's workqueue threading layer ends a process that enters it from two threads
 
 
-def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int) -> None:
+def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
+    """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
+    with _parallel(v.numel()) as parts:
+        loops.feedback(_velocity(u), v.numpy(), gradient.numpy(), np.float32(momentum), parts)
+
+
+def feedback_accumulate_(
+    hash: BlockHash, table: Tensor, u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float, start: int
+) -> None:
+    """See :func:`hvd_sketch.kernels.reference.feedback_accumulate_`; equal to the bit."""
+    cells, numbers = _flat(table), _hash_numbers(hash)
+    with _parallel(v.numel()) as parts:
+        velocity, factor = _velocity(u), np.float32(momentum)
+        loops.feedback_accumulate(cells, velocity, v.numpy(), gradient.numpy(), factor, start, numbers, parts)
+
+
+def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
     """See :func:`hvd_sketch.kernels.reference.accumulate_`; equal to the bit."""
-    assert table.is_contiguous() and values.is_contiguous()
     if values.numel() == 0:
         return
+    row_cells = hash.shards * hash.shard_cols
+    first, count = (rows.start, len(rows)) if rows is not None else (0, hash.rows)
     with _parallel(values.numel()) as parts:
-        loops.accumulate(table.numpy().reshape(-1), values.numpy(), start, _hash_numbers(hash), parts)
+        span = first * row_cells, count * row_cells
+        loops.accumulate(_flat(table), *span, values.numpy(), start, _hash_numbers(hash), parts)
 
 
 def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.estimate`."""
-    return _estimates(hash, table, -1, start, stop, stop - start)
+    # NumPy asks for huge pages, torch does not: first writing 100 MB takes 10 instead of 37 ms.
+    out = np.empty(stop - start, dtype=np.float32)
+    if out.size:
+        with _parallel(out.size) as parts:
+            loops.estimate(out, _flat(table), start, _hash_numbers(hash), parts)
+    return torch.from_numpy(out)
 
 
-def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
-    """See :func:`hvd_sketch.kernels.reference.estimate_owned`."""
-    return _estimates(hash, shard_table, shard, 0, hash.dim, hash.owned_size(shard))
+def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
+    size = hash.owned_size(shard)
+    with _parallel(size) as parts:
+        where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
+        counts = loops.owned_histogram(*where, prefix, shift, bits, parts)
+    return torch.from_numpy(counts.sum(axis=0))
+
+
+def owned_above(
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.owned_above`."""
+    if ties:
+        return _with_ties(hash, shard_table, shard, threshold, ties, limit)
+    size = hash.owned_size(shard)
+    positions = np.empty(size, dtype=np.int32 if size < 2**31 else np.int64)
+    values = np.empty(size, dtype=np.float32)
+    with _parallel(size) as parts:
+        where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
+        spans = loops.owned_above(positions, values, *where, max(threshold, 0), limit, parts).T.tolist()
+    if sum(end - begin for begin, end in spans) > limit:
+        return None
+    at = 0
+    for begin, end in spans:
+        for found in (positions, values):
+            found[at : at + end - begin] = found[begin:end]
+        at += end - begin
+    return torch.from_numpy(positions[:at]), torch.from_numpy(values[:at])
+
+
+def _with_ties(
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    found = owned_above(hash, shard_table, shard, threshold - 1, 0, hash.owned_size(shard))
+    assert found is not None
+    positions, values = found
+    chosen = select_above(values, threshold, ties)
+    return (positions[chosen], values[chosen]) if chosen.numel() <= limit else None
 
 
 def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
@@ -57,14 +116,26 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def _estimates(hash: BlockHash, table: Tensor, shard: int, start: int, stop: int, size: int) -> Tensor:
-    assert table.is_contiguous()
-    # NumPy asks for huge pages, torch does not: first writing 100 MB takes 10 instead of 37 ms.
-    out = np.empty(size, dtype=np.float32)
-    if size:
-        with _parallel(size) as parts:
-            loops.estimate(out, table.numpy().reshape(-1), shard, start, stop, _hash_numbers(hash), parts)
+def merge_owned(hash: BlockHash, positions: list[Tensor]) -> Tensor:
+    """Coordinates from positions in every owner's own order, ascending each: int64 [sum], ascending, on the CPU.
+
+    One pass over the blocks, which visit their owners in turn, instead of a sort.
+    """
+    if hash.shards == 1:  # the owner's order is the vector's
+        return positions[0]
+    ends = np.cumsum([part.numel() for part in positions])
+    out = np.empty(ends[-1], dtype=np.int64)
+    loops.merge_owned(out, torch.cat(positions).numpy(), ends, hash.blocks, hash.shard_coefficients, hash.block)
     return torch.from_numpy(out)
+
+
+def _flat(table: Tensor) -> np.ndarray:
+    assert table.is_contiguous()
+    return table.numpy().reshape(-1)
+
+
+def _velocity(u: Tensor | None) -> np.ndarray:
+    return u.numpy() if u is not None else np.empty(0, dtype=np.float32)
 
 
 def _hash_numbers(hash: BlockHash) -> loops.HashNumbers:

@@ -80,8 +80,8 @@ def owned_above(
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`select_above` of :func:`estimate_owned`, which other backends do not write to memory.
 
-    Returns positions, int64 ascending, and the estimates there, float32; None if more than ``limit`` would be
-    returned (a backend may then stop early).
+    Returns positions, int64 (or int32 where the shard's size fits) ascending, and the estimates there, float32;
+    None if more than ``limit`` would be returned (a backend may then stop early).
     """
     estimates = estimate_owned(hash, shard_table, shard)
     positions = select_above(estimates, threshold, ties)
