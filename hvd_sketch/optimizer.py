@@ -253,14 +253,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         if STATE_KEY in state_dict:
             self._gradients.load_state_dict(state_dict[STATE_KEY])
-        elif self.exchange is not None:
+        else:
+            self._forget_residuals()
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self._start_over()
+
+    def _forget_residuals(self) -> None:
+        for part in (self._gradients.sketched, self._gradients.dense):
+            if part is not None:
+                part.residual.zero_()
+                part.velocity.zero_()
+        if self.exchange is not None:
             logger.warning(
                 "rank %d: the checkpoint has no %r entry (of a plain optimizer?): residuals start from zero",
                 self._transport.rank,
                 STATE_KEY,
             )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
-        self._start_over()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

@@ -911,9 +911,14 @@ def test_state_of_a_plain_optimizer_loads_with_a_warning_and_ours_into_a_plain_o
     plain = Adam(model.parameters(), lr=0.3)
     model.backward(0, 0)
     plain.step()
-    optimizer = adam(alone(), Toy())
+    trained = Toy()
+    optimizer = adam(alone(), trained)
+    train(alone(), optimizer, trained, range(2))
+    kept = [optimizer.exchange.residual, optimizer.exchange.velocity, optimizer._gradients.dense.velocity]
+    assert all(map(Tensor.any, kept))
     optimizer.load_state_dict(plain.state_dict())
     assert len(caplog.messages) == 1 and "residuals start from zero" in caplog.text
+    assert not any(map(Tensor.any, kept))
     assert optimizer.param_groups[0]["lr"] == 0.3
     back = Adam(Toy().parameters())
     back.load_state_dict(optimizer.state_dict())
