@@ -93,6 +93,10 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("batch", "hidden", "seeds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and not path.parent.is_dir():  # said before the training, not after it
+            parser.error(f"--{name} {path}: there is no directory {path.parent}")
     if arguments.epochs is not None and arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
     return arguments

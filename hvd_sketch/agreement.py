@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,6 +43,29 @@ def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
         + "\n  ".join(["", *shown])
         + "\nBuild the exchange from the same configuration, model and software on every rank."
     )
+
+
+@contextmanager
+def refused_together(comm: Transport) -> Iterator[None]:
+    """What one rank refuses inside, by a ValueError or TypeError, all ranks refuse: nobody is left waiting for it.
+
+    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
+
+    Raises:
+        ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
+    """
+    refusal: Exception | None = None
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        refusal = error
+    refusing = comm.allgather(torch.tensor([refusal is not None], dtype=torch.uint8)).nonzero().flatten().tolist()
+    if not refusing:
+        return
+    reasons = _gather_texts(comm, str(refusal))
+    if refusal is not None:
+        raise refusal
+    raise ValueError(f"{_name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
 
 
 class FiniteGuard:

@@ -61,7 +61,7 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
 
     Raises:
         ValueError: on every rank: the optimizers differ in kind, groups or shapes; the root's state holds
-            what ``torch.load(weights_only=True)`` refuses; there is no rank ``root_rank``.
+            what ``torch.save`` or ``torch.load(weights_only=True)`` refuses; there is no rank ``root_rank``.
     """
     comm = resolve_transport(transport)
     if isinstance(optimizer, DistributedOptimizer):
@@ -73,8 +73,9 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
     if length == UNSAFE:
         raise ValueError(
-            f"the optimizer state of rank {root_rank} holds objects that torch.load(weights_only=True) "
-            "refuses: keep to tensors, numbers, strings, lists and dicts in param_groups and state"
+            f"the optimizer state of rank {root_rank} holds objects that torch.save or "
+            "torch.load(weights_only=True) refuses: keep to tensors, numbers, strings, lists and dicts in "
+            "param_groups and state"
         )
     if is_root and data is not None:
         comm.broadcast_(data, root_rank)
@@ -151,13 +152,13 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _serialized(state: dict[str, Any]) -> Tensor | None:
-    """The state as uint8 [n], or None if others could not load it safely."""
+    """The state as uint8 [n], or None if it cannot be saved, or others could not load it safely."""
     file = io.BytesIO()
-    torch.save(state, file)
-    data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
     try:
+        torch.save(state, file)
+        data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
         _deserialized(data)
-    except Exception:  # unpicklers raise whatever they like
+    except Exception:  # picklers and unpicklers raise whatever they like
         return None
     return data
 

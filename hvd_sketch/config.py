@@ -64,20 +64,25 @@ class SketchConfig:
         Half the floats go to the table, half to the candidates and the update.
 
         Args:
-            ratio: the paper's compression ratio, above 0; indices are not counted in it.
+            ratio: the paper's compression ratio, above 0; indices are not counted in it. HEAVYMIX counts with
+                ``oversample`` 1.
             dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
             **overrides: any other field; given ``cols`` or ``k``, the rest of the floats go to the other.
 
         Raises:
-            ValueError: ``ratio`` not positive, ``dim`` below 1, or no table of at least one column and no k
-                of at least 1 fit the ratio.
+            ValueError: ``ratio`` not positive, ``dim`` below 1, another field out of range, or no table of at
+                least one column and no k of at least 1 fit the ratio.
         """
         if not 0 < ratio < float("inf"):
             raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
         if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        rows = overrides.get("rows", cls.rows)
-        per_choice = overrides.get("oversample", cls.oversample) + 1
+            raise ValueError(
+                f"dim must be at least 1, got {dim}: where no tensor is large enough to be sketched, lower "
+                "dense_below, or exchange dense (sketch=None)"
+            )
+        given = cls(**{"cols": 1, "k": 1, **overrides})  # refuses what is out of range
+        rows = given.rows
+        per_choice = (1 if given.selection == "heavymix" else given.oversample) + 1
         floats = 2 * dim / ratio
         if "cols" in overrides and "k" in overrides:
             raise ValueError("give at most one of cols and k to for_compression: both fix the ratio already")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from hvd_sketch.agreement import refused_together, require_equal
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import SketchedAllreduce
 from hvd_sketch.packing import GradientExchange, NamedParameter, check_exchangeable, name_parameters
@@ -57,8 +58,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         inner: the wrapped optimizer.
 
     Raises:
-        ValueError: an optimizer that cannot be wrapped, names that do not fit it, parameters that cannot be
-            exchanged; on every rank, when the ranks were set up differently.
+        ValueError: on every rank: an optimizer that cannot be wrapped, names that do not fit it, parameters that
+            cannot be exchanged, on any of them; ranks that were set up differently.
 
     Source: Ivkin et al., Communication-efficient Distributed SGD with Sketching, NeurIPS 2019, Alg. 3.
     """
@@ -76,17 +77,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         backward_passes_per_step: int = 1,
     ) -> None:
         # Not super().__init__: it would make param_groups, state and hooks of our own.
-        _check_wrappable(optimizer)
-        if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
-            raise ValueError(
-                f"backward_passes_per_step must be an integer of at least 1, got {backward_passes_per_step!r}"
-            )
-        if sketch is not None and not isinstance(sketch, SketchConfig):
-            raise ValueError(f"sketch must be a SketchConfig, or None for dense, got {type(sketch).__name__}")
-        named = name_parameters(optimizer, named_parameters)
-        check_exchangeable(named)
-        self.inner = optimizer
         self._transport = resolve_transport(transport)
+        with refused_together(self._transport):
+            _check_arguments(optimizer, sketch, backward_passes_per_step)
+            named = name_parameters(optimizer, named_parameters)
+            check_exchangeable(named)
+        require_equal(self._transport, {"backward_passes_per_step": backward_passes_per_step})
+        self.inner = optimizer
         self._gradients = GradientExchange(named, sketch, self._transport)
         self._passes = BackwardCounter(named, backward_passes_per_step)
         self._known = {id(parameter) for _, parameter in named}
@@ -256,14 +253,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         if STATE_KEY in state_dict:
             self._gradients.load_state_dict(state_dict[STATE_KEY])
-        elif self.exchange is not None:
+        else:
+            self._forget_residuals()
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self._start_over()
+
+    def _forget_residuals(self) -> None:
+        for part in (self._gradients.sketched, self._gradients.dense):
+            if part is not None:
+                part.residual.zero_()
+                part.velocity.zero_()
+        if self.exchange is not None:
             logger.warning(
                 "rank %d: the checkpoint has no %r entry (of a plain optimizer?): residuals start from zero",
                 self._transport.rank,
                 STATE_KEY,
             )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
-        self._start_over()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -308,6 +313,14 @@ def _count(counter: weakref.ref[BackwardCounter], name: str, parameter: Tensor) 
     alive = counter()
     if alive is not None:
         alive.count(name)
+
+
+def _check_arguments(optimizer: object, sketch: object, backward_passes_per_step: object) -> None:
+    _check_wrappable(optimizer)
+    if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
+        raise ValueError(f"backward_passes_per_step must be an integer of at least 1, got {backward_passes_per_step!r}")
+    if sketch is not None and not isinstance(sketch, SketchConfig):
+        raise ValueError(f"sketch must be a SketchConfig, or None for dense, got {type(sketch).__name__}")
 
 
 def _check_wrappable(optimizer: object) -> None:

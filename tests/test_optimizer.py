@@ -347,6 +347,32 @@ def test_ranks_with_different_parameters_all_raise(
         assert field in message and "on rank 1" in message and "ranks 0, 2" in message
 
 
+@pytest.mark.parametrize(
+    ("differ", "told"),
+    [
+        (lambda m: {"sketch": None}, "config.cols: 40 on ranks 0, 2; none: dense on rank 1"),
+        (lambda m: {"backward_passes_per_step": 2}, "backward_passes_per_step: 1 on ranks 0, 2; 2 on rank 1"),
+        (lambda m: {"backward_passes_per_step": 0}, "at least 1, got 0"),
+        (lambda m: {"named_parameters": [("a", p) for p in m.parameters()]}, "more than one parameter named 'a'"),
+        (lambda m: {"optimizer": torch.optim.LBFGS(m.parameters())}, "LBFGS"),
+        (lambda m: m.requires_grad_(False) and {}, "no parameter that requires a gradient"),
+    ],
+)
+def test_what_one_rank_refuses_all_refuse(differ: Callable[[Toy], dict[str, Any]], told: str) -> None:
+    """Nobody waits for a rank that will not come."""
+
+    def rank_main(transport: LocalTransport) -> str:
+        model = Toy()
+        arguments = {"optimizer": SGD(model.parameters()), "sketch": little(), "transport": transport}
+        with pytest.raises(ValueError) as caught:
+            DistributedOptimizer(**arguments | (differ(model) if transport.rank == 1 else {}))
+        return str(caught.value)
+
+    for rank, message in enumerate(run_local(3, rank_main, timeout_s=20)):
+        assert told in message
+        assert rank == 1 or "rank 1" in message
+
+
 def test_ranks_that_split_parameters_differently_all_raise() -> None:
     def rank_main(transport: LocalTransport) -> str:
         with pytest.raises(ValueError) as caught:
@@ -885,9 +911,14 @@ def test_state_of_a_plain_optimizer_loads_with_a_warning_and_ours_into_a_plain_o
     plain = Adam(model.parameters(), lr=0.3)
     model.backward(0, 0)
     plain.step()
-    optimizer = adam(alone(), Toy())
+    trained = Toy()
+    optimizer = adam(alone(), trained)
+    train(alone(), optimizer, trained, range(2))
+    kept = [optimizer.exchange.residual, optimizer.exchange.velocity, optimizer._gradients.dense.velocity]
+    assert all(map(Tensor.any, kept))
     optimizer.load_state_dict(plain.state_dict())
     assert len(caplog.messages) == 1 and "residuals start from zero" in caplog.text
+    assert not any(map(Tensor.any, kept))
     assert optimizer.param_groups[0]["lr"] == 0.3
     back = Adam(Toy().parameters())
     back.load_state_dict(optimizer.state_dict())

@@ -123,6 +123,8 @@ def test_bad_configurations(values: dict[str, Any], message: str) -> None:
     [
         (0, 100, {}, "positive"), (-3, 100, {}, "positive"), (float("nan"), 100, {}, "positive"),
         (1000, 100, {}, "lower the ratio"), (10, 0, {}, "dim must be"), (5, 1000, {"cols": 500}, "lower the ratio"),
+        (10, 100, {"rows": 0}, "rows must be"), (10, 100, {"oversample": -1}, "oversample must be"),
+        (10, 0, {}, "exchange dense"),
         (5, 1000, {"cols": 5, "k": 5}, "at most one of"),
     ],
 )  # fmt: skip
@@ -131,7 +133,9 @@ def test_ratios_that_cannot_be_met(ratio: float, dim: int, overrides: dict[str, 
         SketchConfig.for_compression(ratio, dim, **overrides)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}, {"selection": "heavymix"}]
+)
 @pytest.mark.parametrize("ratio", [4, 20, 100])
 def test_for_compression_meets_the_ratio(ratio: float, overrides: dict[str, Any]) -> None:
     dim = 3_000_000
