@@ -48,6 +48,12 @@ def test_staged_through_host_copies(kind: str) -> None:
     assert launch(kind, 2, "tests.contract:check_all", staged=True) == [CHECKS] * 2
 
 
+@pytest.mark.multiprocess
+def test_messages_of_mpi_travel_while_a_rank_computes() -> None:
+    """Over TCP nothing larger than 64 KiB arrives unless somebody calls MPI."""
+    assert launch("mpi", 2, "tests.contract:arrives_by_itself") == [True, True]
+
+
 def test_a_failing_thread_releases_the_others() -> None:
     def fail_on_one(transport):
         if transport.rank == 1:

@@ -13,8 +13,11 @@ from hvd_sketch.transport.base import Handle
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-POLL_INTERVAL_S = 1e-3
-PROBES = 4
+# Two ranks at 1 Gbit/s, three rows of 4 MB: off the CPU for 30 ms before each (as a GPU's rank is) 109 ms instead of
+# 139 ms, all rows but the last are hidden; computing on the CPU 86 to 110 ms instead of 112 ms. Polling more often
+# hides no more and takes time from Python (0.3 ms: 122 ms).
+POLL_INTERVAL_S = 2e-3
+PROBES = 8  # one call moves at most 384 KiB to each peer (Open MPI's pipeline over TCP)
 
 
 class Progress:
@@ -30,7 +33,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def drive(self, handle: Handle) -> Handle:
-        """The same handle, whose messages move on until it is waited for."""
+        """The handle, made to move on until it is waited for; call from one thread only."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._poll, name="hvd_sketch MPI progress", daemon=True)
             self._thread.start()
@@ -39,6 +42,7 @@ class Progress:
         return _Driven(handle, self)
 
     def leave(self) -> None:
+        """One handle less to care for: MPI's own wait moves its messages on."""
         self._in_flight -= 1
         if self._in_flight == 0:
             self._needed.clear()
