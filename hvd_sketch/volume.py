@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Finished, Handle, Transport, ordered_reduce_scatter
+from hvd_sketch.transport.base import Handle, Transport
 
 # How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
@@ -31,6 +31,8 @@ class Record:
             an allreduce's or broadcast's buffer.
         wire_bytes: modelled from it: what one rank sends on average under the ring form,
             ``passes * (W - 1) / W * payload_bytes``.
+        staged_bytes: copied between a device and the host for it, both ways; 0 for tensors on the host and where
+            the transport reads device memory itself.
     """
 
     step: int
@@ -39,16 +41,18 @@ class Record:
     dtype: str
     payload_bytes: int
     wire_bytes: int
+    staged_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over all steps so far, per rank: collectives, payload bytes and modelled wire bytes."""
+    """Sums over all steps so far, per rank: collectives, payload bytes, modelled wire bytes, staged bytes."""
 
     steps: int
     collectives: int
     payload_bytes: int
     wire_bytes: int
+    staged_bytes: int
 
 
 class CommLedger:
@@ -63,6 +67,7 @@ class CommLedger:
         self._collectives = 0
         self._payload_bytes = 0
         self._wire_bytes = 0
+        self._staged_bytes = 0
         self._ring_bytes = 0  # passes * payload: the wire without its factor (W - 1) / W, which ratios do not need
         self._dense_ring_bytes = 0
         self._paper_floats = 0
@@ -76,15 +81,18 @@ class CommLedger:
     def begin_step(self) -> None:
         self._step += 1
 
-    def record(self, phase: str, collective: str, dtype: torch.dtype, payload_bytes: int, size: int) -> None:
-        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload."""
+    def record(
+        self, phase: str, collective: str, dtype: torch.dtype, payload_bytes: int, size: int, staged_bytes: int = 0
+    ) -> None:
+        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload and as staged."""
         ring_bytes = RING_PASSES[collective] * payload_bytes
         wire_bytes = round(ring_bytes * (size - 1) / size)
         name = str(dtype).removeprefix("torch.")
-        self.records.append(Record(self._step, phase, collective, name, payload_bytes, wire_bytes))
+        self.records.append(Record(self._step, phase, collective, name, payload_bytes, wire_bytes, staged_bytes))
         self._collectives += 1
         self._payload_bytes += payload_bytes
         self._wire_bytes += wire_bytes
+        self._staged_bytes += staged_bytes
         self._ring_bytes += ring_bytes
 
     def compare_with_dense(self, elements: int, dense_bytes: int, paper_floats: int) -> None:
@@ -97,7 +105,7 @@ class CommLedger:
         self._paper_floats += paper_floats
 
     def totals(self) -> Totals:
-        return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes)
+        return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes, self._staged_bytes)
 
     def compression_ratio(self) -> float:
         """Bytes a ring allreduce of the dense gradient would send over the bytes we send, both modelled.
@@ -143,38 +151,44 @@ class MeteredTransport:
         finally:
             self._phase = outer
 
+    @property
+    def overlaps(self) -> bool:
+        return self._transport.overlaps
+
+    def stages(self, device: torch.device) -> bool:
+        return self._transport.stages(device)
+
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        self._record("allreduce", tensor)
+        self._record("allreduce", tensor, moved=2 * tensor.nbytes)
         return self._transport.allreduce_(tensor)
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        return self.start_reduce_scatter(tensor).wait()
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
+        return self._transport.reduce_scatter(tensor, ordered or self._deterministic)
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
-        if self._deterministic:
-            self._record("alltoall", tensor)
-            return Finished(ordered_reduce_scatter(self._transport, tensor))
-        self._record("reduce_scatter", tensor)
-        return self._transport.start_reduce_scatter(tensor)
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
+        return self._transport.start_reduce_scatter(tensor, ordered or self._deterministic)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        self._record("alltoall", tensor)
+        self._record("alltoall", tensor, moved=2 * tensor.nbytes)
         return self._transport.alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
         # Parts of unequal size: the sizes travel first, one int64 from each rank.
         self.ledger.record(self._phase, "allgather", torch.int64, 8 * self.size, self.size)
         gathered = self._transport.allgather(tensor)
-        self._record("allgather", gathered)
+        self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
         return gathered
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        self._record("broadcast", tensor)
+        self._record("broadcast", tensor, moved=2 * tensor.nbytes)
         return self._transport.broadcast_(tensor, root)
 
     def barrier(self) -> None:
         self._transport.barrier()
 
-    def _record(self, collective: str, tensor: Tensor) -> None:
-        payload_bytes = tensor.numel() * tensor.element_size()
-        self.ledger.record(self._phase, collective, tensor.dtype, payload_bytes, self.size)
+    def _record(self, collective: str, payload: Tensor, moved: int) -> None:
+        """Record a collective; ``moved`` is what this rank reads and writes of it, staged if the device needs that."""
+        staged_bytes = moved if self._transport.stages(payload.device) else 0
+        self.ledger.record(self._phase, collective, payload.dtype, payload.nbytes, self.size, staged_bytes)

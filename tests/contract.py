@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
 
 from hvd_sketch.transport import Transport
-from hvd_sketch.transport.base import ordered_reduce_scatter
 
 SUMMABLE = [torch.float32, torch.float64, torch.int32, torch.int64]
 MOVABLE = [*SUMMABLE, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.int16]
 LENGTHS = [0, 1, 2, 7, 1000]
 
 
-def check_all(transport: Transport, max_count: int | None = None) -> int:
-    """Run every check; returns how many ran."""
+def check_all(transport: Any, max_count: int | None = None, staged: bool = False) -> int:
+    """Run every check; returns how many ran.
+
+    Args:
+        max_count: as if MPI's counts ended there.
+        staged: as if these tensors lay on a device that the transport cannot read.
+    """
+    if staged:
+        transport.stages = lambda device: True
     if max_count is not None:
-        transport._max_count = max_count  # as if MPI's counts ended there
+        transport._max_count = max_count
     checks = [value for name, value in globals().items() if name.startswith("check_") and name != "check_all"]
     for check in checks:
         check(transport)
@@ -23,10 +32,27 @@ def check_all(transport: Transport, max_count: int | None = None) -> int:
     return len(checks)
 
 
+def arrives_by_itself(transport: Any) -> bool:
+    """Whether an MPI sum of two ranks comes in while this rank calls nothing. The value is in no fresh memory."""
+    handle = transport.start_reduce_scatter(torch.full((2, 500_000), 12345.0))
+    incoming = handle._handle._parts[1 - transport.rank]
+    deadline = time.monotonic() + 20
+    while incoming[-1] != 12345 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    arrived = bool(incoming[-1] == 12345)
+    handle.wait()
+    return arrived
+
+
 def of_rank(rank: int, *shape: int) -> torch.Tensor:
     """Small integers that differ between ranks and positions, float32."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7 + rank * 31) % 101 - 50).to(torch.float32).reshape(shape)
+
+
+def rounding(rank: int, *shape: int) -> torch.Tensor:
+    """Numbers of this rank whose sum depends on the order of its terms, float32."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 10**rank
 
 
 def check_rank_and_size(t: Transport) -> None:
@@ -49,18 +75,32 @@ def check_reduce_scatter(t: Transport) -> None:
             mine = of_rank(t.rank, t.size, *shape).to(dtype)
             before = mine.clone()
             expected = sum(of_rank(r, t.size, *shape)[t.rank] for r in range(t.size)).to(dtype)
-            for result in (t.reduce_scatter(mine), ordered_reduce_scatter(t, mine)):
+            for result in (t.reduce_scatter(mine), t.reduce_scatter(mine, ordered=True)):
                 assert result.shape == shape and torch.equal(result, expected)
             assert torch.equal(mine, before), "a reduce_scatter must not change its input"
 
 
+def check_ordered_sums(t: Transport) -> None:
+    parts = [rounding(r, t.size, 1001) for r in range(t.size)]
+    expected = parts[0][t.rank].clone()
+    for part in parts[1:]:
+        expected += part[t.rank]
+    assert torch.equal(t.reduce_scatter(parts[t.rank], ordered=True), expected), "the sum must be in rank order"
+
+
 def check_reduce_scatters_in_flight(t: Transport) -> None:
-    for _ in range(3):
-        rows = [of_rank(t.rank, t.size, 11) * (row + 1) for row in range(4)]
-        handles = [t.start_reduce_scatter(row) for row in rows]
-        expected = sum(of_rank(r, t.size, 11)[t.rank] for r in range(t.size))
-        for row, handle in enumerate(handles):
-            assert torch.equal(handle.wait(), expected * (row + 1))
+    for ordered in (False, True):
+        mine = [rounding(t.rank, t.size, length) for length in (7, 0, 20_001, 1, 1000)]
+        before = [tensor.clone() for tensor in mine]
+        expected = [t.reduce_scatter(tensor, ordered) for tensor in mine]
+        for gap in (0, 2, 4):
+            handles = [t.start_reduce_scatter(tensor, ordered) for tensor in mine]
+            for i, (handle, blocking) in enumerate(zip(handles, expected, strict=True)):
+                if i == gap:  # other collectives may run while some are in flight
+                    check_allreduce(t)
+                    assert torch.equal(t.reduce_scatter(mine[2], ordered), expected[2])
+                assert torch.equal(handle.wait(), blocking), "starting early must not change a bit"
+        assert all(map(torch.equal, mine, before)), "a reduce_scatter must not change its input"
 
 
 def check_alltoall(t: Transport) -> None:

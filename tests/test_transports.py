@@ -10,9 +10,11 @@ import torch
 from hvd_sketch.transport import local_transports, resolve_transport, run_local
 from tests.harness import launch
 
+CHECKS = 9  # in tests/contract.py
 WORLDS = [("local", 1), ("local", 2), ("local", 3), ("local", 4)]
 PROCESS_WORLDS = [
     ("mpi", 1),
+    ("mpi", 2),
     ("mpi", 3),
     ("mpi", 4),
     ("horovod-gloo", 2),
@@ -23,20 +25,33 @@ PROCESS_WORLDS = [
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 def test_contract_between_threads(kind: str, ranks: int) -> None:
-    assert launch(kind, ranks, "tests.contract:check_all") == [8] * ranks
+    assert launch(kind, ranks, "tests.contract:check_all") == [CHECKS] * ranks
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("kind", "ranks"), PROCESS_WORLDS)
 def test_contract_between_processes(kind: str, ranks: int) -> None:
-    assert launch(kind, ranks, "tests.contract:check_all") == [8] * ranks
+    assert launch(kind, ranks, "tests.contract:check_all") == [CHECKS] * ranks
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("max_count", [3, 100])
+@pytest.mark.parametrize("max_count", [50, 999])
 def test_mpi_in_chunks(max_count: int) -> None:
     """Vectors longer than MPI's counts allow, with the limit lowered."""
-    assert launch("mpi", 3, "tests.contract:check_all", max_count=max_count) == [8] * 3
+    assert launch("mpi", 3, "tests.contract:check_all", max_count=max_count) == [CHECKS] * 3
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["mpi", "horovod-gloo"])
+def test_staged_through_host_copies(kind: str) -> None:
+    """The copies a device would need, made of tensors on the host; pinned memory and streams take a GPU."""
+    assert launch(kind, 2, "tests.contract:check_all", staged=True) == [CHECKS] * 2
+
+
+@pytest.mark.multiprocess
+def test_messages_of_mpi_travel_while_a_rank_computes() -> None:
+    """Over TCP nothing larger than 64 KiB arrives unless somebody calls MPI."""
+    assert launch("mpi", 2, "tests.contract:arrives_by_itself") == [True, True]
 
 
 def test_a_failing_thread_releases_the_others() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.transport import local_transports, run_local
+from hvd_sketch.transport import run_local
 from hvd_sketch.volume import CommLedger, MeteredTransport
 from tests.targets import run_steps
 
@@ -39,26 +39,37 @@ def test_records_come_from_the_buffers() -> None:
             (0, "two", "broadcast", "float32", 36, 24),
         ]
         assert (totals.steps, totals.collectives) == (1, 6)
-        assert (totals.payload_bytes, totals.wire_bytes) == (211, 167)
+        assert (totals.payload_bytes, totals.wire_bytes, totals.staged_bytes) == (211, 167, 0)
 
 
-def test_a_deterministic_sum_is_recorded_as_what_it_sends() -> None:
-    comm = MeteredTransport(local_transports(1)[0], CommLedger(), deterministic=True)
-    comm.reduce_scatter(torch.ones(1, 5))
-    assert [r.collective for r in comm.ledger.records] == ["alltoall"]
+def test_staged_bytes_are_what_this_rank_reads_and_writes() -> None:
+    def main(transport):
+        transport.stages = lambda device: True  # as if the tensors lay on a device
+        comm = MeteredTransport(transport, CommLedger())
+        comm.allreduce_(torch.ones(10))
+        comm.reduce_scatter(torch.ones(2, 5))
+        comm.start_reduce_scatter(torch.ones(2, 5)).wait()
+        comm.alltoall(torch.ones(2, 3))
+        comm.allgather(torch.ones(1 + transport.rank))
+        comm.broadcast_(torch.ones(9))
+        return [r.staged_bytes for r in comm.ledger.records], comm.ledger.totals().staged_bytes
+
+    for rank, (staged, total) in enumerate(run_local(2, main)):
+        # The sizes an allgather sends first lie on the host.
+        assert staged == [80, 60, 60, 48, 0, 4 * (1 + rank) + 12, 72] and total == sum(staged)
 
 
 def test_jsonl_and_the_cap_on_records(tmp_path) -> None:
     ledger = CommLedger(max_records=3)
     for _ in range(5):
         ledger.begin_step()
-        ledger.record("sketch", "allreduce", torch.float32, 100, size=2)
+        ledger.record("sketch", "allreduce", torch.float32, 100, size=2, staged_bytes=70)
     ledger.write_jsonl(tmp_path / "ledger.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4]
     assert lines[0] == {
         "step": 2, "phase": "sketch", "collective": "allreduce", "dtype": "float32",
-        "payload_bytes": 100, "wire_bytes": 100,
+        "payload_bytes": 100, "wire_bytes": 100, "staged_bytes": 70,
     }  # fmt: skip
     assert ledger.totals().payload_bytes == 500, "totals cover every step"
 

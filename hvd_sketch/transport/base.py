@@ -6,6 +6,7 @@ same dtype and, where not said otherwise, the same shape. Sums are elementwise o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,14 +32,28 @@ class Transport(Protocol):
     def size(self) -> int:
         """How many ranks take part (``W``)."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a started reduce_scatter travels while this rank computes, so that starting early pays."""
+
+    def stages(self, device: torch.device) -> bool:
+        """Whether tensors on ``device`` travel as copies on the host. Communication: none."""
+
     def allreduce_(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place; also returned. float32, float64, int32 or int64."""
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """``tensor`` [size, ...]: returns the sum over ranks of ``tensor[rank]`` as a new tensor [...]."""
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        """``tensor`` [size, ...]: returns the sum over ranks of ``tensor[rank]`` as a new tensor [...].
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
-        """Begin a :meth:`reduce_scatter`; ``tensor`` must stay untouched until ``wait()`` returns."""
+        With ``ordered`` the sum is made in rank order: the same bits on every transport. float32, float64, int32
+        or int64.
+        """
+
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        """Begin a :meth:`reduce_scatter`, of the same bits; ``tensor`` must stay untouched until ``wait()`` returns.
+
+        Several may be in flight, and other collectives may run between start and ``wait()``.
+        """
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         """``tensor`` [size, ...], part i for rank i: returns what the ranks sent here, in rank order."""
@@ -63,20 +78,12 @@ class Finished:
         return self._result
 
 
-def sum_in_rank_order(parts: Tensor) -> Tensor:
-    """``parts`` [size, ...]: ``((parts[0] + parts[1]) + parts[2]) + …``, the same bits on every transport."""
-    total = parts[0].clone()
+def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """``((parts[0] + parts[1]) + parts[2]) + …``, the same bits on every transport; written to ``out`` if given."""
+    total = parts[0].clone() if out is None else out.copy_(parts[0])
     for part in parts[1:]:
         total += part
     return total
-
-
-def ordered_reduce_scatter(transport: Transport, tensor: Tensor) -> Tensor:
-    """A reduce_scatter made of an alltoall and a sum in rank order: bit-equal on every transport.
-
-    Sends what a ring reduce_scatter sends, ``(size - 1) / size`` of the tensor.
-    """
-    return sum_in_rank_order(transport.alltoall(tensor))
 
 
 def mean_over_ranks(transport: Transport, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.transport.base import Finished, Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.staging import to_host
 
 HOROVOD_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 
@@ -17,7 +18,9 @@ class HorovodTransport:
     """One rank of a Horovod job, or of one of its process sets.
 
     Sums of host tensors travel as an alltoall and are added here: Gloo's reducescatter sends up to 1.5 times
-    what a ring does. CUDA tensors use NCCL's reducescatter where Horovod was built with NCCL.
+    what a ring does. CUDA tensors are handed to a Horovod that was built with NCCL, whose reducescatter sums them
+    (unless ``ordered``), otherwise to pinned copies on the host: a build for CPUs refuses CUDA tensors. Neither has
+    run on a GPU yet.
 
     Communication: the constructor calls ``hvd.init()``, which is collective the first time.
 
@@ -51,42 +54,53 @@ class HorovodTransport:
     def size(self) -> int:
         return self._set.size()
 
+    @property
+    def overlaps(self) -> bool:
+        return self.size > 1
+
+    def stages(self, device: torch.device) -> bool:
+        return device.type != "cpu" and not (device.type == "cuda" and self._hvd.nccl_built())
+
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        return self._hvd.allreduce_(tensor, op=self._hvd.Sum, name=self._name("allreduce"), process_set=self._set)
+        ours = self._readable(tensor)
+        self._hvd.allreduce_(ours, op=self._hvd.Sum, name=self._name("allreduce"), process_set=self._set)
+        return tensor if ours is tensor else tensor.copy_(ours)
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        return self.start_reduce_scatter(tensor).wait()
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        return self.start_reduce_scatter(tensor, ordered).wait()
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         check_parts(tensor, self.size, "reduce_scatter")
         if tensor.numel() == 0:
             return Finished(tensor.new_empty(tensor.shape[1:]))
+        ours = self._readable(tensor)
         # Fixed names, equal on all ranks; operations in flight together need different ones.
         slot = next(i for i in count() if i not in self._slots_in_flight)
         self._slots_in_flight.add(slot)
         name = self._name(f"reduce_scatter.{slot}")
-        if tensor.is_cuda and self._hvd.nccl_built():
-            pending = self._hvd.reducescatter_async(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
+        if ours.is_cuda and not ordered:
+            pending = self._hvd.reducescatter_async(ours, op=self._hvd.Sum, name=name, process_set=self._set)
             return _Pending(self, slot, pending, lambda part: part[0])
-        pending = self._hvd.alltoall_async(tensor, name=name, process_set=self._set)
-        return _Pending(self, slot, pending, sum_in_rank_order)
+        pending = self._hvd.alltoall_async(ours, name=name, process_set=self._set)
+        return _Pending(self, slot, pending, lambda parts: _back(sum_in_rank_order(parts), tensor))
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         check_parts(tensor, self.size, "alltoall")
         if tensor.numel() == 0:
             return tensor.clone()
-        received = self._hvd.alltoall(_movable(tensor), name=self._name("alltoall"), process_set=self._set)
-        return received.view(tensor.dtype)
+        ours = _movable(self._readable(tensor))
+        return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self._set), tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        gathered = self._hvd.allgather(_movable(tensor), name=self._name("allgather"), process_set=self._set)
-        return gathered.view(tensor.dtype)
+        ours = _movable(self._readable(tensor))
+        return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self._set), tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         # Horovod names the root by its global rank, also within a process set.
         global_root = self._set.ranks[root] if self._set.ranks is not None else root
         name = self._name("broadcast")
-        moved = _movable(tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous())
+        ours = self._readable(tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous())
+        moved = _movable(ours)
         self._hvd.broadcast_(moved, global_root, name=name, process_set=self._set)
         return tensor.copy_(moved.view(tensor.dtype).view(tensor.shape))
 
@@ -96,10 +110,19 @@ class HorovodTransport:
     def _name(self, operation: str) -> str:
         return f"hvd_sketch.{self._set.process_set_id}.{operation}"
 
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy of it on the host where Horovod cannot move it from where it lies."""
+        return to_host(tensor) if self.stages(tensor.device) else tensor
+
 
 def _movable(tensor: Tensor) -> Tensor:
     """The tensor, or its bytes where Horovod does not know its dtype."""
     return tensor if tensor.dtype in HOROVOD_DTYPES else tensor.view(torch.uint8)
+
+
+def _back(received: Tensor, like: Tensor) -> Tensor:
+    """What Horovod returned, in the dtype and on the device of ``like``."""
+    return received.view(like.dtype).to(like.device, non_blocking=True)
 
 
 class _Pending:

@@ -38,16 +38,23 @@ class LocalTransport:
     def size(self) -> int:
         return len(self._room.slots)
 
+    @property
+    def overlaps(self) -> bool:
+        return False
+
+    def stages(self, device: torch.device) -> bool:
+        return False
+
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        total = self._exchange(tensor, lambda shown: sum_in_rank_order(torch.stack(shown)))
+        total = self._exchange(tensor, sum_in_rank_order)
         return tensor.copy_(total)
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
         check_parts(tensor, self.size, "reduce_scatter")
         mine = self._rank
-        return self._exchange(tensor, lambda shown: sum_in_rank_order(torch.stack([part[mine] for part in shown])))
+        return self._exchange(tensor, lambda shown: sum_in_rank_order([part[mine] for part in shown]))
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         return Finished(self.reduce_scatter(tensor))
 
     def alltoall(self, tensor: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""MPI through mpi4py: CPU tensors are handed to MPI as they lie in memory."""
+"""MPI through mpi4py: tensors are handed to MPI as they lie in memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Finished, Handle, check_parts
+from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.progress import Progress
+from hvd_sketch.transport.staging import empty_on_host, to_host
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 # MPI 3 counts elements in C ints; Open MPI 4.1 fails from 2^31 on.
 MAX_COUNT = 2**31 - 1
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int64)
+INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16}
 
 
 class MPITransport:
-    """One rank of an MPI communicator.
+    """One rank of an MPI communicator. Every reduce_scatter sums in rank order.
 
     The communicator is duplicated, so that our messages cannot meet the user's. From construction on an
     exception that nobody catches aborts the whole job: MPI itself would leave the other ranks waiting.
+
+    CUDA tensors are handed to an MPI library that says it takes them, otherwise to pinned copies on the host.
+    Neither has run on a GPU yet.
 
     Communication: the constructor is collective (``Comm.Dup``).
 
@@ -37,12 +43,14 @@ class MPITransport:
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, max_count: int = MAX_COUNT) -> None:
-        MPI = _import_mpi()
-        self._comm = (comm if comm is not None else MPI.COMM_WORLD).Dup()
-        self._in_place = MPI.IN_PLACE
-        if max_count < self._comm.size:
-            raise ValueError(f"max_count must be at least the number of ranks ({self._comm.size}), got {max_count}")
+        if max_count < 1:
+            raise ValueError(f"max_count must be at least 1, got {max_count}")
+        self._mpi = _import_mpi()
+        self._comm = (comm if comm is not None else self._mpi.COMM_WORLD).Dup()
         self._max_count = max_count
+        self._takes_cuda = _takes_cuda(self._mpi)
+        several_threads = self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
+        self._progress = Progress(self._comm) if several_threads and self._comm.size > 1 else None
         if self._comm.size > 1:
             _abort_on_uncaught_exception(self._comm)
 
@@ -54,82 +62,125 @@ class MPITransport:
     def size(self) -> int:
         return self._comm.size
 
+    @property
+    def overlaps(self) -> bool:
+        return self._progress is not None
+
+    def stages(self, device: torch.device) -> bool:
+        return device.type != "cpu" and not (device.type == "cuda" and self._takes_cuda)
+
     def allreduce_(self, tensor: Tensor) -> Tensor:
         _check_summable(tensor)
-        host = tensor.cpu().contiguous()
-        flat = host.view(-1).numpy()
-        for part in self._chunks(flat.size, self._max_count):
-            self._comm.Allreduce(self._in_place, flat[part])
-        return tensor if host is tensor else tensor.copy_(host)
+        ours = self._readable(tensor)
+        flat = ours.view(-1)
+        for chunk in self._chunks(flat.numel()):
+            self._comm.Allreduce(self._mpi.IN_PLACE, flat[chunk])
+        return tensor if ours is tensor else tensor.copy_(ours)
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        check_parts(tensor, self.size, "reduce_scatter")
-        _check_summable(tensor)
-        source = _numpy(tensor).reshape(self.size, -1)
-        result = torch.empty(tensor.shape[1:], dtype=tensor.dtype)
-        target = result.view(-1).numpy()
-        for part in self._chunks(target.size, self._max_count // self.size):
-            # With counts: Open MPI then sends what a ring sends; Reduce_scatter_block sends up to twice that.
-            send = np.ascontiguousarray(source[:, part])
-            self._comm.Reduce_scatter(send, target[part], [send.shape[1]] * self.size)
-        return result.to(tensor.device)
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        return self._start_sum(tensor).wait()
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Handle:
-        return Finished(self.reduce_scatter(tensor))
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        pending = self._start_sum(tensor)
+        return self._progress.drive(pending) if self._progress is not None else pending
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         check_parts(tensor, self.size, "alltoall")
-        source = _numpy(tensor).reshape(self.size, -1)
-        result = torch.empty(tensor.shape, dtype=tensor.dtype)
-        target = _numpy(result).reshape(self.size, -1)
-        for part in self._chunks(source.shape[1], self._max_count // self.size):
-            send = np.ascontiguousarray(source[:, part])
-            whole = send.shape == source.shape
-            received = target if whole else np.empty_like(send)
-            self._comm.Alltoall(send, received)
-            if not whole:
-                target[:, part] = received
-        return result.to(tensor.device)
+        ours = self._readable(tensor)
+        result = self._writable(tensor.shape, tensor)
+        outgoing, incoming = self._parts(ours), self._parts(result)
+        requests = self._start_exchange(outgoing, incoming)
+        incoming[self.rank].copy_(outgoing[self.rank])
+        self._mpi.Request.Waitall(requests)
+        return result.to(tensor.device, non_blocking=True)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        lengths = np.empty(self.size, dtype=np.int64)
-        self._comm.Allgather(np.array([tensor.shape[0]], dtype=np.int64), lengths)
+        ours = self._readable(tensor)
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        self._comm.Allgather(torch.tensor([tensor.shape[0]]), lengths)
         counts = [length * prod(tensor.shape[1:]) for length in lengths.tolist()]
-        source = _numpy(tensor).reshape(-1)
-        result = torch.empty((int(lengths.sum()), *tensor.shape[1:]), dtype=tensor.dtype)
-        target = _numpy(result).reshape(-1)
+        result = self._writable((int(lengths.sum()), *tensor.shape[1:]), tensor)
+        source, target = _plain(ours.view(-1)), _plain(result.view(-1))
         if sum(counts) <= self._max_count:
             self._comm.Allgatherv(source, (target, counts))
         else:
-            self._allgather_in_chunks(source, target, counts)
-        return result.to(tensor.device)
+            parts = target.split(counts)
+            requests = self._start_exchange([source] * self.size, parts)
+            parts[self.rank].copy_(source)
+            self._mpi.Request.Waitall(requests)
+        return result.to(tensor.device, non_blocking=True)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        host = tensor.cpu().contiguous()
-        flat = _numpy(host).reshape(-1)
-        for part in self._chunks(flat.size, self._max_count):
-            self._comm.Bcast(flat[part], root)
-        return tensor if host is tensor else tensor.copy_(host)
+        ours = self._readable(tensor)
+        flat = _plain(ours.view(-1))
+        for chunk in self._chunks(flat.numel()):
+            self._comm.Bcast(flat[chunk], root)
+        return tensor if ours is tensor else tensor.copy_(ours)
 
     def barrier(self) -> None:
         self._comm.Barrier()
 
-    def _chunks(self, total: int, limit: int) -> Iterator[slice]:
-        for start in range(0, total, limit):
-            yield slice(start, min(start + limit, total))
+    def _start_sum(self, tensor: Tensor) -> _Sum:
+        # Parts travel straight to the rank that adds them: the bytes of a ring without its rounds. Three sums of
+        # 10 MB took 8 ms on 2 ranks and 27 ms on 4 (loopback TCP); MPI_Reduce_scatter took 51 and 36 ms.
+        check_parts(tensor, self.size, "reduce_scatter")
+        _check_summable(tensor)
+        ours = self._readable(tensor)
+        outgoing, incoming = self._parts(ours), self._parts(torch.empty_like(ours))
+        requests = self._start_exchange(outgoing, incoming)
+        incoming[self.rank] = outgoing[self.rank]
+        total = self._writable(tensor.shape[1:], tensor)
+        return _Sum(lambda: self._mpi.Request.Waitall(requests), incoming, total, tensor.device)
 
-    def _allgather_in_chunks(self, source: np.ndarray, target: np.ndarray, counts: list[int]) -> None:
-        """Rounds of at most ``max_count // size`` elements from each rank, put where they belong."""
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        limit = self._max_count // self.size
-        for first in range(0, max(counts), limit):
-            now = [min(max(count - first, 0), limit) for count in counts]
-            received = np.empty(sum(now), dtype=target.dtype)
-            mine = source[first : first + now[self.rank]]
-            self._comm.Allgatherv(mine, (received, now))
-            parts = np.split(received, np.cumsum(now)[:-1])
-            for start, part in zip(starts, parts, strict=False):
-                target[start + first : start + first + part.size] = part
+    def _start_exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[MPI.Request]:
+        """Begin to send ``outgoing[i]`` to rank i and to receive ``incoming[i]`` from it, for all other ranks.
+
+        Messages between two ranks arrive in the order they were sent in, so exchanges begun in the same order on
+        all ranks do not mix.
+        """
+        requests = []
+        others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        for peer in reversed(others):  # receive from the rank to the left first: its first message is for this rank
+            for chunk in self._chunks(incoming[peer].numel()):
+                requests.append(self._comm.Irecv(incoming[peer][chunk], peer))
+        for peer in others:
+            for chunk in self._chunks(outgoing[peer].numel()):
+                requests.append(self._comm.Isend(outgoing[peer][chunk], peer))
+        return requests
+
+    def _chunks(self, total: int) -> Iterator[slice]:
+        for start in range(0, total, self._max_count):
+            yield slice(start, start + self._max_count)
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        """``tensor`` [size, ...] as flat vectors that MPI can take, one for each rank."""
+        return list(_plain(tensor.view(self.size, tensor.numel() // self.size)))
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy of it where MPI can read it, with all its values written."""
+        if self.stages(tensor.device):
+            return to_host(tensor)
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return tensor.contiguous()
+
+    def _writable(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory where MPI can write what is then moved to the device of ``like``."""
+        if self.stages(like.device):
+            return empty_on_host(shape, like.dtype, like.device)
+        return like.new_empty(shape)
+
+
+class _Sum:
+    """A reduce_scatter whose parts are under way."""
+
+    def __init__(self, wait_for_parts: Callable[[], None], parts: list[Tensor], total: Tensor, device: torch.device):
+        self._wait_for_parts, self._parts, self._total, self._device = wait_for_parts, parts, total, device
+
+    def wait(self) -> Tensor:
+        self._wait_for_parts()
+        sum_in_rank_order(self._parts, out=self._total.view(-1))
+        return self._total.to(self._device, non_blocking=True)
 
 
 def _import_mpi() -> Any:
@@ -146,10 +197,15 @@ def _import_mpi() -> Any:
     return MPI
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory for MPI to read or write; dtypes MPI lacks travel as integers of their size."""
-    host = tensor.cpu().contiguous()
-    return (host.view(torch.int16) if host.dtype in (torch.float16, torch.bfloat16) else host).numpy()
+def _takes_cuda(mpi: Any) -> bool:
+    """Whether the MPI library says that it reads and writes CUDA memory itself."""
+    query = getattr(ctypes.CDLL(mpi.__file__), "MPIX_Query_cuda_support", None)  # mpi4py does not pass it on
+    return query is not None and query() == 1
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Dtypes that MPI lacks travel as integers of their size: bool, float16, bfloat16."""
+    return tensor.view(INTEGER_OF_SIZE.get(tensor.element_size(), tensor.dtype))
 
 
 def _check_summable(tensor: Tensor) -> None:
