@@ -38,6 +38,12 @@ class CandidateSource(Protocol):
         Communication: collective, all ranks in the same order.
         """
 
+    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
+        """Do for a part what :meth:`find` can do before it writes u and v. Communication: none."""
+
+    def forget_ahead(self) -> None:
+        """Undo every :meth:`sketch_ahead` since the last :meth:`find`. Communication: none."""
+
 
 class SketchCandidates:
     """Candidates from the summed Count Sketch (paper, Alg. 3, lines 1 to 4; Alg. 1 for HEAVYMIX).
@@ -52,6 +58,7 @@ class SketchCandidates:
         self._comm = comm
         self._kernels = load_backend(None, torch.device(device))
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
+        self._ahead_from = dim  # coordinates from here on are in the table already
         self._thresholds = 0, 0  # of the estimates chosen, in the last step and the one before; equal on all ranks
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
@@ -60,12 +67,40 @@ class SketchCandidates:
 
     def _sum_sketches(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         """This rank's shard of the sum of all sketches: float32 [rows, cols // size]."""
-        self._sketch.zero_(step)
+        self._begin(step)
+        row_by_row = self._comm.overlaps and self._comm.size > 1
         for start, part in parts:
-            feedback.add_(part, start, self._sketch)
+            is_ahead = start >= self._ahead_from
+            feedback.add_(part, start, None if is_ahead or row_by_row else self._sketch)
+        summed = []
         with self._comm.phase("sketch"):
-            rows = [self._comm.start_reduce_scatter(row) for row in self._sketch.table]
-            return torch.stack([row.wait() for row in rows])
+            for number, row in enumerate(self._sketch.table):
+                if row_by_row:  # each is sketched while the one before travels
+                    self._accumulate_row(number, feedback.v, parts)
+                summed.append(self._comm.start_reduce_scatter(row))
+            self.forget_ahead()
+            return torch.stack([row.wait() for row in summed])
+
+    def _accumulate_row(self, row: int, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> None:
+        for start, part in parts:
+            if start < self._ahead_from:
+                stop = start + part.numel()
+                self._kernels.accumulate_(
+                    self._sketch.hash, self._sketch.table, v[start:stop], start, range(row, row + 1)
+                )
+
+    def _begin(self, step: int) -> None:
+        if self._ahead_from == self._sketch.hash.dim:
+            self._sketch.zero_(step)
+
+    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
+        assert start + part.numel() == self._ahead_from, "parts come from the last to the first"
+        self._begin(step)
+        self._sketch.accumulate_(feedback.preview(part, start), start)
+        self._ahead_from = start
+
+    def forget_ahead(self) -> None:
+        self._ahead_from = self._sketch.hash.dim
 
     def _top_candidates(self, summed: Tensor) -> Tensor:
         count = self._config.candidates(self._sketch.hash.dim)

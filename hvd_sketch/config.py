@@ -25,6 +25,8 @@ class SketchConfig:
         selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
         dense_below: tensors with fewer elements, and all with ``ndim <= 1``, are exchanged dense.
         deterministic: sum in rank order on every transport, so that all give equal bits. Costs a local sum.
+        sketch_in_backward: sketch every layer inside the backward pass, as soon as its gradient is ready. Pays where
+            the device has time to spare then; the update is the same to the bit.
 
     Raises:
         ValueError: a value out of range; the message says which and what is allowed.
@@ -40,6 +42,7 @@ class SketchConfig:
     selection: Selection = "topk"
     dense_below: int = 1024
     deterministic: bool = False
+    sketch_in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "k", "oversample"):

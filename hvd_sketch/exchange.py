@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -105,41 +105,71 @@ class SketchedAllreduce:
         return self._feedback.u
 
     def step(self, gradient: Tensor | Sequence[Tensor], finite: bool = True) -> SparseUpdate:
-        """Exchange one gradient.
+        """Exchange one gradient: :meth:`begin_step`, then :meth:`exchange`.
 
         Args:
-            gradient: float32 [dim], this rank's, or consecutive parts of it, each contiguous; not modified. Sums are
-                made from the last part to the first, the order in which backward passes finish them.
+            gradient: float32 [dim], this rank's, or consecutive parts of it; not modified. Sums are made from the last
+                part to the first, the order in which backward passes finish them.
             finite: False if this rank found anything else not finite that belongs to the step.
 
         Returns:
             The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero.
         """
-        parts = [gradient] if isinstance(gradient, Tensor) else list(gradient)
+        parts = [gradient] if isinstance(gradient, Tensor) else gradient
+        return self.exchange(parts) if self.begin_step(parts, finite) else _nothing(self._device)
+
+    def begin_step(self, parts: Sequence[Tensor], finite: bool = True) -> bool:
+        """Agree whether every rank's gradient is finite; False: all skip, u and v are as before.
+
+        Communication: collective.
+        """
         check_gradient(parts, self.dim)
         self.ledger.begin_step()
-        step, self._step = self._step, self._step + 1
-        if not self._guard.passes(self._comm, step, finite and all_finite(parts)):
-            return _nothing(self._device)
+        self._step += 1
+        passes = self._guard.passes(self._comm, self._step - 1, finite and all_finite(parts))
+        if not passes:
+            self.forget_ahead()
+        return passes
 
+    def exchange(self, parts: Sequence[Tensor], fits: Callable[[Tensor, Tensor], bool] | None = None) -> SparseUpdate:
+        """The rest of a step that has begun, with the same gradient.
+
+        Args:
+            parts: as for :meth:`step`.
+            fits: whether indices and values can be put to use, the same answer on every rank; if not, all skip, and u
+                and v keep what they accumulated.
+
+        Communication: collective.
+        """
         # u <- m u + g, v <- v + u, and the top-Pk of the summed sketches of v
-        candidates = self._candidates.find(self._feedback, _from_the_last(parts), step)
+        gradient = _from_the_last([part.detach().contiguous() for part in parts])
+        candidates = self._candidates.find(self._feedback, gradient, self._step - 1)
         own_sums = self._sum_exactly(candidates)  # second round: exact values
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
-        if not all_finite([sums]):
+        update = SparseUpdate(candidates[positions], sums / self._comm.size)
+        if not all_finite([sums]) or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
             return _nothing(self._device)
+        self._feedback.clear_(update.indices)  # zero u and v where they were sent
+        return update
 
-        indices = candidates[positions]
-        self._feedback.clear_(indices)  # zero u and v where they were sent
-        return SparseUpdate(indices, sums / self._comm.size)
+    def sketch_ahead(self, part: Tensor, start: int) -> None:
+        """Add coordinates ``start …`` of the coming step's gradient to its table now, from the last part to the first.
+
+        u and v are not changed. :meth:`exchange` must then get the same parts. Communication: none.
+        """
+        self._candidates.sketch_ahead(self._feedback, part, start, self._step)
+
+    def forget_ahead(self) -> None:
+        """Undo every :meth:`sketch_ahead` since the last step. Communication: none."""
+        self._candidates.forget_ahead()
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
         """Sums of v over ranks at this rank's part of the candidates: float32 [ceil(n / size)], zeros at the end."""
         size = self._comm.size
         part = -(-candidates.numel() // size)
-        own = torch.zeros(size * part, device=self._device)
+        own = torch.zeros(size * part, dtype=torch.float32, device=self._device)
         own[: candidates.numel()] = self._feedback.v[candidates]
         with self._comm.phase("exact"):
             return self._comm.reduce_scatter(own.view(size, part))
@@ -191,6 +221,7 @@ class SketchedAllreduce:
             ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
         """
         check_state(state, self.dim, self._comm)
+        self.forget_ahead()
         self._feedback.load_state_dict(state)
         self._step = state["step"]
         self._guard.skipped_steps = state["skipped_steps"]
@@ -228,17 +259,17 @@ class DenseAllreduce:
         self._dense_bytes = dense_bytes if dense_bytes is not None else 4 * dim
         self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
         self._momentum = config.momentum if config is not None else 0.0
-        self._u = torch.zeros(dim if self._momentum else 0, device=device)
+        self._u = torch.zeros(dim if self._momentum else 0, dtype=torch.float32, device=device)
 
     @property
     def residual(self) -> Tensor:
         """Zeros: nothing stays behind."""
-        return torch.zeros(self.dim, device=self._device)
+        return torch.zeros(self.dim, dtype=torch.float32, device=self._device)
 
     @property
     def velocity(self) -> Tensor:
         """u, float32 [dim], equal on all ranks."""
-        return self._u if self._momentum else torch.zeros(self.dim, device=self._device)
+        return self._u if self._momentum else self.residual
 
     @property
     def skipped_steps(self) -> int:
@@ -246,24 +277,36 @@ class DenseAllreduce:
 
     def step(self, gradient: Tensor, finite: bool = True) -> SparseUpdate:
         """Exchange one gradient; see :meth:`SketchedAllreduce.step`. ``indices`` are all of ``0 … dim - 1``."""
-        if not self.begin_step(gradient, finite):
+        mean = self.mean(gradient) if self.begin_step(gradient, finite) else None
+        if mean is None:
             return _nothing(self._device)
-        mean = self.mean(gradient)
         return SparseUpdate(torch.arange(self.dim, device=self._device), mean)
 
     def begin_step(self, gradient: Tensor, finite: bool = True) -> bool:
         """Agree whether every rank's gradient is finite; False: skip. Communication: collective."""
         check_gradient([gradient], self.dim)
         self.ledger.begin_step()
-        step, self._step = self._step, self._step + 1
-        return self._guard.passes(self._comm, step, finite and all_finite([gradient]))
+        self._step += 1
+        return self._guard.passes(self._comm, self._step - 1, finite and all_finite([gradient]))
 
-    def mean(self, gradient: Tensor) -> Tensor:
-        """The mean over ranks with momentum, float32 [dim], in a step that has begun. Communication: collective."""
+    def mean(self, gradient: Tensor, fits: Callable[[Tensor], bool] | None = None) -> Tensor | None:
+        """The mean over ranks with momentum, float32 [dim], in a step that has begun.
+
+        None where it is not finite, or not what ``fits`` says can be put to use: all skip, u is as before.
+
+        Communication: collective.
+        """
         with self._comm.phase("dense"):
-            mean = mean_over_ranks(self._comm, gradient)
+            mean = mean_over_ranks(self._comm, gradient.detach().contiguous())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.dim)
-        return self._u.mul_(self._momentum).add_(mean).clone() if self._momentum else mean
+        if self._momentum:
+            mean += self._u * self._momentum
+        if not all_finite([mean]) or (fits is not None and not fits(mean)):
+            self._guard.count_skip("the dense sums overflowed; u and v are as before")
+            return None
+        if self._momentum:
+            self._u.copy_(mean)
+        return mean
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """As :meth:`SketchedAllreduce.state_dict`; u is equal on all ranks, so both kinds load at any world size."""
@@ -272,7 +315,9 @@ class DenseAllreduce:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state(state, self.dim, self._comm)
-        self._u.copy_(state["u"])
+        saved = state["u"]
+        if self._momentum:  # starts at zero where it was saved without
+            self._u.copy_(saved) if saved.numel() else self._u.zero_()
         self._step = state["step"]
         self._guard.skipped_steps = state["skipped_steps"]
 
@@ -301,7 +346,8 @@ def check_state(state: Mapping[str, Any], dim: int, comm: Transport) -> None:
 
 
 def _nothing(device: torch.device) -> SparseUpdate:
-    return SparseUpdate(torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device), skipped=True)
+    indices = torch.empty(0, dtype=torch.int64, device=device)
+    return SparseUpdate(indices, torch.empty(0, dtype=torch.float32, device=device), skipped=True)
 
 
 def _require_equal_setup(transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from hvd_sketch.agreement import refused_together, require_equal
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import SketchedAllreduce
-from hvd_sketch.packing import GradientExchange, NamedParameter, check_exchangeable, name_parameters
+from hvd_sketch.gradients import GradientExchange
+from hvd_sketch.packing import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.transport import Transport, resolve_transport
 from hvd_sketch.volume import CommLedger
 
@@ -85,7 +86,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         require_equal(self._transport, {"backward_passes_per_step": backward_passes_per_step})
         self.inner = optimizer
         self._gradients = GradientExchange(named, sketch, self._transport)
-        self._passes = BackwardCounter(named, backward_passes_per_step)
+        self._passes = BackwardCounter(named, backward_passes_per_step, self._gradients.gradient_is_ready)
         self._known = {id(parameter) for _, parameter in named}
         self._exchanged: bool | None = None  # of p.grad: None not yet, True averaged, False skipped
         self._skip_synchronize = False
@@ -210,6 +211,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _start_over(self) -> None:
         self._exchanged = None
         self._passes.reset()
+        self._gradients.gradients_are_void()
 
     def _exchange(self, grad_scale: Any, finite: bool) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip."""
@@ -282,10 +284,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 
 class BackwardCounter:
-    """Counts each parameter's backward passes since the last step and refuses more than ``limit``."""
+    """Counts each parameter's backward passes since the last step and refuses more than ``limit``.
 
-    def __init__(self, named: Sequence[NamedParameter], limit: int) -> None:
+    Calls ``ready`` with every parameter whose last pass has come.
+    """
+
+    def __init__(self, named: Sequence[NamedParameter], limit: int, ready: Callable[[Tensor], None]) -> None:
         self._limit = limit
+        self._ready = ready
         self._counts: dict[str, int] = {}
         counter = weakref.ref(self)  # hooks must not keep an optimizer alive, nor count for one that is gone
         for name, parameter in named:
@@ -298,7 +304,7 @@ class BackwardCounter:
     def reset(self) -> None:
         self._counts.clear()
 
-    def count(self, name: str) -> None:
+    def count(self, name: str, parameter: Tensor) -> None:
         """One more pass reached a parameter. Raises RuntimeError beyond the limit."""
         self._counts[name] = self._counts.get(name, 0) + 1
         if self._counts[name] > self._limit:
@@ -307,12 +313,14 @@ class BackwardCounter:
                 f"most backward_passes_per_step={self._limit}: raise it to add up gradients, or call step() "
                 f"or the optimizer's zero_grad() in between"
             )
+        if self._counts[name] == self._limit:
+            self._ready(parameter)
 
 
 def _count(counter: weakref.ref[BackwardCounter], name: str, parameter: Tensor) -> None:
     alive = counter()
     if alive is not None:
-        alive.count(name)
+        alive.count(name, parameter)
 
 
 def _check_arguments(optimizer: object, sketch: object, backward_passes_per_step: object) -> None:

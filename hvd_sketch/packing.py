@@ -1,22 +1,19 @@
-"""A model's gradients as flat float32 vectors: named, split into sketched and dense, exchanged, put back."""
+"""A model's gradients as flat float32 vectors: named, split into sketched and dense, taken up and put back."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import pairwise, zip_longest
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.agreement import all_finite
-from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
-from hvd_sketch.transport.base import Transport
-from hvd_sketch.volume import CommLedger
 
 NamedParameter = tuple[str, Tensor]
+Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
+MIN_ALONE = 1 << 16  # elements; a part costs the exchange two kernel calls, 25 us each
 
 
 def is_dense(parameter: Tensor, dense_below: int) -> bool:
@@ -110,53 +107,72 @@ class FlatParameters:
 
     A parameter whose ``requires_grad`` is switched off later counts as zeros; its ``p.grad`` is let alone.
 
+    Args:
+        parameters: at least one.
+        apart: whether the vector may come in parts, a large parameter alone in its own, which then is its ``p.grad``
+            itself and needs no copy.
+
     Attributes:
         dim: number of coordinates.
         dense_bytes: bytes of the gradients in the parameters' own dtypes.
         device: of the parameters and of the vector.
+        parts: for each part the parameters it is made of, with where each starts and stops in the vector.
 
     Communication: none, in any method.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], apart: bool = False) -> None:
         self.device = parameters[0].device
         self._starts = torch.tensor([0] + [p.numel() for p in parameters], device=self.device).cumsum(0)
         starts = self._starts.tolist()
-        self._parts = list(zip(parameters, starts, starts[1:], strict=False))  # parameter, start, stop
+        self._places = list(zip(parameters, starts, starts[1:], strict=False))
+        self.parts = _in_parts(self._places) if apart else [self._places]
         self.dim: int = starts[-1]
         self.dense_bytes = sum(p.numel() * p.element_size() for p in parameters)
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
-        self._buffer = torch.empty(self.dim, device=self.device)
+        self._buffers: list[Tensor | None] = [None] * len(self.parts)
+
+    def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> list[Tensor]:
+        """All parts in order; see :meth:`pack_part`."""
+        return [self.pack_part(i, weight_decay, inverse_scale) for i in range(len(self.parts))]
 
     @torch.no_grad()
-    def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> Tensor:
+    def pack_part(self, number: int, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> Tensor:
         """``g <- inverse_scale * p.grad + weight_decay * p``, a missing ``p.grad`` counting as zeros.
 
         Any dtype and memory format; sparse gradients are added up densely. ``p.grad`` is not changed.
 
         Args:
+            number: which of :attr:`parts`.
             weight_decay: added for every parameter, also where only other ranks have a gradient.
             inverse_scale: float32 [], undoes a loss scale in float32.
 
         Returns:
-            float32 [dim]: a buffer that the next call overwrites.
+            float32 [n]: memory of ``p.grad``, or a buffer that the next call overwrites; not to be written to.
         """
-        for parameter, start, stop in self._parts:
-            part = self._buffer[start:stop].view(parameter.shape)
+        places = self.parts[number]
+        if len(places) == 1 and not weight_decay and inverse_scale is None:
+            as_it_lies = _plain_gradient(places[0][0])
+            if as_it_lies is not None:
+                return as_it_lies
+        first, last = places[0][1], places[-1][2]
+        buffer = self._buffers[number]
+        if buffer is None:
+            buffer = self._buffers[number] = torch.empty(last - first, dtype=torch.float32, device=self.device)
+        for parameter, start, stop in places:
+            target = buffer[start - first : stop - first].view(parameter.shape)
             gradient = parameter.grad if parameter.requires_grad else None
             if gradient is None:
-                part.zero_()
+                target.zero_()
             elif gradient.layout == torch.strided:
-                part.copy_(gradient)
+                target.copy_(gradient)
             else:
-                part.copy_(gradient.to(torch.float32).to_dense())  # entries that meet are added in float32
-        if inverse_scale is not None:
-            self._buffer.mul_(inverse_scale)
-        if weight_decay:
-            for parameter, start, stop in self._parts:
-                if parameter.requires_grad:
-                    self._buffer[start:stop].view(parameter.shape).add_(parameter, alpha=weight_decay)
-        return self._buffer
+                target.copy_(gradient.to(torch.float32).to_dense())  # entries that meet are added in float32
+            if inverse_scale is not None:
+                target.mul_(inverse_scale)
+            if weight_decay and parameter.requires_grad:
+                target.add_(parameter, alpha=weight_decay)
+        return buffer
 
     @torch.no_grad()
     def unpack_sparse(self, indices: Tensor, values: Tensor) -> None:
@@ -166,8 +182,7 @@ class FlatParameters:
             indices: int64 [n], ascending, in ``0 … dim - 1``.
             values: float32 [n].
         """
-        cuts = torch.searchsorted(indices, self._starts).tolist()
-        for (parameter, start, _), (first, last) in zip(self._parts, pairwise(cuts), strict=True):
+        for parameter, start, first, last in self._cut(indices):
             if parameter.requires_grad:
                 gradient = _writable_gradient(parameter).zero_()
                 if first < last:
@@ -176,9 +191,44 @@ class FlatParameters:
     @torch.no_grad()
     def unpack_dense(self, values: Tensor) -> None:
         """Set every ``p.grad`` to its part of ``values``, float32 [dim]; created where absent."""
-        for parameter, start, stop in self._parts:
+        for parameter, start, stop in self._places:
             if parameter.requires_grad:
                 _writable_gradient(parameter).copy_(values[start:stop].view(parameter.shape))
+
+    def fits_sparse(self, indices: Tensor, values: Tensor) -> bool:
+        """Whether ``values`` (float32 [n]) at ``indices`` stay finite in their parameters' dtypes."""
+        return all_finite([values[first:last].to(p.dtype) for p, _, first, last in self._cut(indices)])
+
+    def fits_dense(self, values: Tensor) -> bool:
+        """Whether ``values`` (float32 [dim]) stay finite in the parameters' dtypes."""
+        return all_finite([values[start:stop].to(p.dtype) for p, start, stop in self._places])
+
+    def _cut(self, indices: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
+        """Each parameter, where it starts in the vector, and from where to where in ``indices`` its own lie."""
+        cuts = torch.searchsorted(indices, self._starts).tolist()
+        for (parameter, start, _), (first, last) in zip(self._places, pairwise(cuts), strict=True):
+            yield parameter, start, first, last
+
+
+def _in_parts(places: list[Place]) -> list[list[Place]]:
+    """Large parameters alone, small ones together with their neighbours: alike on every rank."""
+    parts: list[list[Place]] = []
+    for place in places:
+        is_small = place[0].numel() < MIN_ALONE
+        if is_small and parts and parts[-1][-1][0].numel() < MIN_ALONE:
+            parts[-1].append(place)
+        else:
+            parts.append([place])
+    return parts
+
+
+def _plain_gradient(parameter: Tensor) -> Tensor | None:
+    """``p.grad`` as float32 [n] if it lies so in memory."""
+    gradient = parameter.grad
+    if gradient is None or not parameter.requires_grad or gradient.layout != torch.strided:
+        return None
+    is_plain = gradient.dtype == torch.float32 and gradient.is_contiguous()
+    return gradient.detach().view(-1) if is_plain else None
 
 
 def _writable_gradient(parameter: Tensor) -> Tensor:
@@ -201,97 +251,3 @@ def _scatter_(gradient: Tensor, indices: Tensor, values: Tensor) -> None:
         gradient.view(-1)[indices] = values
     else:
         gradient[torch.unravel_index(indices, gradient.shape)] = values
-
-
-class GradientExchange:
-    """The sketched and the dense exchange of one model's gradients, in one fixed order on all ranks.
-
-    Attributes:
-        sketched: None where nothing is sketched.
-        dense: None where nothing goes dense; with sketched tensors beside, it averages in the same step.
-        ledger: of both.
-
-    Communication: the constructor, :meth:`average` and ``state_dict(consolidated=True)`` are collective.
-    """
-
-    def __init__(self, named: Sequence[NamedParameter], config: SketchConfig | None, transport: Transport) -> None:
-        # Without a config everything goes dense.
-        sketched = [(name, p) for name, p in named if config and not is_dense(p, config.dense_below)]
-        dense = [(name, p) for name, p in named if not config or is_dense(p, config.dense_below)]
-        self.ledger = CommLedger()
-        self.sketched: SketchedAllreduce | None = None
-        self.dense: DenseAllreduce | None = None
-        self._weight_decay = config.weight_decay if config is not None else 0.0
-        ways = (("sketched", sketched), ("dense", dense))
-        self._layout = [[way, name, list(p.shape)] for way, pairs in ways for name, p in pairs]
-        # Both compare all parameters: then the first already finds a rank that would not build the second.
-        described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
-        common: dict[str, Any] = {"parameters": described, "ledger": self.ledger}
-        if sketched and config is not None:
-            flat = self._flat = FlatParameters([p for _, p in sketched])
-            self.sketched = SketchedAllreduce(
-                config, flat.dim, transport, flat.device, dense_bytes=flat.dense_bytes, **common
-            )
-        if dense:
-            flat = self._dense_flat = FlatParameters([p for _, p in dense])
-            self.dense = DenseAllreduce(
-                config, flat.dim, transport, flat.device, dense_bytes=flat.dense_bytes, **common
-            )
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many calls of :meth:`average` all ranks skipped."""
-        part = self.sketched or self.dense
-        return part.skipped_steps if part is not None else 0
-
-    def average(self, inverse_scale: Tensor | None = None, finite: bool = True) -> bool:
-        """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead.
-
-        Args:
-            inverse_scale: see :meth:`FlatParameters.pack`; may differ between ranks.
-            finite: this rank's verdict on anything else; False on one rank makes all skip.
-        """
-        if self.sketched is None:
-            return self._average_dense(inverse_scale, finite)
-        if self.dense is not None:
-            beside = self._dense_flat.pack(self._weight_decay, inverse_scale)
-            finite = finite and all_finite([beside])
-        update = self.sketched.step(self._flat.pack(self._weight_decay, inverse_scale), finite)
-        if update.skipped:
-            return False
-        self._flat.unpack_sparse(update.indices, update.values)
-        if self.dense is not None:
-            self._dense_flat.unpack_dense(self.dense.mean(beside))
-        return True
-
-    def _average_dense(self, inverse_scale: Tensor | None, finite: bool) -> bool:
-        assert self.dense is not None
-        gradient = self._dense_flat.pack(self._weight_decay, inverse_scale)
-        if not self.dense.begin_step(gradient, finite):
-            return False
-        self._dense_flat.unpack_dense(self.dense.mean(gradient))
-        return True
-
-    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
-        """The states of both exchanges and the layout they belong to."""
-        states = {"sketched": self.sketched, "dense": self.dense}
-        saved = {way: part.state_dict(consolidated) if part else None for way, part in states.items()}
-        return {"layout": self._layout, **saved}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Raises ValueError where it was saved for other tensors."""
-        if state["layout"] != self._layout:
-            pairs = enumerate(zip_longest(state["layout"], self._layout))
-            at, (theirs, ours) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-            raise ValueError(
-                f"the checkpoint was saved for other tensors: tensor {at} is {theirs} there and {ours} here. "
-                f"Build the optimizer with the same names, order and dense_below, or delete the checkpoint's "
-                f"'hvd_sketch' entry to go on without residuals"
-            )
-        for way, part in (("sketched", self.sketched), ("dense", self.dense)):
-            if part is not None:
-                part.load_state_dict(state[way])
-
-    def __repr__(self) -> str:
-        parts = (("sketched", self.sketched), ("dense", self.dense))
-        return ", ".join(f"{part.dim} coordinates {way}" for way, part in parts if part is not None)
