@@ -111,7 +111,9 @@ def step(what: str, command: list[str]) -> None:
 
 def need_root_and_tools() -> None:
     if os.geteuid() != 0:
-        raise LabError(f"expected root, who may make network namespaces, got user {os.geteuid()}: use sudo")
+        raise LabError(
+            f"expected root, because only root may make network namespaces, got user {os.geteuid()}: use sudo"
+        )
     missing = {tool: package for tool, package in NEEDED.items() if not shutil.which(tool)}
     if missing:
         packages = ", ".join(sorted(set(missing.values())))
