@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hvd_sketch.transport.base import Handle, Transport
 
-# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather.
+# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. This is what the
+# transports really send (tests/test_wire.py), small allreduces apart: for flags and histograms Open MPI doubles
+# recursively, log2(W) times the payload, and for large ones at 3 ranks it sends 1.125 times the ring.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
 
 

@@ -50,20 +50,25 @@ parse_launch_options() {
     ((${#command[@]})) || die "expected a command to run after the options, got none: $script -n 4 -- python train.py"
 }
 
-# read_hosts: reads lines "host slots=N" of hosts_file into host_list (host:N,host:N), slots (their sum) and
-# ranks_per_node (the most any node gets). Without a host file all ranks run on this node.
+# read_hosts: reads lines "host slots=N" of hosts_file into slots (their sum), host_list (host:N,host:N, only the slots
+# that ranks need: horovodrun over Gloo fills all it is shown) and ranks_per_node (the most any node gets). Without a
+# host file all ranks run on this node.
 read_hosts() {
     host_list='' slots='' ranks_per_node=${ranks:-}
     [[ -n $hosts_file ]] || return 0
     [[ -r $hosts_file ]] || die "--hosts expects a file of lines 'host slots=N', cannot read '$hosts_file'"
-    local host rest line=0 most=0
+    local host rest line=0 most=0 taken
     slots=0
     while read -r host rest || [[ -n $host ]]; do
         ((line += 1))
         [[ -z $host || $host == \#* ]] && continue
         [[ $rest =~ ^slots=([1-9][0-9]{0,6})([[:space:]]|$) ]] ||
             die "$hosts_file line $line: expected 'host slots=N', got '$host${rest:+ $rest}'"
-        host_list+=${host_list:+,}$host:${BASH_REMATCH[1]}
+        taken=${BASH_REMATCH[1]}
+        if [[ -n $ranks ]] && ((taken > ranks - slots)); then
+            taken=$((ranks - slots))
+        fi
+        ((taken <= 0)) || host_list+=${host_list:+,}$host:$taken
         ((slots += BASH_REMATCH[1], most = BASH_REMATCH[1] > most ? BASH_REMATCH[1] : most))
     done <"$hosts_file"
     ((slots)) || die "--hosts expects at least one line 'host slots=N', got none in '$hosts_file'"

@@ -30,15 +30,27 @@ LAUNCHERS = {
 }
 
 
-def launch(kind: str, ranks: int, target: str, timeout_s: float = 120, **kwargs: Any) -> list[Any]:
-    """Run ``target`` on ``ranks`` ranks of ``kind`` ("local" or a key of LAUNCHERS): the results in rank order."""
+def launch(
+    kind: str, ranks: int, target: str, timeout_s: float = 120, lab: str | None = None, **kwargs: Any
+) -> list[Any]:
+    """Run ``target`` on ``ranks`` ranks of ``kind`` ("local" or a key of LAUNCHERS): the results in rank order.
+
+    With the name of a ``lab`` (see labs.py) the ranks run on its hosts, not on this machine.
+    """
     if kind == "local":
         return run_local(ranks, partial(_resolve(target), **kwargs), timeout_s)
     with tempfile.TemporaryDirectory() as folder:
         rank_main = [sys.executable, "-m", "tests.harness", kind, target, json.dumps(kwargs), folder]
-        status, output = run_command([*LAUNCHERS[kind], "-n", str(ranks), "--", *rank_main], timeout_s)
+        launcher = on_lab(lab, LAUNCHERS[kind]) if lab else LAUNCHERS[kind]
+        status, output = run_command([*launcher, "-n", str(ranks), "--", *rank_main], timeout_s)
         assert status == 0, f"{kind} with {ranks} ranks ended with status {status}:\n{output}"
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def on_lab(lab: str, launcher: list[str]) -> list[str]:
+    """The launcher's command line, run on the first host of a lab for ranks on all of them."""
+    hosts = ["--hosts", f"/run/netlab/{lab}/hosts", "--interface", "eth0"]
+    return ["launch/netlab", "run", "--name", lab, "--", *launcher, *hosts]
 
 
 def run_command(command: list[str], timeout_s: float, **environment: str) -> tuple[int, str]:

@@ -92,8 +92,12 @@ def test_mpirun_command_line(bare, hosts, arguments, expected):
         ),
         (
             "--hosts {hosts} -n 5 --mpi --interface eth0 -- python train.py",
-            f"{THREADS_ENV.format(2)} horovodrun -np 5 -H node1:2\\,node2:4 --mpi --network-interfaces eth0 "
+            f"{THREADS_ENV.format(2)} horovodrun -np 5 -H node1:2\\,node2:3 --mpi --network-interfaces eth0 "
             f"--mpi-args=--prefix\\ {VENV}\\ --mca\\ oob_tcp_if_include\\ eth0 python train.py",
+        ),
+        (
+            "--hosts {hosts} -n 2 ls",
+            f"{THREADS_ENV.format(4)} horovodrun -np 2 -H node1:2 --gloo ls",
         ),
         ("-n 1 --mpi ls", f"{THREADS_ENV.format(8)} horovodrun -np 1 -H localhost:1 --mpi ls"),
     ],
