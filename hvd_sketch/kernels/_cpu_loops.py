@@ -438,13 +438,31 @@ def owned_histogram(
     blocks = (size + block - 1) // block
     for part in prange(parts):
         own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-        buffer = np.empty(STRETCH * block, dtype=np.float32)
-        end = (part + 1) * blocks // parts
-        for first in range(part * blocks // parts, end, STRETCH):
-            last = min(first + STRETCH, end)
-            _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
-            _count(own, buffer.view(np.uint32), 0, min(last * block, size) - first * block, prefix, shift, width)
+        begin, end = part * blocks // parts, (part + 1) * blocks // parts
+        _count_owned(own, table, shard, size, dim, hash, prefix, shift, width, begin, end)
     return counts
+
+
+@njit(error_model="numpy")
+def _count_owned(
+    counts: Array,
+    table: Array,
+    shard: int,
+    size: int,
+    dim: int,
+    hash: HashNumbers,
+    prefix: int,
+    shift: int,
+    width: int,
+    begin: int,
+    end: int,
+) -> None:
+    block = hash[3]
+    buffer = np.empty(STRETCH * block, dtype=np.float32)
+    for first in range(begin, end, STRETCH):
+        last = min(first + STRETCH, end)
+        _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
+        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, prefix, shift, width)
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
@@ -469,27 +487,45 @@ def owned_above(
     blocks = (size + block - 1) // block
     ends = np.empty((2, parts), dtype=np.int64)
     for part in prange(parts):
-        buffer = np.empty(STRETCH * block, dtype=np.float32)
-        bits = buffer.view(np.uint32)
         begin, end = part * blocks // parts, (part + 1) * blocks // parts
-        at = begin * block
-        ends[0, part] = at
-        for first in range(begin, end, STRETCH):
-            last = min(first + STRETCH, end)
-            _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
-            count = min(last * block, size) - first * block
-            for index in range(0, count, MASK_LANES):
-                mask = _matches(bits, index, count, 0, threshold, False)
-                while mask != 0:
-                    lane = index + lowest_bit(mask)
-                    positions[at] = first * block + lane
-                    values[at] = buffer[lane]
-                    at += 1
-                    mask &= mask - _ONE
-            if at - ends[0, part] > limit:
-                break
-        ends[1, part] = at
+        ends[0, part] = begin * block
+        ends[1, part] = _keep_above(positions, values, table, shard, size, dim, hash, threshold, limit, begin, end)
     return ends
+
+
+@njit(error_model="numpy")
+def _keep_above(
+    positions: Array,
+    values: Array,
+    table: Array,
+    shard: int,
+    size: int,
+    dim: int,
+    hash: HashNumbers,
+    threshold: int,
+    limit: int,
+    begin: int,
+    end: int,
+) -> int:
+    block = hash[3]
+    buffer = np.empty(STRETCH * block, dtype=np.float32)
+    bits = buffer.view(np.uint32)
+    at = begin * block
+    for first in range(begin, end, STRETCH):
+        last = min(first + STRETCH, end)
+        _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
+        count = min(last * block, size) - first * block
+        for index in range(0, count, MASK_LANES):
+            mask = _matches(bits, index, count, 0, threshold, False)
+            while mask != 0:
+                lane = index + lowest_bit(mask)
+                positions[at] = first * block + lane
+                values[at] = buffer[lane]
+                at += 1
+                mask &= mask - _ONE
+        if at - begin * block > limit:
+            break
+    return at
 
 
 @njit(error_model="numpy")
