@@ -180,10 +180,9 @@ class BlockHash:
 
     def owned_size(self, shard: int) -> int:
         """How many coordinates one shard owns; can be 0."""
-        owned = self.owned_blocks(shard)
-        if owned.size == 0:
-            return 0
-        return int(owned.size - 1) * self.block + min(self.block, self.dim - int(owned[-1]) * self.block)
+        last = (self.blocks - 1) // self.shards  # all groups of blocks before this one are whole
+        block = last * self.shards + (shard - int(self.rotations(np.array([last]))[0])) % self.shards
+        return last * self.block + min(self.block, max(0, self.dim - block * self.block))
 
     def owned_to_global(self, shard: int, position: IntArray) -> IntArray:
         """Coordinates at positions in an owner's own order: int64, ascending where ``position`` is."""
