@@ -31,7 +31,7 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 FAR = 1 << 34  # a dim whose coordinates do not fit in 32 bits
 
-some_examples = settings(max_examples=300 if HAS_GPU else 20, deadline=None)  # one takes the interpreter a second
+some_examples = settings(max_examples=300 if HAS_GPU else 15, deadline=None)  # one takes the interpreter a second
 
 
 class PoisonedTorch:

@@ -1,8 +1,8 @@
 """Triton code of the GPU kernels; :mod:`hvd_sketch.kernels.gpu` launches it.
 
 A program works on a tile: TILE coordinates from a multiple of TILE on, a whole number of blocks, as a matrix
-[TILE // LANES, LANES] whose rows share a sign word. Block numbers, coordinates and cells are int64, field
-elements uint64. ``coefficients`` is laid out by :class:`hvd_sketch.kernels.gpu.DeviceHash`.
+[TILE // LANES, LANES] whose rows share a sign word. Block numbers, coordinates and shards' first cells are int64,
+columns int32, field elements uint32. :class:`hvd_sketch.kernels.gpu.DeviceHash` lays out ``coefficients``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
@@ -221,7 +221,7 @@ def gather(
     for landing in tl.range(low, high, loop_unroll_factor=4):  # so that the loads of four blocks overlap
         block = first_block + tl.load(entries + landing) // 2
         lane = cell - _columns(coefficients, row, block, cols)
-        lane = tl.where(lane <= -LANES, lane + cols, lane)
+        lane = tl.where(lane <= -LANES, lane + cols, lane)  # nearer ones hold the column: none wraps
         origin = block * BLOCK + lane
         # Cells are not aligned as coordinates are: a row of the tile meets two sign words.
         words = _sign_words(coefficients, row, origin >> 4)
@@ -330,7 +330,7 @@ def _estimates(
     """
     block, base = _tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
     first = (tl.arange(0, TILE // LANES) * LANES) % BLOCK
-    if LANES < 4:
+    if LANES < 4 or ROWS > _NETWORK_ROWS:
         place = tl.arange(0, LANES)[None, :]
         median = _medians(
             table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, LANES, TILE
