@@ -131,7 +131,7 @@ class SketchedAllreduce(Exchange):
         size = self._comm.size
         part = -(-candidates.numel() // size)
         own = torch.zeros(size * part, dtype=torch.float32, device=self._device)
-        own[: candidates.numel()] = self._feedback.v[candidates]
+        torch.index_select(self._feedback.v, 0, candidates, out=own[: candidates.numel()])
         with self._comm.phase("exact"):
             return self._comm.reduce_scatter(own.view(size, part))
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -312,6 +313,29 @@ def test_thread_count_changes_no_bit() -> None:
             results.append((table, estimates, counts.int(), chosen.int(), positions, kept))
     assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
     assert same_bits(results[0][0], sketched(reference, hash, values))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2),
+        ({"HOROVOD_LOCAL_SIZE": "3"}, 2),
+        ({"MPI_LOCALNRANKS": "16"}, 1),
+        ({"MPI_LOCALNRANKS": "4", "OMP_NUM_THREADS": "8"}, numba.config.NUMBA_NUM_THREADS),
+    ],
+)
+def test_each_rank_takes_its_share_of_the_cores(
+    environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*cpu.LOCAL_SIZES, *cpu.THREAD_SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    cpu._share_of_cores.cache_clear()
+    assert cpu._share_of_cores() == expected
+    cpu._share_of_cores.cache_clear()
 
 
 def test_callers_in_several_python_threads() -> None:

@@ -6,9 +6,11 @@ So results do not depend on the number of threads, and tables equal the referenc
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numba
 import numpy as np
@@ -19,6 +21,9 @@ from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 
 MIN_PART = 1 << 15  # with fewer coordinates a part does not pay for its thread (a call takes 20 us and more)
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+# How many ranks the launchers say there are on this node: Open MPI, MPICH and Intel MPI, horovodrun.
+LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
 _lock = threading.Lock()  # Numba's workqueue threading layer ends a process that enters it from two threads
 
 
@@ -143,10 +148,19 @@ def _hash_numbers(hash: BlockHash) -> loops.HashNumbers:
     return *coefficients, hash.block, hash.shard_cols, hash.shards
 
 
+@cache
+def _share_of_cores() -> int:
+    """This rank's share of the node's cores, or as many as OMP_NUM_THREADS or NUMBA_NUM_THREADS asks for."""
+    if any(os.environ.get(name) for name in THREAD_SETTINGS):
+        return numba.config.NUMBA_NUM_THREADS
+    ranks = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
+    return max(1, (os.cpu_count() or 1) // ranks)
+
+
 @contextmanager
 def _parallel(size: int) -> Iterator[int]:
     """Admit one caller at a time to Numba's threads; yields how many of them ``size`` values are worth."""
-    limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, _share_of_cores())
     parts = max(1, min(limit, size // MIN_PART))
     with _lock:
         before = numba.get_num_threads()
