@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from versus import accuracy_report, bandwidth_report, methods
 from versus.break_even import break_even, fastest, name_bandwidth
 from versus.checks import WrongResult, check, project
-from versus.exchange_ranks import make_gradient, matrices
+from versus.exchange_ranks import Inputs, matrices
 from versus.models import MODELS
 from versus.records import Records
 
@@ -68,7 +68,7 @@ def test_every_method_passes_its_check(name: str) -> None:
 
     def on_rank(transport: LocalTransport) -> None:
         method = methods.METHODS[name](transport, DIM)
-        check(method, transport, lambda step: make_gradient(DIM, transport.rank, step))
+        check(method, transport, Inputs(DIM, transport.rank))
 
     run_local(1 if name == "powersgd" else 3, on_rank)
 
@@ -102,7 +102,7 @@ class Rounding(methods.Sketched):
 def test_the_check_sees_what_is_wrong(make, said: str) -> None:
     def on_rank(transport: LocalTransport) -> None:
         with pytest.raises(WrongResult, match=said):
-            check(make(transport), transport, lambda step: make_gradient(DIM, transport.rank, step))
+            check(make(transport), transport, Inputs(DIM, transport.rank))
 
     run_local(2, on_rank)
 

@@ -21,14 +21,14 @@ T = TypeVar("T")
 class ClockedTransport:
     """A transport that can split time: what its collectives take goes into ``network_s``.
 
-    While ``splits``, every collective begins with a barrier, outside of the clock, so that waiting for a rank that
-    still computes does not count as network, and nothing overlaps. Otherwise all passes through untouched.
+    While ``splits``, nothing overlaps, and every collective begins with a barrier, whose time goes into ``waiting_s``:
+    waiting for a rank that still computes does not count as network. Otherwise all passes through untouched.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.splits = False
-        self.network_s = 0.0
+        self.network_s = self.waiting_s = 0.0
 
     @property
     def rank(self) -> int:
@@ -71,10 +71,12 @@ class ClockedTransport:
     def _clock(self, collective: Callable[[], T]) -> T:
         if not self.splits:
             return collective()
+        arrived_s = time.perf_counter()
         self._transport.barrier()
         start_s = time.perf_counter()
         result = collective()
         self.network_s += time.perf_counter() - start_s
+        self.waiting_s += start_s - arrived_s
         return result
 
 

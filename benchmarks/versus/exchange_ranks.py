@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from versus.checks import check
 from versus.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
 from versus.lab import UNSHAPED, shape_together
 from versus.methods import METHODS, Gradient, Method
-from versus.records import Record, Records
+from versus.records import Record, Records, environment
 
-LEAST_REPEATS, SPLIT_REPEATS = 2, 2
+LEAST_REPEATS = 2
+REPEATS_PER_SPLIT = 4  # splitting time takes exchanges of its own: one for so many, at least one
 COLUMNS = MOST_ROWS = 1000  # of the matrices the gradient is made of, as PowerSGD sees it
 
 
@@ -36,34 +38,40 @@ class Settings:
 
 def main(transport_name: str, settings: Settings) -> None:
     torch.set_num_threads(1)  # Horovod's launcher does not tell torch
-    inner = resolve_transport(transport_name)
+    transport = resolve_transport(transport_name)
     records = Records(Path(settings.records))
-    inputs: tuple[int, Gradient, Gradient] | None = None
     for name, dim, rates in settings.pending:
-        if inputs is None or inputs[0] != dim:
-            inputs = dim, make_gradient(dim, inner.rank, 0), make_gradient(dim, inner.rank, 1)
-        clocked = ClockedTransport(inner)
+        inputs = inputs_of(dim, transport.rank)
+        clocked = ClockedTransport(transport)
         method = METHODS[name](clocked, dim)
-        make = partial(copy_of, scratch=make_gradient(dim, 0, None), inputs=inputs[1:])
-        shape_together(inner, settings.lab, UNSHAPED)
-        check(method, inner, make)
+        shape_together(transport, settings.lab, UNSHAPED)
+        check(method, transport, inputs)
         for rate in rates:
-            shape_together(inner, settings.lab, rate)
-            measured = Exchanges(method, clocked, inner, make).measure(settings.repeats, settings.budget_s)
-            if inner.rank == 0:
-                about = {"method": name, "transport": transport_name, "dim": dim, "hosts": settings.hosts, "rate": rate}
-                records.append(about | measured)
+            shape_together(transport, settings.lab, rate)
+            about = {"method": name, "transport": transport_name, "dim": dim, "hosts": settings.hosts, "rate": rate}
+            measured = Exchanges(method, clocked, transport, inputs).measure(settings.repeats, settings.budget_s)
+            if transport.rank == 0:
+                records.append(about | measured | environment())
                 print(describe(about | measured), flush=True)
-            inner.barrier()
-        del method, make
 
 
-def make_gradient(dim: int, rank: int, step: int | None) -> Gradient:
-    """Heavy-tailed as gradients are (a normal variable's cube), different on each rank and step; None: empty."""
-    flat = torch.empty(dim)
-    if step is not None:
-        flat.normal_(generator=torch.Generator().manual_seed(1000 * step + rank)).pow_(3)
-    return Gradient.over(flat, matrices(dim))
+@lru_cache(maxsize=1)
+def inputs_of(dim: int, rank: int) -> Inputs:
+    return Inputs(dim, rank)
+
+
+class Inputs:
+    """Two gradients, heavy-tailed as gradients are (a normal variable's cube) and different on each rank, in turn."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        generator = torch.Generator().manual_seed(rank)
+        self._vectors = torch.randn(2, dim, generator=generator).pow_(3)
+        self._scratch = Gradient.over(torch.empty(dim), matrices(dim))
+
+    def __call__(self, step: int) -> Gradient:
+        """This step's, to be overwritten at will."""
+        self._scratch.flat.copy_(self._vectors[step % 2])
+        return self._scratch
 
 
 def matrices(dim: int) -> list[tuple[int, int]]:
@@ -83,8 +91,10 @@ def copy_of(step: int, scratch: Gradient, inputs: tuple[Gradient, ...]) -> Gradi
 class Exchanges:
     """Times exchanges of one method at one rate. Every measurement is collective."""
 
-    def __init__(self, method: Method, clocked: ClockedTransport, inner: Transport, make) -> None:
-        self._method, self._clocked, self._inner, self._make = method, clocked, inner, make
+    def __init__(
+        self, method: Method, clocked: ClockedTransport, transport: Transport, inputs: Callable[[int], Gradient]
+    ) -> None:
+        self._method, self._clocked, self._transport, self._inputs = method, clocked, transport, inputs
         self._done = 0
 
     def measure(self, repeats: int, budget_s: float) -> Record:
@@ -95,31 +105,37 @@ class Exchanges:
         seconds = [self._time_one() for _ in range(repeats)]
         sent = (read_sent() - sent_before) // repeats
         wire_bytes = (self._method.ledger.totals().wire_bytes - wire_before) // repeats
-        compute_s, network_s = self._split(min(repeats, SPLIT_REPEATS))
+        compute_s, network_s = self._split(max(1, repeats // REPEATS_PER_SPLIT))
         return {
             "seconds": quantiles(seconds) | {"repeats": repeats},
             "compute_s": round(compute_s, 5),
             "network_s": round(network_s, 5),
             "ledger_wire_bytes": wire_bytes,
-            "interface": over_hosts(self._inner, sent),
+            "interface": over_hosts(self._transport, sent),
             "ratio": round(self._method.ledger.compression_ratio(), 2),
         }
 
     def _time_one(self) -> float:
-        gradient = self._make(self._done)
+        """Seconds of one exchange on the slowest rank."""
+        return slowest(self._transport, self._time_own())[0]
+
+    def _time_own(self) -> float:
+        gradient = self._inputs(self._done)
         self._done += 1
-        self._inner.barrier()
+        self._transport.barrier()
         start_s = time.perf_counter()
         self._method.average(gradient)
-        return slowest(self._inner, time.perf_counter() - start_s)[0]
+        return time.perf_counter() - start_s
 
     def _split(self, repeats: int) -> tuple[float, float]:
         """Means of what the slowest rank computes, and of what it spends in collectives, with nothing overlapped."""
-        self._clocked.splits, self._clocked.network_s = True, 0.0
-        total_s = sum(self._time_one() for _ in range(repeats)) / repeats
-        self._clocked.splits = False
-        network_s = slowest(self._inner, self._clocked.network_s / repeats)[0]
-        return total_s - network_s, network_s
+        clocked = self._clocked
+        clocked.splits, clocked.network_s, clocked.waiting_s = True, 0.0, 0.0
+        own_s = sum(self._time_own() for _ in range(repeats))
+        clocked.splits = False
+        compute_s = own_s - clocked.network_s - clocked.waiting_s
+        compute_s, network_s = slowest(self._transport, compute_s / repeats, clocked.network_s / repeats)
+        return compute_s, network_s
 
 
 def describe(record: Record) -> str:

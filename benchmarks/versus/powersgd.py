@@ -20,7 +20,7 @@ class TransportGroup(dist.ProcessGroup):
         self._transport = transport
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
-        summed = torch.futures.Future()
+        summed: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         summed.set_result([self._transport.allreduce_(tensor) if tensor.numel() else tensor for tensor in tensors])
         return torch._C._distributed_c10d._create_work_from_future(summed)
 

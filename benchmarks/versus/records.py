@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,10 @@ class Records:
     def has(self, **setting: Any) -> bool:
         """Whether a record of this setting is there."""
         return any(setting.items() <= record.items() for record in self.read())
+
+
+def environment() -> Record:
+    """What a measurement depends on besides its setting."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {"cores": os.cpu_count(), "commit": commit}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from image_data import Images
@@ -42,6 +43,18 @@ class Course:
         return len(self.step_s)
 
 
+class Optimizer(Protocol):
+    """What a training needs of one."""
+
+    @property
+    def ledger(self) -> CommLedger: ...
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> object:
+        """Average the gradients over the ranks, then step. Collective."""
+
+
 class MethodOptimizer:
     """SGD on what a method makes of the gradients."""
 
@@ -69,7 +82,7 @@ class MethodOptimizer:
         self._inner.step()
 
 
-def make_optimizer(method: str, model: nn.Module, transport: Transport, learning_rate: float):
+def make_optimizer(method: str, model: nn.Module, transport: Transport, learning_rate: float) -> Optimizer:
     """Ours as a user would make it; the others the leanest way."""
     if method not in SKETCH_RATIOS:
         return MethodOptimizer(method, model, transport, learning_rate)
@@ -84,7 +97,7 @@ class Task:
     """What to train, until when. ``batch`` is that of one rank."""
 
     data: Images
-    make_model: object
+    make_model: Callable[[], nn.Module]
     target: float
     batch: int
     most_steps: int
@@ -117,7 +130,7 @@ def train(task: Task, method: str, learning_rate: float, transport: Transport, m
     return course
 
 
-def _step(model: nn.Module, optimizer, data: Images, batch: Tensor) -> None:
+def _step(model: nn.Module, optimizer: Optimizer, data: Images, batch: Tensor) -> None:
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch]).backward()
     optimizer.step()

@@ -15,7 +15,7 @@ from hvd_sketch.transport import Transport, resolve_transport
 from versus.clock import over_hosts, quantiles, slowest
 from versus.lab import UNSHAPED, shape_together
 from versus.models import MODELS
-from versus.records import Record, Records
+from versus.records import Record, Records, environment
 from versus.training import Task, train
 
 HELD_OUT = 10  # one in so many training images judges learning rates
@@ -113,7 +113,7 @@ def measure(task: Task, method: str, learning_rate: float, seeds: int, transport
 
 def keep(records: Records, transport: Transport, record: Record) -> None:
     if transport.rank == 0:
-        records.append(record)
+        records.append(record | environment())
         print({name: value for name, value in record.items() if name != "curve"}, flush=True)
     transport.barrier()
 
