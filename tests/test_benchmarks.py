@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +153,33 @@ def test_bandwidth_end_to_end(tmp_path) -> None:
     written = figures.stat().st_mtime_ns
     status, output = benchmark("bandwidth.py", *arguments)  # all is measured: nothing is run again
     assert status == 0 and figures.stat().st_mtime_ns == written and "netlab" not in output
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
+    records = Records(tmp_path / "figures.json")
+    endless = ["--dims", "1e5", "--hosts", "2", "--repeats", "1000000", "--budget-s", "1", "--rates", "none", "1gbit"]
+    command = [sys.executable, "benchmarks/bandwidth.py", *endless, "--json", str(records.path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            wait_until(lambda: len(records.read()) > 1, 60)
+            lab = f"bench-{run.pid}"
+            assert run_command(["launch/netlab", "kill", "--name", lab, f"{lab}-2"], 30)[0] == 0
+            _, errors = run.communicate(timeout=60)
+        finally:
+            run.terminate()
+    assert run.returncode == 1 and "the records up to then are in" in errors, errors
+    assert len(records.read()) > 1
+    assert not Path(f"/run/netlab/{lab}").exists()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {limit_s} s"
+        time.sleep(0.1)
 
 
 @pytest.mark.multiprocess

@@ -17,7 +17,8 @@ from hvd_sketch.exchange import SparseUpdate
 from hvd_sketch.transport import Transport
 from versus.methods import Gradient, HalfPrecision, LocalTopK, Method
 
-FLOAT32_SLACK, FLOAT16_SLACK = 2e-6, 1e-3  # of the length of the vector
+# Of the length of the vector. Rounding alone makes 5e-4 in half precision with 4 ranks (one standard deviation).
+FLOAT32_SLACK, FLOAT16_SLACK = 2e-6, 5e-3
 CHUNK = 1 << 20
 
 
