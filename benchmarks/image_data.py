@@ -1,4 +1,4 @@
-"""Image data for the benchmarks: scikit-learn's digits (nothing to download) or MNIST's idx files."""
+"""Image data for the benchmarks: scikit-learn's digits (nothing to download), MNIST or CIFAR-10."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then red, green and blue
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Images:
 
 
 def load_images(data_dir: Path | None) -> Images:
-    """MNIST from ``data_dir``, or scikit-learn's digits where it is None.
+    """What lies in ``data_dir``, CIFAR-10 (its binary version) or MNIST, or scikit-learn's digits where it is None.
 
     Raises:
-        FileNotFoundError: a file of MNIST is missing; the message names it and the official download.
+        FileNotFoundError: a file is missing; the message names it and the official download.
     """
-    return _load_digits() if data_dir is None else _load_mnist(data_dir)
+    if data_dir is None:
+        return _load_digits()
+    return _load_cifar10(data_dir) if (data_dir / "data_batch_1.bin").exists() else _load_mnist(data_dir)
 
 
 def _load_digits() -> Images:
@@ -48,6 +51,22 @@ def _load_mnist(data_dir: Path) -> Images:
     arrays = [_read_idx(data_dir, name) for name in MNIST_FILES]
     train_images, train_labels, test_images, test_labels = arrays
     return _standardised("mnist", train_images, train_labels, test_images, test_labels)
+
+
+def _load_cifar10(data_dir: Path) -> Images:
+    train = np.concatenate([_read_cifar10(data_dir / f"data_batch_{number}.bin") for number in range(1, 6)])
+    test = _read_cifar10(next(iter(sorted(data_dir.glob("test_batch*.bin"))), data_dir / "test_batch.bin"))
+    return _standardised("cifar10", train[:, 1:], train[:, 0], test[:, 1:], test[:, 0])
+
+
+def _read_cifar10(path: Path) -> np.ndarray:
+    """uint8 [n, 3073]."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: --data-dir needs data_batch_1 to 5 and test_batch of CIFAR-10's binary version, "
+            "from the CIFAR-10 page of A. Krizhevsky"
+        )
+    return np.fromfile(path, dtype=np.uint8).reshape(-1, CIFAR_RECORD_BYTES)
 
 
 def _read_idx(data_dir: Path, name: str) -> np.ndarray:

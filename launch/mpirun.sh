@@ -61,6 +61,10 @@ main() {
     if [[ -n $interface ]]; then
         line+=(--mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include "$interface")
         line+=(--mca oob_tcp_if_include "$interface")
+        # By default Open MPI asks for every piece of a long message, and the question waits in line behind what goes
+        # the other way: 4 hosts at 100 Mbit/s took twice as long for an allgather as its bytes do. Pushed, and with
+        # short lines, 1.08 times (three to one: 1.2 instead of 1.7 times, and nothing is lost in the switch's queue).
+        line+=(--mca btl_tcp_flags send,inplace --mca btl_tcp_sndbuf 131072)
     fi
     for name in OMP_NUM_THREADS NUMBA_NUM_THREADS MKL_NUM_THREADS; do
         line+=(-x "$name=$threads")

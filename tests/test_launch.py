@@ -61,7 +61,8 @@ def hosts(tmp_path):
         (
             "--ranks 2 --threads 3 --interface eth0 ./program -n 5",
             "mpirun -n 2 --map-by slot --bind-to none --oversubscribe --mca pml ob1 --mca btl tcp\\,self "
-            f"--mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 {THREADS.format(3)} {FORWARDED} "
+            f"--mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 "
+            f"--mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {THREADS.format(3)} {FORWARDED} "
             "./program -n 5",
         ),
         (

@@ -1,0 +1,82 @@
+"""Time per exchange against the network's bandwidth, ours and what one would take instead, on an emulated cluster.
+
+    sudo -E python benchmarks/bandwidth.py --hosts 4 --dims 25e6 --rates 1gbit 100mbit --json bandwidth.json
+
+Makes the hosts with launch/netlab, checks every method, then times it. A setting that has its record in the JSON file
+is not measured again, so a run that was cut off goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from versus.bandwidth_report import plot, tables
+from versus.exchange_ranks import Settings
+from versus.lab import LAUNCHERS, UNSHAPED, LabFailed, lab, run_ranks
+from versus.methods import METHODS, methods_over
+from versus.records import Records
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    many = {"nargs": "+", "metavar": "N"}
+    parser.add_argument("--dims", type=lambda text: int(float(text)), default=[10**6, 6_500_000, 25 * 10**6], **many)
+    parser.add_argument("--hosts", type=int, default=[2, 4, 8], **many)
+    parser.add_argument("--rates", default=[UNSHAPED, "10gbit", "1gbit", "100mbit"], nargs="+", metavar="RATE")
+    parser.add_argument("--methods", choices=METHODS, default=list(METHODS), nargs="+", metavar="METHOD")
+    parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
+    parser.add_argument("--repeats", type=int, default=10, help="at most, for each setting (default: %(default)s)")
+    parser.add_argument("--budget-s", type=float, default=5, help="for each setting, 2 repeats at least (default: 5)")
+    parser.add_argument("--json", type=Path, default=Path("bandwidth.json"), help="records (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="PNG of time against bandwidth")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, records: Records) -> None:
+    for hosts in arguments.hosts:
+        todo = {transport: pending(transport, hosts, arguments, records) for transport in arguments.transports}
+        if not any(todo.values()):
+            continue
+        with lab(hosts) as name:
+            for transport, wanted in todo.items():
+                if wanted:
+                    path = str(records.path.absolute())
+                    settings = Settings(name, hosts, wanted, arguments.repeats, arguments.budget_s, path)
+                    run_ranks(name, transport, "versus.exchange_ranks", asdict(settings))
+
+
+def pending(
+    transport: str, hosts: int, arguments: argparse.Namespace, records: Records
+) -> list[tuple[str, int, list[str]]]:
+    """Methods, dims and rates that have no record yet."""
+    wanted = []
+    for dim in arguments.dims:
+        for method in methods_over(transport, arguments.methods):
+            about = {"method": method, "transport": transport, "dim": dim, "hosts": hosts}
+            rates = [rate for rate in arguments.rates if not records.has(**about, rate=rate)]
+            if rates:
+                wanted.append((method, dim, rates))
+    return wanted
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    records = Records(arguments.json)
+    status = 0
+    try:
+        measure(arguments, records)
+    except LabFailed as error:
+        print(f"{error}; the records up to then are in {records.path}", file=sys.stderr)
+        status = 1
+    measured = records.read()
+    print(tables(measured))
+    if arguments.plot and measured:
+        plot(measured, arguments.plot)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

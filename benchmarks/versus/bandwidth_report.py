@@ -1,0 +1,100 @@
+"""What bandwidth.py shows of its records: tables in Markdown, and a plot of time against bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from versus.break_even import DENSE, OURS, break_even, curve, fastest, name_bandwidth
+from versus.lab import bits_per_s
+from versus.records import Record
+
+LABELS = {
+    "dense": "dense, reduce_scatter + allgather",
+    "allreduce": "dense, the library's allreduce",
+    "fp16": "fp16",
+    "topk": "local top-k, as many as at 20×",
+    "powersgd": "PowerSGD, rank 4",
+    "sketch20": "sketched 20×",
+    "sketch100": "sketched 100×",
+}
+World = tuple[str, int, int]  # transport, dim, hosts
+
+
+def worlds(records: Sequence[Record]) -> dict[World, list[Record]]:
+    """Records that can be compared with each other."""
+    groups: dict[World, list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["transport"], record["dim"], record["hosts"]), []).append(record)
+    return groups
+
+
+def tables(records: Sequence[Record]) -> str:
+    return "\n\n".join(_table(world, group) for world, group in sorted(worlds(records).items()))
+
+
+def _table(world: World, records: list[Record]) -> str:
+    transport, dim, hosts = world
+    rates = sorted({record["rate"] for record in records}, key=bits_per_s)
+    lines = [
+        f"{transport}, {hosts} hosts, dim {dim:,}: median seconds per exchange (compute + network, nothing overlapped)",
+        "",
+        f"| | {' | '.join(rates)} | MB sent per host | ledger | faster than dense |",
+        f"|---|{'---|' * (len(rates) + 3)}",
+    ]
+    by_method = {name: [record for record in records if record["method"] == name] for name in LABELS}
+    dense = fastest(curve(by_method[name]) for name in DENSE)
+    for name, of in by_method.items():
+        if of:
+            cells = {record["rate"]: _cell(record) for record in of}
+            pays = name_bandwidth(break_even(curve(of), dense)) if name not in DENSE and dense else ""
+            megabytes = f"{of[0]['interface']['mean_bytes'] / 1e6:.2f} | {of[0]['ledger_wire_bytes'] / 1e6:.2f}"
+            times = " | ".join(cells.get(rate, "") for rate in rates)
+            lines.append(f"| {LABELS[name]} | {times} | {megabytes} | {pays} |")
+    return "\n".join(lines)
+
+
+def _cell(record: Record) -> str:
+    return f"**{record['seconds']['median']:.3f}** ({record['compute_s']:.3f} + {record['network_s']:.3f})"
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """One panel for each world; a dotted line marks where ours and the faster dense exchange take the same time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = sorted(worlds(records).items())
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5.2 * columns, 4.2 * rows), layout="constrained", squeeze=False
+    )
+    for panel, (world, group) in zip(axes.flat, groups, strict=False):
+        _draw(panel, world, group)
+    for panel in list(axes.flat)[len(groups) :]:
+        panel.set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(panel: Any, world: World, records: list[Record]) -> None:
+    transport, dim, hosts = world
+    finite = [bits_per_s(record["rate"]) for record in records if bits_per_s(record["rate"]) < float("inf")]
+    unlimited = 4 * max(finite, default=1e9)  # where the points of the unshaped network are drawn
+    curves = {name: curve(r for r in records if r["method"] == name) for name in LABELS}
+    for name, points in curves.items():
+        if points:
+            x = [min(bandwidth, unlimited) for bandwidth in sorted(points)]
+            panel.plot(x, [points[b] for b in sorted(points)], marker=".", label=LABELS[name])
+    dense = fastest(curves[name] for name in DENSE)
+    for name in OURS:
+        even = break_even(curves[name], dense)
+        if 0 < even < float("inf"):
+            panel.axvline(min(even, unlimited), linestyle=":", color="grey")
+            panel.text(min(even, unlimited), panel.get_ylim()[0], f" {name}: {name_bandwidth(even)}", rotation=90)
+    panel.set(xscale="log", yscale="log", xlabel="bit/s (rightmost: not shaped)", ylabel="seconds per exchange")
+    panel.set_title(f"{transport}, {hosts} hosts, dim {dim:,}")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="x-small")

@@ -1,0 +1,110 @@
+"""Is it right? Asked before anything is timed.
+
+Every method must satisfy one identity, checked on a random projection that sees every coordinate: what all ranks
+produced is what was sent plus what they keep. What else a method promises is checked beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.exchange import SparseUpdate
+from hvd_sketch.transport import Transport
+from versus.methods import Gradient, HalfPrecision, LocalTopK, Method
+
+# Of the length of the vector. Rounding alone makes 5e-4 in half precision with 4 ranks (one standard deviation).
+FLOAT32_SLACK, FLOAT16_SLACK = 2e-6, 5e-3
+CHUNK = 1 << 20
+
+
+class WrongResult(Exception):
+    """A method's result is not what it promises; the same on all ranks."""
+
+
+def check(method: Method, transport: Transport, make: Callable[[int], Gradient]) -> None:
+    """Run a method for two steps on ``make(0)`` and ``make(1)``: from nothing kept, and with what it kept then.
+
+    Raises:
+        WrongResult: on all ranks, with what is wrong and on which.
+
+    Communication: collective.
+    """
+    for step in range(2):
+        produced = make(step).flat.clone()
+        if method.residual is not None:
+            produced += method.residual
+        update = method.average(make(step))
+        wrong = _nothing_lost(method, transport, produced, update)
+        if isinstance(update, SparseUpdate):
+            wrong += _exact_at_indices(transport, produced, update) + _same_bits(transport, update)
+        if isinstance(method, LocalTopK):
+            wrong += _largest(method.k, produced, method.residual)
+        _raise_together(transport, wrong, step)
+
+
+def _nothing_lost(method: Method, transport: Transport, produced: Tensor, update: Tensor | SparseUpdate) -> list[str]:
+    residual = method.residual
+    kept = project(residual) if residual is not None else 0.0
+    own = [project(produced), kept, float(produced.norm()) ** 2]
+    made, stays, square = transport.allgather(torch.tensor([own], dtype=torch.float64)).sum(0).tolist()
+    sent = _project_update(update) * transport.size
+    slack = FLOAT16_SLACK if isinstance(method, HalfPrecision) else FLOAT32_SLACK
+    if abs(sent + stays - made) <= slack * square**0.5:
+        return []
+    return [f"sent {sent} and kept {stays} do not add up to what was produced, {made} (along a random direction)"]
+
+
+def project(vector: Tensor) -> float:
+    """The product of a float32 [n] vector with one random vector that all ranks share, in float64."""
+    return sum(float(chunk.double() @ _direction(i, len(chunk))) for i, chunk in enumerate(vector.split(CHUNK)))
+
+
+def _project_update(update: Tensor | SparseUpdate) -> float:
+    if isinstance(update, Tensor):
+        return project(update)
+    chunks = torch.bucketize(update.indices, torch.arange(0, int(update.indices[-1]) + CHUNK, CHUNK), right=True) - 1
+    total = 0.0
+    for chunk in chunks.unique().tolist():
+        at, values = update.indices[chunks == chunk] - chunk * CHUNK, update.values[chunks == chunk]
+        total += float(values.double() @ _direction(chunk, CHUNK)[at])
+    return total
+
+
+def _direction(chunk: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(chunk)
+    return torch.randn(CHUNK, generator=generator, dtype=torch.float64)[:length]
+
+
+def _exact_at_indices(transport: Transport, produced: Tensor, update: SparseUpdate) -> list[str]:
+    """Values are the mean over ranks of all that was produced at the indices."""
+    every = transport.allgather(produced[update.indices].unsqueeze(0))
+    mean = every.numpy().astype(np.float64).mean(0)
+    if update.indices.numel() and np.allclose(update.values.numpy(), mean, rtol=1e-5, atol=1e-6):
+        return []
+    return [f"{update.indices.numel()} values differ from the mean of what was produced there"]
+
+
+def _largest(k: int, produced: Tensor, residual: Tensor) -> list[str]:
+    """What a rank sent, and does not keep, are its k largest, by NumPy."""
+    sent = np.flatnonzero(produced.numpy() != residual.numpy())
+    magnitudes = np.abs(produced.numpy())
+    least = np.partition(magnitudes, -k)[-k]
+    return [] if len(sent) == k and magnitudes[sent].min() >= least else [f"{len(sent)} sent, not the {k} largest"]
+
+
+def _same_bits(transport: Transport, update: SparseUpdate) -> list[str]:
+    own = hashlib.sha256(update.indices.numpy().tobytes() + update.values.numpy().tobytes()).digest()
+    every = transport.allgather(torch.tensor([list(own)], dtype=torch.uint8))
+    return [] if bool((every == every[0]).all()) else ["the ranks do not have the same bits"]
+
+
+def _raise_together(transport: Transport, wrong: list[str], step: int) -> None:
+    verdicts = transport.allgather(torch.tensor([len(wrong)])).tolist()
+    if any(verdicts):
+        bad_ranks = [rank for rank, faults in enumerate(verdicts) if faults]
+        raise WrongResult(f"step {step}, ranks {bad_ranks}: {'; '.join(wrong) or 'wrong there, right here'}")

@@ -1,0 +1,108 @@
+"""Times and bytes of collective operations: a clock on the network, and the kernel's counters of an interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.transport import Handle, Transport
+from hvd_sketch.transport.base import Finished
+
+INTERFACE = "eth0"
+HEADER_BYTES = 14 + 20 + 32  # of each packet: Ethernet, IPv4, and TCP with its timestamps
+T = TypeVar("T")
+
+
+class ClockedTransport:
+    """A transport that can split time: what its collectives take goes into ``network_s``.
+
+    While ``splits``, nothing overlaps, and every collective begins with a barrier, whose time goes into ``waiting_s``:
+    waiting for a rank that still computes does not count as network. Otherwise all passes through untouched.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.splits = False
+        self.network_s = self.waiting_s = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def size(self) -> int:
+        return self._transport.size
+
+    @property
+    def overlaps(self) -> bool:
+        return self._transport.overlaps and not self.splits
+
+    def stages(self, device: torch.device) -> bool:
+        return self._transport.stages(device)
+
+    def allreduce_(self, tensor: Tensor) -> Tensor:
+        return self._clock(lambda: self._transport.allreduce_(tensor))
+
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        return self._clock(lambda: self._transport.reduce_scatter(tensor, ordered))
+
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        if self.splits:
+            return Finished(self.reduce_scatter(tensor, ordered))
+        return self._transport.start_reduce_scatter(tensor, ordered)
+
+    def alltoall(self, tensor: Tensor) -> Tensor:
+        return self._clock(lambda: self._transport.alltoall(tensor))
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        return self._clock(lambda: self._transport.allgather(tensor))
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        return self._clock(lambda: self._transport.broadcast_(tensor, root))
+
+    def barrier(self) -> None:
+        self._transport.barrier()
+
+    def _clock(self, collective: Callable[[], T]) -> T:
+        if not self.splits:
+            return collective()
+        arrived_s = time.perf_counter()
+        self._transport.barrier()
+        start_s = time.perf_counter()
+        result = collective()
+        self.network_s += time.perf_counter() - start_s
+        self.waiting_s += start_s - arrived_s
+        return result
+
+
+def read_sent() -> Tensor:
+    """Bytes and packets this host's interface has sent, as the kernel counts them: int64 [2]."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    counts = next(line.split(":")[1].split() for line in lines if line.strip().startswith(f"{INTERFACE}:"))
+    return torch.tensor([int(counts[8]), int(counts[9])])
+
+
+def over_hosts(transport: Transport, sent: Tensor) -> dict[str, int]:
+    """Of what :func:`read_sent` counted on each host: mean and largest, headers included. Collective."""
+    every = transport.allgather(sent.unsqueeze(0)).to(torch.float64)
+    return {
+        "mean_bytes": round(float(every[:, 0].mean())),
+        "most_bytes": round(float(every[:, 0].max())),
+        "header_bytes": round(float(every[:, 1].mean()) * HEADER_BYTES),
+    }
+
+
+def slowest(transport: Transport, *numbers: float) -> list[float]:
+    """The largest over ranks of each. Collective."""
+    return transport.allgather(torch.tensor([numbers], dtype=torch.float64)).max(0).values.tolist()
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Median, and the values below which a tenth and nine tenths lie."""
+    marks = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64))
+    return dict(zip(("median", "q10", "q90"), [round(mark, 5) for mark in marks.tolist()], strict=True))

@@ -1,0 +1,152 @@
+"""What bandwidth.py runs on every host: check each method, then time its exchange at each rate of the network."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from hvd_sketch.transport import Transport, resolve_transport
+from versus.checks import check
+from versus.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
+from versus.lab import UNSHAPED, shape_together
+from versus.methods import METHODS, Gradient, Method
+from versus.records import Record, Records, environment
+
+LEAST_REPEATS = 2
+REPEATS_PER_SPLIT = 4  # splitting time takes exchanges of its own: one for so many, at least one
+COLUMNS = MOST_ROWS = 1000  # of the matrices the gradient is made of, as PowerSGD sees it
+
+
+@dataclass
+class Settings:
+    """What to measure; see bandwidth.py. ``pending``: (method, dim, rates) that have no record yet."""
+
+    lab: str
+    hosts: int
+    pending: list[tuple[str, int, list[str]]]
+    repeats: int
+    budget_s: float
+    records: str
+
+
+def main(transport_name: str, settings: Settings) -> None:
+    torch.set_num_threads(1)  # Horovod's launcher does not tell torch
+    transport = resolve_transport(transport_name)
+    records = Records(Path(settings.records))
+    for name, dim, rates in settings.pending:
+        inputs = inputs_of(dim, transport.rank)
+        clocked = ClockedTransport(transport)
+        method = METHODS[name](clocked, dim)
+        shape_together(transport, settings.lab, UNSHAPED)
+        check(method, transport, inputs)
+        for rate in rates:
+            shape_together(transport, settings.lab, rate)
+            about = {"method": name, "transport": transport_name, "dim": dim, "hosts": settings.hosts, "rate": rate}
+            measured = Exchanges(method, clocked, transport, inputs).measure(settings.repeats, settings.budget_s)
+            if transport.rank == 0:
+                records.append(about | measured | environment())
+                print(describe(about | measured), flush=True)
+
+
+@lru_cache(maxsize=1)
+def inputs_of(dim: int, rank: int) -> Inputs:
+    return Inputs(dim, rank)
+
+
+class Inputs:
+    """Two gradients, heavy-tailed as gradients are (a normal variable's cube) and different on each rank, in turn."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        generator = torch.Generator().manual_seed(rank)
+        self._vectors = torch.randn(2, dim, generator=generator).pow_(3)
+        self._scratch = Gradient.over(torch.empty(dim), matrices(dim))
+
+    def __call__(self, step: int) -> Gradient:
+        """This step's, to be overwritten at will."""
+        self._scratch.flat.copy_(self._vectors[step % 2])
+        return self._scratch
+
+
+def matrices(dim: int) -> list[tuple[int, int]]:
+    """Shapes of so many elements in all."""
+    columns = COLUMNS if dim % COLUMNS == 0 else 1
+    rows = dim // columns
+    whole, rest = divmod(rows, MOST_ROWS)
+    return [(MOST_ROWS, columns)] * whole + [(rest, columns)] * (rest > 0)
+
+
+def copy_of(step: int, scratch: Gradient, inputs: tuple[Gradient, ...]) -> Gradient:
+    """A gradient that a method may overwrite."""
+    scratch.flat.copy_(inputs[step % len(inputs)].flat)
+    return scratch
+
+
+class Exchanges:
+    """Times exchanges of one method at one rate. Every measurement is collective."""
+
+    def __init__(
+        self, method: Method, clocked: ClockedTransport, transport: Transport, inputs: Callable[[int], Gradient]
+    ) -> None:
+        self._method, self._clocked, self._transport, self._inputs = method, clocked, transport, inputs
+        self._done = 0
+
+    def measure(self, repeats: int, budget_s: float) -> Record:
+        """As many exchanges as fit into the budget, after one to warm up: seconds are the slowest rank's each."""
+        warm_up_s = self._time_one()
+        repeats = min(repeats, max(LEAST_REPEATS, int(budget_s / max(warm_up_s, 1e-6))))
+        wire_before, sent_before = self._method.ledger.totals().wire_bytes, read_sent()
+        seconds = [self._time_one() for _ in range(repeats)]
+        sent = (read_sent() - sent_before) // repeats
+        wire_bytes = (self._method.ledger.totals().wire_bytes - wire_before) // repeats
+        compute_s, network_s = self._split(max(1, repeats // REPEATS_PER_SPLIT))
+        return {
+            "seconds": quantiles(seconds) | {"repeats": repeats},
+            "compute_s": round(compute_s, 5),
+            "network_s": round(network_s, 5),
+            "ledger_wire_bytes": wire_bytes,
+            "interface": over_hosts(self._transport, sent),
+            "ratio": round(self._method.ledger.compression_ratio(), 2),
+        }
+
+    def _time_one(self) -> float:
+        """Seconds of one exchange on the slowest rank."""
+        return slowest(self._transport, self._time_own())[0]
+
+    def _time_own(self) -> float:
+        gradient = self._inputs(self._done)
+        self._done += 1
+        self._transport.barrier()
+        start_s = time.perf_counter()
+        self._method.average(gradient)
+        return time.perf_counter() - start_s
+
+    def _split(self, repeats: int) -> tuple[float, float]:
+        """Means of what the slowest rank computes, and of what it spends in collectives, with nothing overlapped."""
+        clocked = self._clocked
+        clocked.splits, clocked.network_s, clocked.waiting_s = True, 0.0, 0.0
+        own_s = sum(self._time_own() for _ in range(repeats))
+        clocked.splits = False
+        compute_s = own_s - clocked.network_s - clocked.waiting_s
+        compute_s, network_s = slowest(self._transport, compute_s / repeats, clocked.network_s / repeats)
+        return compute_s, network_s
+
+
+def describe(record: Record) -> str:
+    seconds = record["seconds"]
+    return (
+        f"{record['method']:9} {record['transport']:7} dim {record['dim']:>11,} on {record['hosts']} hosts at "
+        f"{record['rate']:>8}: {seconds['median']:8.4f} s ({seconds['q10']:.4f} to {seconds['q90']:.4f}, "
+        f"{seconds['repeats']} times), compute {record['compute_s']:.4f}, network {record['network_s']:.4f}, "
+        f"{record['interface']['mean_bytes']:>12,} bytes"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))

@@ -1,0 +1,76 @@
+"""The emulated network, driven through launch/netlab, and ranks on its hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hvd_sketch.transport import Transport
+
+ROOT = Path(__file__).resolve().parents[2]
+NETLAB = str(ROOT / "launch/netlab")
+LAUNCHERS = {"mpi": "launch/mpirun.sh", "horovod": "launch/horovodrun.sh"}
+UNSHAPED = "none"
+BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+class LabFailed(Exception):
+    """The emulated network, or the ranks on it, ended with an error, which stands above."""
+
+
+@contextmanager
+def lab(hosts: int, rate: str = UNSHAPED) -> Iterator[str]:
+    """The name of a network of so many hosts that is there while inside, and nobody else's."""
+    name = f"bench-{os.getpid()}"
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the network goes, too
+    _netlab("up", "--name", name, "--hosts", str(hosts), "--rate", rate)
+    try:
+        yield name
+    finally:
+        _netlab("down", "--name", name)
+
+
+def shape(name: str, rate: str) -> None:
+    """Give a network another rate; also from within one of its hosts."""
+    _netlab("shape", "--name", name, "--rate", rate)
+
+
+def shape_together(transport: Transport, name: str, rate: str) -> None:
+    """Give the network that the ranks are on another rate, while it is idle. Collective."""
+    transport.barrier()
+    if transport.rank == 0:
+        shape(name, rate)
+    transport.barrier()
+
+
+def run_ranks(name: str, transport: str, module: str, settings: dict[str, Any]) -> None:
+    """Run ``python -m module transport settings`` on a rank of each host.
+
+    Raises:
+        LabFailed: it did not end well on all.
+    """
+    environment = {
+        "HVD_SKETCH_VENV": sys.prefix,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
+    }
+    hosts = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
+    ranks = [sys.executable, "-m", module, transport, json.dumps(settings)]
+    _netlab("run", "--name", name, "--", str(ROOT / LAUNCHERS[transport]), *hosts, "--", *ranks, **environment)
+
+
+def bits_per_s(rate: str) -> float:
+    """Of a rate as launch/netlab takes it; infinite for "none"."""
+    return float("inf") if rate == UNSHAPED else float(rate[:-4]) * BITS_PER_S[rate[-4:]]
+
+
+def _netlab(*arguments: str, **environment: str) -> None:
+    done = subprocess.run([NETLAB, *arguments], env=os.environ | environment, check=False)
+    if done.returncode:
+        raise LabFailed(f"launch/netlab {arguments[0]} ended with status {done.returncode}, see above")

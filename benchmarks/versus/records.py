@@ -1,0 +1,38 @@
+"""A report that grows by one record for each finished setting, and is whole at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Records:
+    """A JSON file that holds a list of records. Whoever dies while it grows, what was there stays readable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Record]:
+        return json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def append(self, record: Record) -> None:
+        lines = ",\n".join(json.dumps(each) for each in [*self.read(), record])
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        draft.write_text(f"[\n{lines}\n]\n")
+        draft.replace(self.path)
+
+    def has(self, **setting: Any) -> bool:
+        """Whether a record of this setting is there."""
+        return any(setting.items() <= record.items() for record in self.read())
+
+
+def environment() -> Record:
+    """What a measurement depends on besides its setting."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {"cores": os.cpu_count(), "commit": commit}

@@ -1,0 +1,153 @@
+"""Training one model with one method until it is good enough, with time, steps and bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from image_data import Images
+from torch import Tensor, nn
+
+import hvd_sketch
+from hvd_sketch.exchange import SparseUpdate
+from hvd_sketch.transport import Transport
+from hvd_sketch.volume import CommLedger
+from versus.clock import read_sent
+from versus.methods import METHODS, Gradient
+
+SKETCH_RATIOS = {"sketch20": 20.0, "sketch100": 100.0}
+
+
+@dataclass
+class Course:
+    """How a training went. Seconds and bytes are of training steps alone, without the evaluations in between.
+
+    Attributes:
+        reached: whether the target was.
+        step_s: of each step, this rank's.
+        curve: after each evaluation: steps, seconds, wire bytes by the ledger, accuracy as a fraction.
+        sent: bytes and packets this host's interface sent, int64 [2].
+    """
+
+    reached: bool = False
+    step_s: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float, int, float]] = field(default_factory=list)
+    sent: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    ratio: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_s)
+
+
+class Optimizer(Protocol):
+    """What a training needs of one."""
+
+    @property
+    def ledger(self) -> CommLedger: ...
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> object:
+        """Average the gradients over the ranks, then step. Collective."""
+
+
+class MethodOptimizer:
+    """SGD on what a method makes of the gradients."""
+
+    def __init__(self, method: str, model: nn.Module, transport: Transport, learning_rate: float) -> None:
+        parameters = list(model.parameters())
+        dim = sum(parameter.numel() for parameter in parameters)
+        self._gradient = Gradient.over(torch.zeros(dim), [tuple(parameter.shape) for parameter in parameters])
+        for parameter, part in zip(parameters, self._gradient.parts, strict=True):
+            parameter.grad = part  # backward adds to it in place
+        self._method = METHODS[method](transport, dim)
+        self._inner = torch.optim.SGD(parameters, lr=learning_rate)
+
+    @property
+    def ledger(self) -> CommLedger:
+        return self._method.ledger
+
+    def zero_grad(self) -> None:
+        self._gradient.flat.zero_()
+
+    def step(self) -> None:
+        mean = self._method.average(self._gradient)
+        assert not isinstance(mean, SparseUpdate)
+        if mean is not self._gradient.flat:
+            self._gradient.flat.copy_(mean)
+        self._inner.step()
+
+
+def make_optimizer(method: str, model: nn.Module, transport: Transport, learning_rate: float) -> Optimizer:
+    """Ours as a user would make it; the others the leanest way."""
+    if method not in SKETCH_RATIOS:
+        return MethodOptimizer(method, model, transport, learning_rate)
+    dim = hvd_sketch.sketched_dim(model.named_parameters())
+    sketch = hvd_sketch.SketchConfig.for_compression(SKETCH_RATIOS[method], dim, momentum=0.0)
+    inner = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    return hvd_sketch.DistributedOptimizer(inner, model.named_parameters(), sketch=sketch, transport=transport)
+
+
+@dataclass
+class Task:
+    """What to train, until when. ``batch`` is that of one rank."""
+
+    data: Images
+    make_model: Callable[[], nn.Module]
+    target: float
+    batch: int
+    most_steps: int
+    steps_between: int
+    seed: int = 0
+
+
+def train(task: Task, method: str, learning_rate: float, transport: Transport, most_steps: int | None = None) -> Course:
+    """Until the target or ``most_steps``. Communication: collective; all ranks see the same accuracy."""
+    torch.manual_seed(task.seed)
+    model = task.make_model()
+    hvd_sketch.broadcast_parameters(model.named_parameters(), 0, transport)
+    optimizer = make_optimizer(method, model, transport, learning_rate)
+    batches = endless_batches(len(task.data.train_labels), task, transport)
+    course = Course()
+    while not course.reached and course.steps < (most_steps or task.most_steps):
+        transport.barrier()
+        sent_before = read_sent()
+        for _ in range(task.steps_between):
+            start_s = time.perf_counter()
+            _step(model, optimizer, task.data, next(batches))
+            course.step_s.append(time.perf_counter() - start_s)
+        transport.barrier()
+        course.sent += read_sent() - sent_before
+        accuracy = evaluate(model, task.data, transport)
+        wire_bytes = optimizer.ledger.totals().wire_bytes
+        course.curve.append((course.steps, round(sum(course.step_s), 4), wire_bytes, accuracy))
+        course.reached = accuracy >= task.target
+    course.ratio = optimizer.ledger.compression_ratio()
+    return course
+
+
+def _step(model: nn.Module, optimizer: Optimizer, data: Images, batch: Tensor) -> None:
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch]).backward()
+    optimizer.step()
+
+
+def endless_batches(images: int, task: Task, transport: Transport) -> Iterator[Tensor]:
+    """This rank's share of shuffles that all ranks know."""
+    generator = torch.Generator().manual_seed(task.seed)
+    while True:
+        own = torch.randperm(images, generator=generator)[transport.rank :: transport.size]
+        yield from (batch for batch in own.split(task.batch) if len(batch) == task.batch)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Images, transport: Transport) -> float:
+    """Test accuracy as a fraction, every rank judging its share. Collective."""
+    share = slice(transport.rank, None, transport.size)
+    pairs = zip(data.test_images[share].split(500), data.test_labels[share].split(500), strict=True)
+    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+    return int(transport.allreduce_(torch.tensor([right]))) / len(data.test_labels)

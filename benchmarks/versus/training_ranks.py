@@ -1,0 +1,122 @@
+"""What time_to_accuracy.py runs on every host: search each method's learning rate, or train with it at each rate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from image_data import Images, load_images
+
+from hvd_sketch.transport import Transport, resolve_transport
+from versus.clock import over_hosts, quantiles, slowest
+from versus.lab import UNSHAPED, shape_together
+from versus.models import MODELS
+from versus.records import Record, Records, environment
+from versus.training import Task, train
+
+HELD_OUT = 10  # one in so many training images judges learning rates
+
+
+@dataclass
+class Settings:
+    """What to train; see time_to_accuracy.py.
+
+    Attributes:
+        pending: (method, its learning rate or None to search for it, rates of the network without a record).
+    """
+
+    lab: str
+    hosts: int
+    pending: list[tuple[str, float | None, list[str]]]
+    data_dir: str | None
+    model: str
+    hidden: int
+    target: float
+    batch: int
+    most_steps: int
+    steps_between: int
+    seeds: int
+    learning_rates: list[float]
+    records: str
+
+    def task(self, data: Images) -> Task:
+        make_model = partial(MODELS[self.model], data.train_images.shape[1], self.hidden)
+        return Task(data, make_model, self.target, self.batch, self.most_steps, self.steps_between)
+
+
+def main(transport_name: str, settings: Settings) -> None:
+    torch.set_num_threads(1)
+    transport = resolve_transport(transport_name)
+    records = Records(Path(settings.records))
+    task = settings.task(load_images(Path(settings.data_dir) if settings.data_dir else None))
+    for method, learning_rate, rates in settings.pending:
+        about = {"method": method, "transport": transport_name, "hosts": settings.hosts, "data": task.data.name}
+        about |= {"model": settings.model, "hidden": settings.hidden, "batch": settings.batch, "target": task.target}
+        if learning_rate is None:
+            shape_together(transport, settings.lab, UNSHAPED)
+            found = search(task, method, settings.learning_rates, transport)
+            learning_rate = found["learning_rate"]
+            keep(records, transport, about | {"search": True} | found)
+        for rate in rates:
+            shape_together(transport, settings.lab, rate)
+            measured = measure(task, method, learning_rate, settings.seeds, transport)
+            keep(records, transport, about | {"rate": rate, "learning_rate": learning_rate} | measured)
+
+
+def search(task: Task, method: str, learning_rates: list[float], transport: Transport) -> Record:
+    """The learning rate of the grid that reaches the target in the fewest steps, judged on held-out training images.
+
+    Where none does, the one with the best accuracy in the end.
+    """
+    judged = replace(task, data=hold_out(task.data))
+    steps: dict[float, int] = {}
+    accuracy: dict[float, float] = {}
+    limit = task.most_steps
+    for learning_rate in learning_rates:
+        course = train(judged, method, learning_rate, transport, limit)
+        accuracy[learning_rate] = max(point[-1] for point in course.curve)
+        if course.reached:
+            limit = steps[learning_rate] = course.steps
+    best = min(learning_rates, key=lambda each: (steps.get(each, task.most_steps + 1), -accuracy[each]))
+    tried = [[each, steps.get(each), round(accuracy[each], 4)] for each in learning_rates]
+    return {"learning_rate": best, "tried": tried}
+
+
+def hold_out(data: Images) -> Images:
+    """The training set alone, a part of it in place of the test set."""
+    judges = torch.arange(len(data.train_labels)) % HELD_OUT == 0
+    images, labels = data.train_images, data.train_labels
+    return Images(data.name, images[~judges], labels[~judges], images[judges], labels[judges])
+
+
+def measure(task: Task, method: str, learning_rate: float, seeds: int, transport: Transport) -> Record:
+    """Training runs on the whole training set: wall time, steps, bytes."""
+    courses = [train(replace(task, seed=seed), method, learning_rate, transport) for seed in range(seeds)]
+    seconds = [slowest(transport, sum(course.step_s))[0] for course in courses]
+    last = courses[-1]
+    return {
+        "reached": all(course.reached for course in courses),
+        "seconds": quantiles(seconds) | {"repeats": seeds},
+        "step_seconds": quantiles([step_s for course in courses for step_s in course.step_s]),
+        "steps": round(sum(course.steps for course in courses) / seeds),
+        "accuracy": round(sum(course.curve[-1][-1] for course in courses) / seeds, 4),
+        "ledger_wire_bytes": last.curve[-1][2],
+        "interface": over_hosts(transport, last.sent),
+        "ratio": round(last.ratio, 2),
+        "curve": last.curve,
+    }
+
+
+def keep(records: Records, transport: Transport, record: Record) -> None:
+    if transport.rank == 0:
+        records.append(record | environment())
+        print({name: value for name, value in record.items() if name != "curve"}, flush=True)
+    transport.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))

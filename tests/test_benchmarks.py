@@ -1,0 +1,237 @@
+"""The benchmarks over an emulated network: what they compute from times, what they refuse to time, both end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_sketch.transport import LocalTransport, run_local
+from tests.harness import ROOT, run_command
+from tests.labs import needs_lab
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from versus import accuracy_report, bandwidth_report, methods
+from versus.break_even import break_even, fastest, name_bandwidth
+from versus.checks import WrongResult, check, project
+from versus.exchange_ranks import Inputs, matrices
+from versus.models import MODELS
+from versus.records import Records
+
+INFINITE = float("inf")
+DIM = 20_000
+
+
+def test_break_even_is_exact_for_times_that_are_compute_plus_bytes_over_bandwidth() -> None:
+    def seconds(compute_s: float, bits: float) -> dict[float, float]:
+        return {bandwidth: compute_s + bits / bandwidth for bandwidth in (1e8, 1e9, 1e10, INFINITE)}
+
+    dense, ours = seconds(0.1, 1.2e9), seconds(0.4, 0.06e9)
+    assert break_even(ours, dense) == pytest.approx((1.2e9 - 0.06e9) / (0.4 - 0.1))
+    assert break_even(seconds(0.05, 0.06e9), dense) == INFINITE
+    assert break_even(seconds(0.05, 1.3e9), dense) == 0.0  # slower where it was measured at the least bandwidth
+    assert break_even(dense, dense) == break_even(ours, {}) == 0.0
+    assert fastest([dense, ours]) == {1e8: ours[1e8], 1e9: ours[1e9], 1e10: dense[1e10], INFINITE: 0.1}
+    assert [name_bandwidth(each) for each in (0.0, 6.31e8, 3.8e9, INFINITE)] == [
+        "at no rate measured",
+        "below 630 Mbit/s",
+        "below 3.8 Gbit/s",
+        "at every rate measured",
+    ]
+
+
+def test_records_grow_one_by_one_and_are_found_again(tmp_path) -> None:
+    records = Records(tmp_path / "records.json")
+    assert records.read() == [] and not records.has(method="dense")
+    for rate in ("1gbit", "none"):
+        records.append({"method": "dense", "rate": rate, "seconds": 1.0})
+        assert json.loads(records.path.read_text())[-1]["rate"] == rate
+    assert records.has(method="dense", rate="none") and not records.has(method="dense", rate="100mbit")
+    assert [path.name for path in tmp_path.iterdir()] == ["records.json"]
+
+
+@pytest.mark.parametrize("dim", [1, 999, 1000, 500_000, 1_000_000, 6_500_000])
+def test_matrices_make_up_the_vector(dim: int) -> None:
+    assert sum(rows * columns for rows, columns in matrices(dim)) == dim
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_passes_its_check(name: str) -> None:
+    if name == "fp16":
+        pytest.skip("threads have no sums in half precision; the benchmark checks it over Horovod")
+
+    def on_rank(transport: LocalTransport) -> None:
+        method = methods.METHODS[name](transport, DIM)
+        check(method, transport, Inputs(DIM, transport.rank))
+
+    run_local(1 if name == "powersgd" else 3, on_rank)
+
+
+class Forgetful(methods.LocalTopK):
+    """Loses a coordinate that it should have kept."""
+
+    def average(self, gradient):
+        mean = super().average(gradient)
+        self.residual[int(self.residual.abs().argmax())] = 0
+        return mean
+
+
+class Rounding(methods.Sketched):
+    """Sends values that one rank rounds."""
+
+    def average(self, gradient):
+        update = super().average(gradient)
+        if self._exchange._transport.rank == 1:
+            update.values[0] *= 1 + 2**-22
+        return update
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda transport: Forgetful(transport, DIM, 100), "do not add up"),
+        (lambda transport: Rounding(transport, DIM, 20.0), "same bits"),
+    ],
+)
+def test_the_check_sees_what_is_wrong(make, said: str) -> None:
+    def on_rank(transport: LocalTransport) -> None:
+        with pytest.raises(WrongResult, match=said):
+            check(make(transport), transport, Inputs(DIM, transport.rank))
+
+    run_local(2, on_rank)
+
+
+def test_projection_sees_every_coordinate() -> None:
+    vector = torch.zeros((1 << 20) + 3)
+    for at in (0, 1 << 20, (1 << 20) + 2):
+        vector[at] = 1
+        assert project(vector) != 0
+        vector[at] = 0
+    assert project(vector) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("features", [64, 784, 3072])
+def test_models_take_all_images(name: str, features: int) -> None:
+    model = MODELS[name](features, 16)
+    assert model(torch.zeros(2, features)).shape == (2, 10)
+    assert not list(model.buffers())
+
+
+def benchmark(name: str, *arguments: str, timeout_s: float = 120) -> tuple[int, str]:
+    return run_command([sys.executable, f"benchmarks/{name}", *arguments], timeout_s)
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_bandwidth_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    small = ["--dims", "1e5", "--hosts", "2", "--rates", "none", "1gbit", "--repeats", "2"]
+    arguments = [*small, "--transports", "mpi", "--json", str(figures), "--plot", str(picture)]
+    status, output = benchmark("bandwidth.py", *arguments)
+    assert status == 0, output
+    records = json.loads(figures.read_text())
+    names = {"dense", "allreduce", "topk", "powersgd", "sketch20", "sketch100"}
+    assert {(r["method"], r["rate"]) for r in records} == {(name, rate) for name in names for rate in ("none", "1gbit")}
+    for record in records:
+        assert record["seconds"]["q10"] <= record["seconds"]["median"] <= record["seconds"]["q90"]
+        assert record["compute_s"] >= 0 and record["network_s"] > 0
+        if record["ledger_wire_bytes"] > 50_000:
+            payload = record["interface"]["mean_bytes"] - record["interface"]["header_bytes"]
+            assert payload == pytest.approx(record["ledger_wire_bytes"], rel=0.1)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "sketched 20×" in output
+    written = figures.stat().st_mtime_ns
+    status, output = benchmark("bandwidth.py", *arguments)  # all is measured: nothing is run again
+    assert status == 0 and figures.stat().st_mtime_ns == written and "netlab" not in output
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
+    records = Records(tmp_path / "figures.json")
+    endless = ["--dims", "1e5", "--hosts", "2", "--repeats", "1000000", "--budget-s", "1", "--rates", "none", "1gbit"]
+    command = [sys.executable, "benchmarks/bandwidth.py", *endless, "--json", str(records.path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            wait_until(lambda: len(records.read()) > 1, 60)
+            lab = f"bench-{run.pid}"
+            assert run_command(["launch/netlab", "kill", "--name", lab, f"{lab}-2"], 30)[0] == 0
+            _, errors = run.communicate(timeout=60)
+        finally:
+            run.terminate()
+    assert run.returncode == 1 and "the records up to then are in" in errors, errors
+    assert len(records.read()) > 1
+    assert not Path(f"/run/netlab/{lab}").exists()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {limit_s} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_time_to_accuracy_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    status, output = benchmark(
+        "time_to_accuracy.py",
+        *("--hosts", "2", "--rates", "1gbit", "--hidden", "128", "--batch", "32", "--target", "0.8"),
+        *("--most-steps", "100", "--learning-rates", "0.2", "0.4", "--transports", "mpi"),
+        *("--methods", "allreduce", "sketch20", "--json", str(figures), "--plot", str(picture)),
+    )
+    assert status == 0, output
+    records = json.loads(figures.read_text())
+    searches = [record for record in records if record.get("search")]
+    assert [len(record["tried"]) for record in searches] == [2, 2]
+    dense, sketched = (record for record in records if "rate" in record)
+    assert (dense["method"], sketched["method"]) == ("allreduce", "sketch20")
+    for record in (dense, sketched):
+        assert record["reached"] and record["accuracy"] >= 0.8 and record["steps"] <= 100
+        assert record["curve"][-1][2] == record["ledger_wire_bytes"] > 0 < record["interface"]["mean_bytes"]
+    assert sketched["ratio"] > 3 > dense["ratio"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| sketched 20×, mpi |" in output
+
+
+def test_tables_say_where_ours_loses() -> None:
+    def record(method: str, rate: str, seconds: float) -> dict:
+        return {
+            **{"method": method, "transport": "mpi", "dim": 1000, "hosts": 2, "rate": rate, "compute_s": 0.1},
+            **{"network_s": 0.2, "seconds": {"median": seconds}, "ledger_wire_bytes": 10**6, "learning_rate": 0.1},
+            **{"interface": {"mean_bytes": 10**6}, "reached": seconds < 9, "steps": 7, "ratio": 2.0, "accuracy": 0.5},
+        }
+
+    records = [record("allreduce", "1gbit", 1.0), record("powersgd", "1gbit", 0.5), record("sketch20", "1gbit", 9.0)]
+    text = bandwidth_report.tables(records)
+    assert "at no rate measured" in text and "at every rate measured" in text
+    assert "| PowerSGD, rank 4, mpi | 0.1 | 7 | **0.5** |" in accuracy_report.table(records)
+    assert "not reached (50.00%)" in accuracy_report.table(records)
+
+
+def test_cifar10_files_are_read(tmp_path: Path) -> None:
+    from image_data import load_images
+
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
+        images = rng.integers(0, 256, (4, 3073), dtype=np.uint8)
+        images[:, 0] %= 10
+        images.tofile(tmp_path / name)
+    data = load_images(tmp_path)
+    assert data.name == "cifar10" and data.train_images.shape == (20, 3072) and data.test_images.shape == (4, 3072)
+    assert data.test_labels.tolist() == images[:, 0].tolist()
+    os.remove(tmp_path / "test_batch.bin")
+    with pytest.raises(FileNotFoundError, match="test_batch"):
+        load_images(tmp_path)
