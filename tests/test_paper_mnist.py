@@ -172,7 +172,7 @@ def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: 
     assert len(runs(broken)) == 1
     events = [json.loads(line) for line in broken.with_suffix(".log.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "interrupted" and 0 < events[-1]["step"] < 400
-    status, output = run_command(command(data_dir, broken, *recipe, "--steps", "500", "--resume"), timeout_s=120)
+    status, output = run_command(command(data_dir, broken, *recipe, "--batch", "8", "--resume"), timeout_s=120)
     assert status != 0 and "--resume" in output and "repeat the arguments" in output
     status, output = run_command(command(data_dir, broken, *recipe, "--resume"), timeout_s=120)
     assert status == 0, output

@@ -76,7 +76,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a request that all ranks heed after the same step."""
+    """Turns the first Ctrl-C or SIGTERM into a request that all ranks heed after the same step."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -85,6 +85,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        signal.signal(number, signal.SIG_DFL)  # the second ends the process at once
 
     def agreed(self, transport: Transport) -> bool:
         """Whether any rank was asked. Communication: one tiny allreduce."""
@@ -101,7 +102,7 @@ class Session:
         transport: rank 0 writes the results and the log, every rank its own checkpoint.
 
     Raises:
-        ValueError: resuming under other settings.
+        ValueError: resuming under other settings, or where nothing was begun.
     """
 
     def __init__(
@@ -119,11 +120,12 @@ class Session:
             if transport.rank == 0:
                 self._log.unlink(missing_ok=True)
         transport.barrier()  # nobody writes before all have read
+        self._write()  # the settings, for a resumption
 
     def _take_up(self) -> None:
         """Keep the runs that were finished before the interruption."""
         if not self._path.exists():
-            return
+            raise ValueError(f"--resume: there is no {self._path} to go on from")
         saved = json.loads(self._path.read_text())
         if saved["settings"] != self._results["settings"]:
             raise ValueError(
@@ -137,6 +139,7 @@ class Session:
 
         Communication: collective. Ends the process with status 130 after Ctrl-C, with a checkpoint.
         """
+        labels = {**labels, "steps": steps}
         if self.finished(labels):
             return
         training, done, curve = make(), 0, []
@@ -157,7 +160,7 @@ class Session:
                 self._save_if_due({"labels": dict(labels), "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started
         final = curve[-1] if curve else {}  # rank 0 has it
-        self.add(labels, steps=steps, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
+        self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
         self._checkpoint.unlink(missing_ok=True)
 
     def _bar(self, labels: Labels, done: int, steps: int) -> tqdm:
@@ -170,6 +173,9 @@ class Session:
     def add(self, labels: Labels, **figures: Any) -> None:
         """Keep a finished run; the file is whole at any time."""
         self._results["runs"].append({**labels, **figures})
+        self._write()
+
+    def _write(self) -> None:
         if self._transport.rank == 0:
             _replace(self._path, lambda path: path.write_text(_one_run_per_line(self._results)))
 

@@ -206,15 +206,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="default: all")
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS['small']} at small scale, {STEPS['full']} at full")
+    told = f"T; several: one training for each (default: {STEPS['small']} at small scale, {STEPS['full']} at full)"
+    parser.add_argument("--steps", type=int, nargs="+", metavar="T", help=told)
     parser.add_argument("--batch", type=int, default=32, help="images per worker and step (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
     parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
     arguments = parser.parse_args()
     check_arguments(parser, arguments)
     if arguments.steps is None:
-        arguments.steps = STEPS[arguments.scale]
-    for name in ("steps", "batch", "workers"):
+        arguments.steps = [STEPS[arguments.scale]]
+    if min(arguments.steps) < AUDITED_STEPS:
+        parser.error(f"--steps must be at least {AUDITED_STEPS}, got {min(arguments.steps)}")
+    for name in ("batch", "workers"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     return arguments
@@ -237,11 +240,11 @@ def main() -> None:
         "P": 10,
     }
     session = Session(arguments, "mnist", settings, transport)
-    for recipe, seed, method in product(arguments.recipes, range(arguments.seeds), METHODS):
-        task = Task(RECIPES[recipe], method, train, test, arguments.steps, arguments.batch, seed)
+    choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
+    for recipe, steps, seed, method in choices:
+        task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)
         make = partial(simulated_training, task, workers) if simulated else partial(real_training, task, transport)
-        labels = {"recipe": recipe, "method": method, "seed": seed}
-        session.run(labels, make, arguments.steps, logarithmic(arguments.steps))
+        session.run({"recipe": recipe, "method": method, "seed": seed}, make, steps, logarithmic(steps))
     for problem in {RECIPES[recipe].problem.name: RECIPES[recipe].problem for recipe in arguments.recipes}.values():
         labels = {"problem": problem.name, "method": "l-bfgs"}
         if transport.rank == 0 and not session.finished(labels):
