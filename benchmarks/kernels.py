@@ -1,199 +1,260 @@
-"""Check, then time, the CPU kernels against a copy of the vector and against the usual torch implementation.
+"""Check, then time, the sketch kernels and a whole local step against a copy of the vector and against torch.
 
-    python benchmarks/kernels.py --dim 25000000 --rows 5 --cols 500000 --threads 2
+    python benchmarks/kernels.py                                   # dim 25 M, 3 and 5 rows, 500 k columns
+    python benchmarks/kernels.py --dims 1e6 6.5e6 25e6 100e6       # columns: a fiftieth of dim
+    python benchmarks/kernels.py --device cuda --dims 25e6 100e6 1e9 --no-torch
 
-"torch style" stores buckets and signs per coordinate and row, sketches by ``torch.bincount`` and recovers by
-gather, ``median`` and ``topk``. Here it uses the buckets and signs of ``BlockHash``, so that both must agree.
-Times are of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1
-and times nothing when a result is wrong.
+"copies" is the time in units of a ``copy_`` of the vector into a touched buffer in the same run; "bandwidth" is the
+share of that copy's bandwidth that the bytes an operation must move through memory come to; "x torch" is how much
+faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py). Times are medians of
+interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and times nothing when
+a result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numba
-import numpy as np
 import torch
+from kernel_checks import hash_only, wrong_results, wrong_step
+from machine import describe_machine, peak_memory_of
 from torch import Tensor
+from torch_style import TorchStyle
 
+from hvd_sketch import SketchConfig, SketchedAllreduce
 from hvd_sketch.hashing import BlockHash
-from hvd_sketch.kernels import cpu, reference
-from hvd_sketch.selection import select_largest
-from hvd_sketch.transport.local import local_transports
+from hvd_sketch.kernels import load_backend
+from hvd_sketch.selection import OwnedEstimates, select_largest
+from hvd_sketch.transport import local_transports
 
-CHUNK = 1 << 20  # coordinates whose buckets are computed at once
-TORCH_REPEATS = 3  # the torch style takes seconds
-
-
-class TorchStyle:
-    """Count Sketch with a stored bucket (int64) and sign (float32) per coordinate and row."""
-
-    def __init__(self, hash: BlockHash) -> None:
-        self.hash = hash
-        self.buckets = torch.empty(hash.rows, hash.dim, dtype=torch.int64)
-        self.signs = torch.empty(hash.rows, hash.dim, dtype=torch.float32)
-        for start in range(0, hash.dim, CHUNK):
-            index = np.arange(start, min(start + CHUNK, hash.dim))
-            for row in range(hash.rows):
-                shard, column = hash.cells(row, index)
-                self.buckets[row, start : start + CHUNK] = torch.from_numpy(shard * hash.shard_cols + column)
-                self.signs[row, start : start + CHUNK] = torch.from_numpy(hash.signs(row, index))
-
-    def sketch(self, values: Tensor) -> Tensor:
-        cells = self.hash.shards * self.hash.shard_cols
-        pairs = zip(self.buckets, self.signs, strict=True)
-        return torch.stack([torch.bincount(b, weights=s * values, minlength=cells) for b, s in pairs])
-
-    def votes(self, table: Tensor) -> Tensor:
-        return torch.stack([row[b] * s for row, b, s in zip(table, self.buckets, self.signs, strict=True)])
-
-    def recover(self, table: Tensor, count: int) -> Tensor:
-        return self.votes(table).median(dim=0).values.abs().topk(count).indices
+TORCH_ROUNDS = 3  # the torch style takes seconds
+STEPS_BEFORE = 20  # until the residual grows slowly, as it does in all but the first steps of a training
+MOMENTUM = 0.9
+Operations = dict[str, Callable[[], object]]
 
 
-def recover(hash: BlockHash, table: Tensor, count: int) -> Tensor:
-    return select_largest(cpu, cpu.estimate(hash, table, 0, hash.dim), count, local_transports(1)[0])
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    dim: int
+    rows: int
+    cols: int
+    k: int
+    oversample: int
+
+    @property
+    def candidates(self) -> int:
+        return min(self.dim, self.oversample * self.k)
 
 
-def wrong_results(hash: BlockHash, torch_style: TorchStyle) -> list[str]:
-    """What the kernels get wrong: against the reference on small sizes, the torch style on this one."""
-    wrong = []
-    for dim in (1, 777, 100_003):
-        small = BlockHash(dim, hash.rows, max(dim // 5, hash.shards), hash.shards, seed=1)
-        values = torch.randn(dim)
-        ours, theirs = torch.zeros(small.table_shape), torch.zeros(small.table_shape)
-        cpu.accumulate_(small, ours, values, 0)
-        reference.accumulate_(small, theirs, values, 0)
-        if not torch.equal(ours, theirs):
-            wrong.append(f"table at dim {dim}: differs from the reference")
-        elif not torch.equal(cpu.estimate(small, ours, 0, dim), reference.estimate(small, ours, 0, dim)):
-            wrong.append(f"estimate at dim {dim}: differs from the reference")
-
-    values = torch.randint(-8, 9, (hash.dim,)).float()  # integers: every order of addition gives one sum
-    table = torch.zeros(hash.table_shape)
-    cpu.accumulate_(hash, table, values, 0)
-    flat = table.reshape(hash.rows, -1)
-    if not torch.equal(flat, torch_style.sketch(values).float()):
-        wrong.append("table: differs from the torch style's")
-    estimates = cpu.estimate(hash, table, 0, hash.dim)
-    ordered = torch_style.votes(flat).sort(dim=0).values
-    if not torch.equal(estimates, (ordered[(hash.rows - 1) // 2] + ordered[hash.rows // 2]) * 0.5):
-        wrong.append("estimate: differs from the torch style's")
-    del ordered
-    count = min(hash.dim, max(1, hash.dim // 25))
-    least = estimates.abs().topk(count).values[-1]
-    chosen = recover(hash, table, count)
-    expected = min(count, int(estimates.count_nonzero()))
-    magnitudes = estimates[chosen].abs()
-    if chosen.numel() != expected or bool((magnitudes < least).any()) or bool((chosen.diff() <= 0).any()):
-        wrong.append(f"recovery: {chosen.numel()} of {expected}, or not the largest, or not ascending")
-    return wrong
+# Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
+BYTES_PER_COORDINATE = {"copy": 8, "finite": 4, "feedback": 20, "sketch": 4, "feedback + sketch": 20, "estimate": 4}
+TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
 
 
-def time_ms(operations: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations:
+    """The backend's functions one by one, on buffers of their own."""
+    kernels = load_backend(None, values.device)
+    buffer, u, v = (torch.zeros_like(values) for _ in range(3))
+    scratch = torch.zeros(hash.table_shape, dtype=torch.float32, device=values.device)
+    table = torch.zeros_like(scratch)
+    kernels.accumulate_(hash, table, values, 0)
+    own = table[:, 0].contiguous()
+    operations: Operations = {
+        "copy": lambda: buffer.copy_(values),
+        "finite": lambda: torch.aminmax(values),
+        "feedback": lambda: kernels.feedback_(u, v, values, MOMENTUM),
+        "sketch": lambda: kernels.accumulate_(hash, scratch, values, 0),
+        "feedback + sketch": lambda: kernels.feedback_accumulate_(hash, scratch, u, v, values, MOMENTUM, 0),
+        "estimate": lambda: kernels.estimate(hash, table, 0, hash.dim),
+        "recovery": lambda: recover(kernels, hash, own, count),
+    }
+    if values.device.type == "cpu":
+        operations["hash alone"] = lambda: hash_only(hash)
+    return operations
+
+
+def recover(kernels: object, hash: BlockHash, table: Tensor, count: int) -> Tensor:
+    """Coordinates of the ``count`` largest estimates, without a guess at the threshold."""
+    part = OwnedEstimates(kernels, hash, table, 0, 2 * count)  # type: ignore[arg-type]
+    return select_largest(part, count, local_transports(1)[0]).positions
+
+
+def exchange_of(setting: Setting, device: torch.device) -> SketchedAllreduce:
+    sizes = {"rows": setting.rows, "cols": setting.cols, "k": setting.k, "oversample": setting.oversample}
+    return SketchedAllreduce(SketchConfig(**sizes, momentum=MOMENTUM), setting.dim, local_transports(1)[0], device)
+
+
+class Steps:
+    """Whole steps of one rank: from the check for NaN and Inf to the zeroing of what was chosen."""
+
+    def __init__(self, setting: Setting, gradients: list[Tensor]) -> None:
+        self.exchange = exchange_of(setting, gradients[0].device)
+        self._gradients = gradients
+        self._done = 0
+        for _ in range(STEPS_BEFORE):
+            self()
+
+    def __call__(self) -> Tensor:
+        self._done += 1
+        return self.exchange.step(self._gradients[self._done % len(self._gradients)]).indices
+
+
+def torch_operations(torch_style: TorchStyle, values: Tensor, setting: Setting) -> Operations:
+    u, v = torch.zeros_like(values), torch.zeros_like(values)
+    table = torch_style.sketch(values).float()
+    return {
+        "torch sketch": lambda: torch_style.sketch(values),
+        "torch recovery": lambda: torch_style.recover(table, setting.candidates),
+        "torch step": lambda: torch_style.step(u, v, values, MOMENTUM, setting.candidates, setting.k),
+    }
+
+
+def time_ms(operations: Operations, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Wall-clock milliseconds of each operation in each round, after one round to warm up."""
     elapsed: dict[str, list[float]] = {name: [] for name in operations}
-    for _ in range(repeats + 1):
+    for _ in range(rounds + 1):
         for name, operation in operations.items():
+            _wait_for(device)
             begin = time.perf_counter()
             operation()
+            _wait_for(device)
             elapsed[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: values[1:] for name, values in elapsed.items()}
+    return {name: times[1:] for name, times in elapsed.items()}
 
 
-def measure(hash: BlockHash, torch_style: TorchStyle, count: int, repeats: int) -> dict[str, list[float]]:
-    values = torch.randn(hash.dim)
-    buffer = torch.zeros(hash.dim)
-    table = torch.zeros(hash.table_shape)
-    cpu.accumulate_(hash, table, values, 0)
-    flat = table.reshape(hash.rows, -1).clone()
-    scratch = torch.zeros(hash.table_shape)
-    estimates = cpu.estimate(hash, table, 0, hash.dim)
-    comm = local_transports(1)[0]
-    ours: dict[str, Callable[[], object]] = {
-        "copy": lambda: buffer.copy_(values),
-        "sketch": lambda: cpu.accumulate_(hash, scratch, values, 0),
-        "estimate": lambda: cpu.estimate(hash, table, 0, hash.dim),
-        "histogram": lambda: cpu.magnitude_histogram(estimates, 0, 21, 10),
-        "select": lambda: select_largest(cpu, estimates, count, comm),
-        "recovery": lambda: recover(hash, table, count),
-    }
-    theirs: dict[str, Callable[[], object]] = {
-        "torch sketch": lambda: torch_style.sketch(values),
-        "torch recovery": lambda: torch_style.recover(flat, count),
-    }
-    return time_ms(ours, repeats) | time_ms(theirs, min(repeats, TORCH_REPEATS))
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def print_table(elapsed: dict[str, list[float]]) -> None:
-    copy = statistics.median(elapsed["copy"])
-    print(f"{'':16}{'median ms':>12}{'min ms':>12}{'copies':>10}{'x torch':>10}")
-    for name, times in elapsed.items():
-        median = statistics.median(times)
-        torch_times = elapsed.get(f"torch {name}")
-        faster = f"{statistics.median(torch_times) / median:10.1f}" if torch_times else ""
-        print(f"{name:16}{median:12.2f}{min(times):12.2f}{median / copy:10.2f}{faster}")
+def measure(setting: Setting, device: torch.device, rounds: int, with_torch: bool) -> dict:
+    """Everything about one setting; raises SystemExit before anything is timed if a result is wrong."""
+    hash = BlockHash(setting.dim, setting.rows, setting.cols)
+    torch_style = TorchStyle(hash, device) if with_torch else None
+    gradients = [torch.randn(setting.dim, device=device) ** 3 for _ in range(2)]
+    wrong = wrong_results(hash, torch_style, setting.candidates, device)
+    if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
+        wrong += wrong_step(torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
+    if wrong:
+        sys.exit("\n".join(wrong))
+    elapsed = time_ms(kernel_operations(hash, gradients[0], setting.candidates), rounds, device)
+    steps = Steps(setting, gradients)
+    elapsed |= time_ms({"step": steps}, rounds, device)
+    extra_bytes = peak_memory_of(steps, device)
+    del steps
+    if torch_style is not None:
+        elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
+    return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": lines(elapsed, setting)}
 
 
-def environment(threads: int) -> dict[str, object]:
-    """Device, thread count, versions and commit of a run."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"numba": numba.__version__, "numpy": np.__version__}
-    return {"device": model, "threads": threads, "versions": versions, "commit": commit}
+def lines(elapsed: dict[str, list[float]], setting: Setting) -> list[dict]:
+    """One record for each operation: median and least time, copies, share of the bandwidth, times faster than torch."""
+    medians = {name: statistics.median(times) for name, times in elapsed.items()}
+    copy_bytes_per_ms = BYTES_PER_COORDINATE["copy"] * setting.dim / medians["copy"]
+    records = []
+    for name, median_ms in medians.items():
+        moved = BYTES_PER_COORDINATE.get(name, 0) * setting.dim
+        peer = medians.get(TORCH_PEERS.get(name, ""))
+        records.append(
+            {
+                "operation": name,
+                "median_ms": median_ms,
+                "min_ms": min(elapsed[name]),
+                "copies": median_ms / medians["copy"],
+                "bytes": moved or None,
+                "bandwidth": moved / median_ms / copy_bytes_per_ms if moved else None,
+                "times_torch": peer / median_ms if peer else None,
+            }
+        )
+    return records
+
+
+def print_table(report: dict) -> None:
+    print(f"\ndim {report['dim']:,}  rows {report['rows']}  cols {report['cols']:,}  k {report['k']:,}")
+    print(f"{'':18}{'median ms':>11}{'min ms':>9}{'copies':>8}{'GB':>7}{'bandwidth':>11}{'x torch':>9}")
+    for line in report["lines"]:
+        moved = f"{line['bytes'] / 1e9:7.2f}" if line["bytes"] else " " * 7
+        share = f"{line['bandwidth']:11.0%}" if line["bandwidth"] else " " * 11
+        faster = f"{line['times_torch']:9.1f}" if line["times_torch"] else ""
+        numbers = f"{line['median_ms']:11.2f}{line['min_ms']:9.2f}{line['copies']:8.2f}"
+        print(f"{line['operation']:18}{numbers}{moved}{share}{faster}")
+    extra, allowed = report["step_extra_bytes"], 0.05 * 4 * report["dim"] + 24 * report["oversample"] * report["k"]
+    if extra is not None:
+        print(f"a step's peak memory beyond u, v, g and the table: {extra / 1e6:.1f} MB (goal {allowed / 1e6:.1f} MB)")
+
+
+def plot(reports: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for rows in sorted({report["rows"] for report in reports}):
+        of = sorted((r for r in reports if r["rows"] == rows), key=lambda r: r["dim"])
+        for name, style in (("feedback + sketch", ":"), ("recovery", "--"), ("step", "-"), ("torch step", "-.")):
+            points = [(r["dim"], line["copies"]) for r in of for line in r["lines"] if line["operation"] == name]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{name}, {rows} rows")
+    axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="time in copies of the vector")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def whole_number(text: str) -> int:
+    """25e6 as well as 25000000."""
+    return int(float(text))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dim", type=int, default=25_000_000)
-    parser.add_argument("--rows", type=int, default=5)
-    parser.add_argument("--cols", type=int, default=500_000)
-    parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--k", type=int, default=250_000)
+    parser.add_argument("--dims", type=whole_number, nargs="+", default=[25_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--cols", type=whole_number, nargs="+", help="default: dim / 50")
+    parser.add_argument("--k", type=whole_number, help="default: dim / 100")
     parser.add_argument("--oversample", type=int, default=4, help="recover oversample * k coordinates")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file for settings, environment and all times")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-torch", action="store_true", help="leave out the torch style, 12 bytes per row and dim")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="settings, machine and all times")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of copies over dim")
     return parser.parse_args()
 
 
-def main() -> int:
+def settings_of(arguments: argparse.Namespace) -> Iterable[Setting]:
+    for dim in arguments.dims:
+        for rows in arguments.rows:
+            for cols in arguments.cols or [max(1, dim // 50)]:
+                yield Setting(dim, rows, cols, arguments.k or max(1, dim // 100), arguments.oversample)
+
+
+def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    hash = BlockHash(arguments.dim, arguments.rows, arguments.cols, arguments.shards)
-    torch_style = TorchStyle(hash)
-    wrong = wrong_results(hash, torch_style)
-    if wrong:
-        print(*wrong, sep="\n", file=sys.stderr)
-        return 1
-    count = min(arguments.dim, arguments.oversample * arguments.k)
-    elapsed = measure(hash, torch_style, count, arguments.repeats)
-    print_table(elapsed)
-    if arguments.json:
-        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
-        report = settings | environment(arguments.threads) | {"elapsed_ms": elapsed}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    device = torch.device(arguments.device)
+    machine = describe_machine(device) | {"threads": arguments.threads}
+    print(machine["device"], f"{arguments.threads} threads", machine["versions"], sep=", ")
+    reports = []
+    for setting in settings_of(arguments):
+        reports.append(measure(setting, device, arguments.rounds, not arguments.no_torch))
+        print_table(reports[-1])
+        if arguments.json:  # after each setting: a long run that is ended leaves what it has
+            arguments.json.write_text(json.dumps(machine | {"settings": reports}, indent=1) + "\n")
+    if arguments.plot:
+        plot(reports, arguments.plot)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

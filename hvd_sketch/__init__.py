@@ -2,11 +2,12 @@
 
 from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce, SparseUpdate
+from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.optimizer import DistributedOptimizer
 from hvd_sketch.packing import sketched_dim
 from hvd_sketch.sketch import CountSketch
+from hvd_sketch.steps import SparseUpdate
 from hvd_sketch.transport import HorovodTransport, MPITransport, Transport, local_transports
 from hvd_sketch.volume import CommLedger
 

@@ -72,14 +72,17 @@ class SketchCandidates:
         for start, part in parts:
             is_ahead = start >= self._ahead_from
             feedback.add_(part, start, None if is_ahead or row_by_row else self._sketch)
-        summed = []
+        handles = []
         with self._comm.phase("sketch"):
             for number, row in enumerate(self._sketch.table):
                 if row_by_row:  # each is sketched while the one before travels
                     self._accumulate_row(number, feedback.v, parts)
-                summed.append(self._comm.start_reduce_scatter(row))
+                handles.append(self._comm.start_reduce_scatter(row))
             self.forget_ahead()
-            return torch.stack([row.wait() for row in summed])
+            summed = torch.empty_like(self._sketch.table[:, 0])
+            for row, handle in zip(summed, handles, strict=True):
+                row.copy_(handle.wait())
+            return summed
 
     def _accumulate_row(self, row: int, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> None:
         for start, part in parts:

@@ -4,58 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import FiniteGuard, all_finite, require_equal
+from hvd_sketch.agreement import all_finite
 from hvd_sketch.candidates import CandidateSource, SketchCandidates
 from hvd_sketch.coding import decode_choices, encode_choice
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
-from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.selection import HISTOGRAM_BYTES, VectorPart, select_largest
+from hvd_sketch.steps import Exchange, Parameters, SparseUpdate
 from hvd_sketch.transport.base import Transport, mean_over_ranks
 from hvd_sketch.transport.local import local_transports
-from hvd_sketch.volume import RING_PASSES, CommLedger, MeteredTransport
-
-Parameters = Sequence[tuple[str, tuple[int, ...], str]]
+from hvd_sketch.volume import RING_PASSES, CommLedger
 
 
-@dataclass(frozen=True)
-class SparseUpdate:
-    """What a step agreed on, the same bits on every rank.
-
-    Attributes:
-        indices: int64 [n], ascending.
-        values: float32 [n], the mean over ranks at ``indices``.
-        skipped: a rank's gradient was not finite, or the sums overflowed: both tensors are empty.
-    """
-
-    indices: Tensor
-    values: Tensor
-    skipped: bool = False
-
-
-class SketchedAllreduce:
+class SketchedAllreduce(Exchange):
     """Sketched gradient exchange with error feedback (paper, Alg. 3; Alg. 2 with ``selection="heavymix"``,
     momentum 0 and gradients multiplied by the learning rate beforehand).
 
-    Communication: the constructor and :meth:`step` are collective, all ranks in the same order. The constructor
-    compares config, dim, parameters, world size and hash version over the ranks.
+    Communication: the constructor and :meth:`step` are collective, all ranks in the same order.
 
-    Args:
-        config: equal on all ranks.
-        dim: length of the gradient.
-        transport: this rank's end of the network.
-        device: where gradients, u, v and the table lie.
-        parameters: ``(name, shape, dtype)`` of what the gradient is made of, only compared.
-        dense_bytes: size of the gradient in its own dtypes, for the ratio; default ``4 * dim``.
-        ledger: to share one with another exchange; default a new one.
+    Args: see :class:`~hvd_sketch.steps.Exchange`.
 
     Raises:
         ValueError: on every rank: they were set up differently; ``k > dim``; ``cols`` below the number of ranks.
@@ -72,7 +47,7 @@ class SketchedAllreduce:
         dense_bytes: int | None = None,
         ledger: CommLedger | None = None,
     ) -> None:
-        _require_equal_setup(transport, config, dim, parameters)
+        super().__init__(config, dim, transport, device, parameters, dense_bytes, ledger)
         if config.k > dim:
             raise ValueError(f"k must be at most dim, got k={config.k} for dim={dim}: lower k, or exchange dense")
         if config.selection == "topk" and config.oversample * config.k > dim and transport.rank == 0:
@@ -82,14 +57,6 @@ class SketchedAllreduce:
                 stacklevel=2,
             )
         self.config = config
-        self.dim = dim
-        self.ledger = ledger if ledger is not None else CommLedger()
-        self._step = 0
-        self._guard = FiniteGuard()
-        self._device = torch.device(device)
-        self._dense_bytes = dense_bytes if dense_bytes is not None else 4 * dim
-        self._transport = transport
-        self._comm = MeteredTransport(transport, self.ledger, config.deterministic)
         self._feedback = Feedback(dim, config.momentum, device)
         self._kernels = load_backend(None, self._device)
         self._candidates: CandidateSource = SketchCandidates(config, dim, self._comm, device)
@@ -116,17 +83,11 @@ class SketchedAllreduce:
             The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero.
         """
         parts = [gradient] if isinstance(gradient, Tensor) else gradient
-        return self.exchange(parts) if self.begin_step(parts, finite) else _nothing(self._device)
+        return self.exchange(parts) if self.begin_step(parts, finite) else self._nothing()
 
     def begin_step(self, parts: Sequence[Tensor], finite: bool = True) -> bool:
-        """Agree whether every rank's gradient is finite; False: all skip, u and v are as before.
-
-        Communication: collective.
-        """
-        check_gradient(parts, self.dim)
-        self.ledger.begin_step()
-        self._step += 1
-        passes = self._guard.passes(self._comm, self._step - 1, finite and all_finite(parts))
+        """See :meth:`Exchange.begin_step`."""
+        passes = super().begin_step(parts, finite)
         if not passes:
             self.forget_ahead()
         return passes
@@ -150,7 +111,7 @@ class SketchedAllreduce:
         update = SparseUpdate(candidates[positions], sums / self._comm.size)
         if not all_finite([sums]) or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
-            return _nothing(self._device)
+            return self._nothing()
         self._feedback.clear_(update.indices)  # zero u and v where they were sent
         return update
 
@@ -192,11 +153,6 @@ class SketchedAllreduce:
             gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
         return decode_choices(gathered, self._comm.size, own_sums.numel())
 
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped because something was not finite."""
-        return self._guard.skipped_steps
-
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v.
 
@@ -210,9 +166,8 @@ class SketchedAllreduce:
         saved = self._feedback.state_dict()
         if consolidated:
             saved = {name: mean_over_ranks(self._transport, kept) for name, kept in saved.items()}
-        rank = None if consolidated else self._comm.rank
-        about = {"dim": self.dim, "rank": rank, "size": self._comm.size, "step": self._step}
-        return {**about, "skipped_steps": self.skipped_steps, "config": asdict(self.config), **saved}
+        counters = self._counters(None if consolidated else self._comm.rank)
+        return {**counters, "config": asdict(self.config), **saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; every rank must load the same kind. Communication: none.
@@ -220,14 +175,12 @@ class SketchedAllreduce:
         Raises:
             ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
         """
-        check_state(state, self.dim, self._comm)
+        self._load_counters(state)
         self.forget_ahead()
         self._feedback.load_state_dict(state)
-        self._step = state["step"]
-        self._guard.skipped_steps = state["skipped_steps"]
 
 
-class DenseAllreduce:
+class DenseAllreduce(Exchange):
     """The mean of the whole gradient by reduce_scatter and allgather: what a sketch competes with.
 
     The interface is that of :class:`SketchedAllreduce`; every coordinate is sent in every step. Unlike an MPI
@@ -247,17 +200,10 @@ class DenseAllreduce:
         dense_bytes: int | None = None,
         ledger: CommLedger | None = None,
     ) -> None:
-        _require_equal_setup(transport, config, dim, parameters)
+        super().__init__(config, dim, transport, device, parameters, dense_bytes, ledger)
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}: there is nothing to exchange")
         self.config = config
-        self.dim = dim
-        self.ledger = ledger if ledger is not None else CommLedger()
-        self._step = 0
-        self._guard = FiniteGuard()
-        self._device = torch.device(device)
-        self._dense_bytes = dense_bytes if dense_bytes is not None else 4 * dim
-        self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
         self._momentum = config.momentum if config is not None else 0.0
         self._u = torch.zeros(dim if self._momentum else 0, dtype=torch.float32, device=device)
 
@@ -271,23 +217,12 @@ class DenseAllreduce:
         """u, float32 [dim], equal on all ranks."""
         return self._u if self._momentum else self.residual
 
-    @property
-    def skipped_steps(self) -> int:
-        return self._guard.skipped_steps
-
     def step(self, gradient: Tensor, finite: bool = True) -> SparseUpdate:
         """Exchange one gradient; see :meth:`SketchedAllreduce.step`. ``indices`` are all of ``0 … dim - 1``."""
-        mean = self.mean(gradient) if self.begin_step(gradient, finite) else None
+        mean = self.mean(gradient) if self.begin_step([gradient], finite) else None
         if mean is None:
-            return _nothing(self._device)
+            return self._nothing()
         return SparseUpdate(torch.arange(self.dim, device=self._device), mean)
-
-    def begin_step(self, gradient: Tensor, finite: bool = True) -> bool:
-        """Agree whether every rank's gradient is finite; False: skip. Communication: collective."""
-        check_gradient([gradient], self.dim)
-        self.ledger.begin_step()
-        self._step += 1
-        return self._guard.passes(self._comm, self._step - 1, finite and all_finite([gradient]))
 
     def mean(self, gradient: Tensor, fits: Callable[[Tensor], bool] | None = None) -> Tensor | None:
         """The mean over ranks with momentum, float32 [dim], in a step that has begun.
@@ -310,49 +245,15 @@ class DenseAllreduce:
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """As :meth:`SketchedAllreduce.state_dict`; u is equal on all ranks, so both kinds load at any world size."""
-        about = {"dim": self.dim, "rank": None, "size": self._comm.size, "step": self._step}
-        return {**about, "skipped_steps": self.skipped_steps, "u": self._u.clone()}
+        return {**self._counters(None), "u": self._u.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_state(state, self.dim, self._comm)
+        self._load_counters(state)
         saved = state["u"]
         if self._momentum:  # starts at zero where it was saved without
             self._u.copy_(saved) if saved.numel() else self._u.zero_()
-        self._step = state["step"]
-        self._guard.skipped_steps = state["skipped_steps"]
-
-
-def check_gradient(parts: Sequence[Tensor], dim: int) -> None:
-    """Refuse anything but float32 vectors of ``dim`` elements in all."""
-    if any(part.dtype != torch.float32 or part.ndim != 1 for part in parts) or sum(map(len, parts)) != dim:
-        arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in parts[:5])
-        raise ValueError(f"the gradient must be float32 of shape ({dim},), or such parts in order, got {arrived}")
 
 
 def _from_the_last(parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
     starts = accumulate((part.numel() for part in parts), initial=0)
     return list(zip(starts, parts, strict=False))[::-1]
-
-
-def check_state(state: Mapping[str, Any], dim: int, comm: Transport) -> None:
-    """Refuse a state of another dim, or one rank's own on another rank or at another world size."""
-    if state["dim"] != dim:
-        raise ValueError(f"the saved state is of dim {state['dim']}, this exchange of dim {dim}")
-    if state["rank"] is not None and (state["rank"], state["size"]) != (comm.rank, comm.size):
-        raise ValueError(
-            f"the saved state is of rank {state['rank']} of {state['size']}, this is rank {comm.rank} of "
-            f"{comm.size}: load each rank's own, or save with state_dict(consolidated=True) to change the world size"
-        )
-
-
-def _nothing(device: torch.device) -> SparseUpdate:
-    indices = torch.empty(0, dtype=torch.int64, device=device)
-    return SparseUpdate(indices, torch.empty(0, dtype=torch.float32, device=device), skipped=True)
-
-
-def _require_equal_setup(transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters) -> None:
-    fields: dict[str, object] = {"hash version": HASH_VERSION, "world size": transport.size, "dim": dim}
-    settings = asdict(config) if config is not None else {"cols": "none: dense"}
-    fields |= {f"config.{name}": value for name, value in settings.items()}
-    fields |= {f"parameter {i}": " ".join(map(str, parameter)) for i, parameter in enumerate(parameters)}
-    require_equal(transport, fields)

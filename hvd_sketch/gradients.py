@@ -100,10 +100,10 @@ class GradientExchange:
 
     def _average_dense(self, inverse_scale: Tensor | None, finite: bool) -> bool:
         assert self.dense is not None
-        (gradient,) = self._dense_flat.pack(self._weight_decay, inverse_scale)
+        gradient = self._dense_flat.pack(self._weight_decay, inverse_scale)
         if not self.dense.begin_step(gradient, finite):
             return False
-        mean = self.dense.mean(gradient, self._dense_flat.fits_dense)
+        mean = self.dense.mean(gradient[0], self._dense_flat.fits_dense)
         if mean is not None:
             self._dense_flat.unpack_dense(mean)
         return mean is not None

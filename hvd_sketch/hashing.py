@@ -180,11 +180,9 @@ class BlockHash:
 
     def owned_size(self, shard: int) -> int:
         """How many coordinates one shard owns; can be 0."""
-        groups, rest = divmod(self.blocks, self.shards)  # a whole group holds one block of each shard
-        place = (shard - int(self.rotations(np.array([groups]))[0])) % self.shards
-        last = int(self.shard_of(np.array([self.blocks - 1]))[0])
-        missing = self.blocks * self.block - self.dim if shard == last else 0
-        return (groups + (place < rest)) * self.block - missing
+        last = (self.blocks - 1) // self.shards  # all groups of blocks before this one are whole
+        block = last * self.shards + (shard - int(self.rotations(np.array([last]))[0])) % self.shards
+        return last * self.block + min(self.block, max(0, self.dim - block * self.block))
 
     def owned_to_global(self, shard: int, position: IntArray) -> IntArray:
         """Coordinates at positions in an owner's own order: int64, ascending where ``position`` is."""

@@ -23,7 +23,7 @@ class CountSketch:
         seed, step: of the hash; sketches merge only under equal ones.
         shards: parts the coordinates and the table's columns are dealt into, one for each rank.
         device: where the table lies.
-        backend: "reference" (NumPy), "numba", or None for the fastest on ``device``.
+        backend: "reference" (NumPy), "numba" (CPU), "triton" (CUDA), or None for the fastest on ``device``.
 
     Attributes:
         table: float32 [rows, shards, cols // shards].

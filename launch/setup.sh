@@ -7,7 +7,7 @@ usage() {
     cat <<'EOF'
 usage: launch/setup.sh
 
-Makes a virtual environment with torch, Open MPI, mpi4py, Horovod, the test tools and this package (editable).
+Makes a virtual environment with torch, Triton, Open MPI, mpi4py, Horovod, the test tools and this package (editable).
 Needs no root. Horovod is built once, and its wheel kept outside the checkout for the next set-up.
 
   HVD_SKETCH_VENV         where to make it (default: .venv in the checkout)
@@ -98,7 +98,7 @@ install_packages() {
     say "installing torch and what builds Horovod"
     pip install -c "$constraints" torch numpy 'cmake<4' 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml
     say "installing Open MPI, mpi4py, the test tools and hvd_sketch itself"
-    (cd "$checkout" && pip install -c "$constraints" --no-build-isolation -e '.[mpi,examples,test,dev]')
+    (cd "$checkout" && pip install -c "$constraints" --no-build-isolation -e '.[mpi,gpu,examples,test,dev]')
 }
 
 # wheel_key: names what a built Horovod depends on; the number counts changes of the recipe below.

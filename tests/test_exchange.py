@@ -186,7 +186,7 @@ def test_different_setups_raise_on_every_rank() -> None:
 
 
 def test_a_different_hash_version_raises_on_every_rank(monkeypatch) -> None:
-    from hvd_sketch import exchange
+    from hvd_sketch import steps
 
     class ByRank(int):  # a version that reads differently on each thread
         def __str__(self) -> str:
@@ -194,7 +194,7 @@ def test_a_different_hash_version_raises_on_every_rank(monkeypatch) -> None:
 
             return threading.current_thread().name
 
-    monkeypatch.setattr(exchange, "HASH_VERSION", ByRank())
+    monkeypatch.setattr(steps, "HASH_VERSION", ByRank())
 
     def main(transport):
         with pytest.raises(ValueError, match="hash version"):

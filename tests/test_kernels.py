@@ -22,6 +22,7 @@ from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
 
+BOUNDS_CHECKED = "equal or equals or full_size or chunks or sorted or nothing_to_do"
 LEVELS = ((20, 11), (10, 10), (0, 10))
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -np.inf, np.nan, -np.nan]
 
@@ -347,3 +348,11 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert any(path.suffix == ".nbc" for path in tmp_path.rglob("*"))
+
+
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Any) -> None:
+    """The tests against the reference once more, every array access of the compiled loops checked."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", BOUNDS_CHECKED]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from benchmarks.machine import describe_machine
 from hvd_sketch.transport import Transport
 
 Labels = Mapping[str, str | int]
@@ -100,19 +100,26 @@ class Session:
         experiment: its name.
         settings: what figures depend on beside the labels of a run; must be the same when resuming.
         transport: rank 0 writes the results and the log, every rank its own checkpoint.
+        device: where the model is.
 
     Raises:
         ValueError: resuming under other settings, or where nothing was begun.
     """
 
     def __init__(
-        self, arguments: argparse.Namespace, experiment: str, settings: Mapping[str, Any], transport: Transport
+        self,
+        arguments: argparse.Namespace,
+        experiment: str,
+        settings: Mapping[str, Any],
+        transport: Transport,
+        device: torch.device,
     ) -> None:
         self._path, self._every, self._transport = arguments.json, arguments.checkpoint_every, transport
         self._stop = StopRequest()
         self._log = self._path.with_suffix(".log.jsonl")
         self._checkpoint = self._path.with_suffix(f".checkpoint{transport.rank}")
-        self._results: dict[str, Any] = {"experiment": experiment, "settings": dict(settings), **machine(), "runs": []}
+        about = {**describe_machine(device), "cores": os.cpu_count(), "command": _command()}
+        self._results: dict[str, Any] = {"experiment": experiment, "settings": dict(settings), **about, "runs": []}
         if arguments.resume:
             self._take_up()
         else:
@@ -199,17 +206,9 @@ def _one_run_per_line(results: Mapping[str, Any]) -> str:
     return head + "[\n  " + ",\n  ".join(map(json.dumps, results["runs"])) + "\n ]\n}\n"
 
 
-def machine() -> dict[str, str]:
-    """What the figures were made on and with."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    device = f"{os.cpu_count()} CPU cores, {models[0] if models else platform.machine()}, torch {torch.__version__}"
-    return {"device": device, "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]])}
-
-
-def _module() -> list[str]:
+def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else Path(sys.argv[0]).stem]
+    return " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 def logarithmic(steps: int, per_decade: int = 10) -> set[int]:

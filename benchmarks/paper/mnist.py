@@ -231,15 +231,8 @@ def main() -> None:
     transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
     workers = arguments.workers if simulated else transport.size
     train, test = with_bias(load_images(arguments.data_dir))
-    settings = {
-        "workers": workers,
-        "batch": arguments.batch,
-        "steps": arguments.steps,
-        "sketch": "7 x 40",
-        "k": K,
-        "P": 10,
-    }
-    session = Session(arguments, "mnist", settings, transport)
+    settings = {"workers": workers, "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
+    session = Session(arguments, "mnist", settings, transport, torch.device("cpu"))
     choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
     for recipe, steps, seed, method in choices:
         task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)

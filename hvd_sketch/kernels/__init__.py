@@ -7,8 +7,12 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"reference": "hvd_sketch.kernels.reference", "numba": "hvd_sketch.kernels.cpu"}
-DEFAULT_BACKENDS = {"cpu": "numba"}
+BACKENDS = {
+    "reference": "hvd_sketch.kernels.reference",
+    "numba": "hvd_sketch.kernels.cpu",
+    "triton": "hvd_sketch.kernels.gpu",
+}
+DEFAULT_BACKENDS = {"cpu": "numba", "cuda": "triton"}
 
 
 def load_backend(name: str | None, device: torch.device) -> ModuleType:

@@ -1,0 +1,106 @@
+"""What kernels.py checks before it prints a time, and the hash on its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+from torch_style import TorchStyle
+
+from hvd_sketch import SketchedAllreduce
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import _cpu_loops as loops
+from hvd_sketch.kernels import load_backend, reference
+from hvd_sketch.selection import OwnedEstimates, select_largest
+from hvd_sketch.transport import local_transports
+
+SMALL_DIMS = (1, 777, 100_003)
+
+
+def wrong_results(hash: BlockHash, torch_style: TorchStyle | None, count: int, device: torch.device) -> list[str]:
+    """What the kernels get wrong: against the reference on small sizes, against the torch style on this one."""
+    wrong = [message for dim in SMALL_DIMS for message in _against_reference(hash, dim, device)]
+    return wrong + (_against_torch(hash, torch_style, count, device) if torch_style is not None else [])
+
+
+def _against_reference(like: BlockHash, dim: int, device: torch.device) -> list[str]:
+    """Whole numbers: every order of addition gives one sum."""
+    kernels = load_backend(None, device)
+    hash = BlockHash(dim, like.rows, max(dim // 5, 1), 1, seed=1)
+    random = torch.Generator().manual_seed(0)
+    u, v, gradient = (torch.randint(-8, 9, (dim,), generator=random).float() for _ in range(3))
+    ours = [tensor.to(device, copy=True) for tensor in (torch.zeros(hash.table_shape), u, v)]
+    theirs = [torch.zeros(hash.table_shape), u, v]
+    kernels.feedback_accumulate_(hash, *ours, gradient.to(device), 0.5, 0)
+    reference.feedback_accumulate_(hash, *theirs, gradient, 0.5, 0)
+    wrong = []
+    if not all(torch.equal(mine.cpu(), right) for mine, right in zip(ours, theirs, strict=True)):
+        wrong.append(f"table, u or v at dim {dim}: differ from the reference")
+    estimates = kernels.estimate(hash, ours[0], 0, dim).cpu()
+    if not torch.equal(estimates, reference.estimate(hash, theirs[0], 0, dim)):
+        wrong.append(f"estimates at dim {dim}: differ from the reference")
+    return wrong
+
+
+def _against_torch(hash: BlockHash, torch_style: TorchStyle, count: int, device: torch.device) -> list[str]:
+    kernels = load_backend(None, device)
+    values = torch.randint(-8, 9, (hash.dim,), device=device).float()
+    table = torch.zeros(hash.table_shape, device=device)
+    kernels.accumulate_(hash, table, values, 0)
+    wrong = []
+    if not torch.equal(table.reshape(hash.rows, -1), torch_style.sketch(values).float()):
+        wrong.append("table: differs from the torch style's")
+    estimates = kernels.estimate(hash, table, 0, hash.dim)
+    if not torch.equal(estimates, _middle(torch_style.votes(table.reshape(hash.rows, -1)))):
+        wrong.append("estimate: differs from the torch style's")
+    part = OwnedEstimates(kernels, hash, table[:, 0].contiguous(), 0, 2 * count)
+    chosen = select_largest(part, count, local_transports(1)[0]).positions.long()
+    least = estimates.abs().topk(count).values[-1]
+    expected = min(count, int(estimates.count_nonzero()))
+    if chosen.numel() != expected or bool((estimates[chosen].abs() < least).any()) or bool((chosen.diff() <= 0).any()):
+        wrong.append(f"recovery: {chosen.numel()} of {expected}, or not the largest, or not ascending")
+    return wrong
+
+
+def wrong_step(
+    torch_style: TorchStyle, exchange: SketchedAllreduce, gradient: Tensor, momentum: float, candidates: int
+) -> list[str]:
+    """One whole step from nothing against the torch style's: the same choice, but for estimates that rounding swaps."""
+    u, v = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    theirs = torch_style.step(u, v, gradient, momentum, candidates, exchange.config.k)
+    ours = exchange.step(gradient).indices
+    shared = int(torch.isin(ours, theirs).sum())
+    if ours.numel() != theirs.numel() or shared < 0.999 * theirs.numel():
+        return [f"step: chose {ours.numel()} coordinates, {shared} of them the torch style's {theirs.numel()}"]
+    return []
+
+
+def _middle(votes: Tensor) -> Tensor:
+    """Median over rows, the mean of the middle two for an even number."""
+    ordered = votes.sort(dim=0).values
+    return (ordered[(len(votes) - 1) // 2] + ordered[len(votes) // 2]) * 0.5
+
+
+def hash_only(hash: BlockHash) -> int:
+    """Evaluate what a sketch needs of the hash and nothing else, on two or more threads; returns a checksum."""
+    numbers = hash.sign_coefficients, hash.offset_coefficients, hash.block, hash.shard_cols, hash.blocks
+    return int(_hash_only(*numbers, torch.get_num_threads()).sum())
+
+
+@njit(parallel=True, nogil=True)
+def _hash_only(signs: np.ndarray, offsets: np.ndarray, block: int, cols: int, blocks: int, parts: int) -> np.ndarray:
+    sums = np.zeros(parts, dtype=np.int64)
+    for part in prange(parts):
+        words = np.empty(loops.WORDS, dtype=np.uint32)
+        columns = np.empty(loops.GROUP, dtype=np.int64)
+        numbers = np.empty(loops.GROUP, dtype=np.int64)
+        for first in range(part * blocks // parts, (part + 1) * blocks // parts, loops.GROUP):
+            for i in range(loops.GROUP):
+                numbers[i] = first + i
+            for row in range(signs.shape[0]):
+                loops._fill_columns(columns, 0, offsets[row], numbers, cols)
+                for i in range(loops.GROUP):
+                    loops._fill_words(words, 0, signs[row], numbers[i], block)
+                    sums[part] += words[i % loops.WORDS] + columns[i]
+    return sums

@@ -1,0 +1,292 @@
+"""The sketch kernels for CUDA GPUs, in Triton: the functions of :mod:`hvd_sketch.kernels.reference`.
+
+``owned_above`` and ``select_above`` wait for the device once, for the size of what they return. Everything else
+launches kernels whose number and shapes do not depend on data, and can be captured in a CUDA graph, with a
+:class:`DeviceHash`. Equal to the reference to the bit, but for the rounding of atomic sums (which also flush
+subnormal numbers to zero) and the payload of a NaN.
+
+Limits, in bytes per coordinate for r rows. M: copy bandwidth of device memory, read and written bytes together. L:
+bandwidth of the level-2 cache, where a table of rows * cols * 4 bytes lies if it is well below its size (50 MB on
+an H100 or H200). A larger table is read and written in memory: move its bytes from the second column to the first.
+
+=======================  ============================================  ===========  =======================
+function                 device memory                                 L2           time at least
+=======================  ============================================  ===========  =======================
+accumulate_atomic_       4: v                                          4 r, added   max(4 / M, 4 r / L)
+  with feedback          20: u, v, g read, u, v written (m = 0: 12)    4 r, added   max(20 / M, 4 r / L)
+accumulate_gather_       4 r: v for each row; 0.8 r: sorting           8 per cell   4.8 r / M
+estimate                 4: written                                    4 r, read    max(4 / M, 4 r / L)
+owned_histogram          0                                             4 r, read    4 r / L
+owned_above              12 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
+magnitude_histogram      4                                             -            4 / M
+select_above             8; 8 per coordinate returned                  -            8 / M
+=======================  ============================================  ===========  =======================
+
+Sorting: two landings per block of 256 and row, a 4-byte key and an 8-byte position each, read and written by four
+radix passes of 8 bits: 2 * 4 * 24 / 256. So at 3 rows the atomic form moves 4 bytes through memory and the gathering
+one 14; therefore it is the default. That is reasoned, not measured: it has not run on a GPU yet. How fast L2 adds is
+in no data sheet; below a third of the rate it reads at, gathering would win.
+
+Instructions of a thread per coordinate and row (sm_90 code by Triton 3.7, 3 rows): accumulate and estimate 37, 10 or
+11 of them the hash. The gathering form takes about as many for each of the two tiles that a block meets, 29 % the hash.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
+from hvd_sketch.kernels import _gpu_kernels as kernels
+
+TILE = 1024  # coordinates of a program: at least the largest block
+COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up
+
+
+class DeviceHash:
+    """A hash with its coefficients on a device, to be given to the functions below instead of a BlockHash.
+
+    A captured CUDA graph goes on reading the same memory: :meth:`load_` puts the next step's hash there.
+
+    Attributes:
+        hash: the :class:`~hvd_sketch.hashing.BlockHash`.
+        coefficients: int32 [4 + 8 * rows]: of the shard rotation, then of each row's signs and offsets.
+
+    Raises:
+        ValueError: a shard has 2^31 columns or more.
+    """
+
+    def __init__(self, hash: BlockHash, device: torch.device) -> None:
+        if hash.shard_cols > 2**31 - MAX_BLOCK:
+            raise ValueError(f"GPU kernels count columns in 32 bits, got {hash.shard_cols} per shard: use fewer cols")
+        self.hash = hash
+        self.coefficients = torch.empty(4 + 8 * hash.rows, dtype=torch.int32, device=device)
+        self.load_(hash)
+
+    def load_(self, hash: BlockHash) -> None:
+        """Take on another step's hash, in place and in the order of the current stream.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        if (hash.dim, hash.table_shape) != (self.hash.dim, self.hash.table_shape):
+            raise ValueError(
+                f"expected a hash of dim {self.hash.dim} and table {self.hash.table_shape}, "
+                f"got dim {hash.dim} and {hash.table_shape}"
+            )
+        rows = np.stack([hash.sign_coefficients, hash.offset_coefficients], axis=1)
+        numbers = np.concatenate([hash.shard_coefficients, rows.reshape(-1)]).astype(np.int32)
+        self.coefficients.copy_(torch.from_numpy(numbers), non_blocking=True)  # from pageable memory: copied at once
+        self.hash = hash
+
+
+AnyHash = BlockHash | DeviceHash
+
+
+def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
+    """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
+    size = v.numel()
+    _launch(kernels.feedback, -(-size // TILE), v, u, gradient, momentum, size, TILE=TILE, enable_fp_fusion=False)
+
+
+def feedback_accumulate_(
+    hash: AnyHash, table: Tensor, u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float, start: int
+) -> None:
+    """See :func:`hvd_sketch.kernels.reference.feedback_accumulate_`; u and v are equal to the bit."""
+    if torch.are_deterministic_algorithms_enabled():
+        feedback_(u, v, gradient, momentum)
+        accumulate_gather_(hash, table, v, start)
+    else:
+        _accumulate_atomic_(hash, table, v, start, None, u, gradient, momentum)
+
+
+def accumulate_(hash: AnyHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
+    """See :func:`hvd_sketch.kernels.reference.accumulate_`.
+
+    :func:`accumulate_gather_` under ``torch.use_deterministic_algorithms``, otherwise :func:`accumulate_atomic_`.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    (accumulate_gather_ if deterministic else accumulate_atomic_)(hash, table, values, start, rows)
+
+
+def accumulate_atomic_(hash: AnyHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
+    """:func:`accumulate_` by atomic additions: the order of a cell's additions, and so its rounding, varies."""
+    _accumulate_atomic_(hash, table, values, start, rows)
+
+
+def accumulate_gather_(hash: AnyHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
+    """:func:`accumulate_` by one program for some cells, without atomics: equal to the reference to the bit."""
+    assert table.is_contiguous() and values.is_contiguous()
+    if values.numel() == 0:
+        return
+    hash, coefficients = _on_device(hash, table.device)
+    cols, block = hash.shard_cols, hash.block
+    first_block = start // block
+    blocks = (start + values.numel() - 1) // block + 1 - first_block
+    lists = cols // block
+    landings = torch.empty(2 * blocks, dtype=torch.int32, device=table.device)
+    every_list = torch.arange(hash.shards * lists + 1, dtype=torch.int32, device=table.device)
+    for row in range(hash.rows) if rows is None else rows:
+        arguments = landings, coefficients, row, first_block, blocks, cols, lists
+        _launch(kernels.list_landings, -(-blocks // TILE), *arguments, BLOCK=block, SHARDS=hash.shards, TILE=TILE)
+        ordered, entries = landings.sort(stable=True)  # stable: a list's blocks ascend
+        bounds = torch.searchsorted(ordered, every_list)
+        where = coefficients, row, first_block, start, values.numel(), cols, lists
+        tiles = hash.shards * -(-cols // block)
+        constants = {"BLOCK": block, "LANES": _lanes(hash), "num_warps": 1}
+        _launch(kernels.gather, tiles, table[row], values, entries, bounds, *where, **constants)
+
+
+def estimate(hash: AnyHash, table: Tensor, start: int, stop: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.estimate`."""
+    hash, coefficients = _on_device(hash, table.device)
+    return _estimates(hash, coefficients, table, start, stop, 0, OWNED=False)
+
+
+def estimate_owned(hash: AnyHash, shard_table: Tensor, shard: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.estimate_owned`."""
+    hash, coefficients = _on_device(hash, shard_table.device)
+    return _estimates(hash, coefficients, shard_table, 0, hash.owned_size(shard), shard, OWNED=True)
+
+
+def owned_histogram(hash: AnyHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
+    return _histogram(_owned_estimates(hash, shard_table, shard), prefix, shift, bits)
+
+
+def owned_above(
+    hash: AnyHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.owned_above`."""
+    return _above(_owned_estimates(hash, shard_table, shard), threshold, ties, limit)
+
+
+def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`."""
+    return _histogram(_elements(values), prefix, shift, bits)
+
+
+def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.select_above`."""
+    chosen = _above(_elements(values), threshold, ties, values.numel())
+    assert chosen is not None
+    return chosen[0]
+
+
+class _Source(NamedTuple):
+    """A vector's elements, or a table's estimates, as selection kernels take them in."""
+
+    tensor: Tensor
+    tiles: int
+    numbers: tuple[Any, ...]
+    constants: dict[str, int]
+
+    def launch(self, kernel: Any, *arguments: Any, **constants: int) -> None:
+        _launch(kernel, self.tiles, self.tensor, *self.numbers, *arguments, **self.constants, **constants)
+
+
+def _elements(values: Tensor) -> _Source:
+    constants = {"ROWS": 0, "BLOCK": 1, "SHARDS": 1, "LANES": 1, "TILE": TILE}
+    return _Source(values, -(-values.numel() // TILE), (None, 0, values.numel(), 0), constants)
+
+
+def _owned_estimates(hash: AnyHash, shard_table: Tensor, shard: int) -> _Source:
+    assert shard_table.is_contiguous()
+    hash, coefficients = _on_device(hash, shard_table.device)
+    longest = -(-hash.blocks // hash.shards) * hash.block
+    constants = {"ROWS": hash.rows, **_constants(hash)}
+    return _Source(shard_table, -(-longest // TILE), (coefficients, shard, hash.dim, hash.shard_cols), constants)
+
+
+def _estimates(
+    hash: BlockHash, coefficients: Tensor, table: Tensor, start: int, stop: int, shard: int, OWNED: bool
+) -> Tensor:
+    assert table.is_contiguous()
+    out = torch.empty(stop - start, dtype=torch.float32, device=table.device)
+    numbers = start, stop, shard, hash.dim, hash.shard_cols, table[0].numel()
+    constants = {"OWNED": OWNED, "ROWS": hash.rows, **_constants(hash)}
+    _launch(kernels.estimate, _tiles(start, stop - start), out, table, coefficients, *numbers, **constants)
+    return out
+
+
+def _histogram(source: _Source, prefix: int, shift: int, bits: int) -> Tensor:
+    counts = torch.zeros((COPIES, 2**bits), dtype=torch.int32, device=source.tensor.device)
+    source.launch(kernels.histogram, counts, prefix, SHIFT=shift, BITS=bits, COPIES=COPIES)
+    return counts.sum(dim=0)
+
+
+def _above(source: _Source, threshold: int, ties: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """Positions and values above the threshold and of the first ``ties`` on it; None if more than ``limit``.
+
+    Every tile counts; the sums up to each tile say where it writes. The host waits once, for the last two of them.
+    """
+    if threshold <= 0:
+        threshold, ties = 0, 0  # a tie would be a zero
+    device = source.tensor.device
+    found = torch.empty((2, source.tiles), dtype=torch.int64, device=device)
+    source.launch(kernels.count, found, threshold)
+    found = found.cumsum(dim=1)
+    above, equal = found[:, -1].tolist() if source.tiles else (0, 0)
+    size = above + min(equal, ties)
+    if size > limit:
+        return None
+    positions = torch.empty(size, dtype=torch.int64, device=device)
+    values = torch.empty(size, dtype=torch.float32, device=device)
+    source.launch(kernels.write_chosen, positions, values, found, threshold, ties)
+    return positions, values
+
+
+def _accumulate_atomic_(
+    hash: AnyHash,
+    table: Tensor,
+    values: Tensor,
+    start: int,
+    rows: range | None = None,
+    u: Tensor | None = None,
+    gradient: Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """Add ``values`` to the table; with a gradient, after they and u have taken it in."""
+    assert table.is_contiguous() and values.is_contiguous()
+    hash, coefficients = _on_device(hash, table.device)
+    rows = range(hash.rows) if rows is None else rows
+    size = values.numel()
+    numbers = momentum, start, size, hash.shard_cols, table[0].numel(), rows.start, rows.stop
+    _launch(
+        kernels.accumulate, _tiles(start, size),
+        table[rows.start :], values, u, gradient, coefficients, *numbers,
+        enable_fp_fusion=False, **_constants(hash),
+    )  # fmt: skip
+
+
+def _tiles(start: int, size: int) -> int:
+    """How many tiles the coordinates ``start … start + size`` meet."""
+    return -(-(start + size) // TILE) - start // TILE if size else 0
+
+
+def _constants(hash: BlockHash) -> dict[str, int]:
+    return {"BLOCK": hash.block, "SHARDS": hash.shards, "LANES": _lanes(hash), "TILE": TILE}
+
+
+def _lanes(hash: BlockHash) -> int:
+    return min(hash.block, LANES_PER_WORD)
+
+
+def _on_device(hash: AnyHash, device: torch.device) -> tuple[BlockHash, Tensor]:
+    device_hash = hash if isinstance(hash, DeviceHash) else _kept_on_device(hash, device)
+    return device_hash.hash, device_hash.coefficients
+
+
+@lru_cache(maxsize=16)  # a step calls several functions with one hash
+def _kept_on_device(hash: BlockHash, device: torch.device) -> DeviceHash:
+    return DeviceHash(hash, device)
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants)

@@ -1,0 +1,391 @@
+"""The Triton kernels against the reference: on a GPU, or, where there is none, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_sketch import CountSketch, SketchConfig, SketchedAllreduce
+from hvd_sketch import kernels as backends
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import gpu, reference
+from hvd_sketch.transport.local import local_transports
+from tests.test_kernels import LEVELS, SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+FAR = 1 << 34  # a dim whose coordinates do not fit in 32 bits
+
+some_examples = settings(max_examples=300 if HAS_GPU else 15, deadline=None)  # one takes the interpreter a second
+
+
+class PoisonedTorch:
+    """torch whose ``empty`` holds NaN or -1, so that an element nobody writes is noticed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(
+            size if isinstance(size, tuple) else (size,),
+            torch.nan if dtype.is_floating_point else -1,
+            dtype=dtype,
+            device=device,
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "torch", PoisonedTorch())
+        yield
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    """Copies, which the kernels may write to."""
+    return [tensor.to(DEVICE, copy=True) for tensor in tensors]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.cpu().view(torch.int32), b.cpu().view(torch.int32))
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN in the same places."""
+    return torch.equal(a.cpu().nan_to_num(nan=12345.0), b.cpu().nan_to_num(nan=12345.0))
+
+
+def a_table(hash: BlockHash) -> Tensor:
+    return random_integers(hash.rows * hash.shards * hash.shard_cols, 1).view(hash.table_shape)
+
+
+def expected_table(hash: BlockHash, values: Tensor, start: int, rows: range | None = None) -> Tensor:
+    table = a_table(hash)
+    reference.accumulate_(hash, table, values, start, rows)
+    return table
+
+
+@st.composite
+def some_rows(draw: st.DrawFn, hash: BlockHash) -> range | None:
+    start, stop = sorted((draw(st.integers(0, hash.rows)), draw(st.integers(0, hash.rows))))
+    return draw(st.sampled_from([None, range(start, stop)]))
+
+
+@some_examples
+@given(st.data(), hashes())
+def test_atomic_table_equals_the_reference(data: st.DataObject, hash: BlockHash) -> None:
+    start, stop = data.draw(ranges(hash.dim))
+    rows = data.draw(some_rows(hash))
+    values = random_integers(stop - start)  # whose sums are exact in any order
+    table, on_gpu = on_device(a_table(hash), values)
+    gpu.accumulate_atomic_(hash, table, on_gpu, start, rows)
+    assert torch.equal(table.cpu(), expected_table(hash, values, start, rows))
+
+
+def gather_work(hash: BlockHash, size: int, rows: int) -> int:
+    """Programs, and landings they walk through: what the interpreter's time goes into."""
+    return rows * (hash.shards * hash.shard_cols // hash.block + 2 * size // hash.block)
+
+
+@some_examples
+@given(st.data(), hashes())
+def test_gathered_table_has_the_reference_bits(data: st.DataObject, hash: BlockHash) -> None:
+    start, stop = data.draw(ranges(hash.dim))
+    rows = data.draw(some_rows(hash))
+    if not HAS_GPU and gather_work(hash, stop - start, hash.rows) > 500:
+        rows = range(hash.rows - 1, hash.rows)
+        stop = min(stop, start + 100 * hash.block)
+    values = random_values(stop - start)
+    table, on_gpu = on_device(a_table(hash), values)
+    gpu.accumulate_gather_(hash, table, on_gpu, start, rows)
+    assert same_bits(table, expected_table(hash, values, start, rows))
+
+
+@pytest.mark.parametrize("cols", [1024, 1025, 1279, 1281])
+def test_gathered_blocks_that_wrap(cols: int) -> None:
+    """Whole lists, and a last one longer than a block by 1, 255, and 1 again."""
+    hash = BlockHash(20_000, 1, cols)
+    assert hash.block == 256
+    values = random_values(hash.dim)
+    table, on_gpu = on_device(a_table(hash), values)
+    gpu.accumulate_gather_(hash, table, on_gpu, 0)
+    assert same_bits(table, expected_table(hash, values, 0))
+
+
+@some_examples
+@given(st.data(), hashes(), st.booleans())
+def test_feedback_has_the_reference_bits(data: st.DataObject, hash: BlockHash, momentum: bool) -> None:
+    start, stop = data.draw(ranges(hash.dim))
+    u, v, gradient = (random_values(stop - start, seed) for seed in range(3))
+    table, *ours = on_device(a_table(hash), u, v, gradient)
+    expected = a_table(hash)
+    gpu.feedback_accumulate_(hash, table, ours[0] if momentum else None, *ours[1:], 0.9 * momentum, start)
+    reference.feedback_accumulate_(hash, expected, u if momentum else None, v, gradient, 0.9 * momentum, start)
+    assert same_bits(ours[0], u)
+    assert same_bits(ours[1], v)
+    assert same_bits(ours[2], gradient)
+    assert torch.allclose(table.cpu(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("size", [0, 1, 1024, 3000])
+def test_feedback_alone(size: int, momentum: float) -> None:
+    u, v, gradient = (random_values(size, seed) for seed in range(3))
+    ours = on_device(u, v, gradient)
+    gpu.feedback_(ours[0] if momentum else None, *ours[1:], momentum)
+    reference.feedback_(u if momentum else None, v, gradient, momentum)
+    assert all(same_bits(a, b) for a, b in zip(ours, (u, v, gradient), strict=True))
+
+
+@pytest.mark.parametrize("with_feedback", [False, True])
+def test_deterministic_algorithms_use_no_atomics(monkeypatch: pytest.MonkeyPatch, with_feedback: bool) -> None:
+    hash = BlockHash(2_000, 2, 300)
+    values = random_values(hash.dim)
+    table, on_gpu, zeros = on_device(a_table(hash), values, torch.zeros(hash.dim))
+    monkeypatch.setattr(gpu.kernels, "accumulate", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        if with_feedback:
+            gpu.feedback_accumulate_(hash, table, None, zeros, on_gpu, 0.0, 0)
+        else:
+            gpu.accumulate_(hash, table, on_gpu, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_bits(table, expected_table(hash, values, 0))
+
+
+def check_estimates(hash: BlockHash, table: Tensor, start: int, stop: int) -> None:
+    (ours,) = on_device(table)
+    expected = reference.estimate(hash, table, start, stop)
+    assert same_numbers(gpu.estimate(hash, ours, start, stop), expected)
+    for shard in {0, hash.shards - 1}:
+        own = gpu.estimate_owned(hash, ours[:, shard].contiguous(), shard)
+        assert same_numbers(own, reference.estimate_owned(hash, table[:, shard].contiguous(), shard))
+
+
+@some_examples
+@given(st.data(), hashes())
+def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash) -> None:
+    check_estimates(hash, expected_table(hash, random_values(hash.dim), 0), *data.draw(ranges(hash.dim)))
+
+
+@pytest.mark.parametrize("rows", range(1, 12))
+def test_median_of_any_number_of_rows(rows: int) -> None:
+    """Also of votes that are not finite, or zero: there are few others."""
+    hash = BlockHash(1_000, rows, 400)
+    random = np.random.default_rng(rows)
+    special = torch.from_numpy(random.choice(np.array(SPECIAL, dtype=np.float32), hash.table_shape))
+    with np.errstate(invalid="ignore", over="ignore"):
+        check_estimates(hash, special, 0, hash.dim)
+        check_estimates(hash, torch.where(special.isnan(), special, a_table(hash)), 0, hash.dim)
+
+
+@some_examples
+@given(st.data(), hashes(), st.booleans())
+def test_selection_from_estimates_equals_the_reference(data: st.DataObject, hash: BlockHash, poison: bool) -> None:
+    shard = data.draw(st.integers(0, hash.shards - 1))
+    table = expected_table(hash, random_values(hash.dim), 0)[:, shard].contiguous()
+    if poison:
+        table[:, ::3] = np.inf
+    (ours,) = on_device(table)
+    estimates = reference.estimate_owned(hash, table, shard)
+    value = data.draw(st.sampled_from([1.0, np.inf, *estimates[:100].tolist()]))
+    for shift, bits in LEVELS:
+        prefix = magnitude(value) >> (shift + bits)
+        counts = gpu.owned_histogram(hash, ours, shard, prefix, shift, bits)
+        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, table, shard, prefix, shift, bits))
+    threshold, ties = magnitude(value), data.draw(st.integers(0, 3))
+    expected = reference.owned_above(hash, table, shard, threshold, ties, hash.dim)
+    assert expected is not None
+    limit = expected[0].numel()
+    chosen = gpu.owned_above(hash, ours, shard, threshold, ties, limit)
+    assert chosen is not None
+    assert torch.equal(chosen[0].cpu(), expected[0])
+    assert same_numbers(chosen[1], expected[1])
+    assert gpu.owned_above(hash, ours, shard, threshold, ties, limit - 1) is None
+
+
+@some_examples
+@given(st.data(), st.one_of(vectors(), st.builds(random_integers, st.integers(1000, 5000))))
+def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, values: Tensor) -> None:
+    (ours,) = on_device(values)
+    value = data.draw(st.sampled_from([*SPECIAL, *values[:100].tolist()]))
+    for shift, bits in LEVELS:
+        prefix = magnitude(value) >> (shift + bits)
+        counts = gpu.magnitude_histogram(ours, prefix, shift, bits)
+        assert torch.equal(counts.cpu(), reference.magnitude_histogram(values, prefix, shift, bits))
+    threshold = magnitude(value) + data.draw(st.integers(-1, 0))
+    ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
+    assert torch.equal(gpu.select_above(ours, threshold, ties).cpu(), reference.select_above(values, threshold, ties))
+
+
+@pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])
+@pytest.mark.parametrize("cols", [140, 4000])  # blocks of 16 and 256
+def test_coordinates_beyond_31_bits(start: int, cols: int) -> None:
+    hash = BlockHash(FAR, 2, cols, 2)
+    stop = start + (60 if cols == 140 else 1000)
+    values = random_integers(stop - start)
+    expected = expected_table(hash, values, start)
+    for accumulate_ in (gpu.accumulate_atomic_, gpu.accumulate_gather_):
+        table, on_gpu = on_device(a_table(hash), values)
+        accumulate_(hash, table, on_gpu, start)
+        assert torch.equal(table.cpu(), expected)
+    assert torch.equal(
+        gpu.estimate(hash, *on_device(expected), start, stop).cpu(), reference.estimate(hash, expected, start, stop)
+    )
+
+
+def test_nothing_to_do() -> None:
+    hash = BlockHash(10, 2, 7, 7)
+    table, nothing = on_device(torch.ones(hash.table_shape), torch.empty(0))
+    gpu.accumulate_atomic_(hash, table, nothing, 10)
+    gpu.accumulate_gather_(hash, table, nothing, 10)
+    assert bool((table == 1).all())
+    assert gpu.estimate(hash, table, 4, 4).numel() == 0
+    tiny = BlockHash(1, 1, 7, 7)
+    (cell,) = on_device(torch.ones(1, 1))
+    assert sorted(gpu.estimate_owned(tiny, cell, shard).numel() for shard in range(7)) == [0] * 6 + [1]
+    chosen = [gpu.owned_above(tiny, cell, shard, 1, 0, 1) for shard in range(7)]
+    assert sorted(pair[0].numel() for pair in chosen if pair is not None) == [0] * 6 + [1]
+    assert gpu.select_above(nothing, 0, 3).numel() == 0
+    assert int(gpu.magnitude_histogram(nothing, 0, 21, 10).sum()) == 0
+
+
+def test_device_hash_takes_on_another_step() -> None:
+    hashes = [BlockHash(3_000, 3, 500, 2, step=step) for step in range(2)]
+    values = random_integers(3_000)
+    device_hash = gpu.DeviceHash(hashes[0], DEVICE)
+    kept = device_hash.coefficients.data_ptr()
+    for hash in hashes:
+        device_hash.load_(hash)
+        table, on_gpu = on_device(a_table(hash), values)
+        gpu.accumulate_(device_hash, table, on_gpu, 0)
+        assert torch.equal(table.cpu(), expected_table(hash, values, 0))
+        assert same_numbers(gpu.estimate(device_hash, table, 0, 3_000), reference.estimate(hash, table.cpu(), 0, 3_000))
+    assert device_hash.coefficients.data_ptr() == kept
+    with pytest.raises(ValueError, match="dim 3000"):
+        device_hash.load_(BlockHash(3_001, 3, 500, 2))
+    with pytest.raises(ValueError, match="32 bits"):
+        gpu.DeviceHash(BlockHash(100, 1, 2**31), DEVICE)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_captured_step_replays_with_fresh_hashes(deterministic: bool) -> None:
+    first, *others = (BlockHash(300_000, 3, 20_000, step=step) for step in range(4))
+    u, v, gradient, table = on_device(*(torch.zeros(first.dim) for _ in range(3)), torch.zeros(first.table_shape))
+    device_hash = gpu.DeviceHash(first, DEVICE)
+
+    def local_phase() -> Tensor:
+        table.zero_()
+        gpu.feedback_accumulate_(device_hash, table, u, v, gradient, 0.5, 0)
+        return gpu.owned_histogram(device_hash, table[:, 0], 0, 0, 21, 10)
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        local_phase()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            counts = local_phase()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    u.zero_()
+    v.zero_()
+    expected = [torch.zeros(first.dim), torch.zeros(first.dim)]
+    for step, hash in enumerate(others):
+        values = random_integers(first.dim, step) * 8  # halves of halves of them are integers, too
+        device_hash.load_(hash)
+        gradient.copy_(values)
+        graph.replay()
+        expected_sum = torch.zeros(hash.table_shape)
+        reference.feedback_accumulate_(hash, expected_sum, *expected, values, 0.5, 0)
+        assert torch.equal(table.cpu(), expected_sum)
+        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, expected_sum[:, 0], 0, 0, 21, 10))
+
+
+def test_count_sketch() -> None:
+    values = random_integers(2_000)
+    ours = CountSketch(2_000, 3, 700, seed=5, shards=2, device=DEVICE, backend="triton")
+    theirs = CountSketch(2_000, 3, 700, seed=5, shards=2, backend="reference")
+    for step in (0, 1):
+        ours.zero_(step).accumulate_(values[:900].to(DEVICE)).accumulate_(values[900:].to(DEVICE), 900).merge_(ours)
+        theirs.zero_(step).accumulate_(values).merge_(theirs)
+        assert torch.equal(ours.table.cpu(), theirs.table)
+        assert torch.equal(ours.estimate(13, 1999).cpu(), theirs.estimate(13, 1999))
+        assert torch.equal(ours.top(100).cpu(), theirs.top(100))
+        assert torch.equal(ours.heavymix(100, 7).cpu(), theirs.heavymix(100, 7))
+
+
+def test_exchange_selects_what_the_reference_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SketchConfig(rows=3, cols=400, k=20, deterministic=True)
+    gradients = [random_integers(2_000, seed) for seed in range(2)]
+    lock = threading.Lock()  # the interpreter patches modules while it runs
+    launch = gpu._launch
+
+    def launch_alone(*arguments: Any, **constants: Any) -> None:
+        with lock:
+            launch(*arguments, **constants)
+
+    monkeypatch.setattr(gpu, "_launch", launch_alone)
+    updates = []
+    for name in ("triton", "reference"):
+        device = DEVICE if name == "triton" else torch.device("cpu")
+        monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, name)
+        ranks = local_transports(2)
+
+        def two_steps(rank: int) -> list[Tensor]:
+            exchange = SketchedAllreduce(config, 2_000, ranks[rank], device)  # noqa: B023
+            steps = [exchange.step(gradients[rank].to(device)) for _ in range(2)]  # noqa: B023
+            return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)]
+
+        with ThreadPoolExecutor(2) as threads:
+            updates += list(threads.map(two_steps, range(2)))
+    assert all(torch.equal(a, b) for update in updates[1:] for a, b in zip(update, updates[0], strict=True))
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """To machine code, by Triton and ptxas, with neither spilled registers nor sums rounded once instead of twice."""
+    if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this triton carries no CUDA tools")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.gpu_compile_main"],
+        env=environment, capture_output=True, text=True, timeout=600,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kernels = json.loads(run.stdout)
+    names = {kernel["name"] for kernel in kernels}
+    assert names == {
+        "feedback",
+        "accumulate",
+        "list_landings",
+        "gather",
+        "estimate",
+        "histogram",
+        "count",
+        "write_chosen",
+    }
+    assert [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]] == []
+    instructions = {name: {i for k in kernels if k["name"] == name for i in k["instructions"]} for name in names}
+    for name in ("feedback", "accumulate"):
+        assert not any(i.startswith("FFMA") for i in instructions[name]), "m * u + g must be rounded twice"
+        assert any(i.startswith("FMUL") for i in instructions[name])
+    assert any(i.startswith("RED") for i in instructions["accumulate"])
+    assert not any(i.startswith("ATOM") for i in instructions["accumulate"]), "returns what nobody reads"
