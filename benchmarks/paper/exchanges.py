@@ -1,0 +1,65 @@
+"""What the trainings of this folder ask of an exchange, and real exchanges behind that interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.experiment import Traffic
+from hvd_sketch import CommLedger, DenseAllreduce, SketchedAllreduce
+
+
+class Exchange(Protocol):
+    """One or more problems' exchange between all workers, some of which are in this process."""
+
+    def step(self, gradients: Tensor) -> Tensor:
+        """The mean update of every problem, equal on all ranks; zero where nothing is sent.
+
+        Args:
+            gradients: float32 [workers of this process, problems, dim], finite.
+
+        Returns:
+            float32 [problems, dim].
+        """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RealExchanges:
+    """One exchange per problem over this rank's transport, one after the other. Communication: collective.
+
+    Args:
+        make: an exchange that writes into the ledger given.
+        problems: how many.
+    """
+
+    def __init__(self, make: Callable[[CommLedger], SketchedAllreduce | DenseAllreduce], problems: int) -> None:
+        self._ledger = CommLedger(max_records=0)
+        self._exchanges = [make(self._ledger) for _ in range(problems)]
+
+    def step(self, gradients: Tensor) -> Tensor:
+        (own,) = gradients
+        updates = torch.zeros_like(own)
+        for exchange, gradient, update in zip(self._exchanges, own, updates, strict=True):
+            sent = exchange.step(gradient)
+            update[sent.indices] = sent.values
+        return updates
+
+    def traffic(self) -> Traffic:
+        """Of the steps since it was made or loaded, all problems together."""
+        ledger = self._ledger
+        totals = ledger.totals()
+        steps = totals.steps / len(self._exchanges)
+        return Traffic(totals.wire_bytes / steps, ledger.compression_ratio(), ledger.paper_compression_ratio())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"problems": [exchange.state_dict() for exchange in self._exchanges]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for exchange, saved in zip(self._exchanges, state["problems"], strict=True):
+            exchange.load_state_dict(saved)

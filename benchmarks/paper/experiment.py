@@ -1,0 +1,224 @@
+"""What all experiments share: arguments, the loop with its progress bar, JSONL log, checkpoints and results file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.machine import describe_machine
+from hvd_sketch.transport import Transport
+
+Labels = Mapping[str, str | int]
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Mean wire bytes that one rank sends per step, and how much less that is than a dense ring allreduce.
+
+    Attributes:
+        compression_ratio: every byte counted.
+        paper_compression_ratio: ``2 d / (|S| + Pk + k)``; indices and histograms are not counted.
+    """
+
+    wire_bytes_per_step: float
+    compression_ratio: float
+    paper_compression_ratio: float
+
+
+class Training(Protocol):
+    """One training under way. What several ranks do together they do in the same order."""
+
+    def step(self) -> float:
+        """One step; the loss of this process' batches before it. Communication: collective."""
+
+    def measure(self) -> dict[str, float]:
+        """Losses and errors by name. Communication: none; rank 0 alone is asked."""
+
+    def traffic(self) -> Traffic:
+        """Of the steps so far. Communication: none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's own; going on from it gives equal bits. Communication: none."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every experiment takes."""
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with the data set's official files")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method, seeds 0, 1, … (default: 3)")
+    parser.add_argument("--scale", choices=("small", "full"), default="small", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results; FILE.log.jsonl is the log")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with this --json stopped")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Say what cannot work before hours of training, not after them."""
+    if not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
+    for name in ("seeds", "checkpoint_every"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request that all ranks heed after the same step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)  # the second ends the process at once
+
+    def agreed(self, transport: Transport) -> bool:
+        """Whether any rank was asked. Communication: one tiny allreduce."""
+        return bool(transport.allreduce_(torch.tensor([int(self._asked)])))
+
+
+class Session:
+    """All runs of one call of an experiment: finished ones are in the results file, one may be in a checkpoint.
+
+    Args:
+        arguments: those of :func:`add_arguments`.
+        experiment: its name.
+        settings: what figures depend on beside the labels of a run; must be the same when resuming.
+        transport: rank 0 writes the results and the log, every rank its own checkpoint.
+        device: where the model is.
+
+    Raises:
+        ValueError: resuming under other settings, or where nothing was begun.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        experiment: str,
+        settings: Mapping[str, Any],
+        transport: Transport,
+        device: torch.device,
+    ) -> None:
+        self._path, self._every, self._transport = arguments.json, arguments.checkpoint_every, transport
+        self._stop = StopRequest()
+        self._log = self._path.with_suffix(".log.jsonl")
+        self._checkpoint = self._path.with_suffix(f".checkpoint{transport.rank}")
+        about = {**describe_machine(device), "cores": os.cpu_count(), "command": _command()}
+        self._results: dict[str, Any] = {"experiment": experiment, "settings": dict(settings), **about, "runs": []}
+        if arguments.resume:
+            self._take_up()
+        else:
+            self._checkpoint.unlink(missing_ok=True)
+            if transport.rank == 0:
+                self._log.unlink(missing_ok=True)
+        transport.barrier()  # nobody writes before all have read
+        self._write()  # the settings, for a resumption
+
+    def _take_up(self) -> None:
+        """Keep the runs that were finished before the interruption."""
+        if not self._path.exists():
+            raise ValueError(f"--resume: there is no {self._path} to go on from")
+        saved = json.loads(self._path.read_text())
+        if saved["settings"] != self._results["settings"]:
+            raise ValueError(
+                f"--resume: {self._path} was made under {saved['settings']}, this call is under "
+                f"{self._results['settings']}: repeat the arguments, or name another --json"
+            )
+        self._results["runs"] = saved["runs"]
+
+    def run(self, labels: Labels, make: Callable[[], Training], steps: int, record_at: Collection[int]) -> None:
+        """Train unless the results have it already; measure after every step of ``record_at``, counted from 1.
+
+        Communication: collective. Ends the process with status 130 after Ctrl-C, with a checkpoint.
+        """
+        labels = {**labels, "steps": steps}
+        if self.finished(labels):
+            return
+        training, done, curve = make(), 0, []
+        if self._checkpoint.exists() and (saved := torch.load(self._checkpoint))["labels"] == dict(labels):
+            training.load_state_dict(saved["training"])
+            done, curve = saved["done"], saved["curve"]
+        started = time.perf_counter()
+        with self._bar(labels, done, steps) as bar:
+            while done < steps:
+                loss = training.step()
+                done += 1
+                bar.update()
+                if done in record_at and self._transport.rank == 0:
+                    curve.append({"step": done, **training.measure()})
+                    self._write_log({**labels, "batch_loss": loss, **curve[-1]})
+                    megabytes = done * training.traffic().wire_bytes_per_step / 1e6
+                    bar.set_postfix(loss=f"{loss:.4f}", MB=f"{megabytes:.1f}", refresh=False)
+                self._save_if_due({"labels": dict(labels), "done": done, "curve": curve}, training)
+        seconds = time.perf_counter() - started
+        final = curve[-1] if curve else {}  # rank 0 has it
+        self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def _bar(self, labels: Labels, done: int, steps: int) -> tqdm:
+        name, hidden = " ".join(map(str, labels.values())), self._transport.rank != 0
+        return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden, mininterval=0.5)
+
+    def finished(self, labels: Labels) -> bool:
+        return any(labels.items() <= run.items() for run in self._results["runs"])
+
+    def add(self, labels: Labels, **figures: Any) -> None:
+        """Keep a finished run; the file is whole at any time."""
+        self._results["runs"].append({**labels, **figures})
+        self._write()
+
+    def _write(self) -> None:
+        if self._transport.rank == 0:
+            _replace(self._path, lambda path: path.write_text(_one_run_per_line(self._results)))
+
+    def _save_if_due(self, state: dict[str, Any], training: Training) -> None:
+        stopping = self._stop.agreed(self._transport)
+        if stopping or state["done"] % self._every == 0:
+            _replace(self._checkpoint, lambda path: torch.save({**state, "training": training.state_dict()}, path))
+        if stopping:
+            self._write_log({**state["labels"], "step": state["done"], "event": "interrupted"})
+            sys.exit(INTERRUPTED)
+
+    def _write_log(self, line: Mapping[str, Any]) -> None:
+        if self._transport.rank == 0:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _one_run_per_line(results: Mapping[str, Any]) -> str:
+    """JSON that diffs well."""
+    head = json.dumps({**results, "runs": []}, indent=1).removesuffix("[]\n}")
+    return head + "[\n  " + ",\n  ".join(map(json.dumps, results["runs"])) + "\n ]\n}\n"
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return " ".join(["python -m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+def logarithmic(steps: int, per_decade: int = 10) -> set[int]:
+    """Step numbers evenly spaced on a logarithmic axis, from 1 to ``steps``, both included."""
+    wanted = (round(10 ** (i / per_decade)) for i in range(20 * per_decade))
+    return {step for step in wanted if step <= steps} | {steps}
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is never half there, whenever the process ends."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    write(unfinished)
+    unfinished.replace(path)

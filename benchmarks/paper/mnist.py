@@ -1,0 +1,248 @@
+"""The paper's MNIST experiment: ten one-vs-all linear classifiers, vanilla against sketched SGD, four workers.
+
+In one process the workers are simulated, equal to the real exchange to the bit; on real ranks:
+``launch/mpirun.sh -n 4 -- python -m benchmarks.paper.mnist --transport mpi …``. See benchmarks/paper/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.image_data import load_images
+from benchmarks.paper.exchanges import Exchange, RealExchanges
+from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments, logarithmic
+from benchmarks.paper.linear_models import (
+    CLASSES,
+    LOGISTIC,
+    SVM,
+    Labelled,
+    Problem,
+    gradient,
+    judge,
+    lowest_loss,
+    with_bias,
+)
+from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
+from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce, Transport, local_transports
+from hvd_sketch.transport import resolve_transport, run_local
+
+DIM = 28 * 28 + 1
+K = 10
+SKETCH = partial(SketchConfig, rows=7, cols=40, k=K, oversample=10, deterministic=True)
+STEPS = {"small": 1000, "full": 10_000}
+LBFGS_ITERATIONS = {"small": 20, "full": 300}
+AUDITED_STEPS = 10  # of each simulated run are made by real exchanges first: they must agree, and give the traffic
+
+BETA = 5  # of Theorem 1, above 4
+RHO = 4 * BETA / ((BETA - 4) * (BETA + 1) ** 2)
+XI = int(1 + (1 + BETA) / (K / DIM * (1 + RHO))) + 1  # 304: the least integer that Theorem 1 allows with this beta
+# As printed, 1 / (t + xi) is for mu of about 1. For mu = 0.01 it is 1 / (mu (t + xi)), which must not start above
+# 1 / L: L is at most a quarter of ||x||^2, 786 on average.
+XI_MU = 20_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one problem is trained, vanilla and sketched alike.
+
+    Attributes:
+        rate: ``eta_t`` from t and T.
+        weight: ``q_t`` of the average that Alg. 2 puts out; None: the last iterate is judged.
+        settings: of the exchange. HEAVYMIX has the rate inside the error (Alg. 2), top-k outside (Alg. 3).
+    """
+
+    problem: Problem
+    rate: Callable[[int, int], float]
+    weight: Callable[[int], float] | None
+    settings: dict[str, Any]
+
+    @property
+    def rate_inside(self) -> bool:
+        return self.settings["selection"] == "heavymix"
+
+
+ALG2 = {"selection": "heavymix", "momentum": 0.0}
+ALG3 = {"selection": "topk", "momentum": 0.9}
+RECIPES = {
+    "logistic-alg2": Recipe(LOGISTIC, lambda t, steps: 1 / (t + XI), lambda t: (t + XI) ** 2, ALG2),
+    "logistic-alg2-mu": Recipe(LOGISTIC, lambda t, steps: 100 / (t + XI_MU), lambda t: (t + XI_MU) ** 2, ALG2),
+    "svm-alg2": Recipe(SVM, lambda t, steps: (steps + 1) ** -0.5, lambda t: 1, ALG2),  # Theorem 5
+    "logistic-alg3": Recipe(LOGISTIC, lambda t, steps: 0.001, None, ALG3),
+    "svm-alg3": Recipe(SVM, lambda t, steps: 0.001, None, ALG3),
+}
+METHODS = ("vanilla", "sketched")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train: fixed for a run.
+
+    Attributes:
+        batch: images per worker and step, drawn with replacement.
+        seed: of the draws and of the hashes.
+    """
+
+    recipe: Recipe
+    method: str
+    train: Labelled
+    test: Labelled
+    steps: int
+    batch: int
+    seed: int
+
+    def config(self) -> SketchConfig:
+        return SKETCH(seed=self.seed, **self.recipe.settings)
+
+
+class LinearTraining:
+    """One :class:`benchmarks.paper.experiment.Training` of all ten classes.
+
+    Args:
+        workers: whose batches this process computes, among all that ``exchange`` connects.
+        traffic: of the exchange.
+    """
+
+    def __init__(self, task: Task, exchange: Exchange, workers: Sequence[int], traffic: Callable[[], Traffic]) -> None:
+        self._task, self._exchange, self._workers, self.traffic = task, exchange, workers, traffic
+        self._done, self._total_weight = 0, 0.0
+        self.weights = torch.zeros(CLASSES, task.train.images.shape[1])
+        self._average = torch.zeros_like(self.weights, dtype=torch.float64)
+
+    def step(self) -> float:
+        task, recipe = self._task, self._task.recipe
+        self._average_in(recipe.weight)
+        batches = [self._batch(worker) for worker in self._workers]
+        gradients, losses = zip(*(gradient(recipe.problem, self.weights, batch) for batch in batches), strict=True)
+        rate = recipe.rate(self._done, task.steps)
+        if recipe.rate_inside:
+            self.weights = self.weights - self._exchange.step(torch.stack(gradients).mul_(rate))
+        else:
+            self.weights = self.weights - self._exchange.step(torch.stack(gradients)) * rate
+        self._done += 1
+        return sum(losses) / len(losses)
+
+    def _average_in(self, weight: Callable[[int], float] | None) -> None:
+        if weight is not None:
+            self._total_weight += weight(self._done)
+            self._average.lerp_(self.weights.double(), weight(self._done) / self._total_weight)
+
+    def _batch(self, worker: int) -> Labelled:
+        draw = np.random.default_rng([self._task.seed, self._done, worker])
+        train = self._task.train
+        return train.select(torch.from_numpy(draw.integers(0, len(train.labels), self._task.batch)))
+
+    def measure(self) -> dict[str, float]:
+        """Objective and error on both sets, of what the algorithm puts out."""
+        task = self._task
+        judged = self.weights if task.recipe.weight is None else self._average.float()
+        train_loss, train_error = judge(task.recipe.problem, judged, task.train)
+        test_loss, test_error = judge(task.recipe.problem, judged, task.test)
+        return {"train_loss": train_loss, "train_error": train_error, "test_loss": test_loss, "test_error": test_error}
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"done": self._done, "total_weight": self._total_weight, "average": self._average.clone()}
+        return {**own, "weights": self.weights, "exchange": self._exchange.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done, self._total_weight = state["done"], state["total_weight"]
+        self._average, self.weights = state["average"].clone(), state["weights"]
+        self._exchange.load_state_dict(state["exchange"])
+
+
+def real_training(task: Task, transport: Transport) -> LinearTraining:
+    """This rank's part of a training on real ranks. Communication: collective, here and in its steps."""
+    make = SketchedAllreduce if task.method == "sketched" else DenseAllreduce
+    dim = task.train.images.shape[1]
+
+    def exchange(ledger: CommLedger) -> SketchedAllreduce | DenseAllreduce:
+        return make(task.config(), dim, transport, ledger=ledger)
+
+    exchanges = RealExchanges(exchange, CLASSES)
+    return LinearTraining(task, exchanges, [transport.rank], exchanges.traffic)
+
+
+def simulated_training(task: Task, workers: int) -> LinearTraining:
+    """All workers in this thread, with the traffic that real exchanges have in the first steps.
+
+    Raises:
+        AssertionError: real exchanges between threads do not give the same weights to the bit.
+    """
+    traffic: list[Traffic] = []
+    training = LinearTraining(task, _simulated_exchange(task, workers), range(workers), lambda: traffic[0])
+    start = training.state_dict()
+    for _ in range(AUDITED_STEPS):
+        training.step()
+    real = run_local(workers, lambda transport: _first_steps(real_training(task, transport)))
+    assert all(torch.equal(weights, training.weights) for weights, _ in real), "simulation and real exchange differ"
+    traffic.append(real[0][1])
+    training.load_state_dict(start)
+    return training
+
+
+def _simulated_exchange(task: Task, workers: int) -> Exchange:
+    dim = task.train.images.shape[1]
+    if task.method == "sketched":
+        return SimulatedAllreduce(task.config(), dim, workers, CLASSES)
+    return SimulatedMean(task.config().momentum, dim, CLASSES)
+
+
+def _first_steps(training: LinearTraining) -> tuple[Tensor, Traffic]:
+    for _ in range(AUDITED_STEPS):
+        training.step()
+    return training.weights, training.traffic()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="default: all")
+    told = f"T; several: one training for each (default: {STEPS['small']} at small scale, {STEPS['full']} at full)"
+    parser.add_argument("--steps", type=int, nargs="+", metavar="T", help=told)
+    parser.add_argument("--batch", type=int, default=32, help="images per worker and step (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    if arguments.steps is None:
+        arguments.steps = [STEPS[arguments.scale]]
+    if min(arguments.steps) < AUDITED_STEPS:
+        parser.error(f"--steps must be at least {AUDITED_STEPS}, got {min(arguments.steps)}")
+    for name in ("batch", "workers"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", message="oversample")
+    torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
+    simulated = arguments.transport == "simulation"
+    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    workers = arguments.workers if simulated else transport.size
+    train, test = with_bias(load_images(arguments.data_dir))
+    settings = {"workers": workers, "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
+    session = Session(arguments, "mnist", settings, transport, torch.device("cpu"))
+    choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
+    for recipe, steps, seed, method in choices:
+        task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)
+        make = partial(simulated_training, task, workers) if simulated else partial(real_training, task, transport)
+        session.run({"recipe": recipe, "method": method, "seed": seed}, make, steps, logarithmic(steps))
+    for problem in {RECIPES[recipe].problem.name: RECIPES[recipe].problem for recipe in arguments.recipes}.values():
+        labels = {"problem": problem.name, "method": "l-bfgs"}
+        if transport.rank == 0 and not session.finished(labels):
+            session.add(labels, **lowest_loss(problem, train, LBFGS_ITERATIONS[arguments.scale]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The MNIST experiment: its simulation equals real ranks to the bit, and an interruption changes no figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper.exchanges import RealExchanges
+from benchmarks.paper.experiment import INTERRUPTED
+from benchmarks.paper.linear_models import (
+    CLASSES,
+    LOGISTIC,
+    SVM,
+    Labelled,
+    gradient,
+    judge,
+    lowest_loss,
+    smoothed_hinge,
+)
+from benchmarks.paper.mnist import BETA, DIM, RECIPES, RHO, XI, K
+from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
+from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
+from hvd_sketch.transport import run_local
+from tests.harness import ROOT, run_command
+
+PROBLEMS = 3
+CONFIGS: list[dict[str, Any]] = [
+    {"rows": 7, "cols": 40, "k": 10, "oversample": 10, "selection": "heavymix", "momentum": 0.0},
+    {"rows": 7, "cols": 40, "k": 10, "oversample": 10, "momentum": 0.9},
+    {"rows": 4, "cols": 61, "k": 30, "oversample": 2, "momentum": 0.0, "seed": 3},
+    {"rows": 1, "cols": 12, "k": 40, "selection": "heavymix", "momentum": 0.5},
+]
+
+
+def gradients(step: int, workers: int, dim: int) -> torch.Tensor:
+    """Float32 [workers, PROBLEMS, dim]: heavy-tailed; few whole numbers, with ties and zeros; and nearly all zero."""
+    draw = np.random.default_rng([9, step])
+    values = draw.standard_normal((workers, PROBLEMS, dim)) ** 3
+    values[:, 1] = values[:, 1].round().clip(-2, 2)
+    values[:, 2] *= np.arange(dim) < 4
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.mark.parametrize("workers", [1, 3, 4])
+@pytest.mark.parametrize("settings", CONFIGS)
+def test_the_simulation_equals_real_exchanges(settings: dict[str, Any], workers: int) -> None:
+    dim, steps = 201, 6
+    config = SketchConfig(deterministic=True, **settings)
+    simulated = SimulatedAllreduce(config, dim, workers, PROBLEMS)
+
+    def real(transport):
+        exchanges = RealExchanges(lambda ledger: SketchedAllreduce(config, dim, transport, ledger=ledger), PROBLEMS)
+        return [exchanges.step(gradients(s, workers, dim)[transport.rank][None]) for s in range(steps)]
+
+    expected = run_local(workers, real)[0]
+    for step in range(steps):
+        assert torch.equal(simulated.step(gradients(step, workers, dim)), expected[step]), step
+        assert expected[step].any(dim=1).all()
+
+
+def test_the_simulated_mean_equals_real_exchanges() -> None:
+    workers, dim = 4, 201
+    config = SketchConfig(cols=4, k=1, momentum=0.9, deterministic=True)
+    simulated = SimulatedMean(0.9, dim, PROBLEMS)
+
+    def real(transport):
+        exchanges = RealExchanges(lambda ledger: DenseAllreduce(config, dim, transport, ledger=ledger), PROBLEMS)
+        return [exchanges.step(gradients(s, workers, dim)[transport.rank][None]) for s in range(4)]
+
+    for step, expected in enumerate(run_local(workers, real)[0]):
+        assert torch.equal(simulated.step(gradients(step, workers, dim)), expected)
+
+
+def small_set(images: int = 64, dim: int = 20) -> Labelled:
+    draw = torch.Generator().manual_seed(1)
+    labels = torch.randint(CLASSES, (images,), generator=draw)
+    return Labelled(torch.randn(images, dim, generator=draw) + labels[:, None] * 0.1, labels)
+
+
+@pytest.mark.parametrize("problem", [LOGISTIC, SVM, smoothed_hinge(0.1)], ids=lambda p: p.name)
+def test_gradients_are_those_of_the_objective(problem) -> None:
+    data = small_set()
+    weights = torch.randn(CLASSES, 20, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    objective = problem.loss(data.targets() * (data.images @ weights.T)).mean(0).sum()
+    (objective + problem.l2 / 2 * weights.square().sum()).backward()
+    with torch.no_grad():
+        computed, loss = gradient(problem, weights, data)
+    assert torch.allclose(computed, weights.grad, atol=1e-6)
+    assert loss == pytest.approx(judge(problem, weights.detach(), data)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("problem", [LOGISTIC, SVM], ids=lambda p: p.name)
+def test_lowest_loss_lies_below_what_training_reaches(problem) -> None:
+    data = small_set(400)
+    found = lowest_loss(problem, data, 100)
+    weights = torch.zeros(CLASSES, 20)
+    for step in range(3000):
+        weights -= gradient(problem, weights, data)[0] / math.sqrt(step + 10)
+    reached = judge(problem, weights, data)[0]
+    assert found["least"] <= reached + 1e-6 and found["least"] <= found["reached"] + 1e-6
+    assert reached - found["least"] < 0.01
+
+
+def test_the_rate_satisfies_theorem_1() -> None:
+    assert BETA > 4 and XI > 1 + (1 + BETA) / (K / DIM * (1 + RHO)) >= XI - 1
+    assert RECIPES["logistic-alg2"].rate(0, 100) == 1 / XI
+    assert RECIPES["logistic-alg2-mu"].rate(0, 100) <= 1 / ((DIM + 1) / 4)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST's four files with few images: a blob per class in noise."""
+    folder = tmp_path_factory.mktemp("mnist")
+    draw = np.random.default_rng(0)
+    blobs = draw.integers(0, 256, (10, 784))
+    for part, count in (("train", 300), ("t10k", 100)):
+        labels = draw.integers(0, 10, count, dtype=np.uint8)
+        images = (blobs[labels] + draw.integers(0, 256, (count, 784))) // 2
+        header = struct.pack(">4i", 0x0803, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.astype(np.uint8).tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x0801, count) + labels.tobytes())
+    return folder
+
+
+def command(data_dir: Path, figures: Path, *more: str) -> list[str]:
+    common = ["--data-dir", str(data_dir), "--seeds", "1", "--json", str(figures)]
+    return [sys.executable, "-m", "benchmarks.paper.mnist", *common, *more]
+
+
+def runs(figures: Path) -> list[dict[str, Any]]:
+    """What a run showed, without its duration."""
+    found = json.loads(figures.read_text())["runs"]
+    return [{name: figure for name, figure in run.items() if name != "seconds"} for run in found]
+
+
+@pytest.mark.multiprocess
+def test_real_ranks_equal_the_simulation(data_dir: Path, tmp_path: Path) -> None:
+    """Four ranks under mpirun: every loss and error at every point, and the bytes."""
+    simulated, real = tmp_path / "simulated.json", tmp_path / "real.json"
+    recipes = ["--steps", "10", "--recipes", "logistic-alg2", "svm-alg3"]
+    for line in (
+        command(data_dir, simulated, *recipes),
+        ["launch/mpirun.sh", "-n", "4", "--", *command(data_dir, real, *recipes, "--transport", "mpi")],
+    ):
+        status, output = run_command(line, timeout_s=120)
+        assert status == 0, output
+    trained = [run for run in runs(real) if "curve" in run]
+    assert len(trained) == 4 and trained == [run for run in runs(simulated) if "curve" in run]
+    assert trained[0]["curve"][0]["train_loss"] > 1.2 * trained[0]["final"]["train_loss"]
+
+
+@pytest.mark.multiprocess
+def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: Path) -> None:
+    """Interrupted in the second of two runs, with a momentum and a residual."""
+    whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
+    recipe = ["--steps", "400", "--recipes", "logistic-alg3"]
+    status, output = run_command(command(data_dir, whole, *recipe), timeout_s=120)
+    assert status == 0, output
+    assert _interrupt(command(data_dir, broken, *recipe), broken.with_suffix(".log.jsonl"), "sketched") == INTERRUPTED
+    assert len(runs(broken)) == 1
+    events = [json.loads(line) for line in broken.with_suffix(".log.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "interrupted" and 0 < events[-1]["step"] < 400
+    status, output = run_command(command(data_dir, broken, *recipe, "--batch", "8", "--resume"), timeout_s=120)
+    assert status != 0 and "--resume" in output and "repeat the arguments" in output
+    status, output = run_command(command(data_dir, broken, *recipe, "--resume"), timeout_s=120)
+    assert status == 0, output
+    assert runs(broken) == runs(whole)
+    assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+def _interrupt(line: list[str], log: Path, method: str) -> int:
+    """Ctrl-C once the log has a measurement of a method; the exit status."""
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 100
+    try:
+        while not (log.exists() and f'"{method}"' in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=30)
+    finally:
+        process.kill()
