@@ -76,7 +76,7 @@ def draw(runs: list[Run], path: Path) -> str:
         for ax in (upper, lower):
             ax.set(xscale="log", yscale="log")
             ax.grid(alpha=0.3, which="both")
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=6.5, loc="upper right")
     axes[0, 0].set_ylabel("training objective above the minimum")
     axes[1, 0].set_ylabel("error (fraction)")
     figure.savefig(path, dpi=90)
@@ -95,7 +95,7 @@ def _draw_ends(ax: Any, curves: Curves, method: str) -> None:
     horizons, gaps = curves.ends()
     if len(horizons) > 1:
         late = horizons >= horizons[-1] / 10
-        label = f"{method}, at the end of T steps, slope {_slope(horizons[late], gaps[late]):.2f}"
+        label = f"{method}, ends of T steps, {_slope(horizons[late], gaps[late]):.2f}"
         ax.plot(horizons, gaps, "o", color=COLOURS[method], markersize=4, label=label)
 
 
