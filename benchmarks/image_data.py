@@ -86,8 +86,9 @@ def _read_idx(data_dir: Path, name: str) -> np.ndarray:
 
 def _standardised(name: str, *arrays: np.ndarray) -> Images:
     train_images, train_labels, test_images, test_labels = arrays
-    train = torch.from_numpy(train_images.reshape(len(train_images), -1)).to(torch.float32)
-    test = torch.from_numpy(test_images.reshape(len(test_images), -1)).to(torch.float32)
+    train, test = (
+        torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) for images in (train_images, test_images)
+    )
     mean, deviation = train.mean(), train.std()
     labels = [torch.from_numpy(labels.astype(np.int64)) for labels in (train_labels, test_labels)]
     return Images(name, (train - mean) / deviation, labels[0], (test - mean) / deviation, labels[1])
