@@ -513,6 +513,7 @@ def _count_owned(
 def owned_above(
     positions: Array,
     values: Array,
+    room: int,
     table: Array,
     shard: int,
     size: int,
@@ -522,18 +523,18 @@ def owned_above(
     limit: int,
     parts: int,
 ) -> Array:
-    """Estimates of magnitude bits above ``threshold``, each part's from where its first coordinate would lie.
+    """Estimates of magnitude bits above ``threshold``, each part's in ``room`` of its own.
 
-    ``positions`` and ``values`` are as long as the shard has coordinates, but what is not written to takes no
-    memory. Returns where each part begins and ends: int64 [2, parts]. A part stops beyond ``limit``.
+    Returns where each part's begin and end: int64 [2, parts]. A part stops beyond ``limit``.
     """
     block = hash[3]
     blocks = (size + block - 1) // block
     ends = np.empty((2, parts), dtype=np.int64)
     for part in prange(parts):
         begin, end = part * blocks // parts, (part + 1) * blocks // parts
-        ends[0, part] = begin * block
-        ends[1, part] = _keep_above(positions, values, table, shard, size, dim, hash, threshold, limit, begin, end)
+        at = part * room
+        ends[0, part] = at
+        ends[1, part] = _keep_above(positions, values, at, table, shard, size, dim, hash, threshold, limit, begin, end)
     return ends
 
 
@@ -541,6 +542,7 @@ def owned_above(
 def _keep_above(
     positions: Array,
     values: Array,
+    at: int,
     table: Array,
     shard: int,
     size: int,
@@ -554,7 +556,7 @@ def _keep_above(
     block = hash[3]
     buffer = np.empty(STRETCH * block, dtype=np.float32)
     bits = buffer.view(np.uint32)
-    at = begin * block
+    stop_at = at + limit
     for first in range(begin, end, STRETCH):
         last = min(first + STRETCH, end)
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
@@ -567,7 +569,7 @@ def _keep_above(
                 values[at] = buffer[lane]
                 at += 1
                 mask &= mask - _ONE
-        if at - begin * block > limit:
+        if at > stop_at:
             break
     return at
 
