@@ -24,7 +24,8 @@ class SketchConfig:
         seed: of the hashes; every step hashes afresh from ``(seed, step)``.
         selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
         dense_below: tensors with fewer elements, and all with ``ndim <= 1``, are exchanged dense.
-        deterministic: sum in rank order on every transport, so that all give equal bits. Costs a local sum.
+        deterministic: sum in rank order on every transport, so that all give equal bits. On a GPU also call
+            ``torch.use_deterministic_algorithms(True)``, or the table is made by atomic additions in any order.
         sketch_in_backward: sketch every layer inside the backward pass, as soon as its gradient is ready. Pays where
             the device has time to spare then; the update is the same to the bit.
 
