@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -16,6 +18,12 @@ from hvd_sketch.selection import OwnedEstimates, select_largest
 from hvd_sketch.transport import local_transports
 
 SMALL_DIMS = (1, 777, 100_003)
+
+
+def recover(kernels: ModuleType, hash: BlockHash, table: Tensor, count: int) -> Tensor:
+    """Coordinates of the ``count`` largest estimates, without a guess at the threshold."""
+    part = OwnedEstimates(kernels, hash, table, 0, 2 * count)
+    return select_largest(part, count, local_transports(1)[0]).positions
 
 
 def wrong_results(hash: BlockHash, torch_style: TorchStyle | None, count: int, device: torch.device) -> list[str]:
@@ -54,8 +62,7 @@ def _against_torch(hash: BlockHash, torch_style: TorchStyle, count: int, device:
     estimates = kernels.estimate(hash, table, 0, hash.dim)
     if not torch.equal(estimates, _middle(torch_style.votes(table.reshape(hash.rows, -1)))):
         wrong.append("estimate: differs from the torch style's")
-    part = OwnedEstimates(kernels, hash, table[:, 0].contiguous(), 0, 2 * count)
-    chosen = select_largest(part, count, local_transports(1)[0]).positions.long()
+    chosen = recover(kernels, hash, table[:, 0].contiguous(), count).long()
     least = estimates.abs().topk(count).values[-1]
     expected = min(count, int(estimates.count_nonzero()))
     if chosen.numel() != expected or bool((estimates[chosen].abs() < least).any()) or bool((chosen.diff() <= 0).any()):

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from kernel_checks import hash_only, wrong_results, wrong_step
+from kernel_checks import hash_only, recover, wrong_results, wrong_step
 from machine import describe_machine, peak_memory_of
 from torch import Tensor
 from torch_style import TorchStyle
@@ -31,7 +31,6 @@ from torch_style import TorchStyle
 from hvd_sketch import SketchConfig, SketchedAllreduce
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import OwnedEstimates, select_largest
 from hvd_sketch.transport import local_transports
 
 TORCH_ROUNDS = 3  # the torch style takes seconds
@@ -80,12 +79,6 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
     if values.device.type == "cpu":
         operations["hash alone"] = lambda: hash_only(hash)
     return operations
-
-
-def recover(kernels: object, hash: BlockHash, table: Tensor, count: int) -> Tensor:
-    """Coordinates of the ``count`` largest estimates, without a guess at the threshold."""
-    part = OwnedEstimates(kernels, hash, table, 0, 2 * count)  # type: ignore[arg-type]
-    return select_largest(part, count, local_transports(1)[0]).positions
 
 
 def exchange_of(setting: Setting, device: torch.device) -> SketchedAllreduce:
