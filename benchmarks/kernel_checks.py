@@ -23,7 +23,7 @@ SMALL_DIMS = (1, 777, 100_003)
 def recover(kernels: ModuleType, hash: BlockHash, table: Tensor, count: int) -> Tensor:
     """Coordinates of the ``count`` largest estimates, without a guess at the threshold."""
     part = OwnedEstimates(kernels, hash, table, 0, 2 * count)
-    return select_largest(part, count, local_transports(1)[0]).positions
+    return select_largest(part, count, local_transports(1)[0])
 
 
 def wrong_results(hash: BlockHash, torch_style: TorchStyle | None, count: int, device: torch.device) -> list[str]:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import decode_positions, encode_positions
+from hvd_sketch.coding import Shortlist, decode_shortlists, encode_shortlist
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.cpu import merge_owned
-from hvd_sketch.selection import Largest, Magnitudes, OwnedEstimates, VectorPart, expected_floor, select_largest
+from hvd_sketch.selection import Cut, Expectation, Magnitudes, OwnedEstimates, VectorPart, find_cut
 from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.volume import MeteredTransport
 
@@ -59,7 +59,7 @@ class SketchCandidates:
         self._kernels = load_backend(None, torch.device(device))
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
         self._ahead_from = dim  # coordinates from here on are in the table already
-        self._thresholds = 0, 0  # of the estimates chosen, in the last step and the one before; equal on all ranks
+        self._expected = Expectation()  # of the estimates chosen
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         summed = self._sum_sketches(feedback, parts, step)
@@ -109,20 +109,25 @@ class SketchCandidates:
         count = self._config.candidates(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
         estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
-        largest = self._select(estimates, count, expected_floor(*self._thresholds))
+        cut = self._cut(estimates, count, self._expected.floor())
+        positions, values = estimates.above(cut.threshold, cut.ties)
         del estimates, summed  # what they hold is the peak of a step's memory
-        self._thresholds = largest.threshold, self._thresholds[0]
-        return self._tell_all(largest.positions)
+        self._expected.learn(cut)
+        return self._tell_all(positions, values, cut)
 
-    def _select(self, estimates: Magnitudes, count: int, floor: int = 0) -> Largest:
+    def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
         with self._comm.phase("select"):
-            return select_largest(estimates, count, self._comm, floor)
+            return find_cut(estimates, count, self._comm, floor)
 
-    def _tell_all(self, positions: Tensor) -> Tensor:
-        """Every owner's chosen coordinates, from their positions in its own order."""
+    def _tell_all(self, positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
+        """The coordinates that all owners' estimates chose, from this owner's positions in its own order."""
+        doubtful = cut.doubtful(values)
         with self._comm.phase("indices"):
-            encoded = self._comm.allgather(encode_positions(positions))
-        return merge_owned(self._sketch.hash, decode_positions(encoded)).to(self._sketch.table.device)
+            own = Shortlist(positions, doubtful, values[doubtful])
+            shortlists = decode_shortlists(self._comm.allgather(encode_shortlist(own)))
+        dropped = cut.dropped([shortlist.values for shortlist in shortlists])
+        chosen = [shortlist.without(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
+        return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device)
 
     def _heavymix(self, summed: Tensor, step: int) -> Tensor:
         """H, the heavy coordinates, and others at random: k in all, the same on every rank."""
@@ -133,6 +138,8 @@ class SketchCandidates:
         norm = math.sqrt(np.median([math.fsum(row) for row in energies.T.tolist()]))
         where = hash, summed, self._comm.rank
         positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0, hash.dim)
-        chosen = self._select(VectorPart(self._kernels, estimates), k).positions
-        heavy = self._tell_all(positions[chosen])
+        heaviest = VectorPart(self._kernels, estimates)
+        cut = self._cut(heaviest, k)
+        chosen, values = heaviest.above(cut.threshold, cut.ties)
+        heavy = self._tell_all(positions[chosen], values, cut)
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)

@@ -5,12 +5,14 @@ high part ``g >> b`` in unary (so many 0 bits, then a 1), in a stream of its own
 bits. Rice (1979) codes are within 0.05 bits of the entropy of geometric gaps, which hashed shards give; a
 byte-aligned LEB128 needs 1.0 and 1.6 bytes.
 
-Layout: int64 count, int64 b, int64 bits of the unary stream, low bits, unary stream; little-endian, each padded to
-whole 64-bit words, in which both are read and written (a million positions: 4 ms to encode, 3 to decode; bit by bit
-it was 14 and 13). A stream says where it ends, so several can follow one another.
+Layout of a stream: one word of ``count << 8 | b``, low bits, unary stream; little-endian, each padded to whole 64-bit
+words, in which both are read and written (a million positions: 4 ms to encode, 3 to decode; bit by bit it was 14 and
+13). A stream says where it ends, so several can follow one another.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,38 +22,74 @@ from torch import Tensor
 
 from hvd_sketch.kernels._cpu_loops import lowest_bit
 
-HEADER_WORDS = 3
 TRIED_LOW_BITS = 3
+COUNT_SHIFT = 8  # of a stream's first word: b lies below, the count above
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """What one owner proposes.
+
+    Attributes:
+        positions: int64 or int32 [n], ascending.
+        doubtful: int64 [m], ascending: those elements of ``positions`` that may have to be dropped.
+        values: float32 [m]: what decides.
+    """
+
+    positions: Tensor
+    doubtful: Tensor
+    values: Tensor
+
+    def without(self, dropped: Tensor) -> Tensor:
+        """The positions left when the ``doubtful[dropped]``, bool [m], are not wanted."""
+        keep = np.ones(self.positions.numel(), dtype=np.bool_)
+        keep[self.doubtful[dropped].numpy()] = False
+        return torch.from_numpy(self.positions.numpy()[keep])
+
+
+def encode_shortlist(shortlist: Shortlist) -> Tensor:
+    """The positions in a Rice code, the doubtful ones among them in another, and their values: uint8, on the CPU."""
+    encoded = encode_positions(shortlist.positions)
+    doubtful = shortlist.doubtful.numel()
+    values = np.zeros(_padded(doubtful, 2) * 2, dtype=np.float32)
+    values[:doubtful] = shortlist.values.cpu().numpy()
+    return torch.cat([encoded, encode_positions(shortlist.doubtful), torch.from_numpy(values.view(np.uint8))])
+
+
+def decode_shortlists(encoded: Tensor) -> list[Shortlist]:
+    """Of a concatenation: a list, on the CPU."""
+    words = encoded.cpu().numpy().view(np.uint64)
+    decoded, start = [], 0
+    while start < len(words):
+        positions, start = _decode_stream(words, start)
+        doubtful, start = _decode_stream(words, start)
+        values = torch.from_numpy(words[start:].view(np.float32)[: doubtful.numel()])
+        start += _padded(doubtful.numel(), 2)
+        decoded.append(Shortlist(positions, doubtful, values))
+    return decoded
 
 
 def encode_positions(positions: Tensor) -> Tensor:
     """Encode ascending, distinct, non-negative int64 or int32 positions [n] as uint8, on the CPU."""
     ascending = positions.cpu().numpy()
     low_bits, unary_bits = _fewest_bits(ascending)
-    unary_start = HEADER_WORDS + _padded(len(ascending) * low_bits, 64)
+    unary_start = 1 + _padded(len(ascending) * low_bits, 64)
     words = np.zeros(unary_start + _padded(unary_bits, 64), dtype=np.uint64)
-    words[:HEADER_WORDS] = len(ascending), low_bits, unary_bits
-    _encode(ascending, low_bits, words[HEADER_WORDS:unary_start], words[unary_start:])
+    words[0] = len(ascending) << COUNT_SHIFT | low_bits
+    _encode(ascending, low_bits, words[1:unary_start], words[unary_start:])
     return torch.from_numpy(words.view(np.uint8))
 
 
-def decode_positions(encoded: Tensor) -> list[Tensor]:
-    """The positions of every stream in a concatenation of streams: a list of int64 [n], on the CPU."""
-    words = encoded.cpu().numpy().view(np.uint64)
-    decoded = []
-    start = 0
-    while start < len(words):
-        count, low_bits, unary_bits = words[start : start + HEADER_WORDS].tolist()
-        low_start = start + HEADER_WORDS
-        unary_start = low_start + _padded(count * low_bits, 64)
-        start = unary_start + _padded(unary_bits, 64)
-        positions = np.empty(count, dtype=np.int64)
-        _decode(words[low_start:unary_start], words[unary_start:start], low_bits, positions)
-        decoded.append(torch.from_numpy(positions))
-    return decoded
+def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
+    """The positions of the stream that begins at a word, int64 [n], and where it ends."""
+    count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
+    unary_start = start + 1 + _padded(count * low_bits, 64)
+    positions = np.empty(count, dtype=np.int64)
+    unary_words = _decode(words[start + 1 : unary_start], words[unary_start:], low_bits, positions)
+    return torch.from_numpy(positions), unary_start + unary_words
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
@@ -135,7 +173,8 @@ def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> Non
 
 
 @njit(cache=True, nogil=True)
-def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> None:
+def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int:
+    """Fill ``positions``; returns how many words of ``unary`` they took."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     position = np.int64(-1)
     at, ones = 0, np.uint64(0)  # the next unary word, and what is left of the one before
@@ -157,6 +196,7 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> Non
                 value |= low[(bit >> 6) + 1] << (np.uint64(64) - shift)
         position += ((high << low_bits) | np.int64(value & mask)) + 1
         positions[i] = position
+    return at
 
 
 @njit(cache=True, nogil=True)

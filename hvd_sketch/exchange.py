@@ -17,11 +17,13 @@ from hvd_sketch.coding import decode_choices, encode_choice
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import HISTOGRAM_BYTES, VectorPart, select_largest
+from hvd_sketch.selection import Expectation, VectorPart, find_cut, histogram_bins, select_largest
 from hvd_sketch.steps import Exchange, Parameters, SparseUpdate
 from hvd_sketch.transport.base import Transport, mean_over_ranks
 from hvd_sketch.transport.local import local_transports
 from hvd_sketch.volume import RING_PASSES, CommLedger
+
+ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
 
 
 class SketchedAllreduce(Exchange):
@@ -59,6 +61,7 @@ class SketchedAllreduce(Exchange):
         self.config = config
         self._feedback = Feedback(dim, config.momentum, device)
         self._kernels = load_backend(None, self._device)
+        self._expected = Expectation()  # of the exact sums kept
         self._candidates: CandidateSource = SketchCandidates(config, dim, self._comm, device)
 
     @property
@@ -139,19 +142,30 @@ class SketchedAllreduce(Exchange):
         """Positions among the candidates, ascending, and sums of the k largest, equal on all ranks.
 
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
-        pick together and send one bit per candidate and the k sums: whichever is fewer bytes.
+        pick together and send one bit per candidate and the k sums: whichever takes less time.
         """
-        k = self.config.k
-        if 4 * candidates <= candidates / 8 + 4 * k + RING_PASSES["allreduce"] * HISTOGRAM_BYTES:
+        k, bins = self.config.k, histogram_bins(self.config.k)
+        choosing_bytes = 4 * RING_PASSES["allreduce"] * bins + ROUND_BYTES
+        if 4 * candidates <= candidates / 8 + 4 * k + choosing_bytes:
             with self._comm.phase("values"):
                 sums = self._comm.allgather(own_sums)
-            positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0]).positions
+            positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0])
             return positions, sums[positions]
+        return self._choose_together(own_sums)
+
+    def _choose_together(self, own_sums: Tensor) -> tuple[Tensor, Tensor]:
+        part = VectorPart(self._kernels, own_sums)
         with self._comm.phase("choose"):
-            own_positions = select_largest(VectorPart(self._kernels, own_sums), k, self._comm).positions
+            cut = find_cut(part, self.config.k, self._comm, self._expected.floor())
+        self._expected.learn(cut)
+        own_positions, _ = part.above(cut.threshold, cut.ties)
         with self._comm.phase("values"):
             gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
-        return decode_choices(gathered, self._comm.size, own_sums.numel())
+        positions, sums = decode_choices(gathered, self._comm.size, own_sums.numel())
+        doubtful = cut.doubtful(sums)
+        keep = torch.ones_like(positions, dtype=torch.bool)
+        keep[doubtful[cut.dropped([sums[doubtful]])[0]]] = False
+        return positions[keep], sums[keep]
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v.

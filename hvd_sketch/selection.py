@@ -1,14 +1,17 @@
-"""The ``count`` largest magnitudes of a vector that lies in parts on several ranks: a radix select.
+"""The ``count`` largest magnitudes of a vector that lies in parts on several ranks.
 
-Each level refines the threshold by ten or eleven of a float32's 31 magnitude bits from one histogram, summed
-over the ranks as integers: exact, equal on every rank, 16 KiB in all, whatever the vector's length.
+The ranks sum a histogram of magnitudes, as integers: exact, and equal on every rank. It tells in which bin the
+``count``-th largest lies. Bins are so fine, and so few, that sending all that lies in that one bin, and letting
+everybody drop what is too much, costs about as many bytes as the histogram. Where a guess at the threshold is at
+hand, from the step before, one histogram of 16 to 2,048 bins is enough; without it two or three are.
 
-The vector need not exist: :class:`OwnedEstimates` computes it from the table whenever it is looked at, and a
-guess at the threshold, from the step before, makes one look enough.
+The vector need not exist: :class:`OwnedEstimates` computes it from the table whenever it is looked at, and with
+the guess it is looked at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -17,25 +20,31 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.transport.base import Transport
 
-# (shift, bits): 11 + 10 + 10 = 31 magnitude bits. The first level's bins are an eighth of a power of two wide, so
-# that hardly more than ``count`` values lie in and above the threshold's.
-LEVELS = ((20, 11), (10, 10), (0, 10))
-HISTOGRAM_BYTES = 4 * sum(2**bits for _, bits in LEVELS)
+MAGNITUDE_BITS = 31
+OCTAVE = 1 << 23  # magnitude bits from one power of two to the next
 # The threshold may be 3 to 6 % lower than expected before the guess fails. Where noise prevails, as it does at 50
 # coordinates per column, there are 1.1 to 1.6 times as many estimates above the guess as above the threshold.
 FLOOR_MARGIN = 1 << 18
+# How many values may lie in the threshold's bin, and beside that in units of bins: with fewer, another histogram would
+# take longer than they do. Of normal noise at 2 to 3 deviations a bin of an octave's holds four to six times as many.
+ALWAYS_IN_LAST_BIN = 64
+IN_LAST_BIN_PER_BIN = 8
 
 
 class Magnitudes(Protocol):
     """One rank's part of the vector."""
 
-    def histogram(self, prefix: int, shift: int, bits: int, floor: int = 0) -> Tensor:
-        """As :func:`hvd_sketch.kernels.reference.magnitude_histogram`; bins below ``floor`` need not be right."""
+    def histogram(self, start: int, shift: int, bins: int) -> Tensor:
+        """As :func:`hvd_sketch.kernels.reference.magnitude_histogram`."""
 
-    def above(self, threshold: int, ties: int) -> Tensor:
-        """As :func:`hvd_sketch.kernels.reference.select_above`, within what was asked for last."""
+    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+        """As :func:`hvd_sketch.kernels.reference.select_above`, and the values there.
+
+        ``threshold`` is at least the last ``start`` less one.
+        """
 
 
 class VectorPart:
@@ -44,11 +53,12 @@ class VectorPart:
     def __init__(self, kernels: ModuleType, values: Tensor) -> None:
         self._kernels, self._values = kernels, values
 
-    def histogram(self, prefix: int, shift: int, bits: int, floor: int = 0) -> Tensor:
-        return self._kernels.magnitude_histogram(self._values, prefix, shift, bits)
+    def histogram(self, start: int, shift: int, bins: int) -> Tensor:
+        return self._kernels.magnitude_histogram(self._values, start, shift, bins)
 
-    def above(self, threshold: int, ties: int) -> Tensor:
-        return self._kernels.select_above(self._values, threshold, ties)
+    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+        positions = self._kernels.select_above(self._values, threshold, ties)
+        return positions, self._values[positions]
 
 
 class OwnedEstimates:
@@ -68,18 +78,19 @@ class OwnedEstimates:
         self._kept: tuple[Tensor, Tensor] | None = None  # positions and estimates at and above _floor
         self._floor = 0
 
-    def histogram(self, prefix: int, shift: int, bits: int, floor: int = 0) -> Tensor:
-        self._keep_from(max(floor, prefix << (shift + bits)))
+    def histogram(self, start: int, shift: int, bins: int) -> Tensor:
+        self._keep_from(start)
         if self._kept is not None:
-            return self._kernels.magnitude_histogram(self._kept[1], prefix, shift, bits)
-        return self._kernels.owned_histogram(*self._where, prefix, shift, bits)
+            return self._kernels.magnitude_histogram(self._kept[1], start, shift, bins)
+        return self._kernels.owned_histogram(*self._where, start, shift, bins)
 
-    def above(self, threshold: int, ties: int) -> Tensor:
-        if self._kept is not None:
-            positions, estimates = self._kept
-            return positions[self._kernels.select_above(estimates, threshold, ties)]
-        hash, _, shard = self._where
-        return self._kernels.owned_above(*self._where, threshold, ties, hash.owned_size(shard))[0]
+    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+        if self._kept is None:
+            hash, _, shard = self._where
+            return self._kernels.owned_above(*self._where, threshold, ties, hash.owned_size(shard))
+        positions, estimates = self._kept
+        chosen = self._kernels.select_above(estimates, threshold, ties)
+        return positions[chosen], estimates[chosen]
 
     def _keep_from(self, floor: int) -> None:
         if floor < self._floor:
@@ -89,84 +100,138 @@ class OwnedEstimates:
 
 
 @dataclass(frozen=True)
-class Largest:
-    """What :func:`select_largest` chose.
+class Cut:
+    """Where the ``count`` largest end; all but ``ties`` is equal on all ranks.
 
     Attributes:
-        positions: int64, ascending, in this rank's part.
-        threshold: magnitude bits of the least that is chosen, equal on all ranks; 0 where all are.
+        threshold: magnitude bits; what lies above is taken.
+        ties: how many of those equal to the threshold this rank takes.
+        doubtful_to: magnitude bits; what is taken up to and with it may be ...
+        surplus: ... one of so many that are taken over all ranks though they are not among the ``count`` largest.
     """
 
-    positions: Tensor
     threshold: int
+    ties: int = 0
+    doubtful_to: int = 0
+    surplus: int = 0
+
+    def doubtful(self, values: Tensor) -> Tensor:
+        """Which of the values taken, float32 [n], may have to be dropped: positions, int64 ascending."""
+        if not self.surplus:
+            return torch.empty(0, dtype=torch.int64, device=values.device)
+        return torch.nonzero(_magnitudes(values) <= self.doubtful_to).flatten()
+
+    def dropped(self, doubtful: Sequence[Tensor]) -> list[Tensor]:
+        """Which of every rank's doubtful values, float32 [n] each, are to be dropped: bool [n] each.
+
+        Of equal ones the last, in the order of (rank, position). Communication: none.
+        """
+        magnitudes = _magnitudes(torch.cat(list(doubtful)))
+        order = torch.sort(magnitudes, descending=True, stable=True).indices
+        dropped = torch.zeros_like(magnitudes, dtype=torch.bool)
+        dropped[order[len(order) - self.surplus :]] = True
+        return list(dropped.split([values.numel() for values in doubtful]))
 
 
-def expected_floor(threshold: int, before: int) -> int:
-    """A ``floor`` for the next of a series of similar vectors, from the thresholds of the last two.
+class Expectation:
+    """Of the next threshold in a series of similar vectors, from the last two. Equal on all ranks."""
 
-    A fall is expected to go on, half a rise: residuals grow fast in a training's first steps.
-    """
-    shift, _ = LEVELS[0]
-    rise = threshold - before if before else 0
-    return max(threshold + min(rise, rise // 2) - FLOOR_MARGIN, 0) >> shift << shift
+    def __init__(self) -> None:
+        self._last = self._before = 0
+
+    def learn(self, cut: Cut) -> None:
+        self._last, self._before = cut.threshold, self._last
+
+    def floor(self) -> int:
+        """Magnitude bits that the threshold will hardly be below; 0: anything may be.
+
+        A fall is expected to go on, half a rise: residuals grow fast in a training's first steps.
+        """
+        rise = self._last - self._before if self._before else 0
+        return max(self._last + min(rise, rise // 2) - FLOOR_MARGIN, 0)
 
 
-def select_largest(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> Largest:
-    """Positions, in this rank's part, of the ``count`` largest magnitudes over all ranks.
+def histogram_bins(count: int) -> int:
+    """How many bins to look for the ``count``-th largest with: a power of two near the root of ``count``."""
+    return 1 << min(max((count.bit_length() + 1) // 2, 4), 11)
 
-    Exactly ``min(count, number of non-zero values)`` are chosen over all ranks. Equal magnitudes at the
-    threshold are dealt out by (rank, position). Infinities and NaN count as the largest. The choice does not
-    depend on ``floor``.
 
-    Communication: collective; at most three allreduces of integer histograms, one more where ``floor`` was too
-    high, and, where ties are dealt out, one allgather of a count. All ranks see the same sums and so issue the
-    same collectives.
+def find_cut(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> Cut:
+    """Where the ``count`` largest magnitudes over all ranks end.
+
+    The values taken are exactly ``min(count, number of non-zero values)`` and ``surplus``, all in one bin. Those
+    that remain do not depend on ``floor``. Infinities and NaN count as the largest.
+
+    Communication: collective; one allreduce of an integer histogram where ``floor`` is near, two or three otherwise.
+    Where many are equal up to eight, and an allgather of a count. All ranks see the same sums and so issue the same
+    collectives.
 
     Args:
         part: this rank's part.
         count: how many over all ranks, at least 0.
         comm: the ranks that hold the parts.
-        floor: a guess, the same on every rank, below which no value need be looked at; see :func:`expected_floor`.
+        floor: a guess, the same on every rank, below which no value need be looked at; see :class:`Expectation`.
     """
-    threshold, wanted = 0, count
-    own, total = _first_histogram(part, count, comm, floor)
-    for level, (shift, bits) in enumerate(LEVELS):
-        if level:
-            own = part.histogram(threshold, shift, bits).cpu()
-            total = _sum_counts(own, count, comm)
-        from_top = total.flip(0).cumsum(0)
-        if int(from_top[-1]) <= wanted:  # all that is left under this prefix is wanted
-            return Largest(part.above(max((threshold << (shift + bits)) - 1, 0), 0), 0)
-        rank_of_bin = int(torch.searchsorted(from_top, wanted)) if wanted else 0
-        bin_ = len(total) - 1 - rank_of_bin
-        wanted -= int(from_top[rank_of_bin] - total[bin_])
-        threshold = (threshold << bits) | bin_
-    ties = _share_of_ties(int(own[bin_]), wanted, int(total[bin_]), comm)
-    return Largest(part.above(threshold, ties), threshold)
+    if count == 0:
+        return Cut(MAGNITUDE_MASK)
+    bins = histogram_bins(count)
+    bin_bits = bins.bit_length() - 1
+    start, shift = floor, (OCTAVE // bins).bit_length() - 1 if floor else MAGNITUDE_BITS - bin_bits
+    while True:
+        own = part.histogram(start, shift, bins).cpu()
+        at_least = _sum_counts(own, count, comm).flip(0).cumsum(0).flip(0)  # values from each bin's edge upwards
+        if int(at_least[0]) <= count:
+            if start == 0:
+                return Cut(0)
+            start, shift = 0, MAGNITUDE_BITS - bin_bits  # the guess was too high
+            continue
+        bin = int((at_least >= count).sum()) - 1
+        edge, surplus = start + (bin << shift), int(at_least[bin]) - count
+        if bin == bins:  # the guess was too low
+            start, shift = edge, MAGNITUDE_BITS - bin_bits
+            continue
+        inside = int(at_least[bin] - at_least[bin + 1])
+        if surplus == 0 or inside <= ALWAYS_IN_LAST_BIN + bins * IN_LAST_BIN_PER_BIN:
+            return Cut(edge - 1, doubtful_to=min(edge + (1 << shift) - 1, MAGNITUDE_MASK), surplus=surplus)
+        if shift == 0:
+            return Cut(edge, _share_of_ties(int(own[bin]), inside - surplus, comm))
+        start, shift = edge, max(shift - bin_bits, 0)
 
 
-def _first_histogram(part: Magnitudes, count: int, comm: Transport, floor: int) -> tuple[Tensor, Tensor]:
-    """This rank's counts and their sum on the first level, right in and above the threshold's bin."""
-    shift, bits = LEVELS[0]
-    own = part.histogram(0, shift, bits, floor).cpu()
-    total = _sum_counts(own, count, comm)
-    if floor and int(total[floor >> shift :].sum()) <= count:  # the threshold may be lower
-        return _first_histogram(part, count, comm, 0)
-    return own, total
+def select_largest(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> Tensor:
+    """Positions, in this rank's part, of the ``count`` largest magnitudes over all ranks: int64, ascending.
+
+    Exactly ``min(count, number of non-zero values)`` are chosen over all ranks. Equal magnitudes at the threshold
+    are dealt out by (rank, position).
+
+    Communication: collective; that of :func:`find_cut`, and up to two allgathers. Args: the same.
+    """
+    cut = find_cut(part, count, comm, floor)
+    positions, values = part.above(cut.threshold, cut.ties)
+    if not cut.surplus:
+        return positions
+    doubtful = cut.doubtful(values)
+    sizes = comm.allgather(torch.tensor([doubtful.numel()])).tolist()
+    dropped = cut.dropped(comm.allgather(values[doubtful]).split(sizes))[comm.rank]
+    keep = torch.ones_like(positions, dtype=torch.bool)
+    keep[doubtful[dropped]] = False
+    return positions[keep]
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    return values.view(torch.int32) & MAGNITUDE_MASK
 
 
 def _sum_counts(own: Tensor, count: int, comm: Transport) -> Tensor:
     """Sum over ranks, int64. Sent as int32: a bin capped at a rank's share of 2^31 still exceeds ``count``."""
     cap = (2**31 - 1) // comm.size
-    if count > cap:
+    if count >= cap:
         return comm.allreduce_(own.clone())
     return comm.allreduce_(own.clamp(max=cap).to(torch.int32)).to(torch.int64)
 
 
-def _share_of_ties(own: int, wanted: int, total: int, comm: Transport) -> int:
-    """How many of this rank's ``own`` ties at the threshold are taken when ``wanted`` of ``total`` are."""
-    if wanted == total:
-        return own
+def _share_of_ties(own: int, wanted: int, comm: Transport) -> int:
+    """How many of this rank's ``own`` values equal to the threshold are taken when ``wanted`` are in all."""
     ties = comm.allgather(torch.tensor([own])).tolist()
     before = sum(ties[: comm.rank])
     return min(max(wanted - before, 0), own)

@@ -118,7 +118,7 @@ class CountSketch:
         return fill_at_random(heavy, k, self.hash.dim, seed, self.hash.step)
 
     def _largest(self, estimates: Tensor, count: int) -> Tensor:
-        return select_largest(VectorPart(self._kernels, estimates), count, local_transports(1)[0]).positions
+        return select_largest(VectorPart(self._kernels, estimates), count, local_transports(1)[0])
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.hash.dim:

@@ -177,8 +177,6 @@ class MeteredTransport:
         return self._transport.alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        # Parts of unequal size: the sizes travel first, one int64 from each rank.
-        self.ledger.record(self._phase, "allgather", torch.int64, 8 * self.size, self.size)
         gathered = self._transport.allgather(tensor)
         self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
         return gathered

@@ -83,9 +83,9 @@ def launch_all(hash: BlockHash) -> None:
     gpu.accumulate_gather_(hash, table, v, 0, range(1))
     gpu.estimate(hash, table, 0, hash.dim)
     gpu.estimate_owned(hash, shard_table, 0)
-    gpu.owned_histogram(hash, shard_table, 0, 0, 21, 10)
+    gpu.owned_histogram(hash, shard_table, 0, 0, 21, 1024)
     gpu.owned_above(hash, shard_table, 0, 1, 0, 0)
-    gpu.magnitude_histogram(v, 0, 0, 11)
+    gpu.magnitude_histogram(v, 0, 0, 2048)
     gpu.select_above(v, 1, 1)
 
 

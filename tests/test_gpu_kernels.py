@@ -25,7 +25,7 @@ from hvd_sketch import kernels as backends
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
 from hvd_sketch.transport.local import local_transports
-from tests.test_kernels import LEVELS, SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors
+from tests.test_kernels import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -206,10 +206,9 @@ def test_selection_from_estimates_equals_the_reference(data: st.DataObject, hash
     (ours,) = on_device(table)
     estimates = reference.estimate_owned(hash, table, shard)
     value = data.draw(st.sampled_from([1.0, np.inf, *estimates[:100].tolist()]))
-    for shift, bits in LEVELS:
-        prefix = magnitude(value) >> (shift + bits)
-        counts = gpu.owned_histogram(hash, ours, shard, prefix, shift, bits)
-        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, table, shard, prefix, shift, bits))
+    for window in windows(value):
+        counts = gpu.owned_histogram(hash, ours, shard, *window)
+        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, table, shard, *window))
     threshold, ties = magnitude(value), data.draw(st.integers(0, 3))
     expected = reference.owned_above(hash, table, shard, threshold, ties, hash.dim)
     assert expected is not None
@@ -226,10 +225,9 @@ def test_selection_from_estimates_equals_the_reference(data: st.DataObject, hash
 def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, values: Tensor) -> None:
     (ours,) = on_device(values)
     value = data.draw(st.sampled_from([*SPECIAL, *values[:100].tolist()]))
-    for shift, bits in LEVELS:
-        prefix = magnitude(value) >> (shift + bits)
-        counts = gpu.magnitude_histogram(ours, prefix, shift, bits)
-        assert torch.equal(counts.cpu(), reference.magnitude_histogram(values, prefix, shift, bits))
+    for window in windows(value):
+        counts = gpu.magnitude_histogram(ours, *window)
+        assert torch.equal(counts.cpu(), reference.magnitude_histogram(values, *window))
     threshold = magnitude(value) + data.draw(st.integers(-1, 0))
     ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
     assert torch.equal(gpu.select_above(ours, threshold, ties).cpu(), reference.select_above(values, threshold, ties))
@@ -264,7 +262,7 @@ def test_nothing_to_do() -> None:
     chosen = [gpu.owned_above(tiny, cell, shard, 1, 0, 1) for shard in range(7)]
     assert sorted(pair[0].numel() for pair in chosen if pair is not None) == [0] * 6 + [1]
     assert gpu.select_above(nothing, 0, 3).numel() == 0
-    assert int(gpu.magnitude_histogram(nothing, 0, 21, 10).sum()) == 0
+    assert int(gpu.magnitude_histogram(nothing, 0, 21, 1024).sum()) == 0
 
 
 def test_device_hash_takes_on_another_step() -> None:
@@ -295,7 +293,7 @@ def test_captured_step_replays_with_fresh_hashes(deterministic: bool) -> None:
     def local_phase() -> Tensor:
         table.zero_()
         gpu.feedback_accumulate_(device_hash, table, u, v, gradient, 0.5, 0)
-        return gpu.owned_histogram(device_hash, table[:, 0], 0, 0, 21, 10)
+        return gpu.owned_histogram(device_hash, table[:, 0], 0, 0, 21, 1024)
 
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -316,7 +314,7 @@ def test_captured_step_replays_with_fresh_hashes(deterministic: bool) -> None:
         expected_sum = torch.zeros(hash.table_shape)
         reference.feedback_accumulate_(hash, expected_sum, *expected, values, 0.5, 0)
         assert torch.equal(table.cpu(), expected_sum)
-        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, expected_sum[:, 0], 0, 0, 21, 10))
+        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, expected_sum[:, 0], 0, 0, 21, 1024))
 
 
 def test_count_sketch() -> None:

@@ -24,7 +24,6 @@ from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
 
 BOUNDS_CHECKED = "equal or equals or full_size or chunks or sorted or nothing_to_do"
-LEVELS = ((20, 11), (10, 10), (0, 10))
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -np.inf, np.nan, -np.nan]
 
 few_examples = settings(max_examples=80, deadline=None)  # the first one compiles
@@ -154,11 +153,10 @@ def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHas
             assert (found is None) == (expected is None)
             if found is not None and expected is not None:
                 assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
-        for shift, bits in LEVELS:
-            where = hash, own_table, shard, magnitude(value) >> (shift + bits), shift, bits
+        for window in windows(value):
             with split_into(parts):
-                counts = cpu.owned_histogram(*where)
-            assert torch.equal(counts, reference.owned_histogram(*where))
+                counts = cpu.owned_histogram(hash, own_table, shard, *window)
+            assert torch.equal(counts, reference.owned_histogram(hash, own_table, shard, *window))
 
 
 @few_examples
@@ -238,10 +236,10 @@ def test_nothing_to_do() -> None:
     assert cpu.estimate(hash, table, 4, 4).numel() == 0
     tiny = BlockHash(1, 1, 7, 7)
     sizes = [every_owned(tiny, torch.ones(1, 1), shard)[0].numel() for shard in range(7)]
-    assert sizes == [int(cpu.owned_histogram(tiny, torch.ones(1, 1), shard, 0, 20, 11).sum()) for shard in range(7)]
+    assert sizes == [int(cpu.owned_histogram(tiny, torch.ones(1, 1), shard, 0, 20, 2048).sum()) for shard in range(7)]
     assert sorted(sizes) == [0] * 6 + [1]
     assert cpu.select_above(torch.empty(0), 0, 3).numel() == 0
-    assert int(cpu.magnitude_histogram(torch.empty(0), 0, 21, 10).sum()) == 0
+    assert int(cpu.magnitude_histogram(torch.empty(0), 0, 21, 1024).sum()) == 0
 
 
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
@@ -270,15 +268,20 @@ def vectors(draw: st.DrawFn) -> Tensor:
     return torch.from_numpy(values)
 
 
+def windows(value: float) -> list[tuple[int, int, int]]:
+    """Where a histogram may start, how wide its bins are and how many: all there is, or around a value."""
+    start = magnitude(value)
+    return [(0, 20, 2048), (0, 27, 16), (start, 13, 1024), (start, 0, 16), (max(start - (40 << 17), 0), 17, 64)]
+
+
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
 def test_histogram_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
     value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
-    for shift, bits in LEVELS:
-        prefix = magnitude(value) >> (shift + bits)
+    for window in windows(value):
         with split_into(parts):
-            counts = cpu.magnitude_histogram(values, prefix, shift, bits)
-        assert torch.equal(counts, reference.magnitude_histogram(values, prefix, shift, bits))
+            counts = cpu.magnitude_histogram(values, *window)
+        assert torch.equal(counts, reference.magnitude_histogram(values, *window))
 
 
 @few_examples
@@ -307,7 +310,7 @@ def test_thread_count_changes_no_bit() -> None:
         with torch_threads(threads):
             table = sketched(cpu, hash, values)
             estimates = cpu.estimate(hash, table, 0, hash.dim)
-            counts = cpu.magnitude_histogram(estimates, 0, 21, 10)
+            counts = cpu.magnitude_histogram(estimates, 0, 21, 1024)
             positions, kept = every_owned(hash, table[:, 1].contiguous(), 1)
             chosen = cpu.select_above(estimates, 0x3F800000, 0)
             results.append((table, estimates, counts.int(), chosen.int(), positions, kept))
@@ -359,7 +362,7 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
         "from hvd_sketch.kernels import _cpu_loops, cpu\n"
         "names = 'accumulate', 'feedback_accumulate', 'estimate', 'owned_above', 'histogram', 'select'\n"
         "assert not any(getattr(_cpu_loops, name).signatures for name in names), 'compiled at import'\n"
-        "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 10).sum()) == 1000\n"
+        "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 1024).sum()) == 1000\n"
         "assert len(_cpu_loops.histogram.signatures) == 1\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

@@ -10,11 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_sketch.coding import decode_choices, decode_positions, encode_choice, encode_positions
+from hvd_sketch.coding import (
+    Shortlist,
+    decode_choices,
+    decode_shortlists,
+    encode_choice,
+    encode_positions,
+    encode_shortlist,
+)
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend, reference
-from hvd_sketch.selection import OwnedEstimates, VectorPart, expected_floor, select_largest
-from hvd_sketch.transport import run_local
+from hvd_sketch.selection import Cut, Expectation, OwnedEstimates, VectorPart, find_cut, select_largest
+from hvd_sketch.transport import local_transports, run_local
 
 KERNELS = load_backend(None, torch.device("cpu"))
 
@@ -32,14 +39,20 @@ def plain_selection(parts: list[torch.Tensor], count: int) -> list[list[int]]:
     return [sorted(i for r, i, _ in chosen if r == rank) for rank in range(len(parts))]
 
 
+def expected_floor(cut: Cut) -> int:
+    expected = Expectation()
+    expected.learn(cut)
+    return expected.floor()
+
+
 def check(parts: list[torch.Tensor], count: int) -> None:
     def main(transport):
         part = VectorPart(KERNELS, parts[transport.rank])
-        largest = select_largest(part, count, transport)
-        return largest, select_largest(part, count, transport, expected_floor(largest.threshold, 0))
+        cut = find_cut(part, count, transport)
+        return [select_largest(part, count, transport, floor).tolist() for floor in (0, expected_floor(cut))]
 
-    for rank, (largest, again) in enumerate(run_local(len(parts), main, timeout_s=30)):
-        assert largest.positions.tolist() == again.positions.tolist() == plain_selection(parts, count)[rank]
+    for rank, found in enumerate(run_local(len(parts), main, timeout_s=30)):
+        assert found == 2 * [plain_selection(parts, count)[rank]]
 
 
 @pytest.mark.parametrize("limit", [0, 100, 10_000])
@@ -56,15 +69,15 @@ def test_estimates_are_judged_as_if_they_lay_in_memory(ranks: int, whole_numbers
     def main(transport, count, floor):
         rank = transport.rank
         part = OwnedEstimates(KERNELS, hash, own_tables[rank], rank, limit if rank % 2 == 0 else 50)
-        return select_largest(part, count, transport, floor)
+        return find_cut(part, count, transport), select_largest(part, count, transport, floor).tolist()
 
     for count in (0, 1, 30, 800, 20_000):
         expected = plain_selection(owned, count)
-        thresholds = {largest.threshold for largest in run_local(ranks, partial(main, count=count, floor=0))}
-        assert len(thresholds) == 1, "ranks differ in the threshold"
-        for floor in {expected_floor(*thresholds, 0), 0, 1 << 20, 0x3F800000, 0x7F000000}:
+        cuts = [cut for cut, _ in run_local(ranks, partial(main, count=count, floor=0), timeout_s=30)]
+        assert len({(cut.threshold, cut.doubtful_to, cut.surplus) for cut in cuts}) == 1, "ranks differ in the cut"
+        for floor in {expected_floor(cuts[0]), 1 << 20, 0x3F800000, 0x7F000000}:
             found = run_local(ranks, partial(main, count=count, floor=floor), timeout_s=30)
-            assert [largest.positions.tolist() for largest in found] == expected
+            assert [positions for _, positions in found] == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -91,13 +104,38 @@ def test_any_small_vectors(lists: list[list[float]], count: int) -> None:
     check([torch.tensor(values, dtype=torch.float32) for values in lists], count)
 
 
-@given(st.lists(st.integers(0, 2**40), unique=True, max_size=200))
+@given(st.lists(st.integers(0, 2**40), unique=True, max_size=200), st.data())
 @settings(max_examples=200, deadline=None)
-def test_positions_survive_the_code(positions: list[int]) -> None:
-    ascending = torch.tensor(sorted(positions), dtype=torch.int64)
-    other = torch.arange(5) * 3
-    decoded = decode_positions(torch.cat([encode_positions(ascending), encode_positions(other)]))
-    assert [d.tolist() for d in decoded] == [ascending.tolist(), other.tolist()]
+def test_shortlists_survive_the_code(positions: list[int], data: st.DataObject) -> None:
+    doubtful = [i for i in range(len(positions)) if data.draw(st.booleans())]
+    values = torch.arange(len(doubtful), dtype=torch.float32)
+    first = Shortlist(torch.tensor(sorted(positions), dtype=torch.int64), torch.tensor(doubtful).long(), values)
+    other = Shortlist(torch.arange(5, dtype=torch.int32) * 3, torch.tensor([], dtype=torch.int64), torch.empty(0))
+    decoded = decode_shortlists(torch.cat([encode_shortlist(first), encode_shortlist(other)]))
+    for got, sent in zip(decoded, (first, other), strict=True):
+        assert got.positions.tolist() == sent.positions.tolist()
+        assert (got.doubtful.tolist(), got.values.tolist()) == (sent.doubtful.tolist(), sent.values.tolist())
+    dropped = torch.arange(len(doubtful)) % 2 == 0
+    left = [p for i, p in enumerate(sorted(positions)) if i not in doubtful[::2]]
+    assert decoded[0].without(dropped).tolist() == left
+
+
+@pytest.mark.parametrize(("length", "count"), [(3000, 40), (200_000, 10_000)])
+def test_one_histogram_is_enough_where_the_threshold_is_expected(length: int, count: int) -> None:
+    """And what is too much is little."""
+    vector = torch.randn(length, generator=torch.Generator().manual_seed(0))
+    (alone,) = local_transports(1)
+    floor = expected_floor(find_cut(VectorPart(KERNELS, vector), count, alone))
+    asked = []
+
+    class Asked(VectorPart):
+        def histogram(self, start, shift, bins):
+            asked.append(bins)
+            return super().histogram(start, shift, bins)
+
+    cut = find_cut(Asked(KERNELS, vector * 1.02), count, alone, floor)
+    assert len(asked) == 1
+    assert cut.surplus <= 64 + count / 10
 
 
 @pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])

@@ -34,12 +34,11 @@ def test_records_come_from_the_buffers() -> None:
             (0, "one", "allreduce", "int32", 40, 53),  # 2 * 2/3 * 40
             (0, "one", "reduce_scatter", "float32", 60, 40),
             (0, "two", "alltoall", "float64", 48, 32),
-            (0, "two", "allgather", "int64", 24, 16),  # the sizes of the unequal parts
             (0, "two", "allgather", "uint8", 3, 2),
             (0, "two", "broadcast", "float32", 36, 24),
         ]
-        assert (totals.steps, totals.collectives) == (1, 6)
-        assert (totals.payload_bytes, totals.wire_bytes, totals.staged_bytes) == (211, 167, 0)
+        assert (totals.steps, totals.collectives) == (1, 5)
+        assert (totals.payload_bytes, totals.wire_bytes, totals.staged_bytes) == (187, 151, 0)
 
 
 def test_staged_bytes_are_what_this_rank_reads_and_writes() -> None:
@@ -55,8 +54,7 @@ def test_staged_bytes_are_what_this_rank_reads_and_writes() -> None:
         return [r.staged_bytes for r in comm.ledger.records], comm.ledger.totals().staged_bytes
 
     for rank, (staged, total) in enumerate(run_local(2, main)):
-        # The sizes an allgather sends first lie on the host.
-        assert staged == [80, 60, 60, 48, 0, 4 * (1 + rank) + 12, 72] and total == sum(staged)
+        assert staged == [80, 60, 60, 48, 4 * (1 + rank) + 12, 72] and total == sum(staged)
 
 
 def test_jsonl_and_the_cap_on_records(tmp_path) -> None:
@@ -95,14 +93,14 @@ SETTINGS: list[dict[str, Any]] = [
 def test_payload_is_bounded_and_does_not_grow_with_ranks(case: dict[str, Any]) -> None:
     config = SketchConfig.for_compression(**case)
     rows, cols, k, dim = config.rows, config.cols, config.k, case["dim"]
-    bound = 4 * (rows * cols + config.oversample * k + k) + 1.75 * config.oversample * k + 40 * 1024
+    bound = 4 * (rows * cols + config.oversample * k + k) + 1.75 * config.oversample * k + 8 * 1024
     settings = {name: getattr(config, name) for name in ("rows", "cols", "k", "oversample")}
     payloads = []
     for ranks in (2, 3, 4):
-        records = run_local(ranks, lambda t: run_steps(t, dim, 2, settings))[0]["records"]
-        payloads.append(sum(r.payload_bytes for r in records if r.step == 1))
+        records = run_local(ranks, lambda t: run_steps(t, dim, 4, settings))[0]["records"]
+        payloads.append(sum(r.payload_bytes for r in records if r.step == 3))  # the thresholds are expected by then
     assert max(payloads) <= bound
-    assert max(payloads) - min(payloads) <= 0.01 * min(payloads), payloads
+    assert max(payloads) - min(payloads) <= 0.05 * min(payloads), payloads
 
 
 def test_wire_ratio_is_close_to_the_papers() -> None:

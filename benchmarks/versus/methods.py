@@ -125,7 +125,7 @@ class LocalTopK(_Metered):
     def average(self, gradient: Gradient) -> Tensor:
         self._begin_step()
         self.residual += gradient.flat
-        chosen = select_largest(VectorPart(self._kernels, self.residual), self.k, local_transports(1)[0]).positions
+        chosen = select_largest(VectorPart(self._kernels, self.residual), self.k, local_transports(1)[0])
         indices = self._comm.allgather(chosen.to(torch.int32))
         values = self._comm.allgather(self.residual[chosen])
         self.residual.index_fill_(0, chosen, 0)

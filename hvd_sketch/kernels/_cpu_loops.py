@@ -474,16 +474,16 @@ def estimate(out: Array, table: Array, start: int, hash: HashNumbers, parts: int
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def owned_histogram(
-    table: Array, shard: int, size: int, dim: int, hash: HashNumbers, prefix: int, shift: int, width: int, parts: int
+    table: Array, shard: int, size: int, dim: int, hash: HashNumbers, start: int, shift: int, bins: int, parts: int
 ) -> Array:
     """:func:`histogram` of a shard's ``size`` estimates from its part of the table, flat."""
-    counts = np.zeros((parts * SUBCOUNTS, 1 << width), dtype=np.int64)
+    counts = np.zeros((parts * SUBCOUNTS, bins + 2), dtype=np.int64)
     block = hash[3]
     blocks = (size + block - 1) // block
     for part in prange(parts):
         own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
         begin, end = part * blocks // parts, (part + 1) * blocks // parts
-        _count_owned(own, table, shard, size, dim, hash, prefix, shift, width, begin, end)
+        _count_owned(own, table, shard, size, dim, hash, start, shift, bins, begin, end)
     return counts
 
 
@@ -495,9 +495,9 @@ def _count_owned(
     size: int,
     dim: int,
     hash: HashNumbers,
-    prefix: int,
+    start: int,
     shift: int,
-    width: int,
+    bins: int,
     begin: int,
     end: int,
 ) -> None:
@@ -506,7 +506,7 @@ def _count_owned(
     for first in range(begin, end, STRETCH):
         last = min(first + STRETCH, end)
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
-        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, prefix, shift, width)
+        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, start, shift, bins)
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
@@ -681,42 +681,26 @@ def _matches(bits: Array, index: int, end: int, shift: int, prefix: int, equal: 
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def histogram(bits: Array, prefix: int, shift: int, width: int, parts: int) -> Array:
-    """Counts int64 [parts * SUBCOUNTS, 2 ** width], to be summed."""
-    counts = np.zeros((parts * SUBCOUNTS, 1 << width), dtype=np.int64)
+def histogram(bits: Array, start: int, shift: int, bins: int, parts: int) -> Array:
+    """Counts int64 [parts * SUBCOUNTS, bins + 2], to be summed; the last column is what lies below ``start``."""
+    counts = np.zeros((parts * SUBCOUNTS, bins + 2), dtype=np.int64)
     for part in prange(parts):
         low, high = part * bits.size // parts, (part + 1) * bits.size // parts
         own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-        _count(own, bits, low, high, prefix, shift, width)
+        _count(own, bits, low, high, start, shift, bins)
     return counts
 
 
 @njit
-def _count(counts: Array, bits: Array, low: int, high: int, prefix: int, shift: int, width: int) -> None:
-    if shift + width < 31:
-        _count_matches(counts, bits, low, high, prefix, shift, width)
-    elif prefix == 0:
-        _count_all(counts, bits, low, high, shift)
-
-
-@njit
-def _count_all(counts: Array, bits: Array, low: int, high: int, shift: int) -> None:
+def _count(counts: Array, bits: Array, low: int, high: int, start: int, shift: int, bins: int) -> None:
+    least = max(start, 1)  # zeros do not count
     for i in range(low, high):
-        value = bits[i] & _MAGNITUDE
+        value = np.int64(bits[i] & _MAGNITUDE)
+        place = np.int64(bins + 1)
+        if value >= least:
+            place = min((value - start) >> shift, np.int64(bins))
         # Neighbours often share a bin: taking turns, an addition need not wait for the one before.
-        counts[i % SUBCOUNTS, value >> np.uint32(shift)] += value != 0
-
-
-@njit
-def _count_matches(counts: Array, bits: Array, low: int, high: int, prefix: int, shift: int, width: int) -> None:
-    """Below the first level few values match: found 64 lanes at a time they cost 8 and 4 instead of 15."""
-    keep = np.uint32((1 << width) - 1)
-    for index in range(low, high, MASK_LANES):
-        mask = _matches(bits, index, high, shift + width, prefix, True)
-        while mask != 0:
-            value = bits[index + lowest_bit(mask)] & _MAGNITUDE
-            counts[0, (value >> np.uint32(shift)) & keep] += value != 0
-            mask &= mask - _ONE
+        counts[i % SUBCOUNTS, place] += 1
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")

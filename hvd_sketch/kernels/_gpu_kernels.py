@@ -24,7 +24,7 @@ _NETWORK_ROWS = tl.constexpr(NETWORK_ROWS)
 
 # Compiled for any value. Of the other numbers Triton compiles variants, for multiples of 16 among them: lengths
 # that are keep loads 16 bytes wide, and do not change from step to step.
-_VARYING = ["row", "first_row", "last_row", "first_block", "count", "shard", "momentum", "prefix", "threshold", "ties"]
+_VARYING = ["row", "first_row", "last_row", "first_block", "count", "shard", "momentum", "edge", "threshold", "ties"]
 
 # --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
 
@@ -385,17 +385,17 @@ def _tile_values(
 
 @triton.jit(do_not_specialize=_VARYING)
 def histogram(
-    source, coefficients, shard, size, cols, counts, prefix,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, COPIES: tl.constexpr,
+    source, coefficients, shard, size, cols, counts, edge,
+    SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's magnitudes to one of the histograms ``counts``, int32 [COPIES, 2 ** BITS]."""
+    """Add a tile's magnitudes from ``edge`` upwards to one of the histograms ``counts``, int32 [COPIES, BINS + 1]."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     magnitude = _magnitudes(values)
-    counted = (magnitude != 0) & ((magnitude >> (SHIFT + BITS)) == prefix)
-    bin = (magnitude >> SHIFT) & ((1 << BITS) - 1)
+    counted = (magnitude != 0) & (magnitude >= edge)
+    bin = tl.minimum((magnitude - edge) >> SHIFT, BINS)
     copy = tl.program_id(0) % COPIES
-    tl.atomic_add(counts + (copy << BITS) + bin, 1, mask=counted, sem="relaxed")
+    tl.atomic_add(counts + copy * (BINS + 1) + bin, 1, mask=counted, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -64,13 +64,13 @@ def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
     size = hash.owned_size(shard)
     with _parallel(size) as parts:
         where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
-        counts = loops.owned_histogram(*where, prefix, shift, bits, parts)
-    return torch.from_numpy(counts.sum(axis=0))
+        counts = loops.owned_histogram(*where, start, shift, bins, parts)
+    return torch.from_numpy(counts.sum(axis=0)[: bins + 1])
 
 
 def owned_above(
@@ -107,11 +107,11 @@ def _with_ties(
     return (positions[chosen], values[chosen]) if chosen.numel() <= limit else None
 
 
-def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
+def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`; equal to the bit."""
     with _parallel(values.numel()) as parts:
-        counts = loops.histogram(values.numpy().view(np.uint32), prefix, shift, bits, parts)
-    return torch.from_numpy(counts.sum(axis=0))
+        counts = loops.histogram(values.numpy().view(np.uint32), start, shift, bins, parts)
+    return torch.from_numpy(counts.sum(axis=0)[: bins + 1])
 
 
 def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:

@@ -153,9 +153,9 @@ def estimate_owned(hash: AnyHash, shard_table: Tensor, shard: int) -> Tensor:
     return _estimates(hash, coefficients, shard_table, 0, hash.owned_size(shard), shard, OWNED=True)
 
 
-def owned_histogram(hash: AnyHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+def owned_histogram(hash: AnyHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
-    return _histogram(_owned_estimates(hash, shard_table, shard), prefix, shift, bits)
+    return _histogram(_owned_estimates(hash, shard_table, shard), start, shift, bins)
 
 
 def owned_above(
@@ -165,9 +165,9 @@ def owned_above(
     return _above(_owned_estimates(hash, shard_table, shard), threshold, ties, limit)
 
 
-def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
+def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`."""
-    return _histogram(_elements(values), prefix, shift, bits)
+    return _histogram(_elements(values), start, shift, bins)
 
 
 def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
@@ -213,9 +213,9 @@ def _estimates(
     return out
 
 
-def _histogram(source: _Source, prefix: int, shift: int, bits: int) -> Tensor:
-    counts = torch.zeros((COPIES, 2**bits), dtype=torch.int32, device=source.tensor.device)
-    source.launch(kernels.histogram, counts, prefix, SHIFT=shift, BITS=bits, COPIES=COPIES)
+def _histogram(source: _Source, start: int, shift: int, bins: int) -> Tensor:
+    counts = torch.zeros((COPIES, bins + 1), dtype=torch.int32, device=source.tensor.device)
+    source.launch(kernels.histogram, counts, start, SHIFT=shift, BINS=bins, COPIES=COPIES)
     return counts.sum(dim=0)
 
 

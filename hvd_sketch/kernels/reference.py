@@ -70,9 +70,9 @@ def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
     return torch.from_numpy(_median(votes))
 
 
-def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, prefix: int, shift: int, bits: int) -> Tensor:
+def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
     """:func:`magnitude_histogram` of :func:`estimate_owned`, which other backends do not write to memory."""
-    return magnitude_histogram(estimate_owned(hash, shard_table, shard), prefix, shift, bits)
+    return magnitude_histogram(estimate_owned(hash, shard_table, shard), start, shift, bins)
 
 
 def owned_above(
@@ -88,16 +88,15 @@ def owned_above(
     return (positions, estimates[positions]) if positions.numel() <= limit else None
 
 
-def magnitude_histogram(values: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
-    """Counts one level of a radix refinement over float32 magnitude bits ``m`` (31 of them).
+def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
+    """Counts float32 magnitude bits ``m`` (31 of them) in bins ``2**shift`` wide, from ``start`` upwards.
 
-    Of the non-zero values with ``m >> (shift + bits) == prefix``, count how many have each value of
-    ``(m >> shift) & (2**bits - 1)``. Infinities and NaN count as the largest magnitudes.
-    Returns int64 [2**bits].
+    Of the non-zero values with ``m >= start``, count how many have each value of ``(m - start) >> shift``; all from
+    ``bins`` on count as ``bins``. Infinities and NaN count as the largest magnitudes. Returns int64 [bins + 1].
     """
     magnitude = _magnitude(values)
-    chosen = magnitude[(magnitude != 0) & (magnitude >> (shift + bits) == prefix)]
-    counts = np.bincount((chosen >> shift) & (2**bits - 1), minlength=2**bits)
+    counted = magnitude[(magnitude != 0) & (magnitude >= start)]
+    counts = np.bincount(np.minimum((counted - start) >> shift, bins), minlength=bins + 1)
     return torch.from_numpy(counts.astype(np.int64))
 
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -95,20 +94,29 @@ class MPITransport:
         return result.to(tensor.device, non_blocking=True)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        ours = self._readable(tensor)
-        lengths = torch.empty(self.size, dtype=torch.int64)
-        self._comm.Allgather(torch.tensor([tensor.shape[0]]), lengths)
-        counts = [length * prod(tensor.shape[1:]) for length in lengths.tolist()]
-        result = self._writable((int(lengths.sum()), *tensor.shape[1:]), tensor)
-        source, target = _plain(ours.view(-1)), _plain(result.view(-1))
-        if sum(counts) <= self._max_count:
-            self._comm.Allgatherv(source, (target, counts))
-        else:
-            parts = target.split(counts)
-            requests = self._start_exchange([source] * self.size, parts)
-            parts[self.rank].copy_(source)
-            self._mpi.Request.Waitall(requests)
-        return result.to(tensor.device, non_blocking=True)
+        # A message tells its length when it arrives, so no round is spent on telling all sizes beforehand.
+        source = _plain(self._readable(tensor).view(-1))
+        requests = [self._comm.Isend(piece, peer) for peer in self._others() for piece in self._pieces(source)]
+        parts = {self.rank: source} | {peer: self._receive(peer, source) for peer in reversed(self._others())}
+        self._mpi.Request.Waitall(requests)
+        whole = self._writable((sum(part.numel() for part in parts.values()),), tensor)
+        torch.cat([parts[rank] for rank in range(self.size)], out=_plain(whole))
+        return whole.view(-1, *tensor.shape[1:]).to(tensor.device, non_blocking=True)
+
+    def _pieces(self, flat: Tensor) -> Iterator[Tensor]:
+        """As many messages as it takes: all but the last have ``max_count`` elements, and the last has fewer."""
+        for start in range(0, flat.numel() + 1, self._max_count):
+            yield flat[start : start + self._max_count]
+
+    def _receive(self, peer: int, like: Tensor) -> Tensor:
+        """What a peer sent in pieces."""
+        pieces: list[Tensor] = []
+        while not pieces or pieces[-1].numel() == self._max_count:
+            status = self._mpi.Status()
+            message = self._comm.Mprobe(peer, status=status)
+            pieces.append(like.new_empty(status.Get_count(self._mpi.BYTE) // like.element_size()))
+            message.Recv(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         ours = self._readable(tensor)
@@ -139,14 +147,19 @@ class MPITransport:
         all ranks do not mix.
         """
         requests = []
-        others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
-        for peer in reversed(others):  # receive from the rank to the left first: its first message is for this rank
+        for peer in reversed(
+            self._others()
+        ):  # receive from the rank to the left first: its first message is for this rank
             for chunk in self._chunks(incoming[peer].numel()):
                 requests.append(self._comm.Irecv(incoming[peer][chunk], peer))
-        for peer in others:
+        for peer in self._others():
             for chunk in self._chunks(outgoing[peer].numel()):
                 requests.append(self._comm.Isend(outgoing[peer][chunk], peer))
         return requests
+
+    def _others(self) -> list[int]:
+        """All other ranks, to the right first: what every rank sends first goes to another."""
+        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
     def _chunks(self, total: int) -> Iterator[slice]:
         for start in range(0, total, self._max_count):
