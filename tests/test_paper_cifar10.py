@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paper.cifar10 import SCALES, Choice, Cifar10, Cifar10Training, Task, _config, _training, choices
+from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
+from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
@@ -38,7 +40,7 @@ def tiny_task(method: str, seed: int = 0) -> Task:
         return scaled, torch.from_numpy(labels.astype(np.int64))
 
     data = Cifar10(*standardised(100, 1), *standardised(40, 2))
-    return Task(method, _config({"ratio": 10}, WIDTH), data, WIDTH, STEPS, BATCH, 0.1, seed)
+    return Task(method, config_of({"ratio": 10}, WIDTH), data, WIDTH, STEPS, BATCH, 0.1, seed)
 
 
 def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
 def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
-    return {method: train(_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
+    return {method: train(make_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_real_ranks_equal_the_simulation(one_thread: None) -> None:
     """Four ranks under mpirun: the loss of every step, all weights, the measurement and the bytes."""
     ranks = launch("mpi", WORKERS, "tests.test_paper_cifar10:train_on_ranks", timeout_s=120)
     for method in ("dense", "sketched"):
-        simulated = train(_training(tiny_task(method), WORKERS, None), STEPS)
+        simulated = train(make_training(tiny_task(method), WORKERS, None), STEPS)
         losses = torch.tensor([rank[method]["losses"] for rank in ranks]).mean(dim=0)
         assert losses.tolist() == simulated["losses"]
         for rank in ranks:
@@ -79,7 +81,7 @@ def test_real_ranks_equal_the_simulation(one_thread: None) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_going_on_from_a_checkpoint_gives_the_same_figures(method: str) -> None:
-    make = partial(_training, tiny_task(method), WORKERS, None)
+    make = partial(make_training, tiny_task(method), WORKERS, None)
     whole = train(make(), STEPS)
     first, second = make(), make()
     train(first, 2)
@@ -94,7 +96,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_figures(method: str) -> None:
 
 def test_how_many_coordinates_are_updated_and_sent() -> None:
     tasks = {method: tiny_task(method) for method in METHODS}
-    found = {method: train(_training(task, WORKERS, None), 2) for method, task in tasks.items()}
+    found = {method: train(make_training(task, WORKERS, None), 2) for method, task in tasks.items()}
     updated = {method: result["measured"]["updated_per_step"] for method, result in found.items()}
     total = sum(p.numel() for p in ResNet9(WIDTH).parameters())
     dense = sum(p.numel() for p in ResNet9(WIDTH).parameters() if p.ndim == 1)
@@ -108,13 +110,13 @@ def test_how_many_coordinates_are_updated_and_sent() -> None:
 @pytest.mark.parametrize("ratio", [10, 20])
 def test_the_ratio_is_that_of_the_whole_model(ratio: int) -> None:
     total = sum(p.numel() for p in ResNet9(8).parameters())
-    config = _config({"ratio": ratio}, 8)
+    config = config_of({"ratio": ratio}, 8)
     dense = sum(p.numel() for p in ResNet9(8).parameters() if p.ndim == 1)
     assert 2 * total / (config.paper_floats(total - dense) + 2 * dense) == pytest.approx(ratio, rel=0.01)
 
 
 def test_the_rate_is_the_papers() -> None:
-    task = Task("dense", _config({"ratio": 10}, 8), tiny_task("dense").data, 8, 24 * 98, 512, 0.4, 0)
+    task = Task("dense", config_of({"ratio": 10}, 8), tiny_task("dense").data, 8, 24 * 98, 512, 0.4, 0)
     rates = [task.rate_at(step) for step in range(task.steps)]
     assert max(rates) == pytest.approx(0.4, rel=0.01) and np.argmax(rates) in (5 * 98 - 1, 5 * 98)
     assert 0 < rates[0] < 0.001 and 0 < rates[-1] < 0.001
@@ -170,6 +172,14 @@ def test_choices_cover_the_experiment() -> None:
         assert len(set(labels)) == len(labels), name
 
 
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    scale = dataclasses.replace(SCALES["small"], batch=128, workers=[4, 48])
+    with pytest.raises(ValueError, match=r"\[48\] workers"):
+        check_sizes(scale, 1000)
+    with pytest.raises(ValueError, match="100 training images"):
+        check_sizes(SCALES["small"], 100)
+
+
 def test_a_whole_experiment_and_its_figure(tmp_path: Path) -> None:
     """From CIFAR-10's files to the figure, every method once and in the sweep."""
     for name, count in (*((f"data_batch_{i}", 30) for i in range(1, 6)), ("test_batch", 20)):
@@ -186,6 +196,9 @@ def test_a_whole_experiment_and_its_figure(tmp_path: Path) -> None:
     assert results["settings"]["test_images"] == 20
     assert len(results["runs"]) == 2 * (1 + 2 + 2) + 2 * 2
     assert all(run["steps"] == (12 if run["part"] == "accuracy" else 2) for run in results["runs"])
+    again = [sys.executable, "-m", "benchmarks.paper.cifar10", *common, *sizes, "--resume"]
+    status, output = run_command(again, timeout_s=120, OMP_NUM_THREADS="1")
+    assert status == 0 and json.loads(figures.read_text())["runs"] == results["runs"], output
     status, output = run_command([sys.executable, "-m", "benchmarks.paper.make_figures", str(figures)], timeout_s=120)
     assert status == 0, output
     assert (tmp_path / "cifar10.png").stat().st_size > 1000
