@@ -173,11 +173,11 @@ def test_choices_cover_the_experiment() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    scale = dataclasses.replace(SCALES["small"], batch=128, workers=[4, 48])
+    scale = dataclasses.replace(SCALES["small"], sweep_batch=128, workers=[4, 48])
     with pytest.raises(ValueError, match=r"\[48\] workers"):
-        check_sizes(scale, 1000)
+        check_sizes(scale)
     with pytest.raises(ValueError, match="100 training images"):
-        check_sizes(SCALES["small"], 100)
+        check_sizes(dataclasses.replace(SCALES["small"], train_images=100))
 
 
 def test_a_whole_experiment_and_its_figure(tmp_path: Path) -> None:
@@ -186,7 +186,20 @@ def test_a_whole_experiment_and_its_figure(tmp_path: Path) -> None:
         pixels, labels = images(count, seed=count)
         (tmp_path / f"{name}.bin").write_bytes(np.column_stack([labels, pixels]).astype(np.uint8).tobytes())
     figures = tmp_path / "cifar10.json"
-    sizes = ["--train-images", "100", "--epochs", "1", "--batch", "8", "--width", "2", "--sweep-steps", "2"]
+    sizes = [
+        "--train-images",
+        "100",
+        "--epochs",
+        "1",
+        "--batch",
+        "8",
+        "--width",
+        "2",
+        "--sweep-steps",
+        "2",
+        "--sweep-batch",
+        "8",
+    ]
     common = ["--data-dir", str(tmp_path), "--seeds", "2", "--json", str(figures), "--workers", "2", "4"]
     status, output = run_command(
         [sys.executable, "-m", "benchmarks.paper.cifar10", *common, *sizes], timeout_s=120, OMP_NUM_THREADS="1"

@@ -36,24 +36,30 @@ class Scale:
         batch: images per step, all workers together.
         rate: the learning rate at its peak, for the mean gradient of a batch.
         sketches: fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``.
-        sweep_steps: of the trainings that differ in the number of workers.
-        workers: of those; the first is that of all others.
+        workers: how many; the first is that of the part "accuracy".
+        sweep_steps, sweep_batch: of the part "workers".
     """
 
     width: int
     epochs: int
-    sweep_steps: int
     train_images: int
     batch: int
     rate: float
     workers: list[int]
+    sweep_steps: int
+    sweep_batch: int
     sketches: list[dict[str, Any]]
+
+    def steps_and_batch(self, part: str) -> tuple[int, int]:
+        if part == "workers":
+            return self.sweep_steps, self.sweep_batch
+        return self.epochs * (self.train_images // self.batch), self.batch
 
 
 SCALES = {
-    "small": Scale(8, 2, 200, 50_000, 128, 0.2, [4, 16, 64], [{"ratio": 10}, {"ratio": 20}]),
+    "small": Scale(8, 3, 25_000, 32, 0.05, [4, 16, 64], 200, 128, [{"ratio": 10}, {"ratio": 20}]),
     "full": Scale(
-        *(64, 24, 24 * 97, 50_000, 512, 0.4, [4, 16, 64, 256]),
+        *(64, 24, 50_000, 512, 0.4, [4, 16, 64, 256], 24 * 97, 512),
         sketches=[
             {"k": k, "rows": 3, "cols": cols, "oversample": oversample}
             for k in (50_000, 100_000)
@@ -137,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name in ("k", "cols", "rows", "oversample"):
         parser.add_argument(f"--{name}", type=int, help="of one sketch instead of the scale's; k and cols together")
-    for name in ("width", "epochs", "sweep-steps", "train-images", "batch"):
+    for name in ("width", "epochs", "train-images", "batch", "sweep-steps", "sweep-batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
     parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -151,26 +157,27 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def check_sizes(scale: Scale, images: int) -> None:
+def check_sizes(scale: Scale) -> None:
     """Say what cannot work before hours of training, not after them.
 
     Raises:
         ValueError: a batch that cannot be divided among the workers, or larger than the training set.
     """
-    uneven = [workers for workers in scale.workers if scale.batch % workers]
-    if uneven:
-        raise ValueError(
-            f"a batch of {scale.batch} has no equal parts for {uneven} workers: change --batch or --workers"
-        )
-    if scale.batch > images:
-        raise ValueError(f"a batch of {scale.batch} is more than the {images} training images: change --batch")
+    for batch, workers in ((scale.batch, scale.workers[:1]), (scale.sweep_batch, scale.workers)):
+        uneven = [count for count in workers if batch % count]
+        if uneven:
+            raise ValueError(f"a batch of {batch} has no equal parts for {uneven} workers: change --[sweep-]batch")
+        if batch > scale.train_images:
+            raise ValueError(
+                f"a batch of {batch} is more than the {scale.train_images} training images: change --[sweep-]batch"
+            )
 
 
 def scale_of(arguments: argparse.Namespace) -> Scale:
     """The scale asked for, with what was given in its place."""
     given = {
         name: getattr(arguments, name)
-        for name in ("width", "epochs", "sweep_steps", "train_images", "batch", "rate")
+        for name in ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate")
         if getattr(arguments, name) is not None
     }
     if arguments.workers:
@@ -191,17 +198,17 @@ def main() -> None:
         torch.set_num_threads(1)  # every rank rounds alike
     scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
     if not simulated:
-        scale = replace(scale, workers=[transport.size])
+        scale = replace(scale, workers=[transport.size], sweep_batch=transport.size)
         methods, parts = [method for method in methods if method in REAL_METHODS], ["accuracy"]
     data = load_data(arguments, scale.train_images)
-    check_sizes(scale, len(data.train_labels))
+    scale = replace(scale, train_images=len(data.train_labels))
+    check_sizes(scale)
     session = Session(arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, device)
-    steps_of = {"workers": scale.sweep_steps, "accuracy": scale.epochs * (len(data.train_labels) // scale.batch)}
     for choice in choices(methods, scale, parts):
-        steps = steps_of[choice.part]
+        steps, batch = scale.steps_and_batch(choice.part)
         for seed in range(arguments.seeds if choice.part == "accuracy" else 1):
             config = replace(choice.config, seed=seed)
-            task = Task(choice.method, config, data, scale.width, steps, scale.batch, scale.rate, seed)
+            task = Task(choice.method, config, data, scale.width, steps, batch, scale.rate, seed)
             make = partial(make_training, task, choice.workers, None if simulated else transport)
             session.run(choice.labels(seed), make, steps, {-(-steps * i // POINTS) for i in range(1, POINTS + 1)})
 
