@@ -1,0 +1,217 @@
+"""The paper's CIFAR-10 experiment: ResNet-9 with dense, true top-k, sketched and local top-k exchanges.
+
+In one process the workers are simulated, equal to the real exchange to the bit; on real ranks:
+``launch/mpirun.sh -n 4 -- python -m benchmarks.paper.cifar10 --transport mpi …``. See benchmarks/paper/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.image_data import load_images
+from benchmarks.paper.cifar10_training import Cifar10, Task, make_training
+from benchmarks.paper.experiment import Labels, Session, add_arguments, check_arguments
+from benchmarks.paper.resnet9 import SIDE, ResNet9
+from benchmarks.paper.workers import METHODS
+from hvd_sketch import SketchConfig, sketched_dim
+from hvd_sketch.transport import local_transports, resolve_transport
+
+POINTS = 8  # of a run's curve
+# Dense are biases and batch norms alone, less than 1 % of the model, as in the paper.
+EXCHANGE = {"momentum": 0.9, "weight_decay": 5e-4, "dense_below": 0, "deterministic": True}
+REAL_METHODS = ("dense", "sketched")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of an experiment.
+
+    Attributes:
+        batch: images per step, all workers together.
+        rate: the learning rate at its peak, for the mean gradient of a batch.
+        sketches: fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``.
+        workers: how many; the first is that of the part "accuracy".
+        sweep_steps, sweep_batch: of the part "workers".
+    """
+
+    width: int
+    epochs: int
+    train_images: int
+    batch: int
+    rate: float
+    workers: list[int]
+    sweep_steps: int
+    sweep_batch: int
+    sketches: list[dict[str, Any]]
+
+    def steps_and_batch(self, part: str) -> tuple[int, int]:
+        if part == "workers":
+            return self.sweep_steps, self.sweep_batch
+        return self.epochs * (self.train_images // self.batch), self.batch
+
+
+SCALES = {
+    "small": Scale(8, 3, 25_000, 32, 0.05, [4, 16, 64], 200, 128, [{"ratio": 10}, {"ratio": 20}]),
+    "full": Scale(
+        *(64, 24, 50_000, 512, 0.4, [4, 16, 64, 256], 24 * 97, 512),
+        sketches=[
+            {"k": k, "rows": 3, "cols": cols, "oversample": oversample}
+            for k in (50_000, 100_000)
+            for cols, oversample in ((100_000, 4), (200_000, 2), (200_000, 4), (200_000, 8), (400_000, 4))
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method with its configuration, in one part of the experiment."""
+
+    part: str
+    method: str
+    config: SketchConfig
+    workers: int
+
+    def labels(self, seed: int) -> Labels:
+        """What tells runs apart."""
+        return {
+            "part": self.part,
+            "method": self.method,
+            "setting": self.setting(),
+            "workers": self.workers,
+            "seed": seed,
+        }
+
+    def setting(self) -> str:
+        c = self.config
+        if self.method == "dense":
+            return "all"
+        is_sketched = self.method == "sketched"
+        return f"k {c.k:,}" + (f", sketch {c.rows} × {c.cols:,}, P {c.oversample}" if is_sketched else "")
+
+
+def choices(methods: Sequence[str], scale: Scale, parts: Sequence[str]) -> Iterator[Choice]:
+    """All that is trained: methods and configurations side by side, then two methods on more and more workers."""
+    configs = [config_of(fields, scale.width) for fields in scale.sketches]
+    first = scale.workers[0]
+    of_method = {"dense": configs[:1], "true_topk": list({c.k: c for c in configs}.values()), "sketched": configs}
+    if "accuracy" in parts:
+        for method in (m for m in methods if m in of_method):
+            for config in of_method[method]:
+                yield Choice("accuracy", method, config, first)
+    if "workers" in parts:
+        for method in (m for m in methods if m in ("sketched", "local_topk")):
+            for workers in scale.workers:
+                yield Choice("workers", method, configs[0], workers)
+
+
+def config_of(fields: dict[str, Any], width: int) -> SketchConfig:
+    """A configuration for the model of a width; ``ratio`` among its fields is that of the whole model."""
+    given = {name: value for name, value in fields.items() if name != "ratio"} | EXCHANGE
+    if "ratio" not in fields:
+        return SketchConfig(**given)
+    total = sum(p.numel() for p in ResNet9(width).parameters())
+    sketched = sketched_dim(ResNet9(width).parameters(), given["dense_below"])
+    floats = 2 * total / fields["ratio"] - 2 * (total - sketched)
+    return SketchConfig.for_compression(2 * sketched / floats, sketched, **given)
+
+
+def load_data(arguments: argparse.Namespace, images: int) -> Cifar10:
+    """The first ``images`` of the training set, which is in no order, and the whole test set."""
+    data, shape = load_images(arguments.data_dir), (-1, 3, SIDE, SIDE)
+    if data.name != "cifar10":
+        raise ValueError(f"--data-dir {arguments.data_dir}: expected CIFAR-10's binary version, found {data.name}")
+    put = partial(torch.Tensor.to, device=arguments.device)
+    train = put(data.train_images[:images].view(shape)), put(data.train_labels[:images])
+    return Cifar10(*train, put(data.test_images.view(shape)), put(data.test_labels))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--parts", nargs="+", choices=("accuracy", "workers"), default=["accuracy", "workers"])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument("--workers", type=int, nargs="+", help="W; the first is that of the part 'accuracy'")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", help="the paper's compression ratios, instead of the scale's"
+    )
+    for name in ("k", "cols", "rows", "oversample"):
+        parser.add_argument(f"--{name}", type=int, help="of one sketch instead of the scale's; k and cols together")
+    for name in ("width", "epochs", "train-images", "batch", "sweep-steps", "sweep-batch"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
+    parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    if (arguments.k is None) != (arguments.cols is None):
+        parser.error("--k and --cols are given together, or neither")
+    if arguments.transport != "simulation" and not set(arguments.methods) & set(REAL_METHODS):
+        parser.error(f"on real ranks there are {' and '.join(REAL_METHODS)}, got --methods {arguments.methods}")
+    return arguments
+
+
+def check_sizes(scale: Scale) -> None:
+    """Say what cannot work before hours of training, not after them.
+
+    Raises:
+        ValueError: a batch that cannot be divided among the workers, or larger than the training set.
+    """
+    for batch, workers in ((scale.batch, scale.workers[:1]), (scale.sweep_batch, scale.workers)):
+        uneven = [count for count in workers if batch % count]
+        if uneven:
+            raise ValueError(f"a batch of {batch} has no equal parts for {uneven} workers: change --[sweep-]batch")
+        if batch > scale.train_images:
+            raise ValueError(
+                f"a batch of {batch} is more than the {scale.train_images} training images: change --[sweep-]batch"
+            )
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    """The scale asked for, with what was given in its place."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.workers:
+        given["workers"] = arguments.workers
+    shape = {name: getattr(arguments, name) for name in ("rows", "oversample") if getattr(arguments, name) is not None}
+    if arguments.ratios:
+        given["sketches"] = [{"ratio": ratio, **shape} for ratio in arguments.ratios]
+    elif arguments.k is not None:
+        given["sketches"] = [{"k": arguments.k, "cols": arguments.cols, **shape}]
+    return replace(SCALES[arguments.scale], **given)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    simulated, device = arguments.transport == "simulation", torch.device(arguments.device)
+    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # every rank rounds alike
+    scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
+    if not simulated:
+        scale = replace(scale, workers=[transport.size], sweep_batch=transport.size)
+        methods, parts = [method for method in methods if method in REAL_METHODS], ["accuracy"]
+    data = load_data(arguments, scale.train_images)
+    scale = replace(scale, train_images=len(data.train_labels))
+    check_sizes(scale)
+    session = Session(arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, device)
+    for choice in choices(methods, scale, parts):
+        steps, batch = scale.steps_and_batch(choice.part)
+        for seed in range(arguments.seeds if choice.part == "accuracy" else 1):
+            config = replace(choice.config, seed=seed)
+            task = Task(choice.method, config, data, scale.width, steps, batch, scale.rate, seed)
+            make = partial(make_training, task, choice.workers, None if simulated else transport)
+            session.run(choice.labels(seed), make, steps, {-(-steps * i // POINTS) for i in range(1, POINTS + 1)})
+
+
+if __name__ == "__main__":
+    main()
