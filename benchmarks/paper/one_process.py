@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.coding import Shortlist, encode_shortlist
 from hvd_sketch.hashing import BlockHash
-from hvd_sketch.selection import VectorPart, select_largest
-from hvd_sketch.transport.base import Finished, Handle, Transport
+from hvd_sketch.selection import Cut
+from hvd_sketch.transport.base import Finished, Handle
 
 
 class OneProcess:
@@ -50,42 +52,35 @@ class OneProcess:
         pass
 
 
-def largest_by_owner(
-    kernels: ModuleType, hash: BlockHash, estimates: Tensor, count: int, comm: Transport, floor: int = 0
-) -> tuple[Tensor, int]:
-    """What the owners choose together among the estimates of all coordinates, float32 [dim].
-
-    Args: as for :func:`hvd_sketch.selection.select_largest`.
-
-    Returns:
-        At most ``count`` coordinates that are not zero, int64 ascending; equal magnitudes at the threshold are dealt
-        out by (owner, coordinate). And the threshold.
-    """
-    largest = select_largest(VectorPart(kernels, estimates), count, comm, floor)
-    chosen, threshold = largest.positions, largest.threshold
-    if threshold == 0:
-        return chosen, threshold
-    at_least = kernels.select_above(estimates, threshold - 1, 0)
-    if at_least.numel() == chosen.numel():
-        return chosen, threshold
-    above = kernels.select_above(estimates, threshold, 0)
-    is_tie = torch.ones_like(at_least, dtype=torch.bool)
-    is_tie[torch.searchsorted(at_least, above)] = False
-    ties = at_least[is_tie]
-    by_owner = torch.argsort(_owners(hash, ties), stable=True)
-    taken = ties[by_owner[: count - above.numel()]]
-    return torch.cat([above, taken]).sort().values, threshold
-
-
-def owned_positions(hash: BlockHash, coordinates: Tensor) -> list[Tensor]:
-    """Each owner's among ``coordinates`` (int64, ascending), as positions in its own order: int64, on the CPU."""
-    coordinates = coordinates.cpu()
-    owners = _owners(hash, coordinates)
-    # Every group of blocks has one of each owner's.
-    positions = coordinates // (hash.block * hash.shards) * hash.block + coordinates % hash.block
-    by_owner = torch.argsort(owners, stable=True)
+def propose(kernels: ModuleType, hash: BlockHash, estimates: Tensor, cut: Cut) -> list[Shortlist]:
+    """What each owner takes of the estimates of all coordinates, float32 [dim]: coordinates instead of positions."""
+    taken = kernels.select_above(estimates, cut.threshold, 0)
+    if cut.ties:
+        at_least = kernels.select_above(estimates, cut.threshold - 1, 0)
+        is_tie = torch.ones_like(at_least, dtype=torch.bool)
+        is_tie[torch.searchsorted(at_least, taken)] = False
+        ties = at_least[is_tie]
+        dealt = ties[torch.argsort(_owners(hash, ties), stable=True)[: cut.ties]]
+        taken = torch.cat([taken, dealt]).sort().values
+    owners = _owners(hash, taken)
     counts = torch.bincount(owners, minlength=hash.shards).tolist()
-    return list(positions[by_owner].split(counts))
+    by_owner = taken[torch.argsort(owners, stable=True)].split(counts)
+    return [_shortlist(own.cpu(), estimates[own].cpu(), cut) for own in by_owner]
+
+
+def _shortlist(coordinates: Tensor, values: Tensor, cut: Cut) -> Shortlist:
+    doubtful = cut.doubtful(values)
+    return Shortlist(coordinates, doubtful, values[doubtful])
+
+
+def encoded_bytes(hash: BlockHash, shortlist: Shortlist) -> int:
+    """The length of what an owner sends."""
+    return encode_shortlist(replace(shortlist, positions=in_own_order(hash, shortlist.positions))).numel()
+
+
+def in_own_order(hash: BlockHash, coordinates: Tensor) -> Tensor:
+    """One owner's coordinates, int64, as positions in its own order: every group of blocks has one of each owner's."""
+    return coordinates // (hash.block * hash.shards) * hash.block + coordinates % hash.block
 
 
 def _owners(hash: BlockHash, coordinates: Tensor) -> Tensor:

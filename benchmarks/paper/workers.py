@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.paper.one_process import largest_by_owner, owned_positions
+from benchmarks.paper.one_process import encoded_bytes, propose
 from benchmarks.paper.workers_base import PAPER, FeedbackWorkers, Variant, Workers
 from hvd_sketch import CountSketch
-from hvd_sketch.coding import encode_positions
-from hvd_sketch.selection import HISTOGRAM_BYTES, VectorPart, expected_floor, select_largest
+from hvd_sketch.exchange import ROUND_BYTES
+from hvd_sketch.selection import Cut, Expectation, VectorPart, find_cut, histogram_bins
 from hvd_sketch.sketch import fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.steps import SparseUpdate
 from hvd_sketch.volume import RING_PASSES
@@ -77,7 +77,7 @@ class SketchedWorkers(FeedbackWorkers):
         c = self.config
         self._sketch = CountSketch(self.dim, c.rows, c.cols, c.seed, shards=self.workers, device=self._device)
         self._summed = torch.zeros_like(self._sketch.table)
-        self._thresholds = 0, 0  # as SketchCandidates keeps them: they decide how often histograms travel
+        self._expected = Expectation(), Expectation()  # of estimates and of sums: how often histograms travel
 
     def _take_in(self, worker: int, parts: list[Tensor]) -> None:
         self._sketch.zero_(self._step if self.variant.fresh_hashes else 0)
@@ -101,32 +101,34 @@ class SketchedWorkers(FeedbackWorkers):
         return self._kernels.estimate(self._sketch.hash, self._summed, 0, self.dim)
 
     def _top_candidates(self) -> Tensor:
-        count = self.config.candidates(self.dim)
-        with self._comm.phase("select"):
-            floor = expected_floor(*self._thresholds)
-            chosen, threshold = largest_by_owner(
-                self._kernels, self._sketch.hash, self._estimates(), count, self._comm, floor
-            )
-        self._thresholds = threshold, self._thresholds[0]
-        self._record_indices(chosen)
-        return chosen
+        estimates, expected = self._estimates(), self._expected[0]
+        cut = self._cut("select", estimates, self.config.candidates(self.dim), expected.floor())
+        expected.learn(cut)
+        return self._tell_all(estimates, cut)
+
+    def _cut(self, phase: str, values: Tensor, count: int, floor: int = 0) -> Cut:
+        with self._comm.phase(phase):
+            return find_cut(VectorPart(self._kernels, values), count, self._comm, floor)
 
     def _heavymix(self) -> Tensor:
-        k, hash = self.config.k, self._sketch.hash
+        k = self.config.k
         by_shard = [row_energies(self._summed[:, shard]).tolist() for shard in range(self.workers)]
         self._record_allgather("norm", 8 * self.workers * self.config.rows, torch.float64)
         norm = math.sqrt(np.median([math.fsum(row) for row in zip(*by_shard, strict=True)]))
         estimates = self._estimates()
         above = self._kernels.select_above(estimates, heavy_threshold(norm, k), 0)
         estimates = torch.zeros_like(estimates).index_copy_(0, above, estimates[above])
-        with self._comm.phase("select"):
-            heavy, _ = largest_by_owner(self._kernels, hash, estimates, k, self._comm)
-        self._record_indices(heavy)
+        heavy = self._tell_all(estimates, self._cut("select", estimates, k))
         return fill_at_random(heavy, k, self.dim, self.config.seed, self._step)
 
-    def _record_indices(self, chosen: Tensor) -> None:
-        encoded = [encode_positions(own).numel() for own in owned_positions(self._sketch.hash, chosen)]
-        self._record_allgather("indices", sum(encoded), torch.uint8)
+    def _tell_all(self, estimates: Tensor, cut: Cut) -> Tensor:
+        """The coordinates chosen: int64, ascending."""
+        shortlists = propose(self._kernels, self._sketch.hash, estimates, cut)
+        sent_bytes = sum(encoded_bytes(self._sketch.hash, shortlist) for shortlist in shortlists)
+        self._record_allgather("indices", sent_bytes, torch.uint8)
+        dropped = cut.dropped([shortlist.values for shortlist in shortlists])
+        chosen = [shortlist.without(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
+        return torch.cat(chosen).sort().values.to(self._device)
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
         """Sums of v over the workers in rank order at the candidates."""
@@ -140,22 +142,29 @@ class SketchedWorkers(FeedbackWorkers):
         return -(-candidates.numel() // self.workers)
 
     def _keep_largest(self, sums: Tensor) -> Tensor:
-        """Positions of the k largest; as in ``SketchedAllreduce._keep_largest`` whichever way is fewer bytes."""
+        """Positions of the k largest; in the way that takes ``SketchedAllreduce._keep_largest`` less time."""
         k, count, part = self.config.k, sums.numel(), self._part(sums)
-        if 4 * count <= count / 8 + 4 * k + RING_PASSES["allreduce"] * HISTOGRAM_BYTES:
+        choosing_bytes = 4 * RING_PASSES["allreduce"] * histogram_bins(k) + ROUND_BYTES
+        if 4 * count <= count / 8 + 4 * k + choosing_bytes:
             self._record_allgather("values", 4 * self.workers * part)
             return self._largest(sums)
-        with self._comm.phase("choose"):
-            positions = select_largest(VectorPart(self._kernels, sums), k, self._comm).positions
-        self._record_allgather("values", self.workers * -(-part // 8) + 4 * positions.numel(), torch.uint8)
-        return positions
+        expected = self._expected[1]
+        cut = self._cut("choose", sums, k, expected.floor())
+        expected.learn(cut)
+        sent, values = VectorPart(self._kernels, sums).above(cut.threshold, cut.ties)
+        self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
+        doubtful = cut.doubtful(values)
+        keep = torch.ones_like(sent, dtype=torch.bool)
+        keep[doubtful[cut.dropped([values[doubtful]])[0]]] = False
+        return sent[keep]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "thresholds": self._thresholds}
+        return {**super().state_dict(), "expected": [vars(expected) for expected in self._expected]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._thresholds = tuple(state["thresholds"])
+        for expected, saved in zip(self._expected, state["expected"], strict=True):
+            vars(expected).update(saved)
 
 
 class TrueTopK(FeedbackWorkers):

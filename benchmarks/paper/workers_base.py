@@ -126,7 +126,6 @@ class Workers:
         self.ledger.record(phase, collective, dtype, payload_bytes, self.workers)
 
     def _record_allgather(self, phase: str, payload_bytes: int, dtype: torch.dtype = torch.float32) -> None:
-        self._record(phase, "allgather", 8 * self.workers, torch.int64)  # the sizes
         self._record(phase, "allgather", payload_bytes, dtype)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +164,7 @@ class FeedbackWorkers(Workers):
 
     def _largest(self, values: Tensor) -> Tensor:
         """The k largest by magnitude, fewer where fewer are not zero: int64, ascending; ties to the lower index."""
-        return select_largest(VectorPart(self._kernels, values), self.config.k, OneProcess(1)).positions
+        return select_largest(VectorPart(self._kernels, values), self.config.k, OneProcess(1))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "feedbacks": [feedback.state_dict() for feedback in self._feedbacks]}
