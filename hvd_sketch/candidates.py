@@ -79,7 +79,8 @@ class SketchCandidates:
                     self._accumulate_row(number, feedback.v, parts)
                 handles.append(self._comm.start_reduce_scatter(row))
             self.forget_ahead()
-            summed = torch.empty_like(self._sketch.table[:, 0])
+            # The table is of no more use: a row's sum takes the place of rows that have arrived.
+            summed = self._sketch.table.view(-1, self._sketch.hash.shard_cols)[: self._sketch.hash.rows]
             for row, handle in zip(summed, handles, strict=True):
                 row.copy_(handle.wait())
             return summed
