@@ -66,7 +66,7 @@ def _draw_accuracy(ax: Any, groups: list[Seeds]) -> None:
         style = {"color": COLOURS[method], "label": NAMES[method], "capsize": 3, "linewidth": 1}
         ax.errorbar(ratios, means, spread, fmt="o-" if method == "true_topk" else "o", **style)
     ax.set(xscale="log", xlabel="compression, as the paper counts", ylabel="test accuracy (%)")
-    _finish(ax)
+    _finish(ax, [round(group.mean("paper_compression_ratio") or 0) for group in groups])
 
 
 def _draw_growth(ax: Any, groups: list[Seeds], figure: str, label: str) -> None:
@@ -75,11 +75,15 @@ def _draw_growth(ax: Any, groups: list[Seeds], figure: str, label: str) -> None:
         workers, values = [group.workers for group in own], [group.mean(figure) for group in own]
         ax.plot(workers, values, "o-", color=COLOURS[method], label=NAMES[method], linewidth=1)
     ax.set(xscale="log", yscale="log", xlabel="workers", ylabel=label)
-    _finish(ax)
+    ax.yaxis.set_minor_formatter("")
+    _finish(ax, [group.workers for group in groups])
 
 
-def _finish(ax: Any) -> None:
-    ax.grid(alpha=0.3, which="both")
+def _finish(ax: Any, ticks: list[int]) -> None:
+    """Label the places where there is something to see, not those of the logarithmic axis."""
+    ax.set_xticks(ticks := sorted(set(ticks)), [str(tick) for tick in ticks])
+    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    ax.grid(alpha=0.3)
     if ax.has_data():
         ax.legend(fontsize=8)
 
