@@ -118,8 +118,8 @@ def parse_arguments() -> argparse.Namespace:
     check_arguments(parser, arguments)
     if arguments.steps is None:
         arguments.steps = STEPS[arguments.scale]
-    for name in ("steps", "batch", "workers"):
-        if getattr(arguments, name) < 1:
+    for name in ("steps", "batch", "workers", "hidden"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if arguments.rates and min(arguments.rates) <= 0:
         parser.error(f"--rates must be above 0, got {min(arguments.rates):g}")

@@ -25,7 +25,8 @@ TITLES = {
     "wire": "tables on the wire",
     "k": "k up to d, momentum before",
 }
-REFERENCES = {"dense": "tab:gray", "dense, momentum": "black", "true top-k": "tab:green"}
+REFERENCES = {"dense": "tab:gray", "dense, momentum": "black", "true top-k": "tab:green"}  # dotted in other panels
+COLOURS = {**REFERENCES, "sketched": "tab:orange", "before, masked": "tab:red", "before, not masked": "tab:blue"}
 SHOWN_LOSS = 2.5  # above lies chance: log(10)
 
 
@@ -99,25 +100,36 @@ def draw(runs: list[Run], path: Path) -> str:
     references = [p for p in all_points if p.group == "baselines" and p.label in REFERENCES]
     for group, ax in zip(groups, axes.flat, strict=False):
         own = [p for p in all_points if p.group == group]
+        if group == "baselines":  # the rates of other settings, too, that differ by what is not a size
+            own += [p for p in all_points if p.group == "momentum" and p.label != "none"]
         panel = {"baselines": _draw_rates, "k": _draw_k}.get(group, _draw_labels)
         panel(ax, own)
         if group != "baselines":
             _draw_references(ax, references)
-        ax.set(title=TITLES[group], yscale="log")
-        ax.grid(alpha=0.3, which="both", axis="y")
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=6.5)
+        _finish(ax, TITLES[group])
     for row in axes:
         row[0].set_ylabel("training loss at the end")
     figure.savefig(path, dpi=90)
     return table(all_points, TARGET_LOSS[path.stem])
 
 
+def _finish(ax: Any, title: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set(title=title, yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3, axis="y")
+
+
 def _draw_labels(ax: Any, own: Sequence[Point]) -> None:
     """Means over seeds, and bars from the least to the greatest."""
     losses = [p.final("train_loss") for p in own]
     _draw_spread(ax, np.arange(len(own)), losses, "o", color="tab:orange")
-    ax.set_xticks(range(len(own)), [p.label for p in own], rotation=35 if len(own) < 7 else 0, ha="center", fontsize=7)
+    longest = max(len(p.label) for p in own)
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 4 else {}
+    ax.set_xticks(range(len(own)), [p.label for p in own], fontsize=7, **turned)
 
 
 def _draw_k(ax: Any, own: Sequence[Point]) -> None:
@@ -127,6 +139,7 @@ def _draw_k(ax: Any, own: Sequence[Point]) -> None:
         ks = np.array([p.fields["k"] for p in part], dtype=np.float64)
         _draw_spread(ax, ks, [p.final("train_loss") for p in part], "o-", color=colour, label=name)
     ax.set(xscale="log", xlabel="k; the last is d")
+    ax.legend(fontsize=6.5)
 
 
 def _draw_spread(ax: Any, at: Floats, losses: Sequence[Floats], style: str, **options: Any) -> None:
@@ -140,16 +153,19 @@ def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
     """Loss over learning rate; what diverged is left out."""
     for point in own:
         rates = sorted(rate for rate, loss in point.loss_by_rate.items() if loss < SHOWN_LOSS)
-        colour = REFERENCES.get(point.label, "tab:orange")
         losses = [point.loss_by_rate[rate] for rate in rates]
-        ax.plot(rates, losses, "o-", color=colour, markersize=3, linewidth=1.2, label=point.label)
+        style = "o-" if point.group == "baselines" else "o--"
+        name = point.label if point.group == "baselines" else f"sketched, momentum {point.label}"
+        ax.plot(
+            rates, losses, style, color=COLOURS.get(point.label, "tab:purple"), markersize=3, linewidth=1.2, label=name
+        )
     ax.set(xscale="log", xlabel="learning rate at its peak")
+    ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def _draw_references(ax: Any, references: Sequence[Point]) -> None:
     for point in references:
-        mean = point.final("train_loss").mean()
-        ax.axhline(mean, color=REFERENCES[point.label], linestyle=":", linewidth=1, label=point.label)
+        ax.axhline(point.final("train_loss").mean(), color=REFERENCES[point.label], linestyle=":", linewidth=1)
 
 
 def table(all_points: Sequence[Point], target_loss: float) -> str:
