@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.paper.workers import METHODS, PAPER, Variant
 from hvd_sketch import SketchConfig
-from hvd_sketch.selection import HISTOGRAM_BYTES
+from hvd_sketch.selection import HISTOGRAM_BYTES, LEVELS
 from hvd_sketch.volume import RING_PASSES
 
 RATIO = 40  # what the base aims at, in the paper's count
@@ -20,6 +20,7 @@ OVERSAMPLES = (1, 2, 4, 6, 8)
 AT_EQUAL_BYTES = (1, 2, 4, 5, 6)  # a larger P would leave no table
 K_FACTORS = (0.25, 1, 4, 16, 64)  # of the base's k
 BYTES_PER_CHOICE = 1 + 4 + 4  # of HEAVYMIX: an index, its exact sum to the owner, and from there to all
+LATER_HISTOGRAM_BYTES = HISTOGRAM_BYTES - 4 * 2 ** LEVELS[0][1]
 NO_MOMENTUM = Variant(momentum="none")
 
 
@@ -166,11 +167,16 @@ class Budget:
         return choice_bytes(setting.config, self.dim)
 
     def heavymix(self) -> Group:
-        """Equal bytes but for the coding of indices: what top-Pk spends on candidates goes into k or into the table."""
+        """Equal bytes: what top-Pk spends on candidates goes into k, or into the table.
+
+        A larger table leaves fewer than k heavy coordinates: they need no common threshold, and only the first level of
+        histograms travels. That goes into the table, too.
+        """
         base = self.base()
         heavymix = base.with_config(selection="heavymix")
         spent = self._choice_bytes(base)
-        columns = (spent - self._choice_bytes(heavymix)) // (4 * 3 * self.workers) * self.workers
+        spare = spent - self._choice_bytes(heavymix) + RING_PASSES["allreduce"] * LATER_HISTOGRAM_BYTES
+        columns = spare // (4 * 3 * self.workers) * self.workers
         return {
             "top-Pk": base,
             "HEAVYMIX, larger k": heavymix.with_config(k=spent // BYTES_PER_CHOICE),
