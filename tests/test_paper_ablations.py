@@ -267,11 +267,11 @@ def check_figure(found: list[dict[str, Any]], path: Path) -> None:
 def test_an_interrupted_search_goes_on_to_the_same_figures(data_dir: Path, tmp_path: Path) -> None:
     """Interrupted in the middle of a grid."""
     whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
-    asked = ["--steps", "20", "--groups", "momentum"]
+    asked = ["--steps", "10", "--groups", "heavymix"]
     status, output = run_command(command(data_dir, whole, *asked), timeout_s=120)
     assert status == 0, output
     log = broken.with_suffix(".log.jsonl")
-    assert interrupt(command(data_dir, broken, *asked), log, "momentum before") == INTERRUPTED
+    assert interrupt(command(data_dir, broken, *asked), log, "heavymix") == INTERRUPTED
     assert 3 < len(runs(broken)) < len(runs(whole))
     status, output = run_command(command(data_dir, broken, *asked, "--resume"), timeout_s=120)
     assert status == 0, output
