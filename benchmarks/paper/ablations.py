@@ -34,7 +34,7 @@ MODEL = {"mnist": ("mlp", 200), "cifar10": ("cnn", 64)}  # and its width, by dat
 # Peaks of the schedule, tried first; momentum 0.9 adds every gradient up ten times.
 FIRST_RATES = {"none": (0.4, 0.8, 1.6), "before": (0.02, 0.04, 0.08), "after": (0.01, 0.02, 0.04)}
 EXTENSIONS = 6  # of the grid, at most
-POINTS = 20  # of a curve
+POINTS = 10  # of a curve
 
 
 @dataclass(frozen=True)
