@@ -63,10 +63,11 @@ def _first_below(curve: Sequence[dict[str, float]], loss: float) -> float | None
 
 
 def points(runs: list[Run]) -> list[Point]:
-    """Of the longest trainings, in the order in which they were made."""
+    """Of the longest trainings, in the order in which they were made; what several calls made counts once."""
     longest = max(run["steps"] for run in runs)
-    summaries = [run for run in runs if "group" in run and run["steps"] == longest]
-    trained = [run for run in runs if "curve" in run and run["steps"] == longest]
+    last = [run for run in runs if run["steps"] == longest]
+    summaries = {(run["group"], run["label"]): run for run in last if "group" in run}.values()
+    trained = {(run["setting"], run["rate"], run["seed"]): run for run in last if "curve" in run}.values()
 
     def of(summary: Run) -> list[Run]:
         wanted = {"setting": summary["setting"], "rate": summary["best_rate"]}
