@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import struct
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +28,8 @@ from benchmarks.paper.mnist import BETA, DIM, RECIPES, RHO, XI, K
 from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.transport import run_local
-from tests.harness import ROOT, run_command
+from tests.harness import run_command
+from tests.paper import interrupt, runs, write_mnist
 
 PROBLEMS = 3
 CONFIGS: list[dict[str, Any]] = [
@@ -121,28 +117,12 @@ def test_the_rate_satisfies_theorem_1() -> None:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MNIST's four files with few images: a blob per class in noise."""
-    folder = tmp_path_factory.mktemp("mnist")
-    draw = np.random.default_rng(0)
-    blobs = draw.integers(0, 256, (10, 784))
-    for part, count in (("train", 300), ("t10k", 100)):
-        labels = draw.integers(0, 10, count, dtype=np.uint8)
-        images = (blobs[labels] + draw.integers(0, 256, (count, 784))) // 2
-        header = struct.pack(">4i", 0x0803, count, 28, 28)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.astype(np.uint8).tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x0801, count) + labels.tobytes())
-    return folder
+    return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
 def command(data_dir: Path, figures: Path, *more: str) -> list[str]:
     common = ["--data-dir", str(data_dir), "--seeds", "1", "--json", str(figures)]
     return [sys.executable, "-m", "benchmarks.paper.mnist", *common, *more]
-
-
-def runs(figures: Path) -> list[dict[str, Any]]:
-    """What a run showed, without its duration."""
-    found = json.loads(figures.read_text())["runs"]
-    return [{name: figure for name, figure in run.items() if name != "seconds"} for run in found]
 
 
 @pytest.mark.multiprocess
@@ -168,7 +148,7 @@ def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: 
     recipe = ["--steps", "400", "--recipes", "logistic-alg3"]
     status, output = run_command(command(data_dir, whole, *recipe), timeout_s=120)
     assert status == 0, output
-    assert _interrupt(command(data_dir, broken, *recipe), broken.with_suffix(".log.jsonl"), "sketched") == INTERRUPTED
+    assert interrupt(command(data_dir, broken, *recipe), broken.with_suffix(".log.jsonl"), '"sketched"') == INTERRUPTED
     assert len(runs(broken)) == 1
     events = [json.loads(line) for line in broken.with_suffix(".log.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "interrupted" and 0 < events[-1]["step"] < 400
@@ -178,16 +158,3 @@ def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: 
     assert status == 0, output
     assert runs(broken) == runs(whole)
     assert not list(tmp_path.glob("*.checkpoint*"))
-
-
-def _interrupt(line: list[str], log: Path, method: str) -> int:
-    """Ctrl-C once the log has a measurement of a method; the exit status."""
-    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 100
-    try:
-        while not (log.exists() and f'"{method}"' in log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        return process.wait(timeout=30)
-    finally:
-        process.kill()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine
 from hvd_sketch.transport import Transport
 
-Labels = Mapping[str, str | int]
+Labels = Mapping[str, str | int | float]
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
@@ -142,14 +142,19 @@ class Session:
             )
         self._results["runs"] = saved["runs"]
 
-    def run(self, labels: Labels, make: Callable[[], Training], steps: int, record_at: Collection[int]) -> None:
+    def run(
+        self, labels: Labels, make: Callable[[], Training], steps: int, record_at: Collection[int]
+    ) -> dict[str, Any]:
         """Train unless the results have it already; measure after every step of ``record_at``, counted from 1.
 
         Communication: collective. Ends the process with status 130 after Ctrl-C, with a checkpoint.
+
+        Returns:
+            What the results have of it. Measurements are rank 0's alone, of this call or one that it resumes.
         """
         labels = {**labels, "steps": steps}
-        if self.finished(labels):
-            return
+        if (before := self.find(labels)) is not None:
+            return before
         training, done, curve = make(), 0, []
         if self._checkpoint.exists() and (saved := torch.load(self._checkpoint))["labels"] == dict(labels):
             training.load_state_dict(saved["training"])
@@ -168,20 +173,27 @@ class Session:
                 self._save_if_due({"labels": dict(labels), "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started
         final = curve[-1] if curve else {}  # rank 0 has it
-        self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
+        run = self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
         self._checkpoint.unlink(missing_ok=True)
+        return run
 
     def _bar(self, labels: Labels, done: int, steps: int) -> tqdm:
         name, hidden = " ".join(map(str, labels.values())), self._transport.rank != 0
         return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden, mininterval=0.5)
 
     def finished(self, labels: Labels) -> bool:
-        return any(labels.items() <= run.items() for run in self._results["runs"])
+        return self.find(labels) is not None
 
-    def add(self, labels: Labels, **figures: Any) -> None:
-        """Keep a finished run; the file is whole at any time."""
-        self._results["runs"].append({**labels, **figures})
+    def find(self, labels: Labels) -> dict[str, Any] | None:
+        """The finished run with these labels."""
+        return next((run for run in self._results["runs"] if labels.items() <= run.items()), None)
+
+    def add(self, labels: Labels, **figures: Any) -> dict[str, Any]:
+        """Keep a finished run, and return it; the file is whole at any time."""
+        run = {**labels, **figures}
+        self._results["runs"].append(run)
         self._write()
+        return run
 
     def _write(self) -> None:
         if self._transport.rank == 0:

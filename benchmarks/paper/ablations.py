@@ -1,0 +1,167 @@
+"""What the Sketched-SGD paper leaves open: hashes, rows, momentum, oversampling, selection, wire formats and large k.
+
+Every setting is trained at several learning rates and judged at its best: the grid grows where that lies at its edge.
+In one process all workers are simulated, equal to real exchanges to the bit; what the library can do runs on real
+ranks, too: ``launch/mpirun.sh -n 4 -- python -m benchmarks.paper.ablations --transport mpi …``.
+See benchmarks/paper/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import mean
+
+import torch
+from torch import nn
+
+from benchmarks.image_data import Images, load_images
+from benchmarks.paper.ablation_settings import GROUPS, Budget, Group, Setting
+from benchmarks.paper.classifier import ClassifierTraining, Task
+from benchmarks.paper.experiment import Session, add_arguments, check_arguments
+from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
+from benchmarks.paper.rate_search import Search, search_rates
+from benchmarks.versus.models import MODELS
+from hvd_sketch import Transport, local_transports, sketched_dim
+from hvd_sketch.packing import NamedParameter
+from hvd_sketch.transport import resolve_transport
+
+STEPS = {"small": 200, "full": 2000}
+MODEL = {"mnist": ("mlp", 200), "cifar10": ("cnn", 64)}  # and its width, by data set
+# Peaks of the schedule, tried first; momentum 0.9 adds every gradient up ten times.
+FIRST_RATES = {"none": (0.4, 0.8, 1.6), "before": (0.02, 0.04, 0.08), "after": (0.01, 0.02, 0.04)}
+EXTENSIONS = 6  # of the grid, at most
+POINTS = 10  # of a curve
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is common to all runs of a call.
+
+    Attributes:
+        simulated: all ``workers`` are in this process; else each rank of ``transport`` is one.
+        rates: of every setting, instead of a search.
+    """
+
+    images: Images
+    model: str
+    hidden: int
+    batch: int
+    steps: int
+    seeds: int
+    workers: int
+    simulated: bool
+    transport: Transport
+    device: torch.device
+    rates: Sequence[float] | None
+
+    def make_model(self) -> nn.Module:
+        return MODELS[self.model](self.images.train_images.shape[1], self.hidden)
+
+    def budget(self) -> Budget:
+        return Budget(sketched_dim(self.make_model().parameters()), self.workers)
+
+    def training(self, setting: Setting, rate: float, seed: int) -> ClassifierTraining:
+        """Communication: collective on real ranks, here and in its steps."""
+        task = Task(self.make_model, self.images, rate, self.steps, self.batch, seed)
+
+        def connect(named: Sequence[NamedParameter]) -> ModelExchange:
+            config = setting.library_config(seed)
+            if self.simulated:
+                return SimulatedModelExchange(setting.method, named, config, self.workers, setting.variant)
+            return RealModelExchange(setting.method, named, config, self.transport)
+
+        return ClassifierTraining(task, connect, self.device)
+
+    def loss_at(self, session: Session, setting: Setting, rate: float) -> float:
+        """The final training loss, mean over seeds, equal on all ranks. Communication: collective."""
+        points = {round(self.steps * (i + 1) / POINTS) for i in range(POINTS)}
+        losses = []
+        for seed in range(self.seeds):
+            labels = {"setting": setting.name, "rate": rate, "seed": seed}
+            run = session.run(labels, partial(self.training, setting, rate, seed), self.steps, points)
+            losses.append(run["final"]["train_loss"] if self.transport.rank == 0 else 0.0)
+        return float(self.transport.broadcast_(torch.tensor([mean(losses)], dtype=torch.float64)))
+
+    def run_group(self, session: Session, name: str, group: Group) -> None:
+        """Search the rate of every setting. Communication: collective."""
+        for label, setting in group.items():
+            labels = {"group": name, "label": label, "setting": setting.name, "steps": self.steps}
+            if session.finished(labels):
+                continue
+            loss_at = partial(self.loss_at, session, setting)
+            if self.rates:
+                search = Search({rate: loss_at(rate) for rate in self.rates})
+            else:
+                search = search_rates(FIRST_RATES[setting.variant.momentum], loss_at, EXTENSIONS)
+            losses = {f"{rate:g}": search.losses[rate] for rate in sorted(search.losses)}
+            figures = {"best_rate": search.best, "at_edge": search.at_edge, "loss_by_rate": losses}
+            session.add(labels, **figures, fields=setting.described())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--groups", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
+    told = f"default: {STEPS['small']} at small scale, {STEPS['full']} at full"
+    parser.add_argument("--steps", type=int, help=told)
+    parser.add_argument("--rates", type=float, nargs="+", help="of every setting, instead of a search")
+    parser.add_argument("--batch", type=int, default=64, help="images per worker and step (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, help="width of the model (default: 200 on MNIST, 64 on CIFAR-10)")
+    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    if arguments.steps is None:
+        arguments.steps = STEPS[arguments.scale]
+    for name in ("steps", "batch", "workers", "hidden"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.rates and min(arguments.rates) <= 0:
+        parser.error(f"--rates must be above 0, got {min(arguments.rates):g}")
+    return arguments
+
+
+def make_bench(arguments: argparse.Namespace) -> Bench:
+    simulated = arguments.transport == "simulation"
+    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    images = load_images(arguments.data_dir)
+    model, hidden = MODEL[images.name]
+    device = torch.device(arguments.device)
+    tensors = {name: value.to(device) for name, value in vars(images).items() if name != "name"}
+    return Bench(
+        images=replace(images, **tensors),
+        model=model,
+        hidden=arguments.hidden or hidden,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        workers=arguments.workers if simulated else transport.size,
+        simulated=simulated,
+        transport=transport,
+        device=device,
+        rates=arguments.rates,
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", message="oversample")
+    torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
+    bench = make_bench(arguments)
+    budget = bench.budget()
+    names = ("model", "hidden", "batch", "workers", "seeds", "rates")
+    settings = {"dim": budget.dim, **{name: getattr(bench, name) for name in names}}
+    session = Session(arguments, f"ablations_{bench.images.name}", settings, bench.transport, bench.device)
+    for name in arguments.groups:
+        group = GROUPS[name](budget)
+        possible = {label: s for label, s in group.items() if bench.simulated or s.is_real}
+        bench.run_group(session, name, possible)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The ablations' figure, one panel per group at every setting's best learning rate, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Run = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+TARGET_LOSS = {"ablations_mnist": 0.3, "ablations_cifar10": 1.5}  # whose first step the table gives
+TITLES = {
+    "baselines": "learning rates",
+    "hashes": "hashes",
+    "rows": "rows, at equal bytes",
+    "momentum": "momentum 0.9 and masking",
+    "share": "P, |S| + Pk constant",
+    "share_of_bytes": "P, at equal bytes",
+    "heavymix": "selection, at equal bytes",
+    "wire": "tables on the wire",
+    "k": "k up to d, momentum before",
+}
+REFERENCES = {"dense": "tab:gray", "dense, momentum": "black", "true top-k": "tab:green"}  # dotted in other panels
+COLOURS = {**REFERENCES, "sketched": "tab:orange", "before, masked": "tab:red", "before, not masked": "tab:blue"}
+SHOWN_LOSS = 2.5  # above lies chance: log(10)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting in one group at its best rate, all seeds."""
+
+    group: str
+    label: str
+    fields: dict[str, Any]
+    best_rate: float
+    at_edge: bool
+    loss_by_rate: dict[float, float]
+    runs: Sequence[Run]
+
+    def final(self, metric: str) -> Floats:
+        """[seeds]."""
+        return np.array([run["final"][metric] for run in self.runs])
+
+    def steps_to(self, loss: float) -> float | None:
+        """The first step with a training loss as low, between points on a line, mean over seeds; None: not on all."""
+        reached = [step for run in self.runs if (step := _first_below(run["curve"], loss)) is not None]
+        return float(np.mean(reached)) if len(reached) == len(self.runs) else None
+
+
+def _first_below(curve: Sequence[dict[str, float]], loss: float) -> float | None:
+    step, before = 0.0, np.inf
+    for point in curve:
+        if point["train_loss"] <= loss:
+            part = (before - loss) / (before - point["train_loss"]) if np.isfinite(before) else 1.0
+            return float(step + part * (point["step"] - step))
+        step, before = point["step"], point["train_loss"]
+    return None
+
+
+def points(runs: list[Run]) -> list[Point]:
+    """Of the longest trainings, in the order in which they were made; what several calls made counts once."""
+    longest = max(run["steps"] for run in runs)
+    last = [run for run in runs if run["steps"] == longest]
+    summaries = {(run["group"], run["label"]): run for run in last if "group" in run}.values()
+    trained = {(run["setting"], run["rate"], run["seed"]): run for run in last if "curve" in run}.values()
+
+    def of(summary: Run) -> list[Run]:
+        wanted = {"setting": summary["setting"], "rate": summary["best_rate"]}
+        return [run for run in trained if wanted.items() <= run.items()]
+
+    return [
+        Point(
+            **{name: s[name] for name in ("group", "label", "fields", "best_rate", "at_edge")},
+            loss_by_rate={float(rate): loss for rate, loss in s["loss_by_rate"].items()},
+            runs=of(s),
+        )
+        for s in summaries
+    ]
+
+
+def draw(runs: list[Run], path: Path) -> str:
+    """Write the figure, named after the experiment; returns the table as Markdown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    all_points = points(runs)
+    groups = [group for group in TITLES if any(p.group == group for p in all_points)]
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    size = (3.6 * columns, 3.9 * lines)
+    figure, axes = pyplot.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
+    references = [p for p in all_points if p.group == "baselines" and p.label in REFERENCES]
+    for group, ax in zip(groups, axes.flat, strict=False):
+        own = [p for p in all_points if p.group == group]
+        if group == "baselines":  # the rates of other settings, too, that differ by what is not a size
+            own += [p for p in all_points if p.group == "momentum" and p.label != "none"]
+        panel = {"baselines": _draw_rates, "k": _draw_k}.get(group, _draw_labels)
+        panel(ax, own)
+        if group != "baselines":
+            _draw_references(ax, references)
+        _finish(ax, TITLES[group])
+    for row in axes:
+        row[0].set_ylabel("training loss at the end")
+    figure.savefig(path, dpi=90)
+    return table(all_points, TARGET_LOSS[path.stem])
+
+
+def _finish(ax: Any, title: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set(title=title, yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3, axis="y")
+
+
+def _draw_labels(ax: Any, own: Sequence[Point]) -> None:
+    """Means over seeds, and bars from the least to the greatest."""
+    losses = [p.final("train_loss") for p in own]
+    _draw_spread(ax, np.arange(len(own)), losses, "o", color="tab:orange")
+    longest = max(len(p.label) for p in own)
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 4 else {}
+    ax.set_xticks(range(len(own)), [p.label for p in own], fontsize=7, **turned)
+
+
+def _draw_k(ax: Any, own: Sequence[Point]) -> None:
+    for masking, colour in ((True, "tab:orange"), (False, "tab:blue")):
+        part = [p for p in own if p.fields["masking"] is masking]
+        name = "masked" if masking else "not masked"
+        ks = np.array([p.fields["k"] for p in part], dtype=np.float64)
+        _draw_spread(ax, ks, [p.final("train_loss") for p in part], "o-", color=colour, label=name)
+    ax.set(xscale="log", xlabel="k; the last is d")
+    ax.legend(fontsize=6.5)
+
+
+def _draw_spread(ax: Any, at: Floats, losses: Sequence[Floats], style: str, **options: Any) -> None:
+    means = np.array([values.mean() for values in losses])
+    below = means - [values.min() for values in losses]
+    above = np.array([values.max() for values in losses]) - means
+    ax.errorbar(at, means, yerr=[below, above], fmt=style, capsize=3, markersize=4, linewidth=1.2, **options)
+
+
+def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
+    """Loss over learning rate; what diverged is left out."""
+    for point in own:
+        rates = sorted(rate for rate, loss in point.loss_by_rate.items() if loss < SHOWN_LOSS)
+        losses = [point.loss_by_rate[rate] for rate in rates]
+        style = "o-" if point.group == "baselines" else "o--"
+        name = point.label if point.group == "baselines" else f"sketched, momentum {point.label}"
+        ax.plot(
+            rates, losses, style, color=COLOURS.get(point.label, "tab:purple"), markersize=3, linewidth=1.2, label=name
+        )
+    ax.set(xscale="log", xlabel="learning rate at its peak")
+    ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+
+
+def _draw_references(ax: Any, references: Sequence[Point]) -> None:
+    for point in references:
+        ax.axhline(point.final("train_loss").mean(), color=REFERENCES[point.label], linestyle=":", linewidth=1)
+
+
+def table(all_points: Sequence[Point], target_loss: float) -> str:
+    """One line per group and setting; means over seeds, in brackets the least and the greatest."""
+    head = (
+        "group | setting | best rate | training loss | test error | steps to a loss of "
+        f"{target_loss:g} | wire bytes per step | ratio | the paper's ratio | seeds"
+    )
+    columns = head.count("|") + 1
+    return "\n".join([f"| {head} |", "|---" * columns + "|", *(_line(point, target_loss) for point in all_points)])
+
+
+def _line(point: Point, target_loss: float) -> str:
+    def spread(metric: str, unit: str, scale: float, digits: int) -> str:
+        values = scale * point.final(metric)
+        return f"{values.mean():.{digits}f}{unit} ({values.min():.{digits}f}–{values.max():.{digits}f})"
+
+    steps = point.steps_to(target_loss)
+    cells = [
+        point.group,
+        point.label,
+        f"{point.best_rate:g}" + " (at the edge)" * point.at_edge,
+        spread("train_loss", "", 1, 3),
+        spread("test_error", " %", 100, 2),
+        "not reached" if steps is None else f"{steps:.0f}",
+        *(_mean_of(point.runs, name, form) for name, form in TRAFFIC.items()),
+        str(len(point.runs)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+TRAFFIC = {"wire_bytes_per_step": "{:,.0f}", "compression_ratio": "{:.1f}×", "paper_compression_ratio": "{:.1f}×"}
+
+
+def _mean_of(runs: Sequence[Run], name: str, form: str) -> str:
+    """A mean over seeds; a dash for what exists in the simulation only."""
+    values = [run[name] for run in runs]
+    return "–" if None in values else form.format(float(np.mean(values)))

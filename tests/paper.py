@@ -1,0 +1,48 @@
+"""What tests of several experiments in benchmarks/paper need: small data, what a run showed, and an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.harness import ROOT
+
+
+def write_mnist(folder: Path) -> Path:
+    """MNIST's four files with few images, a blob per class in noise; returns the folder."""
+    draw = np.random.default_rng(0)
+    blobs = draw.integers(0, 256, (10, 784))
+    for part, count in (("train", 300), ("t10k", 100)):
+        labels = draw.integers(0, 10, count, dtype=np.uint8)
+        images = (blobs[labels] + draw.integers(0, 256, (count, 784))) // 2
+        header = struct.pack(">4i", 0x0803, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.astype(np.uint8).tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x0801, count) + labels.tobytes())
+    return folder
+
+
+def runs(results: Path) -> list[dict[str, Any]]:
+    """What a session's runs showed, without their duration."""
+    found = json.loads(results.read_text())["runs"]
+    return [{name: figure for name, figure in run.items() if name != "seconds"} for run in found]
+
+
+def interrupt(line: list[str], log: Path, text: str) -> int:
+    """Ctrl-C once a command has written a text into its log; the exit status."""
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 100
+    try:
+        while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=30)
+    finally:
+        process.kill()
