@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from benchmarks.paper.workers import METHODS, PAPER, Variant
 from hvd_sketch import SketchConfig
-from hvd_sketch.selection import HISTOGRAM_BYTES, LEVELS
+from hvd_sketch.exchange import ROUND_BYTES
+from hvd_sketch.selection import histogram_bins
 from hvd_sketch.volume import RING_PASSES
 
 RATIO = 40  # what the base aims at, in the paper's count
@@ -20,7 +21,6 @@ OVERSAMPLES = (1, 2, 4, 6, 8)
 AT_EQUAL_BYTES = (1, 2, 4, 5, 6)  # a larger P would leave no table
 K_FACTORS = (0.25, 1, 4, 16, 64)  # of the base's k
 BYTES_PER_CHOICE = 1 + 4 + 4  # of HEAVYMIX: an index, its exact sum to the owner, and from there to all
-LATER_HISTOGRAM_BYTES = HISTOGRAM_BYTES - 4 * 2 ** LEVELS[0][1]
 NO_MOMENTUM = Variant(momentum="none")
 
 
@@ -167,15 +167,11 @@ class Budget:
         return choice_bytes(setting.config, self.dim)
 
     def heavymix(self) -> Group:
-        """Equal bytes: what top-Pk spends on candidates goes into k, or into the table.
-
-        A larger table leaves fewer than k heavy coordinates: they need no common threshold, and only the first level of
-        histograms travels. That goes into the table, too.
-        """
+        """Equal bytes: what top-Pk spends on candidates goes into k, or into the table."""
         base = self.base()
         heavymix = base.with_config(selection="heavymix")
         spent = self._choice_bytes(base)
-        spare = spent - self._choice_bytes(heavymix) + RING_PASSES["allreduce"] * LATER_HISTOGRAM_BYTES
+        spare = spent - self._choice_bytes(heavymix)
         columns = spare // (4 * 3 * self.workers) * self.workers
         return {
             "top-Pk": base,
@@ -221,5 +217,6 @@ def choice_bytes(config: SketchConfig, dim: int) -> int:
     An index is coded in about one byte. HEAVYMIX keeps all its candidates; it codes the heavy ones only.
     """
     candidates = config.candidates(dim)
-    by_choice = candidates // 8 + 4 * config.k + RING_PASSES["allreduce"] * HISTOGRAM_BYTES
-    return candidates + 4 * candidates + min(4 * candidates, by_choice)
+    by_choice = candidates // 8 + 4 * config.k + RING_PASSES["allreduce"] * 4 * histogram_bins(config.k)
+    all_travel = 4 * candidates <= by_choice + ROUND_BYTES
+    return candidates + 4 * candidates + (4 * candidates if all_travel else by_choice)
