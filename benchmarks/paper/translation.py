@@ -1,0 +1,291 @@
+"""The paper's translation experiment, English to German: Transformer and LSTM, uncompressed against sketched.
+
+In one process the workers are simulated, equal to real ranks step by step; on real ranks:
+``launch/mpirun.sh -n 4 -- python -m benchmarks.paper.translation --transport mpi …``. See benchmarks/paper/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments
+from benchmarks.paper.model_exchanges import ModelExchange, RealModelExchange, SimulatedModelExchange, TrafficCount
+from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
+from benchmarks.paper.translating import bleu, mean_loss, translate
+from benchmarks.paper.translation_models import MODELS, Shape, Translator
+from benchmarks.paper.workers import DenseWorkers, SketchedWorkers, TrueTopK, Workers
+from hvd_sketch import SketchConfig, Transport, local_transports, sketched_dim
+from hvd_sketch.transport import resolve_transport
+
+MOMENTUM = 0.9
+LABEL_SMOOTHING = 0.1
+LONGEST = 100  # tokens of a training sentence
+MEASUREMENTS = 15  # of a run's validation loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained, by all methods alike.
+
+    Attributes:
+        pieces: size of the vocabulary.
+        tokens: of one batch, see :meth:`benchmarks.paper.parallel_text.TokenPairs.cut`.
+        accumulate: batches per worker and step.
+        warmup: steps over which the learning rate rises.
+        factor: of the learning rate, see :meth:`rate`.
+        k: coordinates per step; None: what ``SketchConfig.for_compression`` gives.
+    """
+
+    shape: Shape
+    pieces: int
+    tokens: int
+    accumulate: int
+    steps: int
+    warmup: int
+    factor: float
+    k: int | None = None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times ``factor``)."""
+        return self.factor * self.shape.width**-0.5 * min(step**-0.5, step * self.warmup**-1.5)
+
+
+FULL = Recipe(
+    Shape(width=512, layers=6, inner=2048, heads=8, shared=False),
+    pieces=30_000, tokens=1024, accumulate=4, steps=60_000, warmup=16_000, factor=1000, k=100_000,
+)  # fmt: skip
+RECIPES = {
+    "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
+    "small": {
+        "transformer": Recipe(
+            Shape(width=128, layers=2, inner=256, heads=4),
+            pieces=3000, tokens=256, accumulate=1, steps=3000, warmup=400, factor=160,
+        ),
+        "lstm": Recipe(
+            Shape(width=192, layers=2), pieces=3000, tokens=256, accumulate=1, steps=3000, warmup=400, factor=280
+        ),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """An exchange and the paper's compression ratio that it is set up for.
+
+    Attributes:
+        real: whether it can run on real ranks too.
+    """
+
+    workers: type[Workers]
+    ratio: float = 20
+    real: bool = True
+
+    def config(self, model: Translator, recipe: Recipe, seed: int) -> SketchConfig:
+        """Biases and layer norms go dense; without compression, everything."""
+        overrides: dict[str, Any] = {"momentum": MOMENTUM, "seed": seed, "deterministic": True}
+        if self.workers is DenseWorkers:
+            return SketchConfig(cols=1, k=1, dense_below=sys.maxsize, **overrides)
+        if recipe.k is not None:
+            overrides["k"] = recipe.k
+        return SketchConfig.for_compression(self.ratio, sketched_dim(model.parameters()), **overrides)
+
+
+METHODS = {
+    "uncompressed": Method(DenseWorkers),
+    "true-topk": Method(TrueTopK, real=False),
+    "sketched-20x": Method(SketchedWorkers),
+    "sketched-40x": Method(SketchedWorkers, ratio=40),
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to train on and what to be judged by."""
+
+    vocabulary: Vocabulary
+    train: TokenPairs
+    valid: TokenPairs
+    test: TokenPairs
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train: fixed for a run.
+
+    Attributes:
+        seed: of the weights, the order of sentences, dropout and the hashes.
+    """
+
+    model: str
+    method: str
+    recipe: Recipe
+    texts: Texts
+    steps: int
+    seed: int
+    device: torch.device
+
+    def make_model(self) -> Translator:
+        """With the same weights for every method and on every rank."""
+        torch.manual_seed(self.seed)
+        return MODELS[self.model](self.recipe.shape, len(self.texts.vocabulary)).to(self.device)
+
+
+class TranslationTraining:
+    """One :class:`benchmarks.paper.experiment.Training`."""
+
+    def __init__(self, task: Task, connect: Callable[[Translator, SketchConfig], ModelExchange]) -> None:
+        self._task, self._done = task, 0
+        self.model = task.make_model()
+        self._parameters = list(self.model.parameters())
+        self._exchange = connect(self.model, METHODS[task.method].config(self.model, task.recipe, task.seed))
+        self._count = TrafficCount(self._exchange, sum(p.numel() for p in self._parameters))
+        self._stream = BatchStream(task.texts.train, task.recipe.tokens, task.seed)
+
+    def step(self) -> float:
+        accumulate = self._task.recipe.accumulate
+        batches = self._stream.take(self._exchange.workers * accumulate)
+        self.model.train()
+        losses = []
+        for worker in self._exchange.own_workers:
+            losses.append(self._gradient(worker, batches[worker * accumulate : (worker + 1) * accumulate]))
+            self._exchange.add(worker)
+        self._exchange.finish()
+        self._done += 1
+        with torch.no_grad():
+            for parameter in self._parameters:
+                parameter.sub_(parameter.grad, alpha=self._task.recipe.rate(self._done))
+        return sum(losses) / len(losses)
+
+    def _gradient(self, worker: int, batches: list[np.ndarray]) -> float:
+        """One worker's into ``p.grad``, the mean over all tokens of its batches; its loss."""
+        torch.manual_seed(_dropout_seed(self._task.seed, self._done, worker))
+        loaded = [self._task.texts.train.batch(numbers).to(self._task.device) for numbers in batches]
+        tokens = sum(batch.tokens for batch in loaded)
+        self.model.zero_grad()
+        total = 0.0
+        for batch in loaded:
+            loss = self.model.loss(batch, LABEL_SMOOTHING) * (batch.tokens / tokens)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def measure(self) -> dict[str, float]:
+        """Validation loss, in nats per token without label smoothing, and its perplexity; at the end BLEU too."""
+        texts = self._task.texts
+        loss = mean_loss(self.model, texts.valid)
+        figures = {"valid_loss": loss, "valid_perplexity": float(np.exp(loss))}
+        if self._done == self._task.steps:
+            written = translate(self.model, texts.test, texts.vocabulary)
+            figures["test_bleu"] = bleu(written, texts.references).score
+        return figures
+
+    def traffic(self) -> Traffic:
+        return self._count.traffic()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"done": self._done, "model": self.model.state_dict(), "exchange": self._exchange.state_dict()}
+        return {**own, "stream": self._stream.state_dict(), "count": self._count.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        for part, name in ((self.model, "model"), (self._exchange, "exchange"), (self._stream, "stream")):
+            part.load_state_dict(state[name])
+        self._count.load_state_dict(state["count"])
+
+
+def _dropout_seed(seed: int, step: int, worker: int) -> int:
+    """One for every worker and step, wherever the worker runs and whatever was drawn before."""
+    return int(np.random.SeedSequence([seed, step, worker]).generate_state(1, np.uint64)[0])
+
+
+def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transport) -> Texts:
+    """Rank 0 makes the vocabulary. Communication: collective."""
+    corpus = load_corpus(data_dir)
+    if transport.rank == 0:
+        make_vocabulary(corpus.train, pieces, cache_dir)
+    transport.barrier()
+    vocabulary = make_vocabulary(corpus.train, pieces, cache_dir)
+    train = TokenPairs(corpus.train, vocabulary, LONGEST)
+    valid, test = TokenPairs(corpus.valid, vocabulary), TokenPairs(corpus.test, vocabulary)
+    return Texts(vocabulary, train, valid, test, corpus.test.target)
+
+
+def connect(method: Method, workers: int, model: Translator, config: SketchConfig) -> ModelExchange:
+    return SimulatedModelExchange(model, config, method.workers, workers)
+
+
+def connect_ranks(transport: Transport, model: Translator, config: SketchConfig) -> ModelExchange:
+    """Communication: collective."""
+    return RealModelExchange(model, config, transport)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all that the transport can run")
+    parser.add_argument("--steps", type=int, help="default: of the model at this scale")
+    parser.add_argument("--tokens", type=int, help="of a batch; default: of the model at this scale")
+    parser.add_argument("--pieces", type=int, help="of the vocabulary; default: of the model at this scale")
+    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
+    parser.add_argument("--cache-dir", type=Path, help="for vocabularies (default: the folder of --json)")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    for name, least in (("steps", 1), ("tokens", LONGEST + 1), ("pieces", 1), ("workers", 2)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    possible = [name for name, method in METHODS.items() if method.real or arguments.transport == "simulation"]
+    arguments.methods = arguments.methods or possible
+    if impossible := set(arguments.methods) - set(possible):
+        parser.error(f"--methods {' '.join(impossible)}: exists in a simulation only, not with --transport")
+    arguments.cache_dir = arguments.cache_dir or arguments.json.parent
+    return arguments
+
+
+def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
+    """Of the scale, with what the arguments set otherwise."""
+    given = {name: getattr(arguments, name) for name in ("steps", "tokens", "pieces")}
+    recipe = RECIPES[arguments.scale][model]
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", message="enable_nested_tensor")
+    if arguments.device.type == "cpu":
+        torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
+    simulated = arguments.transport == "simulation"
+    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    workers = arguments.workers if simulated else transport.size
+    recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
+    sizes = {recipe.pieces for recipe in recipes.values()}
+    texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
+    settings = {"workers": workers, "momentum": MOMENTUM, "label_smoothing": LABEL_SMOOTHING}
+    settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
+    settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
+    session = Session(arguments, "translation", settings, transport, arguments.device)
+    for model, seed, name in product(arguments.models, range(arguments.seeds), arguments.methods):
+        recipe, method = recipes[model], METHODS[name]
+        task = Task(model, name, recipe, texts[recipe.pieces], recipe.steps, seed, arguments.device)
+        link = partial(connect, method, workers) if simulated else partial(connect_ranks, transport)
+        record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)} | {recipe.steps}
+        labels = {"model": model, "method": name, "seed": seed}
+        session.run(labels, partial(TranslationTraining, task, link), recipe.steps, record_at)
+
+
+if __name__ == "__main__":
+    main()
