@@ -36,9 +36,9 @@ from benchmarks.paper.translation import (
     Task,
     Texts,
     TranslationTraining,
-    connect,
-    connect_ranks,
     load_texts,
+    real,
+    simulated,
 )
 from benchmarks.paper.translation_models import MODELS, Shape
 from hvd_sketch import local_transports, sketched_dim
@@ -252,19 +252,19 @@ def test_the_simulation_equals_real_exchanges(texts: Texts, model: str, method: 
     """Losses, weights and bytes of three workers; between threads dropout shares one generator, so without."""
     recipe = replace(TINY, shape=replace(TINY.shape, dropout=0.0))
     task = replace(task_of(texts, model, method), recipe=recipe)
-    simulated = TranslationTraining(task, partial(connect, METHODS[method], 3))
-    losses, weights = after_steps(simulated, 4)
+    in_one_process = TranslationTraining(task, 3, partial(simulated, 3))
+    losses, weights = after_steps(in_one_process, 4)
 
-    def real(transport: Any) -> Any:
-        training = TranslationTraining(task, partial(connect_ranks, transport))
+    def rank_main(transport: Any) -> Any:
+        training = TranslationTraining(task, 3, partial(real, transport))
         training.model.load_state_dict(start)
         return *after_steps(training, 4), training.traffic()
 
     start = task.make_model().state_dict()
-    ranks = run_local(3, real)
+    ranks = run_local(3, rank_main)
     for _, own_weights, traffic in ranks:
         assert all(torch.equal(own, expected) for own, expected in zip(own_weights, weights, strict=True))
-        assert traffic == simulated.traffic()
+        assert traffic == in_one_process.traffic()
     assert np.mean([own for own, _, _ in ranks], axis=0) == pytest.approx(losses)
 
 
@@ -272,21 +272,20 @@ def test_the_simulation_equals_real_exchanges(texts: Texts, model: str, method: 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_training_goes_on_to_the_bit(texts: Texts, model: str, method: str) -> None:
     """Through a file, as a checkpoint does, in the middle of an epoch, with dropout."""
-    link = partial(connect, METHODS[method], 2)
-    whole, broken = (TranslationTraining(task_of(texts, model, method), link) for _ in range(2))
+    link = partial(simulated, 2)
+    whole, broken = (TranslationTraining(task_of(texts, model, method), 2, link) for _ in range(2))
     losses, weights = after_steps(whole, 6)
     after_steps(broken, 3)
     file = io.BytesIO()
     torch.save(broken.state_dict(), file)
     file.seek(0)
-    resumed = TranslationTraining(task_of(texts, model, method), link)
+    resumed = TranslationTraining(task_of(texts, model, method), 2, link)
     resumed.load_state_dict(torch.load(file))
     later, resumed_weights = after_steps(resumed, 3)
     assert later == losses[3:]
     assert all(torch.equal(a, b) for a, b in zip(resumed_weights, weights, strict=True))
     assert resumed.measure() == whole.measure() and resumed.measure().keys() >= {"valid_loss", "test_bleu"}
-    if METHODS[method].real:
-        assert resumed.traffic() == whole.traffic()
+    assert resumed.traffic() == whole.traffic()
 
 
 @pytest.mark.multiprocess

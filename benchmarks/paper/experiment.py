@@ -29,12 +29,13 @@ class Traffic:
     """Mean wire bytes that one rank sends per step, and how much less that is than a dense ring allreduce.
 
     Attributes:
-        compression_ratio: every byte counted.
+        wire_bytes_per_step: None for a method that exists in a simulation only.
+        compression_ratio: every byte counted; None likewise.
         paper_compression_ratio: ``2 d / (|S| + Pk + k)``; indices and histograms are not counted.
     """
 
-    wire_bytes_per_step: float
-    compression_ratio: float
+    wire_bytes_per_step: float | None
+    compression_ratio: float | None
     paper_compression_ratio: float
 
 
@@ -162,7 +163,7 @@ class Session:
                 if done in record_at and self._transport.rank == 0:
                     curve.append({"step": done, **training.measure()})
                     self._write_log({**labels, "batch_loss": loss, **curve[-1]})
-                    megabytes = done * training.traffic().wire_bytes_per_step / 1e6
+                    megabytes = done * (training.traffic().wire_bytes_per_step or 0) / 1e6
                     bar.set_postfix(loss=f"{loss:.4f}", MB=f"{megabytes:.1f}", refresh=False)
                 self._save_if_due({"labels": dict(labels), "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import mnist_figure, translation_figure
+from benchmarks.paper import cifar10_figure, mnist_figure, translation_figure
 
 # From all runs of an experiment and the path of its figure to its table.
 DRAW: dict[str, Callable[[list[dict[str, Any]], Path], str]] = {
     "mnist": mnist_figure.draw,
+    "cifar10": cifar10_figure.draw,
     "translation": translation_figure.draw,
 }
 

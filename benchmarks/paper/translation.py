@@ -7,7 +7,6 @@ In one process the workers are simulated, equal to real ranks step by step; on r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,11 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments
-from benchmarks.paper.model_exchanges import ModelExchange, RealModelExchange, SimulatedModelExchange, TrafficCount
+from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate
 from benchmarks.paper.translation_models import MODELS, Shape, Translator
-from benchmarks.paper.workers import DenseWorkers, SketchedWorkers, TrueTopK, Workers
 from hvd_sketch import SketchConfig, Transport, local_transports, sketched_dim
 from hvd_sketch.transport import resolve_transport
 
@@ -78,33 +76,39 @@ RECIPES = {
 }  # fmt: skip
 
 
+Connect = Callable[["Method", Translator, SketchConfig], ModelExchange]
+
+
 @dataclass(frozen=True)
 class Method:
     """An exchange and the paper's compression ratio that it is set up for.
 
     Attributes:
-        real: whether it can run on real ranks too.
+        exchange: of :data:`benchmarks.paper.workers.METHODS`.
+        ratio: of the tensors that are sketched; true top-k and an exchange without compression ignore the table.
     """
 
-    workers: type[Workers]
+    exchange: str
     ratio: float = 20
-    real: bool = True
+
+    @property
+    def real(self) -> bool:
+        """Whether it can run on real ranks too."""
+        return self.exchange != "true_topk"
 
     def config(self, model: Translator, recipe: Recipe, seed: int) -> SketchConfig:
-        """Biases and layer norms go dense; without compression, everything."""
+        """Biases and layer norms go dense."""
         overrides: dict[str, Any] = {"momentum": MOMENTUM, "seed": seed, "deterministic": True}
-        if self.workers is DenseWorkers:
-            return SketchConfig(cols=1, k=1, dense_below=sys.maxsize, **overrides)
         if recipe.k is not None:
             overrides["k"] = recipe.k
         return SketchConfig.for_compression(self.ratio, sketched_dim(model.parameters()), **overrides)
 
 
 METHODS = {
-    "uncompressed": Method(DenseWorkers),
-    "true-topk": Method(TrueTopK, real=False),
-    "sketched-20x": Method(SketchedWorkers),
-    "sketched-40x": Method(SketchedWorkers, ratio=40),
+    "uncompressed": Method("dense"),
+    "true-topk": Method("true_topk"),
+    "sketched-20x": Method("sketched"),
+    "sketched-40x": Method("sketched", ratio=40),
 }
 
 
@@ -142,22 +146,27 @@ class Task:
 
 
 class TranslationTraining:
-    """One :class:`benchmarks.paper.experiment.Training`."""
+    """One :class:`benchmarks.paper.experiment.Training`.
 
-    def __init__(self, task: Task, connect: Callable[[Translator, SketchConfig], ModelExchange]) -> None:
-        self._task, self._done = task, 0
+    Args:
+        workers: of all processes together.
+        connect: makes the exchange between them.
+    """
+
+    def __init__(self, task: Task, workers: int, connect: Connect) -> None:
+        self._task, self._workers, self._done = task, workers, 0
         self.model = task.make_model()
         self._parameters = list(self.model.parameters())
-        self._exchange = connect(self.model, METHODS[task.method].config(self.model, task.recipe, task.seed))
-        self._count = TrafficCount(self._exchange, sum(p.numel() for p in self._parameters))
+        method = METHODS[task.method]
+        self._exchange = connect(method, self.model, method.config(self.model, task.recipe, task.seed))
         self._stream = BatchStream(task.texts.train, task.recipe.tokens, task.seed)
 
     def step(self) -> float:
         accumulate = self._task.recipe.accumulate
-        batches = self._stream.take(self._exchange.workers * accumulate)
+        batches = self._stream.take(self._workers * accumulate)
         self.model.train()
         losses = []
-        for worker in self._exchange.own_workers:
+        for worker in self._exchange.workers:
             losses.append(self._gradient(worker, batches[worker * accumulate : (worker + 1) * accumulate]))
             self._exchange.add(worker)
         self._exchange.finish()
@@ -193,17 +202,16 @@ class TranslationTraining:
         return figures
 
     def traffic(self) -> Traffic:
-        return self._count.traffic()
+        return self._exchange.traffic()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"done": self._done, "model": self.model.state_dict(), "exchange": self._exchange.state_dict()}
-        return {**own, "stream": self._stream.state_dict(), "count": self._count.state_dict()}
+        return {**own, "stream": self._stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
         for part, name in ((self.model, "model"), (self._exchange, "exchange"), (self._stream, "stream")):
             part.load_state_dict(state[name])
-        self._count.load_state_dict(state["count"])
 
 
 def _dropout_seed(seed: int, step: int, worker: int) -> int:
@@ -232,13 +240,14 @@ def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transpor
     return Texts(vocabulary, train, valid, test, corpus.test.target)
 
 
-def connect(method: Method, workers: int, model: Translator, config: SketchConfig) -> ModelExchange:
-    return SimulatedModelExchange(model, config, method.workers, workers)
+def simulated(workers: int, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
+    """Between workers in this process."""
+    return SimulatedModelExchange(method.exchange, list(model.named_parameters()), config, workers)
 
 
-def connect_ranks(transport: Transport, model: Translator, config: SketchConfig) -> ModelExchange:
-    """Communication: collective."""
-    return RealModelExchange(model, config, transport)
+def real(transport: Transport, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
+    """Between ranks. Communication: collective."""
+    return RealModelExchange(method.exchange, list(model.named_parameters()), config, transport)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -276,9 +285,10 @@ def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
 def main() -> None:
     arguments = parse_arguments()
     _use_one_thread(arguments.device)
-    simulated = arguments.transport == "simulation"
-    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
-    workers = arguments.workers if simulated else transport.size
+    in_one_process = arguments.transport == "simulation"
+    transport = local_transports(1)[0] if in_one_process else resolve_transport(arguments.transport)
+    workers = arguments.workers if in_one_process else transport.size
+    connect = partial(simulated, workers) if in_one_process else partial(real, transport)
     recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
     sizes = {recipe.pieces for recipe in recipes.values()}
     texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
@@ -286,13 +296,12 @@ def main() -> None:
     settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
     settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
     session = Session(arguments, "translation", settings, transport, arguments.device)
-    for model, seed, name in product(arguments.models, range(arguments.seeds), arguments.methods):
-        recipe, method = recipes[model], METHODS[name]
-        task = Task(model, name, recipe, texts[recipe.pieces], recipe.steps, seed, arguments.device)
-        link = partial(connect, method, workers) if simulated else partial(connect_ranks, transport)
-        record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)} | {recipe.steps}
-        labels = {"model": model, "method": name, "seed": seed}
-        session.run(labels, partial(TranslationTraining, task, link), recipe.steps, record_at)
+    for model, seed, method in product(arguments.models, range(arguments.seeds), arguments.methods):
+        recipe = recipes[model]
+        task = Task(model, method, recipe, texts[recipe.pieces], recipe.steps, seed, arguments.device)
+        record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)}
+        labels = {"model": model, "method": method, "seed": seed}
+        session.run(labels, partial(TranslationTraining, task, workers, connect), recipe.steps, record_at)
 
 
 if __name__ == "__main__":
