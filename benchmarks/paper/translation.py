@@ -21,95 +21,15 @@ from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_a
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate
-from benchmarks.paper.translation_models import MODELS, Shape, Translator
-from hvd_sketch import SketchConfig, Transport, local_transports, sketched_dim
+from benchmarks.paper.translation_models import MODELS, Translator
+from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, MOMENTUM, RECIPES, Method, Recipe
+from hvd_sketch import SketchConfig, Transport, local_transports
 from hvd_sketch.transport import resolve_transport
 
-MOMENTUM = 0.9
-LABEL_SMOOTHING = 0.1
 LONGEST = 100  # tokens of a training sentence
 MEASUREMENTS = 15  # of a run's validation loss
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained, by all methods alike.
-
-    Attributes:
-        pieces: size of the vocabulary.
-        tokens: of one batch, see :meth:`benchmarks.paper.parallel_text.TokenPairs.cut`.
-        accumulate: batches per worker and step.
-        warmup: steps over which the learning rate rises.
-        factor: of the learning rate, see :meth:`rate`.
-        k: coordinates per step; None: what ``SketchConfig.for_compression`` gives.
-    """
-
-    shape: Shape
-    pieces: int
-    tokens: int
-    accumulate: int
-    steps: int
-    warmup: int
-    factor: float
-    k: int | None = None
-
-    def rate(self, step: int) -> float:
-        """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times ``factor``)."""
-        return self.factor * self.shape.width**-0.5 * min(step**-0.5, step * self.warmup**-1.5)
-
-
-FULL = Recipe(
-    Shape(width=512, layers=6, inner=2048, heads=8, shared=False),
-    pieces=30_000, tokens=1024, accumulate=4, steps=60_000, warmup=16_000, factor=1000, k=100_000,
-)  # fmt: skip
-RECIPES = {
-    "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
-    "small": {
-        "transformer": Recipe(
-            Shape(width=128, layers=2, inner=256, heads=4),
-            pieces=3000, tokens=256, accumulate=1, steps=3000, warmup=400, factor=160,
-        ),
-        "lstm": Recipe(
-            Shape(width=192, layers=2), pieces=3000, tokens=256, accumulate=1, steps=3000, warmup=400, factor=280
-        ),
-    },
-}  # fmt: skip
-
-
-Connect = Callable[["Method", Translator, SketchConfig], ModelExchange]
-
-
-@dataclass(frozen=True)
-class Method:
-    """An exchange and the paper's compression ratio that it is set up for.
-
-    Attributes:
-        exchange: of :data:`benchmarks.paper.workers.METHODS`.
-        ratio: of the tensors that are sketched; true top-k and an exchange without compression ignore the table.
-    """
-
-    exchange: str
-    ratio: float = 20
-
-    @property
-    def real(self) -> bool:
-        """Whether it can run on real ranks too."""
-        return self.exchange != "true_topk"
-
-    def config(self, model: Translator, recipe: Recipe, seed: int) -> SketchConfig:
-        """Biases and layer norms go dense."""
-        overrides: dict[str, Any] = {"momentum": MOMENTUM, "seed": seed, "deterministic": True}
-        if recipe.k is not None:
-            overrides["k"] = recipe.k
-        return SketchConfig.for_compression(self.ratio, sketched_dim(model.parameters()), **overrides)
-
-
-METHODS = {
-    "uncompressed": Method("dense"),
-    "true-topk": Method("true_topk"),
-    "sketched-20x": Method("sketched"),
-    "sketched-40x": Method("sketched", ratio=40),
-}
+Connect = Callable[[Method, Translator, SketchConfig], ModelExchange]
 
 
 @dataclass(frozen=True)
@@ -158,7 +78,7 @@ class TranslationTraining:
         self.model = task.make_model()
         self._parameters = list(self.model.parameters())
         method = METHODS[task.method]
-        self._exchange = connect(method, self.model, method.config(self.model, task.recipe, task.seed))
+        self._exchange = connect(method, self.model, task.recipe.config(method, self.model, task.seed))
         self._stream = BatchStream(task.texts.train, task.recipe.tokens, task.seed)
 
     def step(self) -> float:
@@ -171,9 +91,10 @@ class TranslationTraining:
             self._exchange.add(worker)
         self._exchange.finish()
         self._done += 1
+        rate = self._task.recipe.rate(self._done, METHODS[self._task.method])
         with torch.no_grad():
             for parameter in self._parameters:
-                parameter.sub_(parameter.grad, alpha=self._task.recipe.rate(self._done))
+                parameter.sub_(parameter.grad, alpha=rate)
         return sum(losses) / len(losses)
 
     def _gradient(self, worker: int, batches: list[np.ndarray]) -> float:
