@@ -43,19 +43,21 @@ def greedy(model: Translator, source: Tensor) -> Tensor:
     A sentence may become half as long again as the longest source, and ten tokens.
     """
     model.eval()
+    longest = source.shape[1] * 3 // 2 + 10
+    written = torch.full((len(source), 1 + longest), PAD, device=source.device)
+    written[:, 0] = BEGIN
     encoded = model.encode(source)
-    written = torch.full((len(source), 1), BEGIN, device=source.device)
-    ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-    for _ in range(source.shape[1] * 3 // 2 + 10):
-        logits = model.output(model.decode(encoded, written)[:, -1])
+    going_on = torch.arange(len(source), device=source.device)
+    for length in range(1, longest):
+        logits = model.output(model.decode(encoded, written[going_on, :length])[:, -1])
         logits[:, [PAD, BEGIN]] = -torch.inf
-        token = logits.argmax(dim=1).masked_fill(ended, PAD)
-        written = torch.cat([written, token[:, None]], dim=1)
-        ended |= token == END
-        if ended.all():
+        token = logits.argmax(dim=1)
+        written[going_on, length] = token
+        going_on, encoded = going_on[token != END], encoded.select(token != END)
+        if not len(going_on):
             break
-    last = torch.where(ended, PAD, END)
-    return torch.cat([written[:, 1:], last[:, None]], dim=1)
+    written[going_on, -1] = END
+    return written[:, 1:]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class Task:
     method: str
     recipe: Recipe
     texts: Texts
-    steps: int
     seed: int
     device: torch.device
 
@@ -117,7 +116,7 @@ class TranslationTraining:
         texts = self._task.texts
         loss = mean_loss(self.model, texts.valid)
         figures = {"valid_loss": loss, "valid_perplexity": float(np.exp(loss))}
-        if self._done == self._task.steps:
+        if self._done == self._task.recipe.steps:
             written = translate(self.model, texts.test, texts.vocabulary)
             figures["test_bleu"] = bleu(written, texts.references).score
         return figures
@@ -219,7 +218,7 @@ def main() -> None:
     session = Session(arguments, "translation", settings, transport, arguments.device)
     for model, seed, method in product(arguments.models, range(arguments.seeds), arguments.methods):
         recipe = recipes[model]
-        task = Task(model, method, recipe, texts[recipe.pieces], recipe.steps, seed, arguments.device)
+        task = Task(model, method, recipe, texts[recipe.pieces], seed, arguments.device)
         record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)}
         labels = {"model": model, "method": method, "seed": seed}
         session.run(labels, partial(TranslationTraining, task, workers, connect), recipe.steps, record_at)

@@ -39,12 +39,17 @@ class Encoded(NamedTuple):
     Attributes:
         memory: float32 [sentences, source length, width].
         padding: bool [sentences, source length], True where there is no token.
-        state: of the encoder's recurrence at each sentence's end; empty for a Transformer.
+        state: of the encoder's recurrence at each sentence's end, each [layers, sentences, width]; empty for a
+            Transformer.
     """
 
     memory: Tensor
     padding: Tensor
     state: tuple[Tensor, ...] = ()
+
+    def select(self, kept: Tensor) -> Encoded:
+        """Of the sentences where ``kept`` (bool [sentences]) is True."""
+        return Encoded(self.memory[kept], self.padding[kept], tuple(part[:, kept] for part in self.state))
 
 
 class Translator(nn.Module):
