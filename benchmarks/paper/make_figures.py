@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import ablations_figure, cifar10_figure, mnist_figure
+from benchmarks.paper import ablations_figure, cifar10_figure, mnist_figure, translation_figure
 
 # From all runs of an experiment and the path of its figure to its table.
 DRAW: dict[str, Callable[[list[dict[str, Any]], Path], str]] = {
@@ -20,6 +20,7 @@ DRAW: dict[str, Callable[[list[dict[str, Any]], Path], str]] = {
     "cifar10": cifar10_figure.draw,
     "ablations_mnist": ablations_figure.draw,
     "ablations_cifar10": ablations_figure.draw,
+    "translation": translation_figure.draw,
 }
 
 

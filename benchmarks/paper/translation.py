@@ -1,0 +1,228 @@
+"""The paper's translation experiment, English to German: Transformer and LSTM, uncompressed against sketched.
+
+In one process the workers are simulated, equal to real ranks step by step; on real ranks:
+``launch/mpirun.sh -n 4 -- python -m benchmarks.paper.translation --transport mpi …``. See benchmarks/paper/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments
+from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
+from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
+from benchmarks.paper.translating import bleu, mean_loss, translate
+from benchmarks.paper.translation_models import MODELS, Translator
+from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, MOMENTUM, RECIPES, Method, Recipe
+from hvd_sketch import SketchConfig, Transport, local_transports
+from hvd_sketch.transport import resolve_transport
+
+LONGEST = 100  # tokens of a training sentence
+MEASUREMENTS = 15  # of a run's validation loss
+
+Connect = Callable[[Method, Translator, SketchConfig], ModelExchange]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to train on and what to be judged by."""
+
+    vocabulary: Vocabulary
+    train: TokenPairs
+    valid: TokenPairs
+    test: TokenPairs
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train: fixed for a run.
+
+    Attributes:
+        seed: of the weights, the order of sentences, dropout and the hashes.
+    """
+
+    model: str
+    method: str
+    recipe: Recipe
+    texts: Texts
+    seed: int
+    device: torch.device
+
+    def make_model(self) -> Translator:
+        """With the same weights for every method and on every rank."""
+        torch.manual_seed(self.seed)
+        return MODELS[self.model](self.recipe.shape, len(self.texts.vocabulary)).to(self.device)
+
+
+class TranslationTraining:
+    """One :class:`benchmarks.paper.experiment.Training`.
+
+    Args:
+        workers: of all processes together.
+        connect: makes the exchange between them.
+    """
+
+    def __init__(self, task: Task, workers: int, connect: Connect) -> None:
+        self._task, self._workers, self._done = task, workers, 0
+        self.model = task.make_model()
+        self._parameters = list(self.model.parameters())
+        method = METHODS[task.method]
+        self._exchange = connect(method, self.model, task.recipe.config(method, self.model, task.seed))
+        self._stream = BatchStream(task.texts.train, task.recipe.tokens, task.seed)
+
+    def step(self) -> float:
+        accumulate = self._task.recipe.accumulate
+        batches = self._stream.take(self._workers * accumulate)
+        self.model.train()
+        losses = []
+        for worker in self._exchange.workers:
+            losses.append(self._gradient(worker, batches[worker * accumulate : (worker + 1) * accumulate]))
+            self._exchange.add(worker)
+        self._exchange.finish()
+        self._done += 1
+        rate = self._task.recipe.rate(self._done, METHODS[self._task.method])
+        with torch.no_grad():
+            for parameter in self._parameters:
+                parameter.sub_(parameter.grad, alpha=rate)
+        return sum(losses) / len(losses)
+
+    def _gradient(self, worker: int, batches: list[np.ndarray]) -> float:
+        """One worker's into ``p.grad``, the mean over all tokens of its batches; its loss."""
+        _use_one_thread(self._task.device)
+        torch.manual_seed(_dropout_seed(self._task.seed, self._done, worker))
+        loaded = [self._task.texts.train.batch(numbers).to(self._task.device) for numbers in batches]
+        tokens = sum(batch.tokens for batch in loaded)
+        self.model.zero_grad()
+        total = 0.0
+        for batch in loaded:
+            loss = self.model.loss(batch, LABEL_SMOOTHING) * (batch.tokens / tokens)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def measure(self) -> dict[str, float]:
+        """Validation loss, in nats per token without label smoothing, and its perplexity; at the end BLEU too."""
+        _use_one_thread(self._task.device)
+        texts = self._task.texts
+        loss = mean_loss(self.model, texts.valid)
+        figures = {"valid_loss": loss, "valid_perplexity": float(np.exp(loss))}
+        if self._done == self._task.recipe.steps:
+            written = translate(self.model, texts.test, texts.vocabulary)
+            figures["test_bleu"] = bleu(written, texts.references).score
+        return figures
+
+    def traffic(self) -> Traffic:
+        return self._exchange.traffic()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"done": self._done, "model": self.model.state_dict(), "exchange": self._exchange.state_dict()}
+        return {**own, "stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        for part, name in ((self.model, "model"), (self._exchange, "exchange"), (self._stream, "stream")):
+            part.load_state_dict(state[name])
+
+
+def _dropout_seed(seed: int, step: int, worker: int) -> int:
+    """One for every worker and step, wherever the worker runs and whatever was drawn before."""
+    return int(np.random.SeedSequence([seed, step, worker]).generate_state(1, np.uint64)[0])
+
+
+def _use_one_thread(device: torch.device) -> None:
+    """On a CPU: batches are too small to share, and with one thread every rank rounds alike.
+
+    To be said again and again, because Numba's first kernel sets torch's number of threads to its own.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transport) -> Texts:
+    """Rank 0 makes the vocabulary. Communication: collective."""
+    corpus = load_corpus(data_dir)
+    if transport.rank == 0:
+        make_vocabulary(corpus.train, pieces, cache_dir)
+    transport.barrier()
+    vocabulary = make_vocabulary(corpus.train, pieces, cache_dir)
+    train = TokenPairs(corpus.train, vocabulary, LONGEST)
+    valid, test = TokenPairs(corpus.valid, vocabulary), TokenPairs(corpus.test, vocabulary)
+    return Texts(vocabulary, train, valid, test, corpus.test.target)
+
+
+def simulated(workers: int, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
+    """Between workers in this process."""
+    return SimulatedModelExchange(method.exchange, list(model.named_parameters()), config, workers)
+
+
+def real(transport: Transport, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
+    """Between ranks. Communication: collective."""
+    return RealModelExchange(method.exchange, list(model.named_parameters()), config, transport)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all that the transport can run")
+    parser.add_argument("--steps", type=int, help="default: of the model at this scale")
+    parser.add_argument("--tokens", type=int, help="of a batch; default: of the model at this scale")
+    parser.add_argument("--pieces", type=int, help="of the vocabulary; default: of the model at this scale")
+    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
+    parser.add_argument("--cache-dir", type=Path, help="for vocabularies (default: the folder of --json)")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    for name, least in (("steps", 1), ("tokens", LONGEST + 1), ("pieces", 1), ("workers", 2)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    possible = [name for name, method in METHODS.items() if method.real or arguments.transport == "simulation"]
+    arguments.methods = arguments.methods or possible
+    if impossible := set(arguments.methods) - set(possible):
+        parser.error(f"--methods {' '.join(impossible)}: exists in a simulation only, not with --transport")
+    arguments.cache_dir = arguments.cache_dir or arguments.json.parent
+    return arguments
+
+
+def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
+    """Of the scale, with what the arguments set otherwise."""
+    given = {name: getattr(arguments, name) for name in ("steps", "tokens", "pieces")}
+    recipe = RECIPES[arguments.scale][model]
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    _use_one_thread(arguments.device)
+    in_one_process = arguments.transport == "simulation"
+    transport = local_transports(1)[0] if in_one_process else resolve_transport(arguments.transport)
+    workers = arguments.workers if in_one_process else transport.size
+    connect = partial(simulated, workers) if in_one_process else partial(real, transport)
+    recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
+    sizes = {recipe.pieces for recipe in recipes.values()}
+    texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
+    settings = {"workers": workers, "momentum": MOMENTUM, "label_smoothing": LABEL_SMOOTHING}
+    settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
+    settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
+    session = Session(arguments, "translation", settings, transport, arguments.device)
+    for model, seed, method in product(arguments.models, range(arguments.seeds), arguments.methods):
+        recipe = recipes[model]
+        task = Task(model, method, recipe, texts[recipe.pieces], seed, arguments.device)
+        record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)}
+        labels = {"model": model, "method": method, "seed": seed}
+        session.run(labels, partial(TranslationTraining, task, workers, connect), recipe.steps, record_at)
+
+
+if __name__ == "__main__":
+    main()

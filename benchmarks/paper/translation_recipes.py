@@ -1,0 +1,97 @@
+"""How the models of the translation experiment are trained at each scale, and through which exchanges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.paper.translation_models import Shape, Translator
+from hvd_sketch import SketchConfig, sketched_dim
+
+MOMENTUM = 0.9
+LABEL_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """An exchange and the paper's compression ratio that it is set up for.
+
+    Attributes:
+        exchange: of :data:`benchmarks.paper.workers.METHODS`.
+        ratio: of what is sketched; true top-k takes its k from it, and without compression it means nothing.
+    """
+
+    exchange: str
+    ratio: float = 20
+
+    @property
+    def real(self) -> bool:
+        """Whether it can run on real ranks too."""
+        return self.exchange != "true_topk"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it sends a few coordinates per step and keeps the rest for later."""
+        return self.exchange != "dense"
+
+
+METHODS = {
+    "uncompressed": Method("dense"),
+    "true-topk": Method("true_topk"),
+    "sketched-20x": Method("sketched"),
+    "sketched-40x": Method("sketched", ratio=40),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Attributes:
+        pieces: size of the vocabulary.
+        tokens: of one batch, see :meth:`benchmarks.paper.parallel_text.TokenPairs.cut`.
+        accumulate: batches per worker and step.
+        warmup: steps over which the learning rate rises.
+        factor: of the learning rate, see :meth:`rate`.
+        sparse_factor: the same of sparse methods; None: equal.
+        sketch: overrides of ``SketchConfig.for_compression``.
+    """
+
+    shape: Shape
+    pieces: int
+    tokens: int
+    accumulate: int
+    steps: int
+    warmup: int
+    factor: float
+    sparse_factor: float | None = None
+    sketch: Mapping[str, Any] = field(default_factory=dict)
+
+    def rate(self, step: int, method: Method) -> float:
+        """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times the factor)."""
+        factor = self.sparse_factor if method.sparse and self.sparse_factor is not None else self.factor
+        return factor * self.shape.width**-0.5 * min(step**-0.5, step * self.warmup**-1.5)
+
+    def config(self, method: Method, model: Translator, seed: int) -> SketchConfig:
+        """Biases and layer norms go dense."""
+        settings: dict[str, Any] = {"momentum": MOMENTUM, "seed": seed, "deterministic": True, **self.sketch}
+        return SketchConfig.for_compression(method.ratio, sketched_dim(model.parameters()), **settings)
+
+
+FULL = Recipe(
+    Shape(width=512, layers=6, inner=2048, heads=8, shared=False),
+    pieces=30_000, tokens=1024, accumulate=4, steps=60_000, warmup=16_000, factor=1000, sketch={"k": 100_000},
+)  # fmt: skip
+SMALL = Recipe(
+    Shape(width=128, layers=2, inner=256, heads=4),
+    pieces=3000, tokens=256, accumulate=1, steps=2000, warmup=400, factor=160, sparse_factor=450,
+    sketch={"oversample": 2},
+)  # fmt: skip
+RECIPES = {
+    "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
+    "small": {
+        "transformer": SMALL,
+        "lstm": replace(SMALL, shape=Shape(width=160, layers=2), factor=500, sparse_factor=1000),
+    },
+}
