@@ -51,16 +51,9 @@ class Setting:
     def name(self) -> str:
         """Equal for equal settings of one model: what runs are known by."""
         c, v = self.config, self.variant
-        if self.method == "dense":
-            size = []
-        elif self.method == "sketched":
-            size = [
-                f"{c.rows} x {c.cols}",
-                f"k {c.k}",
-                c.selection if c.selection == "heavymix" else f"P {c.oversample}",
-            ]
-        else:
-            size = [f"k {c.k}"]
+        choice = f"P {c.oversample}" if c.selection == "topk" else c.selection
+        sizes = {"dense": [], "true_topk": [f"k {c.k}"]}
+        size = sizes.get(self.method, [f"{c.rows} x {c.cols}", f"k {c.k}", choice])
         departures = {
             f"momentum {v.momentum}": v.momentum != "none",
             "unmasked": not v.masking,
