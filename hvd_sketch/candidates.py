@@ -111,23 +111,21 @@ class SketchCandidates:
         limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
         estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
         cut = self._cut(estimates, count, self._expected.floor())
-        positions, values = estimates.above(cut.threshold, cut.ties)
-        del estimates, summed  # what they hold is the peak of a step's memory
         self._expected.learn(cut)
-        return self._tell_all(positions, values, cut)
+        encoded = _encode(*estimates.above(cut.threshold, cut.ties), cut)
+        del estimates, summed  # what they hold is the peak of a step's memory
+        return self._tell_all(encoded, cut)
 
     def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
         with self._comm.phase("select"):
             return find_cut(estimates, count, self._comm, floor)
 
-    def _tell_all(self, positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
-        """The coordinates that all owners' estimates chose, from this owner's positions in its own order."""
-        doubtful = cut.doubtful(values)
+    def _tell_all(self, encoded: Tensor, cut: Cut) -> Tensor:
+        """The coordinates that all owners chose together, from this owner's encoded shortlist."""
         with self._comm.phase("indices"):
-            own = Shortlist(positions, doubtful, values[doubtful])
-            shortlists = decode_shortlists(self._comm.allgather(encode_shortlist(own)))
+            shortlists = decode_shortlists(self._comm.allgather(encoded))
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        chosen = [shortlist.without(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
+        chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
         return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device)
 
     def _heavymix(self, summed: Tensor, step: int) -> Tensor:
@@ -142,5 +140,11 @@ class SketchCandidates:
         heaviest = VectorPart(self._kernels, estimates)
         cut = self._cut(heaviest, k)
         chosen, values = heaviest.above(cut.threshold, cut.ties)
-        heavy = self._tell_all(positions[chosen], values, cut)
+        heavy = self._tell_all(_encode(positions[chosen], values, cut), cut)
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)
+
+
+def _encode(positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
+    """What one owner takes, positions in its own order and estimates, as it is sent."""
+    doubtful = cut.doubtful(values)
+    return encode_shortlist(Shortlist(positions, doubtful, values[doubtful]))

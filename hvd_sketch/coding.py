@@ -43,11 +43,12 @@ class Shortlist:
     doubtful: Tensor
     values: Tensor
 
-    def without(self, dropped: Tensor) -> Tensor:
-        """The positions left when the ``doubtful[dropped]``, bool [m], are not wanted."""
-        keep = np.ones(self.positions.numel(), dtype=np.bool_)
-        keep[self.doubtful[dropped].numpy()] = False
-        return torch.from_numpy(self.positions.numpy()[keep])
+    def without_(self, dropped: Tensor) -> Tensor:
+        """The positions left when the ``doubtful[dropped]``, bool [m], are not wanted; in the memory of all."""
+        unwanted = self.doubtful[dropped].numpy()
+        if len(unwanted):
+            _remove(self.positions.numpy(), unwanted)
+        return self.positions[: self.positions.numel() - len(unwanted)]
 
 
 def encode_shortlist(shortlist: Shortlist) -> Tensor:
@@ -203,6 +204,18 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int
         position += ((high << low_bits) | np.int64(value & mask)) + 1
         positions[i] = position
     return at
+
+
+@njit(cache=True, nogil=True)
+def _remove(positions: IntArray, unwanted: IntArray) -> None:
+    """Close the gaps left by elements number ``unwanted``, ascending, at least one."""
+    at, following = unwanted[0], 1
+    for i in range(unwanted[0] + 1, len(positions)):
+        if following < len(unwanted) and i == unwanted[following]:
+            following += 1
+        else:
+            positions[at] = positions[i]
+            at += 1
 
 
 @njit(cache=True, nogil=True)

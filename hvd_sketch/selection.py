@@ -88,9 +88,8 @@ class OwnedEstimates:
         if self._kept is None:
             hash, _, shard = self._where
             return self._kernels.owned_above(*self._where, threshold, ties, hash.owned_size(shard))
-        positions, estimates = self._kept
-        chosen = self._kernels.select_above(estimates, threshold, ties)
-        return positions[chosen], estimates[chosen]
+        kept, self._kept, self._floor = self._kept, None, 0
+        return self._kernels.keep_above(*kept, threshold, ties)
 
     def _keep_from(self, floor: int) -> None:
         if floor < self._floor:

@@ -231,6 +231,10 @@ def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, value
     threshold = magnitude(value) + data.draw(st.integers(-1, 0))
     ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
     assert torch.equal(gpu.select_above(ours, threshold, ties).cpu(), reference.select_above(values, threshold, ties))
+    positions = torch.arange(values.numel(), dtype=torch.int32)
+    kept = gpu.keep_above(*on_device(positions), ours, threshold, ties)
+    for got, expected in zip(kept, reference.keep_above(positions, values, threshold, ties), strict=True):
+        assert torch.equal(got.cpu().view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])

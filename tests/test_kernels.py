@@ -294,6 +294,12 @@ def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, par
         chosen = cpu.select_above(values, threshold, ties)
     assert torch.equal(chosen, reference.select_above(values, threshold, ties))
     assert bool((values[chosen] != 0).all())
+    for dtype in (torch.int32, torch.int64):
+        positions = 3 * torch.arange(values.numel(), dtype=dtype)
+        with split_into(parts):
+            kept, kept_values = cpu.keep_above(positions.clone(), values.clone(), threshold, ties)
+        assert torch.equal(kept, positions[chosen])
+        assert torch.equal(kept_values.view(torch.int32), values[chosen].view(torch.int32))
 
 
 @pytest.mark.parametrize("threshold", [-1, 0])

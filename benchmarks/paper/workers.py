@@ -127,7 +127,7 @@ class SketchedWorkers(FeedbackWorkers):
         sent_bytes = sum(encoded_bytes(self._sketch.hash, shortlist) for shortlist in shortlists)
         self._record_allgather("indices", sent_bytes, torch.uint8)
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        chosen = [shortlist.without(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
+        chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
         return torch.cat(chosen).sort().values.to(self._device)
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:

@@ -170,23 +170,22 @@ def _prefetch(typing: Any, table: Any, cell: Any) -> Any:
 
 def _matcher(relation: str) -> Any:
     @intrinsic
-    def match(typing: Any, bits: Any, index: Any, shift: Any, prefix: Any) -> Any:
-        """Bit l is set where ``magnitude(bits[index + l]) >> shift`` stands in ``relation`` to ``prefix``."""
+    def match(typing: Any, bits: Any, index: Any, threshold: Any) -> Any:
+        """Bit l is set where ``magnitude(bits[index + l])`` stands in ``relation`` to the threshold."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            bits, index, shift, prefix = arguments
+            bits, index, threshold = arguments
             mask = ir.Constant(_I64, 0)
             for first in range(0, MASK_LANES, LANES_PER_WORD):
                 at = builder.add(index, ir.Constant(_I64, first))
                 lanes = builder.load(_lanes_at(context, builder, signature.args[0], bits, at, _INTS), align=4)
                 lanes = builder.and_(lanes, _ints([MAGNITUDE_MASK] * LANES_PER_WORD))
-                lanes = builder.lshr(lanes, _splat(builder, shift))
-                found = builder.icmp_unsigned(relation, lanes, _splat(builder, prefix))
+                found = builder.icmp_unsigned(relation, lanes, _splat(builder, threshold))
                 found = builder.zext(builder.bitcast(found, ir.IntType(LANES_PER_WORD)), _I64)
                 mask = builder.or_(mask, builder.shl(found, ir.Constant(_I64, first)))
             return mask
 
-        return types.uint64(bits, types.intp, types.uint32, types.uint32), generate
+        return types.uint64(bits, types.intp, types.uint32), generate
 
     return match
 
@@ -562,7 +561,7 @@ def _keep_above(
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
         count = min(last * block, size) - first * block
         for index in range(0, count, MASK_LANES):
-            mask = _matches(bits, index, count, 0, threshold, False)
+            mask = _matches(bits, index, count, threshold, False)
             while mask != 0:
                 lane = index + lowest_bit(mask)
                 positions[at] = first * block + lane
@@ -666,16 +665,16 @@ def _estimate_lanes(
 
 
 @njit
-def _matches(bits: Array, index: int, end: int, shift: int, prefix: int, equal: bool) -> Any:
-    """Which of the lanes ``index …`` below ``end``, at most MASK_LANES, match: uint64."""
+def _matches(bits: Array, index: int, end: int, threshold: int, equal: bool) -> Any:
+    """Which of the lanes ``index …`` below ``end``, at most MASK_LANES, lie above the threshold or on it: uint64."""
     if index + MASK_LANES <= end:
         if equal:
-            return _match_equal(bits, index, np.uint32(shift), np.uint32(prefix))
-        return _match_above(bits, index, np.uint32(shift), np.uint32(prefix))
+            return _match_equal(bits, index, np.uint32(threshold))
+        return _match_above(bits, index, np.uint32(threshold))
     mask = np.uint64(0)
     for lane in range(end - index):
-        value = np.int64((bits[index + lane] & _MAGNITUDE) >> np.uint32(shift))
-        if value == prefix if equal else value > prefix:
+        value = np.int64(bits[index + lane] & _MAGNITUDE)
+        if value == threshold if equal else value > threshold:
             mask |= _ONE << np.uint64(lane)
     return mask
 
@@ -710,9 +709,9 @@ def select(bits: Array, threshold: int, ties: int, parts: int) -> Array:
     for part in prange(parts):
         low, high = part * bits.size // parts, (part + 1) * bits.size // parts
         for index in range(low, high, MASK_LANES):
-            found[0, part + 1] += _ones(_matches(bits, index, high, 0, threshold, False))
+            found[0, part + 1] += _ones(_matches(bits, index, high, threshold, False))
             if ties > 0:
-                found[1, part + 1] += _ones(_matches(bits, index, high, 0, threshold, True))
+                found[1, part + 1] += _ones(_matches(bits, index, high, threshold, True))
     for part in range(parts):
         found[0, part + 1] += found[0, part]
         found[1, part + 1] = min(found[1, part] + found[1, part + 1], ties)
@@ -725,19 +724,54 @@ def select(bits: Array, threshold: int, ties: int, parts: int) -> Array:
 
 
 @njit
+def _chosen(bits: Array, index: int, end: int, threshold: int, ties: int) -> Any:
+    """As :func:`_matches`: which are above the threshold or among the next ``ties`` on it; and the ties left."""
+    mask = _matches(bits, index, end, threshold, False)
+    if ties > 0:
+        equal = _matches(bits, index, end, threshold, True)
+        while ties > 0 and equal != 0:
+            mask |= equal & (~equal + _ONE)
+            equal &= equal - _ONE
+            ties -= 1
+    return mask, ties
+
+
+@njit
 def _write_positions(out: Array, at: int, bits: Array, low: int, high: int, threshold: int, ties: int) -> None:
     for index in range(low, high, MASK_LANES):
-        mask = _matches(bits, index, high, 0, threshold, False)
-        if ties > 0:
-            equal = _matches(bits, index, high, 0, threshold, True)
-            while ties > 0 and equal != 0:
-                mask |= equal & (~equal + _ONE)
-                equal &= equal - _ONE
-                ties -= 1
+        mask, ties = _chosen(bits, index, high, threshold, ties)
         while mask != 0:
             out[at] = index + lowest_bit(mask)
             at += 1
             mask &= mask - _ONE
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def keep(positions: Array, bits: Array, threshold: int, ties: int, parts: int) -> int:
+    """Move what :func:`select` would choose to the front of both arrays; returns how many."""
+    ends = np.empty(parts, dtype=np.int64)
+    for part in prange(parts):
+        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+        ends[part] = _keep_run(positions, bits, low, high, threshold, ties)
+    at = ends[0]
+    for part in range(1, parts):
+        for i in range(part * bits.size // parts, ends[part]):
+            positions[at], bits[at] = positions[i], bits[i]
+            at += 1
+    return at
+
+
+@njit
+def _keep_run(positions: Array, bits: Array, low: int, high: int, threshold: int, ties: int) -> int:
+    at = low
+    for index in range(low, high, MASK_LANES):
+        mask, ties = _chosen(bits, index, high, threshold, ties)
+        while mask != 0:
+            i = index + lowest_bit(mask)
+            positions[at], bits[at] = positions[i], bits[i]
+            at += 1
+            mask &= mask - _ONE
+    return at
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -123,6 +123,16 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
+def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+    """See :func:`hvd_sketch.kernels.reference.keep_above`; the result takes the place of what is given."""
+    if threshold <= 0:
+        threshold, ties = 0, 0  # a tie would be a zero
+    with _parallel(values.numel()) as parts:
+        parts = 1 if ties else parts  # ties are dealt out from the first on
+        count = loops.keep(positions.numpy(), values.numpy().view(np.uint32), threshold, ties, parts)
+    return positions[:count], values[:count]
+
+
 def merge_owned(hash: BlockHash, positions: list[Tensor]) -> Tensor:
     """Coordinates from positions in every owner's own order, ascending each: int64 [sum], ascending, on the CPU.
 
@@ -165,9 +175,11 @@ def _parallel(size: int) -> Iterator[int]:
     limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, _share_of_cores())
     parts = max(1, min(limit, size // MIN_PART))
     with _lock:
-        before = numba.get_num_threads()
+        before, torch_before = numba.get_num_threads(), torch.get_num_threads()
         numba.set_num_threads(parts)
         try:
             yield parts
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != torch_before:  # Numba's first call sets OpenMP's, which is torch's, too
+                torch.set_num_threads(torch_before)

@@ -177,6 +177,12 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return chosen[0]
 
 
+def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+    """See :func:`hvd_sketch.kernels.reference.keep_above`."""
+    chosen = select_above(values, threshold, ties)
+    return positions[chosen], values[chosen]
+
+
 class _Source(NamedTuple):
     """A vector's elements, or a table's estimates, as selection kernels take them in."""
 

@@ -112,6 +112,15 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(above).astype(np.int64))
 
 
+def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+    """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values.
+
+    What is given may be overwritten.
+    """
+    chosen = select_above(values, threshold, ties)
+    return positions[chosen], values[chosen]
+
+
 def _median(votes: np.ndarray) -> np.ndarray:
     votes.sort(axis=0)
     rows = len(votes)
