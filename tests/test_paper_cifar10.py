@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
-from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
+from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training, use_one_thread
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
@@ -51,7 +51,7 @@ def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
 
 
 def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
-    torch.set_num_threads(1)
+    use_one_thread()
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
     return {method: train(make_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
 
@@ -59,7 +59,7 @@ def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def one_thread() -> Any:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    use_one_thread()
     yield
     torch.set_num_threads(before)
 
