@@ -22,7 +22,7 @@ from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, Si
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate
 from benchmarks.paper.translation_models import MODELS, Translator
-from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, MOMENTUM, RECIPES, Method, Recipe
+from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, RECIPES, Method, Recipe
 from hvd_sketch import SketchConfig, Transport, local_transports
 from hvd_sketch.transport import resolve_transport
 
@@ -90,7 +90,7 @@ class TranslationTraining:
             self._exchange.add(worker)
         self._exchange.finish()
         self._done += 1
-        rate = self._task.recipe.rate(self._done, METHODS[self._task.method])
+        rate = self._task.recipe.rate(self._done)
         with torch.no_grad():
             for parameter in self._parameters:
                 parameter.sub_(parameter.grad, alpha=rate)
@@ -178,6 +178,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default: of the model at this scale")
     parser.add_argument("--tokens", type=int, help="of a batch; default: of the model at this scale")
     parser.add_argument("--pieces", type=int, help="of the vocabulary; default: of the model at this scale")
+    parser.add_argument("--factor", type=float, help="of the learning rate; default: of the model at this scale")
+    parser.add_argument("--momentum", type=float, help="inside the exchange; default: 0.9")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
     parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
@@ -197,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
     """Of the scale, with what the arguments set otherwise."""
-    given = {name: getattr(arguments, name) for name in ("steps", "tokens", "pieces")}
+    given = {name: getattr(arguments, name) for name in ("steps", "tokens", "pieces", "factor", "momentum")}
     recipe = RECIPES[arguments.scale][model]
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
@@ -212,7 +214,7 @@ def main() -> None:
     recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
     sizes = {recipe.pieces for recipe in recipes.values()}
     texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
-    settings = {"workers": workers, "momentum": MOMENTUM, "label_smoothing": LABEL_SMOOTHING}
+    settings = {"workers": workers, "label_smoothing": LABEL_SMOOTHING}
     settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
     settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
     session = Session(arguments, "translation", settings, transport, arguments.device)

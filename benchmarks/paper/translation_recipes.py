@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.paper.translation_models import Shape, Translator
 from hvd_sketch import SketchConfig, sketched_dim
 
-MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
 
 
@@ -30,11 +29,6 @@ class Method:
         """Whether it can run on real ranks too."""
         return self.exchange != "true_topk"
 
-    @property
-    def sparse(self) -> bool:
-        """Whether it sends a few coordinates per step and keeps the rest for later."""
-        return self.exchange != "dense"
-
 
 METHODS = {
     "uncompressed": Method("dense"),
@@ -54,7 +48,7 @@ class Recipe:
         accumulate: batches per worker and step.
         warmup: steps over which the learning rate rises.
         factor: of the learning rate, see :meth:`rate`.
-        sparse_factor: the same of sparse methods; None: equal.
+        momentum: inside the exchange.
         sketch: overrides of ``SketchConfig.for_compression``.
     """
 
@@ -65,17 +59,16 @@ class Recipe:
     steps: int
     warmup: int
     factor: float
-    sparse_factor: float | None = None
+    momentum: float = 0.9
     sketch: Mapping[str, Any] = field(default_factory=dict)
 
-    def rate(self, step: int, method: Method) -> float:
-        """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times the factor)."""
-        factor = self.sparse_factor if method.sparse and self.sparse_factor is not None else self.factor
-        return factor * self.shape.width**-0.5 * min(step**-0.5, step * self.warmup**-1.5)
+    def rate(self, step: int) -> float:
+        """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times ``factor``)."""
+        return self.factor * self.shape.width**-0.5 * min(step**-0.5, step * self.warmup**-1.5)
 
     def config(self, method: Method, model: Translator, seed: int) -> SketchConfig:
         """Biases and layer norms go dense."""
-        settings: dict[str, Any] = {"momentum": MOMENTUM, "seed": seed, "deterministic": True, **self.sketch}
+        settings: dict[str, Any] = {"momentum": self.momentum, "seed": seed, "deterministic": True, **self.sketch}
         return SketchConfig.for_compression(method.ratio, sketched_dim(model.parameters()), **settings)
 
 
@@ -85,13 +78,13 @@ FULL = Recipe(
 )  # fmt: skip
 SMALL = Recipe(
     Shape(width=128, layers=2, inner=256, heads=4),
-    pieces=3000, tokens=256, accumulate=1, steps=2000, warmup=400, factor=160, sparse_factor=450,
+    pieces=3000, tokens=256, accumulate=1, steps=2000, warmup=400, factor=160,
     sketch={"oversample": 2},
 )  # fmt: skip
 RECIPES = {
     "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
     "small": {
         "transformer": SMALL,
-        "lstm": replace(SMALL, shape=Shape(width=160, layers=2), factor=500, sparse_factor=1000),
+        "lstm": replace(SMALL, shape=Shape(width=192, layers=2), factor=555),
     },
 }
