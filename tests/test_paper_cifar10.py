@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
-from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training, use_one_thread
+from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training, round_alike
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
@@ -40,7 +41,7 @@ def tiny_task(method: str, seed: int = 0) -> Task:
         return scaled, torch.from_numpy(labels.astype(np.int64))
 
     data = Cifar10(*standardised(100, 1), *standardised(40, 2))
-    return Task(method, config_of({"ratio": 10}, WIDTH), data, WIDTH, STEPS, BATCH, 0.1, seed)
+    return Task(method, config_of({"ratio": 10, "momentum": 0.9}, WIDTH), data, WIDTH, STEPS, BATCH, 0.1, seed)
 
 
 def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
@@ -51,21 +52,22 @@ def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
 
 
 def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
-    use_one_thread()
+    round_alike()
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
     return {method: train(make_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    use_one_thread()
+@pytest.fixture(autouse=True)
+def rounding() -> Iterator[None]:
+    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    round_alike()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    torch.backends.mkldnn.enabled = before[1]
 
 
 @pytest.mark.multiprocess
-def test_real_ranks_equal_the_simulation(one_thread: None) -> None:
+def test_real_ranks_equal_the_simulation() -> None:
     """Four ranks under mpirun: the loss of every step, all weights, the measurement and the bytes."""
     ranks = launch("mpi", WORKERS, "tests.test_paper_cifar10:train_on_ranks", timeout_s=120)
     for method in ("dense", "sketched"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.image_data import load_images
-from benchmarks.paper.cifar10_training import Cifar10, Task, make_training, use_one_thread
+from benchmarks.paper.cifar10_training import Cifar10, Task, make_training, round_alike
 from benchmarks.paper.experiment import Labels, Session, add_arguments, check_arguments
 from benchmarks.paper.resnet9 import SIDE, ResNet9
 from benchmarks.paper.workers import METHODS
@@ -24,7 +24,7 @@ from hvd_sketch.transport import local_transports, resolve_transport
 
 POINTS = 4  # of a run's curve; measuring one takes as long as 70 steps at small scale
 # Dense are biases and batch norms alone, less than 1 % of the model, as in the paper.
-EXCHANGE = {"momentum": 0.9, "weight_decay": 5e-4, "dense_below": 0, "deterministic": True}
+EXCHANGE = {"weight_decay": 5e-4, "dense_below": 0, "deterministic": True}
 REAL_METHODS = ("dense", "sketched")
 
 
@@ -35,6 +35,7 @@ class Scale:
     Attributes:
         batch: images per step, all workers together.
         rate: the learning rate at its peak, for the mean gradient of a batch.
+        momentum: inside the exchange.
         sketches: fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``.
         workers: how many; the first is that of the part "accuracy".
         sweep_steps, sweep_batch: of the part "workers".
@@ -45,6 +46,7 @@ class Scale:
     train_images: int
     batch: int
     rate: float
+    momentum: float
     workers: list[int]
     sweep_steps: int
     sweep_batch: int
@@ -57,9 +59,9 @@ class Scale:
 
 
 SCALES = {
-    "small": Scale(8, 3, 25_000, 32, 0.05, [4, 16, 64], 120, 128, [{"ratio": 10}, {"ratio": 20}]),
+    "small": Scale(8, 3, 25_000, 32, 0.5, 0.0, [4, 16, 64], 120, 128, [{"ratio": 10}, {"ratio": 20}]),
     "full": Scale(
-        *(64, 24, 50_000, 512, 0.4, [4, 16, 64, 256], 24 * 97, 512),
+        *(64, 24, 50_000, 512, 0.4, 0.9, [4, 16, 64, 256], 24 * 97, 512),
         sketches=[
             {"k": k, "rows": 3, "cols": cols, "oversample": oversample}
             for k in (50_000, 100_000)
@@ -98,7 +100,7 @@ class Choice:
 
 def choices(methods: Sequence[str], scale: Scale, parts: Sequence[str]) -> Iterator[Choice]:
     """All that is trained: methods and configurations side by side, then two methods on more and more workers."""
-    configs = [config_of(fields, scale.width) for fields in scale.sketches]
+    configs = [config_of({"momentum": scale.momentum, **fields}, scale.width) for fields in scale.sketches]
     first = scale.workers[0]
     of_method = {"dense": configs[:1], "true_topk": list({c.k: c for c in configs}.values()), "sketched": configs}
     if "accuracy" in parts:
@@ -146,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("width", "epochs", "train-images", "batch", "sweep-steps", "sweep-batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
     parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
+    parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
     arguments = parser.parse_args()
@@ -177,7 +180,7 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     """The scale asked for, with what was given in its place."""
     given = {
         name: getattr(arguments, name)
-        for name in ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate")
+        for name in ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate", "momentum")
         if getattr(arguments, name) is not None
     }
     if arguments.workers:
@@ -195,7 +198,7 @@ def main() -> None:
     simulated, device = arguments.transport == "simulation", torch.device(arguments.device)
     transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
     if device.type == "cpu":
-        use_one_thread()
+        round_alike()
     scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
     if not simulated:
         scale = replace(scale, workers=[transport.size], sweep_batch=transport.size)

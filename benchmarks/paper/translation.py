@@ -98,7 +98,6 @@ class TranslationTraining:
 
     def _gradient(self, worker: int, batches: list[np.ndarray]) -> float:
         """One worker's into ``p.grad``, the mean over all tokens of its batches; its loss."""
-        _use_one_thread(self._task.device)
         torch.manual_seed(_dropout_seed(self._task.seed, self._done, worker))
         loaded = [self._task.texts.train.batch(numbers).to(self._task.device) for numbers in batches]
         tokens = sum(batch.tokens for batch in loaded)
@@ -112,7 +111,6 @@ class TranslationTraining:
 
     def measure(self) -> dict[str, float]:
         """Validation loss, in nats per token without label smoothing, and its perplexity; at the end BLEU too."""
-        _use_one_thread(self._task.device)
         texts = self._task.texts
         loss = mean_loss(self.model, texts.valid)
         figures = {"valid_loss": loss, "valid_perplexity": float(np.exp(loss))}
@@ -137,15 +135,6 @@ class TranslationTraining:
 def _dropout_seed(seed: int, step: int, worker: int) -> int:
     """One for every worker and step, wherever the worker runs and whatever was drawn before."""
     return int(np.random.SeedSequence([seed, step, worker]).generate_state(1, np.uint64)[0])
-
-
-def _use_one_thread(device: torch.device) -> None:
-    """On a CPU: batches are too small to share, and with one thread every rank rounds alike.
-
-    To be said again and again, because Numba's first kernel sets torch's number of threads to its own.
-    """
-    if device.type == "cpu":
-        torch.set_num_threads(1)
 
 
 def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transport) -> Texts:
@@ -206,7 +195,8 @@ def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
 
 def main() -> None:
     arguments = parse_arguments()
-    _use_one_thread(arguments.device)
+    if arguments.device.type == "cpu":
+        torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
     in_one_process = arguments.transport == "simulation"
     transport = local_transports(1)[0] if in_one_process else resolve_transport(arguments.transport)
     workers = arguments.workers if in_one_process else transport.size
