@@ -365,11 +365,13 @@ def test_callers_in_several_python_threads() -> None:
 def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
     program = (
         "import torch\n"
+        "torch.set_num_threads(3)\n"
         "from hvd_sketch.kernels import _cpu_loops, cpu\n"
         "names = 'accumulate', 'feedback_accumulate', 'estimate', 'owned_above', 'histogram', 'select'\n"
         "assert not any(getattr(_cpu_loops, name).signatures for name in names), 'compiled at import'\n"
         "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 1024).sum()) == 1000\n"
         "assert len(_cpu_loops.histogram.signatures) == 1\n"
+        "assert torch.get_num_threads() == 3, 'Numba changed the threads of torch'\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", program]

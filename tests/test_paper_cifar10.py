@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
-from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training, round_alike
+from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
@@ -52,18 +52,17 @@ def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
 
 
 def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
-    round_alike()
+    torch.set_num_threads(1)
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
     return {method: train(make_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
 
 
 @pytest.fixture(autouse=True)
-def rounding() -> Iterator[None]:
-    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    round_alike()
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before[0])
-    torch.backends.mkldnn.enabled = before[1]
+    torch.set_num_threads(before)
 
 
 @pytest.mark.multiprocess

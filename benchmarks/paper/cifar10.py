@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.image_data import load_images
-from benchmarks.paper.cifar10_training import Cifar10, Task, make_training, round_alike
+from benchmarks.paper.cifar10_training import Cifar10, Task, make_training
 from benchmarks.paper.experiment import Labels, Session, add_arguments, check_arguments
 from benchmarks.paper.resnet9 import SIDE, ResNet9
 from benchmarks.paper.workers import METHODS
@@ -198,7 +198,7 @@ def main() -> None:
     simulated, device = arguments.transport == "simulation", torch.device(arguments.device)
     transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
     if device.type == "cpu":
-        round_alike()
+        torch.set_num_threads(1)  # every rank rounds alike
     scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
     if not simulated:
         scale = replace(scale, workers=[transport.size], sweep_batch=transport.size)

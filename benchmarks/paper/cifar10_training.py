@@ -139,9 +139,3 @@ def make_training(task: Task, workers: int, transport: Transport | None) -> Cifa
         return RealModelExchange(task.method, named, task.config, transport)
 
     return Cifar10Training(task, connect, workers)
-
-
-def round_alike() -> None:
-    """One way of rounding in every process and whenever a run is resumed; convolutions take 14 % longer."""
-    torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False  # it chooses its algorithm by where memory happens to lie

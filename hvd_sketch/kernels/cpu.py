@@ -175,11 +175,12 @@ def _parallel(size: int) -> Iterator[int]:
     limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, _share_of_cores())
     parts = max(1, min(limit, size // MIN_PART))
     with _lock:
-        before, torch_before = numba.get_num_threads(), torch.get_num_threads()
+        torch_before = torch.get_num_threads()
+        before = numba.get_num_threads()
         numba.set_num_threads(parts)
         try:
             yield parts
         finally:
             numba.set_num_threads(before)
-            if torch.get_num_threads() != torch_before:  # Numba's first call sets OpenMP's, which is torch's, too
+            if torch.get_num_threads() != torch_before:  # when Numba starts, it sets OpenMP's, which are torch's, too
                 torch.set_num_threads(torch_before)
