@@ -77,14 +77,14 @@ FULL = Recipe(
     pieces=30_000, tokens=1024, accumulate=4, steps=60_000, warmup=16_000, factor=1000, sketch={"k": 100_000},
 )  # fmt: skip
 SMALL = Recipe(
-    Shape(width=128, layers=2, inner=256, heads=4),
-    pieces=3000, tokens=256, accumulate=1, steps=2000, warmup=400, factor=160,
+    Shape(width=64, layers=2, inner=128, heads=4),
+    pieces=2000, tokens=128, accumulate=1, steps=3000, warmup=400, factor=320, momentum=0.0,
     sketch={"oversample": 2},
 )  # fmt: skip
 RECIPES = {
     "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
     "small": {
         "transformer": SMALL,
-        "lstm": replace(SMALL, shape=Shape(width=192, layers=2), factor=555),
+        "lstm": replace(SMALL, shape=Shape(width=96, layers=2), factor=500),
     },
 }
