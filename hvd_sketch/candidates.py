@@ -19,7 +19,7 @@ from hvd_sketch.selection import Cut, Expectation, Magnitudes, OwnedEstimates, V
 from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.volume import MeteredTransport
 
-# Estimates an owner may keep, in units of its share of the candidates; in and above the threshold's bin lie 1.1 to 1.4.
+# Estimates an owner may keep, in units of its share of the candidates; at the guess and above lie 1.1 to 1.6.
 KEPT_PER_CANDIDATE = 2
 KEPT_ALWAYS = 1 << 16
 
@@ -113,7 +113,6 @@ class SketchCandidates:
         cut = self._cut(estimates, count, self._expected.floor())
         self._expected.learn(cut)
         encoded = _encode(*estimates.above(cut.threshold, cut.ties), cut)
-        del estimates, summed  # what they hold is the peak of a step's memory
         return self._tell_all(encoded, cut)
 
     def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:

@@ -165,7 +165,7 @@ class SketchedAllreduce(Exchange):
         doubtful = cut.doubtful(sums)
         keep = torch.ones_like(positions, dtype=torch.bool)
         keep[doubtful[cut.dropped([sums[doubtful]])[0]]] = False
-        return positions[keep], sums[keep]
+        return positions[keep].to(self._device), sums[keep].to(self._device)
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v.

@@ -25,7 +25,7 @@ from hvd_sketch.transport.base import Transport
 
 MAGNITUDE_BITS = 31
 OCTAVE = 1 << 23  # magnitude bits from one power of two to the next
-# The threshold may be 3 to 6 % lower than expected before the guess fails. Where noise prevails, as it does at 50
+# The threshold may be 1.5 to 3 % lower than expected before the guess fails. Where noise prevails, as it does at 50
 # coordinates per column, there are 1.1 to 1.6 times as many estimates above the guess as above the threshold.
 FLOOR_MARGIN = 1 << 18
 # How many values may lie in the threshold's bin, and beside that in units of bins: with fewer, another histogram would
@@ -147,7 +147,7 @@ class Expectation:
         A fall is expected to go on, half a rise: residuals grow fast in a training's first steps.
         """
         rise = self._last - self._before if self._before else 0
-        return max(self._last + min(rise, rise // 2) - FLOOR_MARGIN, 0)
+        return min(max(self._last + min(rise, rise // 2) - FLOOR_MARGIN, 0), MAGNITUDE_MASK)
 
 
 def histogram_bins(count: int) -> int:
@@ -162,7 +162,7 @@ def find_cut(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> C
     that remain do not depend on ``floor``. Infinities and NaN count as the largest.
 
     Communication: collective; one allreduce of an integer histogram where ``floor`` is near, two or three otherwise.
-    Where many are equal up to eight, and an allgather of a count. All ranks see the same sums and so issue the same
+    Where many are equal up to nine, and an allgather of a count. All ranks see the same sums and so issue the same
     collectives.
 
     Args:
@@ -179,9 +179,9 @@ def find_cut(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> C
     while True:
         own = part.histogram(start, shift, bins).cpu()
         at_least = _sum_counts(own, count, comm).flip(0).cumsum(0).flip(0)  # values from each bin's edge upwards
-        if int(at_least[0]) <= count:
-            if start == 0:
-                return Cut(0)
+        if start == 0 and int(at_least[0]) <= count:
+            return Cut(0)
+        if int(at_least[0]) < count:
             start, shift = 0, MAGNITUDE_BITS - bin_bits  # the guess was too high
             continue
         bin = int((at_least >= count).sum()) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ def arrives_by_itself(transport: Any) -> bool:
     arrived = bool(incoming[-1] == 12345)
     handle.wait()
     return arrived
+
+
+def length_of_a_message_beyond_2_gib(transport: Any) -> int:
+    """What MPI's allgather makes of a message of 2^29 float32: that it has arrived is only said."""
+
+    def probe(peer: int, status: Any) -> SimpleNamespace:
+        status.Set_elements(transport._mpi.FLOAT, 2**29)
+        return SimpleNamespace(Recv=lambda piece: None)
+
+    transport._comm = SimpleNamespace(Mprobe=probe, rank=0, Barrier=transport._comm.Barrier)
+    return transport._receive(1, torch.empty(0, device="meta")).numel()
 
 
 def of_rank(rank: int, *shape: int) -> torch.Tensor:

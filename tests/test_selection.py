@@ -1,4 +1,4 @@
-"""The distributed radix select against a plain sort, and the codes of what was selected."""
+"""The distributed selection against a plain sort, and the codes of what was selected."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hvd_sketch.coding import (
 )
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend, reference
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.selection import Cut, Expectation, OwnedEstimates, VectorPart, find_cut, select_largest
 from hvd_sketch.transport import local_transports, run_local
 
@@ -43,6 +44,16 @@ def expected_floor(cut: Cut) -> int:
     expected = Expectation()
     expected.learn(cut)
     return expected.floor()
+
+
+class Asked(VectorPart):
+    """Counts the histograms."""
+
+    times = 0
+
+    def histogram(self, start, shift, bins):
+        self.times += 1
+        return super().histogram(start, shift, bins)
 
 
 def check(parts: list[torch.Tensor], count: int) -> None:
@@ -126,16 +137,28 @@ def test_one_histogram_is_enough_where_the_threshold_is_expected(length: int, co
     vector = torch.randn(length, generator=torch.Generator().manual_seed(0))
     (alone,) = local_transports(1)
     floor = expected_floor(find_cut(VectorPart(KERNELS, vector), count, alone))
-    asked = []
-
-    class Asked(VectorPart):
-        def histogram(self, start, shift, bins):
-            asked.append(bins)
-            return super().histogram(start, shift, bins)
-
-    cut = find_cut(Asked(KERNELS, vector * 1.02), count, alone, floor)
-    assert len(asked) == 1
+    asked = Asked(KERNELS, vector * 1.02)
+    cut = find_cut(asked, count, alone, floor)
+    assert asked.times == 1
     assert cut.surplus <= 64 + count / 10
+
+
+@pytest.mark.parametrize(("floor", "count", "histograms"), [(0x40000000, 3, 1), (0x30000000, 4, 2)])
+def test_a_guess_that_just_as_many_reach_is_not_given_up(floor: int, count: int, histograms: int) -> None:
+    """Near below the threshold, or so far that a second look has to begin there."""
+    (alone,) = local_transports(1)
+    asked = Asked(KERNELS, torch.tensor([4.0, -3.0, 2.0, 0.5, 6e-10]))
+    assert select_largest(asked, count, alone, floor).tolist() == list(range(count))
+    assert asked.times == histograms
+
+
+def test_no_magnitude_is_expected_beyond_nan() -> None:
+    expected = Expectation()
+    for threshold in (1, MAGNITUDE_MASK):
+        expected.learn(Cut(threshold))
+    assert expected.floor() == MAGNITUDE_MASK
+    nothing = reference.magnitude_histogram(torch.ones(3), expected.floor(), 12, 2048)
+    assert int(nothing.sum()) == 0
 
 
 @pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])

@@ -42,6 +42,12 @@ def test_mpi_in_chunks(max_count: int) -> None:
 
 
 @pytest.mark.multiprocess
+def test_mpi_messages_may_exceed_2_gib() -> None:
+    """Fewer elements than MPI's counts allow may be more bytes."""
+    assert launch("mpi", 1, "tests.contract:length_of_a_message_beyond_2_gib") == [2**29]
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("kind", ["mpi", "horovod-gloo"])
 def test_staged_through_host_copies(kind: str) -> None:
     """The copies a device would need, made of tensors on the host; pinned memory and streams take a GPU."""

@@ -114,7 +114,8 @@ class MPITransport:
         while not pieces or pieces[-1].numel() == self._max_count:
             status = self._mpi.Status()
             message = self._comm.Mprobe(peer, status=status)
-            pieces.append(like.new_empty(status.Get_count(self._mpi.BYTE) // like.element_size()))
+            arrived_bytes = status.Get_elements(self._mpi.BYTE)  # Get_count does not count beyond 2^31
+            pieces.append(like.new_empty(arrived_bytes // like.element_size()))
             message.Recv(pieces[-1])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -147,9 +148,7 @@ class MPITransport:
         all ranks do not mix.
         """
         requests = []
-        for peer in reversed(
-            self._others()
-        ):  # receive from the rank to the left first: its first message is for this rank
+        for peer in reversed(self._others()):  # from the rank to the left first: its first message is for this rank
             for chunk in self._chunks(incoming[peer].numel()):
                 requests.append(self._comm.Irecv(incoming[peer][chunk], peer))
         for peer in self._others():
