@@ -97,27 +97,40 @@ class MPITransport:
         # A message tells its length when it arrives, so no round is spent on telling all sizes beforehand.
         source = _plain(self._readable(tensor).view(-1))
         requests = [self._comm.Isend(piece, peer) for peer in self._others() for piece in self._pieces(source)]
-        parts = {self.rank: source} | {peer: self._receive(peer, source) for peer in reversed(self._others())}
+        arriving = {peer: self._probe(peer, source) for peer in reversed(self._others())}
+        lengths = {self.rank: source.numel()} | {peer: length for peer, (_, length) in arriving.items()}
+        if max(lengths.values()) >= self._max_count:
+            parts = {peer: self._receive_pieces(peer, *arriving[peer], source) for peer in arriving}
+            whole = torch.cat([source if rank == self.rank else parts[rank] for rank in range(self.size)])
+        else:
+            whole = _plain(self._writable((sum(lengths.values()),), tensor))
+            slots = whole.split([lengths[rank] for rank in range(self.size)])
+            requests += [message.Irecv(slots[peer]) for peer, (message, _) in arriving.items()]
+            slots[self.rank].copy_(source)
         self._mpi.Request.Waitall(requests)
-        whole = self._writable((sum(part.numel() for part in parts.values()),), tensor)
-        torch.cat([parts[rank] for rank in range(self.size)], out=_plain(whole))
-        return whole.view(-1, *tensor.shape[1:]).to(tensor.device, non_blocking=True)
+        return whole.view(tensor.dtype).view(-1, *tensor.shape[1:]).to(tensor.device, non_blocking=True)
 
     def _pieces(self, flat: Tensor) -> Iterator[Tensor]:
         """As many messages as it takes: all but the last have ``max_count`` elements, and the last has fewer."""
         for start in range(0, flat.numel() + 1, self._max_count):
             yield flat[start : start + self._max_count]
 
-    def _receive(self, peer: int, like: Tensor) -> Tensor:
-        """What a peer sent in pieces."""
-        pieces: list[Tensor] = []
-        while not pieces or pieces[-1].numel() == self._max_count:
-            status = self._mpi.Status()
-            message = self._comm.Mprobe(peer, status=status)
-            arrived_bytes = status.Get_elements(self._mpi.BYTE)  # Get_count does not count beyond 2^31
-            pieces.append(like.new_empty(arrived_bytes // like.element_size()))
+    def _probe(self, peer: int, like: Tensor) -> tuple[MPI.Message, int]:
+        """The next message of a peer, and of how many elements it is."""
+        status = self._mpi.Status()
+        message = self._comm.Mprobe(peer, status=status)
+        # Get_count does not count beyond 2^31 bytes.
+        return message, status.Get_elements(self._mpi.BYTE) // like.element_size()
+
+    def _receive_pieces(self, peer: int, message: MPI.Message, length: int, like: Tensor) -> Tensor:
+        """All that a peer sends, from its first message on."""
+        pieces = [like.new_empty(length)]
+        message.Recv(pieces[-1])
+        while pieces[-1].numel() == self._max_count:
+            message, length = self._probe(peer, like)
+            pieces.append(like.new_empty(length))
             message.Recv(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return torch.cat(pieces)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         ours = self._readable(tensor)
