@@ -33,7 +33,7 @@ def load_images(data_dir: Path | None) -> Images:
     """
     if data_dir is None:
         return _load_digits()
-    return _load_cifar10(data_dir) if (data_dir / "data_batch_1.bin").exists() else _load_mnist(data_dir)
+    return load_cifar10(data_dir) if (data_dir / "data_batch_1.bin").exists() else load_mnist(data_dir)
 
 
 def _load_digits() -> Images:
@@ -47,13 +47,15 @@ def _load_digits() -> Images:
     return _standardised("digits", train_images, train_labels, test_images, test_labels)
 
 
-def _load_mnist(data_dir: Path) -> Images:
+def load_mnist(data_dir: Path) -> Images:
+    """As :func:`load_images`, of MNIST."""
     arrays = [_read_idx(data_dir, name) for name in MNIST_FILES]
     train_images, train_labels, test_images, test_labels = arrays
     return _standardised("mnist", train_images, train_labels, test_images, test_labels)
 
 
-def _load_cifar10(data_dir: Path) -> Images:
+def load_cifar10(data_dir: Path) -> Images:
+    """As :func:`load_images`, of CIFAR-10."""
     train = np.concatenate([_read_cifar10(data_dir / f"data_batch_{number}.bin") for number in range(1, 6)])
     test = _read_cifar10(next(iter(sorted(data_dir.glob("test_batch*.bin"))), data_dir / "test_batch.bin"))
     return _standardised("cifar10", train[:, 1:], train[:, 0], test[:, 1:], test[:, 0])

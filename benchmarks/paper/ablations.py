@@ -21,13 +21,20 @@ from torch import nn
 from benchmarks.image_data import Images, load_images
 from benchmarks.paper.ablation_settings import GROUPS, Budget, Group, Setting
 from benchmarks.paper.classifier import ClassifierTraining, Task
-from benchmarks.paper.experiment import Session, add_arguments, check_arguments
+from benchmarks.paper.experiment import (
+    Session,
+    add_arguments,
+    add_device,
+    check_arguments,
+    connect,
+    is_simulated,
+    says_plainly,
+)
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.rate_search import Search, search_rates
 from benchmarks.versus.models import MODELS
-from hvd_sketch import Transport, local_transports, sketched_dim
+from hvd_sketch import Transport, sketched_dim
 from hvd_sketch.packing import NamedParameter
-from hvd_sketch.transport import resolve_transport
 
 STEPS = {"small": 180, "full": 2000}
 MODEL = {"mnist": ("mlp", 200), "cifar10": ("cnn", 64)}  # and its width, by data set
@@ -121,27 +128,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="images per worker and step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, help="width of the model (default: 200 on MNIST, 64 on CIFAR-10)")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
-    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    add_device(parser)
     arguments = parser.parse_args()
-    check_arguments(parser, arguments)
-    if arguments.steps is None:
-        arguments.steps = STEPS[arguments.scale]
-    for name in ("steps", "batch", "workers", "hidden"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_arguments(parser, arguments, steps=1, batch=1, workers=1, hidden=1)
+    arguments.steps = arguments.steps or STEPS[arguments.scale]
     if arguments.rates and min(arguments.rates) <= 0:
         parser.error(f"--rates must be above 0, got {min(arguments.rates):g}")
     return arguments
 
 
 def make_bench(arguments: argparse.Namespace) -> Bench:
-    simulated = arguments.transport == "simulation"
-    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    simulated, transport = is_simulated(arguments), connect(arguments)
     images = load_images(arguments.data_dir)
     model, hidden = MODEL[images.name]
-    device = torch.device(arguments.device)
-    tensors = {name: value.to(device) for name, value in vars(images).items() if name != "name"}
+    tensors = {name: value.to(arguments.device) for name, value in vars(images).items() if name != "name"}
     return Bench(
         images=replace(images, **tensors),
         model=model,
@@ -152,11 +152,12 @@ def make_bench(arguments: argparse.Namespace) -> Bench:
         workers=arguments.workers if simulated else transport.size,
         simulated=simulated,
         transport=transport,
-        device=device,
+        device=arguments.device,
         rates=arguments.rates,
     )
 
 
+@says_plainly
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", message="oversample")

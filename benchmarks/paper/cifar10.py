@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.image_data import load_images
+from benchmarks.image_data import load_cifar10
 from benchmarks.paper.cifar10_training import Cifar10, Task, make_training
-from benchmarks.paper.experiment import Labels, Session, add_arguments, check_arguments
+from benchmarks.paper.experiment import (
+    Labels,
+    Session,
+    add_arguments,
+    add_device,
+    check_arguments,
+    connect,
+    is_simulated,
+    says_plainly,
+)
 from benchmarks.paper.resnet9 import SIDE, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch import SketchConfig, sketched_dim
-from hvd_sketch.transport import local_transports, resolve_transport
 
 POINTS = 4  # of a run's curve; measuring one takes as long as 70 steps at small scale
 # Dense are biases and batch norms alone, less than 1 % of the model, as in the paper.
@@ -121,14 +129,15 @@ def config_of(fields: dict[str, Any], width: int) -> SketchConfig:
     total = sum(p.numel() for p in ResNet9(width).parameters())
     sketched = sketched_dim(ResNet9(width).parameters(), given["dense_below"])
     floats = 2 * total / fields["ratio"] - 2 * (total - sketched)
+    if floats <= 0:
+        most = total / (total - sketched)
+        raise ValueError(f"expected ratios below {most:.0f}, where all goes into dense tensors, got {fields['ratio']}")
     return SketchConfig.for_compression(2 * sketched / floats, sketched, **given)
 
 
 def load_data(arguments: argparse.Namespace, images: int) -> Cifar10:
     """The first ``images`` of the training set, which is in no order, and the whole test set."""
-    data, shape = load_images(arguments.data_dir), (-1, 3, SIDE, SIDE)
-    if data.name != "cifar10":
-        raise ValueError(f"--data-dir {arguments.data_dir}: expected CIFAR-10's binary version, found {data.name}")
+    data, shape = load_cifar10(arguments.data_dir), (-1, 3, SIDE, SIDE)
     put = partial(torch.Tensor.to, device=arguments.device)
     train = put(data.train_images[:images].view(shape)), put(data.train_labels[:images])
     return Cifar10(*train, put(data.test_images.view(shape)), put(data.test_labels))
@@ -149,13 +158,15 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
     parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
     parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
+    add_device(parser)
     arguments = parser.parse_args()
-    check_arguments(parser, arguments)
+    sizes = ("workers", "width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "ratios")
+    check_arguments(parser, arguments, **dict.fromkeys(sizes, 1), rate=0)
+    if arguments.ratios and arguments.k is not None:
+        parser.error("--ratios sets k and cols: give either --ratios or --k and --cols")
     if (arguments.k is None) != (arguments.cols is None):
         parser.error("--k and --cols are given together, or neither")
-    if arguments.transport != "simulation" and not set(arguments.methods) & set(REAL_METHODS):
+    if not is_simulated(arguments) and not set(arguments.methods) & set(REAL_METHODS):
         parser.error(f"on real ranks there are {' and '.join(REAL_METHODS)}, got --methods {arguments.methods}")
     return arguments
 
@@ -186,17 +197,20 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     if arguments.workers:
         given["workers"] = arguments.workers
     shape = {name: getattr(arguments, name) for name in ("rows", "oversample") if getattr(arguments, name) is not None}
+    sketches = SCALES[arguments.scale].sketches
     if arguments.ratios:
-        given["sketches"] = [{"ratio": ratio, **shape} for ratio in arguments.ratios]
+        sketches = [{"ratio": ratio} for ratio in arguments.ratios]
     elif arguments.k is not None:
-        given["sketches"] = [{"k": arguments.k, "cols": arguments.cols, **shape}]
+        sketches = [{"k": arguments.k, "cols": arguments.cols}]
+    given["sketches"] = [{**sketch, **shape} for sketch in sketches]
     return replace(SCALES[arguments.scale], **given)
 
 
+@says_plainly
 def main() -> None:
     arguments = parse_arguments()
-    simulated, device = arguments.transport == "simulation", torch.device(arguments.device)
-    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    simulated, device = is_simulated(arguments), arguments.device
+    transport = connect(arguments)
     if device.type == "cpu":
         torch.set_num_threads(1)  # every rank rounds alike
     scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
@@ -206,8 +220,11 @@ def main() -> None:
     data = load_data(arguments, scale.train_images)
     scale = replace(scale, train_images=len(data.train_labels))
     check_sizes(scale)
+    chosen = list(choices(methods, scale, parts))
+    if not chosen:
+        raise ValueError(f"nothing to train: --parts {' '.join(parts)} has none of --methods {' '.join(methods)}")
     session = Session(arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, device)
-    for choice in choices(methods, scale, parts):
+    for choice in chosen:
         steps, batch = scale.steps_and_batch(choice.part)
         for seed in range(arguments.seeds if choice.part == "accuracy" else 1):
             config = replace(choice.config, seed=seed)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from hvd_sketch.transport import Transport
+from hvd_sketch.transport import Transport, local_transports, resolve_transport
 
 Labels = Mapping[str, str | int | float]
+SIMULATION = "simulation"
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
@@ -65,15 +67,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results; FILE.log.jsonl is the log")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with this --json stopped")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument("--transport", choices=(SIMULATION, "mpi", "horovod"), default=SIMULATION)
 
 
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Say what cannot work before hours of training, not after them."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Of the experiments that can run on an accelerator: ``--device``, one that is here."""
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: %(default)s")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: float) -> None:
+    """Say what cannot work before hours of training, not after them.
+
+    Args:
+        least: of an argument, or of each of its values; beside those that every experiment takes.
+    """
     if not arguments.json.parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
-    for name in ("seeds", "checkpoint_every"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.json.is_dir():
+        parser.error(f"--json {arguments.json} is a directory: name a file in it")
+    for name, bound in {"seeds": 1, "checkpoint_every": 1, **least}.items():
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not value >= bound:  # NaN is not
+                parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+
+
+def is_simulated(arguments: argparse.Namespace) -> bool:
+    """Whether all workers are in this process."""
+    return arguments.transport == SIMULATION
+
+
+def connect(arguments: argparse.Namespace) -> Transport:
+    """Between the ranks of the experiment; of one rank where workers are simulated. Communication: collective."""
+    return local_transports(1)[0] if is_simulated(arguments) else resolve_transport(arguments.transport)
+
+
+def says_plainly(main: Callable[[], None]) -> Callable[[], None]:
+    """Let what a user can mend (data, arguments, a learning rate) end the process with its message, not a traceback."""
+
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {error}")
+
+    return run
 
 
 class StopRequest:
@@ -135,11 +181,12 @@ class Session:
         if not self._path.exists():
             raise ValueError(f"--resume: there is no {self._path} to go on from")
         saved = json.loads(self._path.read_text())
-        if saved["settings"] != self._results["settings"]:
-            raise ValueError(
-                f"--resume: {self._path} was made under {saved['settings']}, this call is under "
-                f"{self._results['settings']}: repeat the arguments, or name another --json"
-            )
+        for what in ("experiment", "settings"):
+            if saved.get(what) != self._results[what]:
+                raise ValueError(
+                    f"--resume: {self._path} has the {what} {saved.get(what)}, this call {self._results[what]}: "
+                    f"repeat the arguments, or name another --json"
+                )
         self._results["runs"] = saved["runs"]
 
     def run(
@@ -156,7 +203,7 @@ class Session:
         if (before := self.find(labels)) is not None:
             return before
         training, done, curve = make(), 0, []
-        if self._checkpoint.exists() and (saved := torch.load(self._checkpoint))["labels"] == dict(labels):
+        if saved := self._load_checkpoint(labels):
             training.load_state_dict(saved["training"])
             done, curve = saved["done"], saved["curve"]
         started = time.perf_counter()
@@ -170,12 +217,25 @@ class Session:
                     self._write_log({**labels, "batch_loss": loss, **curve[-1]})
                     megabytes = done * (training.traffic().wire_bytes_per_step or 0) / 1e6
                     bar.set_postfix(loss=f"{loss:.4f}", MB=f"{megabytes:.1f}", refresh=False)
-                self._save_if_due({"labels": dict(labels), "done": done, "curve": curve}, training)
+                about = {"labels": dict(labels), "ranks": self._transport.size}
+                self._save_if_due({**about, "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started
         final = curve[-1] if curve else {}  # rank 0 has it
         run = self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
         self._checkpoint.unlink(missing_ok=True)
         return run
+
+    def _load_checkpoint(self, labels: Labels) -> dict[str, Any] | None:
+        """This rank's, if all have one of the same step of this run: a job that was killed may leave others.
+
+        Communication: collective.
+        """
+        saved = torch.load(self._checkpoint, map_location="cpu") if self._checkpoint.exists() else {}
+        about = {name: saved.get(name) for name in ("labels", "ranks")}
+        is_of_this_run = about == {"labels": dict(labels), "ranks": self._transport.size}
+        done = torch.tensor([saved["done"] if is_of_this_run else 0])
+        is_everywhere = bool((self._transport.allgather(done) == done).all())
+        return saved if is_of_this_run and is_everywhere else None
 
     def _bar(self, labels: Labels, done: int, steps: int) -> tqdm:
         name, hidden = " ".join(map(str, labels.values())), self._transport.rank != 0

@@ -18,9 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.image_data import load_images
+from benchmarks.image_data import load_mnist
 from benchmarks.paper.exchanges import Exchange, RealExchanges
-from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments, logarithmic
+from benchmarks.paper.experiment import (
+    Session,
+    Traffic,
+    add_arguments,
+    check_arguments,
+    connect,
+    is_simulated,
+    logarithmic,
+    says_plainly,
+)
 from benchmarks.paper.linear_models import (
     CLASSES,
     LOGISTIC,
@@ -33,8 +42,8 @@ from benchmarks.paper.linear_models import (
     with_bias,
 )
 from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
-from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce, Transport, local_transports
-from hvd_sketch.transport import resolve_transport, run_local
+from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
+from hvd_sketch.transport import run_local
 
 DIM = 28 * 28 + 1
 K = 10
@@ -210,27 +219,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", metavar="T", help=told)
     parser.add_argument("--batch", type=int, default=32, help="images per worker and step (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
-    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
     arguments = parser.parse_args()
-    check_arguments(parser, arguments)
-    if arguments.steps is None:
-        arguments.steps = [STEPS[arguments.scale]]
-    if min(arguments.steps) < AUDITED_STEPS:
-        parser.error(f"--steps must be at least {AUDITED_STEPS}, got {min(arguments.steps)}")
-    for name in ("batch", "workers"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_arguments(parser, arguments, steps=AUDITED_STEPS, batch=1, workers=1)
+    arguments.steps = arguments.steps or [STEPS[arguments.scale]]
     return arguments
 
 
+@says_plainly
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", message="oversample")
     torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
-    simulated = arguments.transport == "simulation"
-    transport = local_transports(1)[0] if simulated else resolve_transport(arguments.transport)
+    simulated, transport = is_simulated(arguments), connect(arguments)
     workers = arguments.workers if simulated else transport.size
-    train, test = with_bias(load_images(arguments.data_dir))
+    train, test = with_bias(load_mnist(arguments.data_dir))
     settings = {"workers": workers, "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
     session = Session(arguments, "mnist", settings, transport, torch.device("cpu"))
     choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)

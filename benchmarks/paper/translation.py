@@ -17,14 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.paper.experiment import Session, Traffic, add_arguments, check_arguments
+from benchmarks.paper.experiment import (
+    Session,
+    Traffic,
+    add_arguments,
+    add_device,
+    check_arguments,
+    connect,
+    is_simulated,
+    says_plainly,
+)
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate
 from benchmarks.paper.translation_models import MODELS, Translator
 from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, RECIPES, Method, Recipe
-from hvd_sketch import SketchConfig, Transport, local_transports
-from hvd_sketch.transport import resolve_transport
+from hvd_sketch import SketchConfig, Transport
 
 LONGEST = 100  # tokens of a training sentence
 MEASUREMENTS = 15  # of a run's validation loss
@@ -170,19 +178,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, help="of the learning rate; default: of the model at this scale")
     parser.add_argument("--momentum", type=float, help="inside the exchange; default: 0.9")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
-    parser.add_argument("--transport", choices=("simulation", "mpi", "horovod"), default="simulation")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
+    add_device(parser)
     parser.add_argument("--cache-dir", type=Path, help="for vocabularies (default: the folder of --json)")
     arguments = parser.parse_args()
-    check_arguments(parser, arguments)
-    for name, least in (("steps", 1), ("tokens", LONGEST + 1), ("pieces", 1), ("workers", 2)):
-        if (given := getattr(arguments, name)) is not None and given < least:
-            parser.error(f"--{name} must be at least {least}, got {given}")
-    possible = [name for name, method in METHODS.items() if method.real or arguments.transport == "simulation"]
+    check_arguments(parser, arguments, steps=1, tokens=LONGEST + 1, pieces=1, workers=2, factor=0)
+    possible = [name for name, method in METHODS.items() if method.real or is_simulated(arguments)]
     arguments.methods = arguments.methods or possible
     if impossible := set(arguments.methods) - set(possible):
         parser.error(f"--methods {' '.join(impossible)}: exists in a simulation only, not with --transport")
     arguments.cache_dir = arguments.cache_dir or arguments.json.parent
+    if not arguments.cache_dir.is_dir():
+        parser.error(f"--cache-dir {arguments.cache_dir}: there is no such directory")
     return arguments
 
 
@@ -193,14 +199,14 @@ def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
+@says_plainly
 def main() -> None:
     arguments = parse_arguments()
     if arguments.device.type == "cpu":
         torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
-    in_one_process = arguments.transport == "simulation"
-    transport = local_transports(1)[0] if in_one_process else resolve_transport(arguments.transport)
-    workers = arguments.workers if in_one_process else transport.size
-    connect = partial(simulated, workers) if in_one_process else partial(real, transport)
+    transport = connect(arguments)
+    workers = arguments.workers if is_simulated(arguments) else transport.size
+    exchange = partial(simulated, workers) if is_simulated(arguments) else partial(real, transport)
     recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
     sizes = {recipe.pieces for recipe in recipes.values()}
     texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
@@ -213,7 +219,7 @@ def main() -> None:
         task = Task(model, method, recipe, texts[recipe.pieces], seed, arguments.device)
         record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)}
         labels = {"model": model, "method": method, "seed": seed}
-        session.run(labels, partial(TranslationTraining, task, workers, connect), recipe.steps, record_at)
+        session.run(labels, partial(TranslationTraining, task, workers, exchange), recipe.steps, record_at)
 
 
 if __name__ == "__main__":

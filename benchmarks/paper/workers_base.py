@@ -167,9 +167,14 @@ class FeedbackWorkers(Workers):
         return select_largest(VectorPart(self._kernels, values), self.config.k, OneProcess(1))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "feedbacks": [feedback.state_dict() for feedback in self._feedbacks]}
+        return {**super().state_dict(), "feedbacks": [_on_cpu(feedback.state_dict()) for feedback in self._feedbacks]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for feedback, saved in zip(self._feedbacks, state["feedbacks"], strict=True):
             feedback.load_state_dict(saved)
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of u and v of 256 workers beside the originals would not fit into a GPU of 24 GiB."""
+    return {name: kept.cpu() for name, kept in state.items()}
