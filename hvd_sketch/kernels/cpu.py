@@ -70,7 +70,7 @@ def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int
     with _parallel(size) as parts:
         where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
         counts = loops.owned_histogram(*where, start, shift, bins, parts)
-    return torch.from_numpy(counts.sum(axis=0)[: bins + 1])
+    return torch.from_numpy(counts.sum(axis=0))
 
 
 def owned_above(
@@ -111,7 +111,7 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`; equal to the bit."""
     with _parallel(values.numel()) as parts:
         counts = loops.histogram(values.numpy().view(np.uint32), start, shift, bins, parts)
-    return torch.from_numpy(counts.sum(axis=0)[: bins + 1])
+    return torch.from_numpy(counts.sum(axis=0))
 
 
 def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
