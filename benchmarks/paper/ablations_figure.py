@@ -182,7 +182,8 @@ def table(all_points: Sequence[Point], target_loss: float) -> str:
 def _line(point: Point, target_loss: float) -> str:
     def spread(metric: str, unit: str, scale: float, digits: int) -> str:
         values = scale * point.final(metric)
-        return f"{values.mean():.{digits}f}{unit} ({values.min():.{digits}f}–{values.max():.{digits}f})"
+        spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{unit}{spread}"
 
     steps = point.steps_to(target_loss)
     cells = [
