@@ -26,6 +26,12 @@ from hvd_sketch.volume import RING_PASSES, CommLedger
 ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
 
 
+def all_sums_travel(candidates: int, k: int) -> bool:
+    """Whether sending every candidate's sum takes less time than to choose the k largest together first."""
+    choosing_bytes = candidates / 8 + 4 * k + 4 * RING_PASSES["allreduce"] * histogram_bins(k)
+    return 4 * candidates <= choosing_bytes + ROUND_BYTES
+
+
 class SketchedAllreduce(Exchange):
     """Sketched gradient exchange with error feedback (paper, Alg. 3; Alg. 2 with ``selection="heavymix"``,
     momentum 0 and gradients multiplied by the learning rate beforehand).
@@ -144,9 +150,8 @@ class SketchedAllreduce(Exchange):
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
         pick together and send one bit per candidate and the k sums: whichever takes less time.
         """
-        k, bins = self.config.k, histogram_bins(self.config.k)
-        choosing_bytes = 4 * RING_PASSES["allreduce"] * bins + ROUND_BYTES
-        if 4 * candidates <= candidates / 8 + 4 * k + choosing_bytes:
+        k = self.config.k
+        if all_sums_travel(candidates, k):
             with self._comm.phase("values"):
                 sums = self._comm.allgather(own_sums)
             positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0])
@@ -162,10 +167,8 @@ class SketchedAllreduce(Exchange):
         with self._comm.phase("values"):
             gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
         positions, sums = decode_choices(gathered, self._comm.size, own_sums.numel())
-        doubtful = cut.doubtful(sums)
-        keep = torch.ones_like(positions, dtype=torch.bool)
-        keep[doubtful[cut.dropped([sums[doubtful]])[0]]] = False
-        return positions[keep].to(self._device), sums[keep].to(self._device)
+        positions, sums = cut.without_surplus(positions, sums)
+        return positions.to(self._device), sums.to(self._device)
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v.

@@ -131,6 +131,13 @@ class Cut:
         dropped[order[len(order) - self.surplus :]] = True
         return list(dropped.split([values.numel() for values in doubtful]))
 
+    def without_surplus(self, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of all ranks' positions, int64 [n], and values, in rank order. Communication: none."""
+        doubtful = self.doubtful(values)
+        keep = torch.ones_like(positions, dtype=torch.bool)
+        keep[doubtful[self.dropped([values[doubtful]])[0]]] = False
+        return positions[keep], values[keep]
+
 
 class Expectation:
     """Of the next threshold in a series of similar vectors, from the last two. Equal on all ranks."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.paper.workers import METHODS, PAPER, Variant
 from hvd_sketch import SketchConfig
-from hvd_sketch.exchange import ROUND_BYTES
+from hvd_sketch.exchange import all_sums_travel
 from hvd_sketch.selection import histogram_bins
 from hvd_sketch.volume import RING_PASSES
 
@@ -211,5 +211,5 @@ def choice_bytes(config: SketchConfig, dim: int) -> int:
     """
     candidates = config.candidates(dim)
     by_choice = candidates // 8 + 4 * config.k + RING_PASSES["allreduce"] * 4 * histogram_bins(config.k)
-    all_travel = 4 * candidates <= by_choice + ROUND_BYTES
-    return candidates + 4 * candidates + (4 * candidates if all_travel else by_choice)
+    returned = 4 * candidates if all_sums_travel(candidates, config.k) else by_choice
+    return candidates + 4 * candidates + returned

@@ -25,11 +25,10 @@ from torch import Tensor
 from benchmarks.paper.one_process import encoded_bytes, propose
 from benchmarks.paper.workers_base import PAPER, FeedbackWorkers, Variant, Workers
 from hvd_sketch import CountSketch
-from hvd_sketch.exchange import ROUND_BYTES
-from hvd_sketch.selection import Cut, Expectation, VectorPart, find_cut, histogram_bins
+from hvd_sketch.exchange import all_sums_travel
+from hvd_sketch.selection import Cut, Expectation, VectorPart, find_cut
 from hvd_sketch.sketch import fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.steps import SparseUpdate
-from hvd_sketch.volume import RING_PASSES
 
 __all__ = ["METHODS", "PAPER", "DenseWorkers", "LocalTopK", "SketchedWorkers", "TrueTopK", "Variant", "Workers"]
 
@@ -144,8 +143,7 @@ class SketchedWorkers(FeedbackWorkers):
     def _keep_largest(self, sums: Tensor) -> Tensor:
         """Positions of the k largest; in the way that takes ``SketchedAllreduce._keep_largest`` less time."""
         k, count, part = self.config.k, sums.numel(), self._part(sums)
-        choosing_bytes = 4 * RING_PASSES["allreduce"] * histogram_bins(k) + ROUND_BYTES
-        if 4 * count <= count / 8 + 4 * k + choosing_bytes:
+        if all_sums_travel(count, k):
             self._record_allgather("values", 4 * self.workers * part)
             return self._largest(sums)
         expected = self._expected[1]
@@ -153,10 +151,7 @@ class SketchedWorkers(FeedbackWorkers):
         expected.learn(cut)
         sent, values = VectorPart(self._kernels, sums).above(cut.threshold, cut.ties)
         self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
-        doubtful = cut.doubtful(values)
-        keep = torch.ones_like(sent, dtype=torch.bool)
-        keep[doubtful[cut.dropped([values[doubtful]])[0]]] = False
-        return sent[keep]
+        return cut.without_surplus(sent, values)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "expected": [vars(expected) for expected in self._expected]}
