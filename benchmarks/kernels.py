@@ -19,7 +19,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -133,20 +135,33 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     """Everything about one setting; raises SystemExit before anything is timed if a result is wrong."""
     hash = BlockHash(setting.dim, setting.rows, setting.cols)
     torch_style = TorchStyle(hash, device) if with_torch else None
-    gradients = [torch.randn(setting.dim, device=device) ** 3 for _ in range(2)]
+    gradients = random_gradients(setting, device)
     wrong = wrong_results(hash, torch_style, setting.candidates, device)
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
         wrong += wrong_step(torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
     if wrong:
         sys.exit("\n".join(wrong))
     elapsed = time_ms(kernel_operations(hash, gradients[0], setting.candidates), rounds, device)
-    steps = Steps(setting, gradients)
-    elapsed |= time_ms({"step": steps}, rounds, device)
-    extra_bytes = peak_memory_of(steps, device)
-    del steps
+    elapsed |= time_ms({"step": Steps(setting, gradients)}, rounds, device)
     if torch_style is not None:
         elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
+    extra_bytes = step_extra_bytes(setting, device)
     return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": lines(elapsed, setting)}
+
+
+def random_gradients(setting: Setting, device: torch.device) -> list[Tensor]:
+    return [torch.randn(setting.dim, device=device) ** 3 for _ in range(2)]
+
+
+def step_extra_bytes(setting: Setting, device: torch.device) -> int | None:
+    """Peak memory of a step in a process of its own: what was freed here before would hide or hinder what it takes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_step_extra_bytes, setting, device, torch.get_num_threads()).result()
+
+
+def _step_extra_bytes(setting: Setting, device: torch.device, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    return peak_memory_of(Steps(setting, random_gradients(setting, device)), device)
 
 
 def lines(elapsed: dict[str, list[float]], setting: Setting) -> list[dict]:

@@ -112,17 +112,17 @@ class SketchCandidates:
         estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
         cut = self._cut(estimates, count, self._expected.floor())
         self._expected.learn(cut)
-        encoded = _encode(*estimates.above(cut.threshold, cut.ties), cut)
-        return self._tell_all(encoded, cut)
+        return self._tell_all(_shortlist(*estimates.above(cut.threshold, cut.ties), cut), cut)
 
     def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
         with self._comm.phase("select"):
             return find_cut(estimates, count, self._comm, floor)
 
-    def _tell_all(self, encoded: Tensor, cut: Cut) -> Tensor:
-        """The coordinates that all owners chose together, from this owner's encoded shortlist."""
+    def _tell_all(self, own: Shortlist, cut: Cut) -> Tensor:
+        """The coordinates that all owners chose together, from what this one takes."""
+        encoded = encode_shortlist(own)
         with self._comm.phase("indices"):
-            shortlists = decode_shortlists(self._comm.allgather(encoded))
+            shortlists = decode_shortlists(self._comm.allgather(encoded), (self._comm.rank, encoded, own))
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
         chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
         return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device)
@@ -139,11 +139,11 @@ class SketchCandidates:
         heaviest = VectorPart(self._kernels, estimates)
         cut = self._cut(heaviest, k)
         chosen, values = heaviest.above(cut.threshold, cut.ties)
-        heavy = self._tell_all(_encode(positions[chosen], values, cut), cut)
+        heavy = self._tell_all(_shortlist(positions[chosen], values, cut), cut)
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)
 
 
-def _encode(positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
-    """What one owner takes, positions in its own order and estimates, as it is sent."""
+def _shortlist(positions: Tensor, values: Tensor, cut: Cut) -> Shortlist:
+    """What one owner takes, positions in its own order and estimates; on the CPU, where it is encoded."""
     doubtful = cut.doubtful(values)
-    return encode_shortlist(Shortlist(positions, doubtful, values[doubtful]))
+    return Shortlist(positions.to("cpu", torch.int64), doubtful.cpu(), values[doubtful].cpu())

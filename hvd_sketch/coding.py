@@ -60,11 +60,21 @@ def encode_shortlist(shortlist: Shortlist) -> Tensor:
     return torch.cat([encoded, encode_positions(shortlist.doubtful), torch.from_numpy(values.view(np.uint8))])
 
 
-def decode_shortlists(encoded: Tensor) -> list[Shortlist]:
-    """Of a concatenation: a list, on the CPU."""
+def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | None = None) -> list[Shortlist]:
+    """Of a concatenation: a list, on the CPU.
+
+    Args:
+        encoded: uint8.
+        known: which of the list need not be decoded, its code and what it says, e.g. a rank's own.
+    """
     words = encoded.cpu().numpy().view(np.uint64)
-    decoded, start = [], 0
+    decoded: list[Shortlist] = []
+    start = 0
     while start < len(words):
+        if known and len(decoded) == known[0]:
+            start += known[1].numel() // words.itemsize
+            decoded.append(known[2])
+            continue
         positions, start = _decode_stream(words, start)
         doubtful, start = _decode_stream(words, start)
         values = torch.from_numpy(words[start:].view(np.float32)[: doubtful.numel()])
@@ -209,11 +219,10 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int
 @njit(cache=True, nogil=True)
 def _remove(positions: IntArray, unwanted: IntArray) -> None:
     """Close the gaps left by elements number ``unwanted``, ascending, at least one."""
-    at, following = unwanted[0], 1
-    for i in range(unwanted[0] + 1, len(positions)):
-        if following < len(unwanted) and i == unwanted[following]:
-            following += 1
-        else:
+    at = unwanted[0]
+    for number in range(len(unwanted)):
+        stop = unwanted[number + 1] if number + 1 < len(unwanted) else len(positions)
+        for i in range(unwanted[number] + 1, stop):
             positions[at] = positions[i]
             at += 1
 

@@ -117,7 +117,7 @@ class SketchedAllreduce(Exchange):
         own_sums = self._sum_exactly(candidates)  # second round: exact values
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
-        update = SparseUpdate(candidates[positions], sums / self._comm.size)
+        update = SparseUpdate(candidates.index_select(0, positions), sums / self._comm.size)
         if not all_finite([sums]) or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
             return self._nothing()
@@ -138,11 +138,13 @@ class SketchedAllreduce(Exchange):
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
         """Sums of v over ranks at this rank's part of the candidates: float32 [ceil(n / size)], zeros at the end."""
         size = self._comm.size
-        part = -(-candidates.numel() // size)
-        own = torch.zeros(size * part, dtype=torch.float32, device=self._device)
-        torch.index_select(self._feedback.v, 0, candidates, out=own[: candidates.numel()])
+        count = candidates.numel()
+        part = -(-count // size)
+        own = torch.empty(size * part, dtype=torch.float32, device=self._device)
+        self._kernels.gather(self._feedback.v, candidates, out=own[:count])
+        own[count:] = 0
         with self._comm.phase("exact"):
-            return self._comm.reduce_scatter(own.view(size, part))
+            return self._comm.start_reduce_scatter(own.view(size, part)).wait()  # which may use its memory
 
     def _keep_largest(self, own_sums: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
         """Positions among the candidates, ascending, and sums of the k largest, equal on all ranks.
@@ -155,7 +157,7 @@ class SketchedAllreduce(Exchange):
             with self._comm.phase("values"):
                 sums = self._comm.allgather(own_sums)
             positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0])
-            return positions, sums[positions]
+            return positions, sums.index_select(0, positions)
         return self._choose_together(own_sums)
 
     def _choose_together(self, own_sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Feedback:
     def clear_(self, indices: Tensor) -> None:
         """Zero u and v at the coordinates that were sent (momentum factor masking and error reset)."""
         for kept in (self.v, self._u) if self.momentum else (self.v,):
-            kept.index_fill_(0, indices, 0)
+            self._kernels.clear_(kept, indices)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what is kept: v, and u where there is momentum."""

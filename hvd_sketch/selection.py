@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.transport.base import Transport
 
@@ -58,7 +60,7 @@ class VectorPart:
 
     def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
         positions = self._kernels.select_above(self._values, threshold, ties)
-        return positions, self._values[positions]
+        return positions, self._values.index_select(0, positions)
 
 
 class OwnedEstimates:
@@ -118,7 +120,7 @@ class Cut:
         """Which of the values taken, float32 [n], may have to be dropped: positions, int64 ascending."""
         if not self.surplus:
             return torch.empty(0, dtype=torch.int64, device=values.device)
-        return torch.nonzero(_magnitudes(values) <= self.doubtful_to).flatten()
+        return load_backend(None, values.device).select_upto(values, self.doubtful_to)
 
     def dropped(self, doubtful: Sequence[Tensor]) -> list[Tensor]:
         """Which of every rank's doubtful values, float32 [n] each, are to be dropped: bool [n] each.
@@ -132,11 +134,15 @@ class Cut:
         return list(dropped.split([values.numel() for values in doubtful]))
 
     def without_surplus(self, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What is left of all ranks' positions, int64 [n], and values, in rank order. Communication: none."""
+        """What is left of all ranks' positions, int64 [n], and values, in rank order, all on the CPU.
+
+        Communication: none.
+        """
         doubtful = self.doubtful(values)
-        keep = torch.ones_like(positions, dtype=torch.bool)
-        keep[doubtful[self.dropped([values[doubtful]])[0]]] = False
-        return positions[keep], values[keep]
+        unwanted = doubtful[self.dropped([values[doubtful]])[0]].numpy()
+        # A tenth of the time of indexing with a bool tensor.
+        left, left_values = np.delete(positions.numpy(), unwanted), np.delete(values.numpy(), unwanted)
+        return torch.from_numpy(left), torch.from_numpy(left_values)
 
 
 class Expectation:

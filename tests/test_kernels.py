@@ -302,6 +302,22 @@ def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, par
         assert torch.equal(kept_values.view(torch.int32), values[chosen].view(torch.int32))
 
 
+@few_examples
+@given(st.data(), vectors(), st.integers(1, 5))
+def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+    upto = magnitude(data.draw(st.sampled_from([*SPECIAL, *values.tolist()])))
+    assert torch.equal(cpu.select_upto(values, upto), reference.select_upto(values, upto))
+    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    indices = torch.from_numpy(np.flatnonzero(random.random(values.numel()) < data.draw(st.floats(0, 1))))
+    cleared = values.clone()
+    reference.clear_(cleared, indices)
+    picked = reference.gather(values, indices, out=torch.empty(indices.numel()))
+    with split_into(parts):
+        assert same_bits(cpu.gather(values, indices, out=torch.empty(indices.numel())), picked)
+        cpu.clear_(values, indices)
+    assert same_bits(values, cleared) and not bool(values[indices].any())
+
+
 @pytest.mark.parametrize("threshold", [-1, 0])
 def test_zeros_are_never_selected(threshold: int) -> None:
     values = torch.tensor([0.0, 1e-45, -0.0, -3.0] * 40)

@@ -126,6 +126,9 @@ def test_shortlists_survive_the_code(positions: list[int], data: st.DataObject) 
     for got, sent in zip(decoded, (first, other), strict=True):
         assert got.positions.tolist() == sent.positions.tolist()
         assert (got.doubtful.tolist(), got.values.tolist()) == (sent.doubtful.tolist(), sent.values.tolist())
+    codes = [encode_shortlist(shortlist) for shortlist in (other, first, other)]
+    three = decode_shortlists(torch.cat(codes), (1, codes[1], first))
+    assert three[1] is first and [own.positions.tolist() for own in three[::2]] == [other.positions.tolist()] * 2
     dropped = torch.arange(len(doubtful)) % 2 == 0
     left = [p for i, p in enumerate(sorted(positions)) if i not in doubtful[::2]]
     assert decoded[0].without_(dropped).tolist() == left

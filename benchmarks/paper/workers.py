@@ -151,7 +151,7 @@ class SketchedWorkers(FeedbackWorkers):
         expected.learn(cut)
         sent, values = VectorPart(self._kernels, sums).above(cut.threshold, cut.ties)
         self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
-        return cut.without_surplus(sent, values)[0]
+        return cut.without_surplus(sent.cpu(), values.cpu())[0].to(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "expected": [vars(expected) for expected in self._expected]}

@@ -112,13 +112,25 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(above).astype(np.int64))
 
 
-def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
-    """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values.
+def select_upto(values: Tensor, threshold: int) -> Tensor:
+    """Positions with magnitude bits of at most ``threshold``, zeros too: int64, ascending."""
+    return torch.nonzero((values.view(torch.int32) & MAGNITUDE_MASK) <= threshold).flatten()
 
-    What is given may be overwritten.
-    """
+
+def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+    """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
     chosen = select_above(values, threshold, ties)
     return positions[chosen], values[chosen]
+
+
+def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+    """``out[i] = values[indices[i]]`` for int64 indices, all within ``values``; returns ``out``."""
+    return torch.index_select(values, 0, indices, out=out)
+
+
+def clear_(vector: Tensor, indices: Tensor) -> None:
+    """Zero ``vector`` at distinct int64 indices, all within it."""
+    vector.index_fill_(0, indices, 0)
 
 
 def _median(votes: np.ndarray) -> np.ndarray:

@@ -17,7 +17,10 @@ class Handle(Protocol):
     """A reduce_scatter under way."""
 
     def wait(self) -> Tensor:
-        """Finish it and return this rank's summed part; call exactly once, in order of starting."""
+        """Finish it and return this rank's summed part; call exactly once, in order of starting.
+
+        The part may lie in the memory of what was given.
+        """
 
 
 @runtime_checkable

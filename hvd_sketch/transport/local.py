@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Finished, Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class LocalTransport:
         return self._exchange(tensor, lambda shown: sum_in_rank_order([part[mine] for part in shown]))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        return Finished(self.reduce_scatter(tensor))
+        return _Postponed(self, tensor)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         check_parts(tensor, self.size, "alltoall")
@@ -83,6 +83,16 @@ class LocalTransport:
         result = read([shown for shown in self._room.slots if shown is not None])
         self._room.barrier.wait()
         return result
+
+
+class _Postponed:
+    """A reduce_scatter that is made when it is waited for: of many started, one sum at a time takes memory."""
+
+    def __init__(self, transport: LocalTransport, tensor: Tensor) -> None:
+        self._transport, self._tensor = transport, tensor
+
+    def wait(self) -> Tensor:
+        return self._tensor[0] if self._transport.size == 1 else self._transport.reduce_scatter(self._tensor)
 
 
 def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport]:
