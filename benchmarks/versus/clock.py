@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.transport import Handle, Transport
-from hvd_sketch.transport.base import Finished
 
 INTERFACE = "eth0"
 HEADER_BYTES = 14 + 20 + 32  # of each packet: Ethernet, IPv4, and TCP with its timestamps
@@ -21,14 +20,16 @@ T = TypeVar("T")
 class ClockedTransport:
     """A transport that can split time: what its collectives take goes into ``network_s``.
 
-    While ``splits``, nothing overlaps, and every collective begins with a barrier, whose time goes into ``waiting_s``:
-    waiting for a rank that still computes does not count as network. Otherwise all passes through untouched.
+    While ``splits``, nothing is computed while anything travels, and every collective (of several started together
+    the first) begins with a barrier, whose time goes into ``waiting_s``: waiting for a rank that still computes does
+    not count as network. Otherwise all passes through untouched.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.splits = False
         self.network_s = self.waiting_s = 0.0
+        self._in_flight = 0
 
     @property
     def rank(self) -> int:
@@ -52,9 +53,11 @@ class ClockedTransport:
         return self._clock(lambda: self._transport.reduce_scatter(tensor, ordered))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        if self.splits:
-            return Finished(self.reduce_scatter(tensor, ordered))
-        return self._transport.start_reduce_scatter(tensor, ordered)
+        if not self.splits:
+            return self._transport.start_reduce_scatter(tensor, ordered)
+        handle = self._clock(lambda: self._transport.start_reduce_scatter(tensor, ordered), meet=not self._in_flight)
+        self._in_flight += 1
+        return _ClockedHandle(self, handle)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         return self._clock(lambda: self._transport.alltoall(tensor))
@@ -68,16 +71,30 @@ class ClockedTransport:
     def barrier(self) -> None:
         self._transport.barrier()
 
-    def _clock(self, collective: Callable[[], T]) -> T:
+    def finish(self, handle: Handle) -> Tensor:
+        """Wait for what :meth:`start_reduce_scatter` started."""
+        self._in_flight -= 1
+        return self._clock(handle.wait, meet=False)
+
+    def _clock(self, collective: Callable[[], T], meet: bool = True) -> T:
         if not self.splits:
             return collective()
         arrived_s = time.perf_counter()
-        self._transport.barrier()
+        if meet:
+            self._transport.barrier()
         start_s = time.perf_counter()
         result = collective()
         self.network_s += time.perf_counter() - start_s
         self.waiting_s += start_s - arrived_s
         return result
+
+
+class _ClockedHandle:
+    def __init__(self, clock: ClockedTransport, handle: Handle) -> None:
+        self._clock, self._handle = clock, handle
+
+    def wait(self) -> Tensor:
+        return self._clock.finish(self._handle)
 
 
 def read_sent() -> Tensor:
