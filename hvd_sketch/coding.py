@@ -23,6 +23,8 @@ from torch import Tensor
 from hvd_sketch.kernels._cpu_loops import lowest_bit
 
 TRIED_LOW_BITS = 3
+SAMPLED_RUN = 64  # gaps in a row that are looked at to choose b
+ALL_SAMPLED = 4096  # below so many all are
 COUNT_SHIFT = 8  # of a stream's first word: b lies below, the count above
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
@@ -86,12 +88,13 @@ def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | No
 def encode_positions(positions: Tensor) -> Tensor:
     """Encode ascending, distinct, non-negative int64 or int32 positions [n] as uint8, on the CPU."""
     ascending = positions.cpu().numpy()
-    low_bits, unary_bits = _fewest_bits(ascending)
+    low_bits = _fewest_bits(ascending)
     unary_start = 1 + _padded(len(ascending) * low_bits, 64)
-    words = np.zeros(unary_start + _padded(unary_bits, 64), dtype=np.uint64)
+    most_unary_bits = len(ascending) + (int(ascending[-1]) >> low_bits if len(ascending) else 0)
+    words = np.zeros(unary_start + _padded(most_unary_bits, 64), dtype=np.uint64)
     words[0] = len(ascending) << COUNT_SHIFT | low_bits
-    _encode(ascending, low_bits, words[1:unary_start], words[unary_start:])
-    return torch.from_numpy(words.view(np.uint8))
+    unary_words = _encode(ascending, low_bits, words[1:unary_start], words[unary_start:])
+    return torch.from_numpy(words[: unary_start + unary_words].view(np.uint8))
 
 
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
@@ -109,7 +112,7 @@ def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     bitmap_bytes = _padded(values.numel(), 8)
     out = np.zeros(bitmap_bytes + 4 * len(chosen), dtype=np.uint8)
     _set_bits(chosen, out[:bitmap_bytes])
-    out[bitmap_bytes:].view(np.float32)[:] = values.cpu().numpy()[chosen]
+    out[bitmap_bytes:].view(np.float32)[:] = values.index_select(0, positions).cpu().numpy()
     return torch.from_numpy(out)
 
 
@@ -121,8 +124,10 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int) -> tuple[Tenso
     positions, values = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32)
     start = at = 0
     for part in range(parts):
-        bitmap = data[start : start + bitmap_bytes]
-        end = _find_bits(bitmap, part * part_length, positions, at)
+        words_end = start + bitmap_bytes // 8 * 8
+        words, rest = data[start:words_end].view(np.uint64), data[words_end : start + bitmap_bytes]
+        end = _find_bits(words, part * part_length, positions, at)
+        end = _find_bits(rest, part * part_length + 64 * len(words), positions, end)
         start += bitmap_bytes + 4 * (end - at)
         values[at:end] = data[start - 4 * (end - at) : start].view(np.float32)
         at = end
@@ -134,32 +139,33 @@ def _padded(bits: int, unit: int) -> int:
     return -(-bits // unit)
 
 
-def _fewest_bits(ascending: IntArray) -> tuple[int, int]:
-    """The number of low bits that makes the code shortest, and the length of the unary stream then, in bits."""
+def _fewest_bits(ascending: IntArray) -> int:
+    """The number of low bits that makes the code shortest, or nearly: of many gaps one in eight is looked at."""
     if len(ascending) == 0:
-        return 0, 0
+        return 0
     mean_gap = (int(ascending[-1]) + 1) // len(ascending) - 1
     least = max(0, mean_gap.bit_length() + 1 - TRIED_LOW_BITS)  # the optimum is this or up to two more
-    unary = len(ascending) + _high_parts(ascending, least)
-    best = int(np.argmin([len(ascending) * (least + i) + int(bits) for i, bits in enumerate(unary)]))
-    return least + best, int(unary[best])
+    stride = SAMPLED_RUN if len(ascending) < ALL_SAMPLED else 8 * SAMPLED_RUN
+    return least + int(np.argmin(_sampled_bits(ascending, least, stride)))
 
 
 @njit(cache=True, nogil=True)
-def _high_parts(ascending: IntArray, least: int) -> IntArray:
-    """Sums of ``gap >> b`` for ``b`` of ``least`` and the next ones: int64 [TRIED_LOW_BITS]."""
-    sums = np.zeros(TRIED_LOW_BITS, dtype=np.int64)
-    for i in range(TRIED_LOW_BITS):  # a pass for each: LLVM makes vectors of them, a million take 0.5 instead of 1.1 ms
-        low_bits = least + i
-        total = np.int64(ascending[0]) >> low_bits
-        for at in range(1, len(ascending)):
-            total += (np.int64(ascending[at]) - np.int64(ascending[at - 1]) - 1) >> low_bits
-        sums[i] = total
-    return sums
+def _sampled_bits(ascending: IntArray, least: int, stride: int) -> IntArray:
+    """Bits of the sampled gaps for ``b`` of ``least`` and the next ones, those equal for all left out."""
+    bits = np.zeros(TRIED_LOW_BITS, dtype=np.int64)
+    for first in range(0, len(ascending) - 1, stride):
+        run = ascending[first : first + SAMPLED_RUN + 1]
+        for i in range(TRIED_LOW_BITS):  # a pass for each: LLVM makes vectors of them
+            total = np.int64((len(run) - 1) * i)
+            for at in range(1, len(run)):
+                total += (np.int64(run[at]) - np.int64(run[at - 1]) - 1) >> (least + i)
+            bits[i] += total
+    return bits
 
 
 @njit(cache=True, nogil=True)
-def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> None:
+def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> int:
+    """Returns how many words of ``unary`` were taken."""
     width = np.uint64(low_bits)
     mask = (np.uint64(1) << width) - np.uint64(1)
     previous = np.int64(-1)
@@ -185,8 +191,10 @@ def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> Non
             word = value >> (width - filled)
     if filled > np.uint64(0):
         low[at] = word
-    if len(unary):
-        unary[ones_at] = ones
+    if len(ascending) == 0:
+        return 0
+    unary[ones_at] = ones
+    return int(ones_at) + 1
 
 
 @njit(cache=True, nogil=True)
@@ -234,12 +242,13 @@ def _set_bits(positions: IntArray, bitmap: Bytes) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _find_bits(bitmap: Bytes, first: int, positions: IntArray, at: int) -> int:
+def _find_bits(bitmap: Bytes | Words, first: int, positions: IntArray, at: int) -> int:
     """Write the places of set bits, counted from ``first``, to ``positions[at:]``; returns where they end."""
-    for byte in range(len(bitmap)):
-        bits = np.uint64(bitmap[byte])
+    width = 8 * bitmap.itemsize
+    for number in range(len(bitmap)):
+        bits = np.uint64(bitmap[number])
         while bits:
-            positions[at] = first + 8 * byte + lowest_bit(bits)
+            positions[at] = first + width * number + lowest_bit(bits)
             at += 1
             bits &= bits - np.uint64(1)
     return at

@@ -15,6 +15,7 @@ VENV = str(Path(sys.prefix).resolve())
 THREADS = "-x OMP_NUM_THREADS={0} -x NUMBA_NUM_THREADS={0} -x MKL_NUM_THREADS={0}"
 THREADS_ENV = "env OMP_NUM_THREADS={0} NUMBA_NUM_THREADS={0} MKL_NUM_THREADS={0}"
 LAUNCH_SCRIPTS = ["setup.sh", "test.sh", "quickstart.sh", "mpirun.sh", "horovodrun.sh"]
+EAGER = "--mca btl_tcp_eager_limit 2097152 --mca btl_tcp_rndv_eager_limit 2097152"
 FORWARDED = "-x PATH -x OPAL_PREFIX -x HVD_SKETCH_VENV"
 JOB_END_LIMIT_S = 30
 
@@ -62,7 +63,7 @@ def hosts(tmp_path):
             "--ranks 2 --threads 3 --interface eth0 ./program -n 5",
             "mpirun -n 2 --map-by slot --bind-to none --oversubscribe --mca pml ob1 --mca btl tcp\\,self "
             f"--mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 "
-            f"--mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {THREADS.format(3)} {FORWARDED} "
+            f"--mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {EAGER} {THREADS.format(3)} {FORWARDED} "
             "./program -n 5",
         ),
         (

@@ -93,6 +93,16 @@ def test_what_resuming_says(fails: Fails, tmp_path: Path) -> None:
     assert "error" in fails("mnist", "--resume")
 
 
+def test_results_are_not_replaced(fails: Fails, tmp_path: Path) -> None:
+    for content in ('{"runs": [{"seed": 0}]}', "notes"):
+        (tmp_path / "new.json").write_text(content)
+        assert "has results: add --resume" in fails("mnist", "")
+        assert (tmp_path / "new.json").read_text() == content
+    (tmp_path / "new.json").unlink()
+    (tmp_path / "new.checkpoint0").touch()
+    assert "has results: add --resume" in fails("mnist", "")
+
+
 def test_what_the_exchange_refuses_is_said_plainly(fails: Fails, tmp_path: Path) -> None:
     write_mnist(tmp_path)
     assert "more columns or use fewer ranks" in fails("mnist", "--steps 10 --workers 41 --recipes svm-alg3")

@@ -21,8 +21,7 @@ from torch import nn
 from benchmarks.image_data import Images, load_images
 from benchmarks.paper.ablation_settings import GROUPS, Budget, Group, Setting
 from benchmarks.paper.classifier import ClassifierTraining, Task
-from benchmarks.paper.experiment import (
-    Session,
+from benchmarks.paper.command_line import (
     add_arguments,
     add_device,
     check_arguments,
@@ -30,6 +29,7 @@ from benchmarks.paper.experiment import (
     is_simulated,
     says_plainly,
 )
+from benchmarks.paper.experiment import Session
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.rate_search import Search, search_rates
 from benchmarks.versus.models import MODELS

@@ -16,9 +16,7 @@ import torch
 
 from benchmarks.image_data import load_cifar10
 from benchmarks.paper.cifar10_training import Cifar10, Task, make_training
-from benchmarks.paper.experiment import (
-    Labels,
-    Session,
+from benchmarks.paper.command_line import (
     add_arguments,
     add_device,
     check_arguments,
@@ -26,6 +24,7 @@ from benchmarks.paper.experiment import (
     is_simulated,
     says_plainly,
 )
+from benchmarks.paper.experiment import Labels, Session
 from benchmarks.paper.resnet9 import SIDE, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch import SketchConfig, sketched_dim

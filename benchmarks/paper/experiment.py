@@ -1,4 +1,4 @@
-"""What all experiments share: arguments, the loop with its progress bar, JSONL log, checkpoints and results file."""
+"""What all experiments share: the loop with its progress bar, JSONL log, checkpoints and results file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,10 +18,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from hvd_sketch.transport import Transport, local_transports, resolve_transport
+from hvd_sketch.transport import Transport
 
 Labels = Mapping[str, str | int | float]
-SIMULATION = "simulation"
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
@@ -57,69 +55,6 @@ class Training(Protocol):
         """This rank's own; going on from it gives equal bits. Communication: none."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every experiment takes."""
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with the data set's official files")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method, seeds 0, 1, … (default: 3)")
-    parser.add_argument("--scale", choices=("small", "full"), default="small", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results; FILE.log.jsonl is the log")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with this --json stopped")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--transport", choices=(SIMULATION, "mpi", "horovod"), default=SIMULATION)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Of the experiments that can run on an accelerator: ``--device``, one that is here."""
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: %(default)s")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: float) -> None:
-    """Say what cannot work before hours of training, not after them.
-
-    Args:
-        least: of an argument, or of each of its values; beside those that every experiment takes.
-    """
-    if not arguments.json.parent.is_dir():
-        parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
-    if arguments.json.is_dir():
-        parser.error(f"--json {arguments.json} is a directory: name a file in it")
-    for name, bound in {"seeds": 1, "checkpoint_every": 1, **least}.items():
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not value >= bound:  # NaN is not
-                parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
-
-
-def is_simulated(arguments: argparse.Namespace) -> bool:
-    """Whether all workers are in this process."""
-    return arguments.transport == SIMULATION
-
-
-def connect(arguments: argparse.Namespace) -> Transport:
-    """Between the ranks of the experiment; of one rank where workers are simulated. Communication: collective."""
-    return local_transports(1)[0] if is_simulated(arguments) else resolve_transport(arguments.transport)
-
-
-def says_plainly(main: Callable[[], None]) -> Callable[[], None]:
-    """Let what a user can mend (data, arguments, a learning rate) end the process with its message, not a traceback."""
-
-    @wraps(main)
-    def run() -> None:
-        try:
-            main()
-        except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
-
-    return run
 
 
 class StopRequest:
@@ -164,7 +99,7 @@ class Session:
         self._path, self._every, self._transport = arguments.json, arguments.checkpoint_every, transport
         self._stop = StopRequest()
         self._log = self._path.with_suffix(".log.jsonl")
-        self._checkpoint = self._path.with_suffix(f".checkpoint{transport.rank}")
+        self._checkpoint = checkpoint_path(self._path, transport.rank)
         about = {**describe_machine(device), "cores": os.cpu_count(), "command": _command()}
         self._results: dict[str, Any] = {"experiment": experiment, "settings": dict(settings), **about, "runs": []}
         if arguments.resume:
@@ -288,6 +223,11 @@ def logarithmic(steps: int, per_decade: int = 10) -> set[int]:
     """Step numbers evenly spaced on a logarithmic axis, from 1 to ``steps``, both included."""
     wanted = (round(10 ** (i / per_decade)) for i in range(20 * per_decade))
     return {step for step in wanted if step <= steps} | {steps}
+
+
+def checkpoint_path(results: Path, rank: int) -> Path:
+    """Of a rank, beside the results."""
+    return results.with_suffix(f".checkpoint{rank}")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

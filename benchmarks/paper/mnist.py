@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.image_data import load_mnist
-from benchmarks.paper.exchanges import Exchange, RealExchanges
-from benchmarks.paper.experiment import (
-    Session,
-    Traffic,
+from benchmarks.paper.command_line import (
     add_arguments,
     check_arguments,
     connect,
     is_simulated,
-    logarithmic,
     says_plainly,
 )
+from benchmarks.paper.exchanges import Exchange, RealExchanges
+from benchmarks.paper.experiment import Session, Traffic, logarithmic
 from benchmarks.paper.linear_models import (
     CLASSES,
     LOGISTIC,

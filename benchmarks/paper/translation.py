@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.paper.experiment import (
-    Session,
-    Traffic,
+from benchmarks.paper.command_line import (
     add_arguments,
     add_device,
     check_arguments,
@@ -27,6 +25,7 @@ from benchmarks.paper.experiment import (
     is_simulated,
     says_plainly,
 )
+from benchmarks.paper.experiment import Session, Traffic
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate

@@ -130,7 +130,7 @@ def position_encoding(length: int, width: int) -> Tensor:
 
 class AttentionLSTM(Translator):
     """Stacked LSTMs, the decoder started from the encoder's end, with global attention (Luong et al. 2015, "general",
-    without input feeding)."""
+    without input feeding). Embeddings are scaled as the Transformer's: Glorot's alone are too small to learn from."""
 
     def _add_layers(self, shape: Shape) -> None:
         between = shape.dropout if shape.layers > 1 else 0.0
@@ -142,7 +142,7 @@ class AttentionLSTM(Translator):
 
     def encode(self, source: Tensor) -> Encoded:
         padding = source == PAD
-        embedded = self.dropout(self.source_embedding(source))
+        embedded = self.dropout(self.source_embedding(source) * math.sqrt(self.width))
         lengths = (~padding).sum(dim=1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         outputs, state = self.encoder(packed)
@@ -150,7 +150,8 @@ class AttentionLSTM(Translator):
         return Encoded(memory, padding, state)
 
     def decode(self, encoded: Encoded, prefix: Tensor) -> Tensor:
-        hidden, _ = self.decoder(self.dropout(self.target_embedding(prefix)), encoded.state)
+        embedded = self.dropout(self.target_embedding(prefix) * math.sqrt(self.width))
+        hidden, _ = self.decoder(embedded, encoded.state)
         scores = self.score(hidden) @ encoded.memory.transpose(1, 2)
         weights = scores.masked_fill(encoded.padding[:, None], -math.inf).softmax(dim=2)
         context = torch.cat([weights @ encoded.memory, hidden], dim=2)
