@@ -85,6 +85,6 @@ RECIPES = {
     "full": {"transformer": FULL, "lstm": replace(FULL, factor=8000)},
     "small": {
         "transformer": SMALL,
-        "lstm": replace(SMALL, shape=Shape(width=96, layers=2), factor=1000),
+        "lstm": replace(SMALL, shape=Shape(width=96, layers=2), factor=500),
     },
 }

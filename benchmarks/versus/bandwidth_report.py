@@ -60,23 +60,26 @@ def _cell(record: Record) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """One panel for each world; a dotted line marks where ours and the faster dense exchange take the same time."""
+    """A panel for each world, a row for each network; dotted: ours and the faster dense exchange take the same time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = sorted(worlds(records).items())
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(5.2 * columns, 4.2 * rows), layout="constrained", squeeze=False
-    )
-    for panel, (world, group) in zip(axes.flat, groups, strict=False):
-        _draw(panel, world, group)
-    for panel in list(axes.flat)[len(groups) :]:
-        panel.set_visible(False)
-    figure.savefig(path, dpi=120)
+    groups = worlds(records)
+    networks = sorted({(transport, hosts) for transport, _, hosts in groups})
+    dims = sorted({dim for _, dim, _ in groups})
+    size = (4.4 * len(dims), 0.4 + 3.3 * len(networks))
+    figure, axes = pyplot.subplots(len(networks), len(dims), figsize=size, layout="constrained", squeeze=False)
+    for row, (transport, hosts) in zip(axes, networks, strict=True):
+        for panel, dim in zip(row, dims, strict=True):
+            world = (transport, dim, hosts)
+            panel.set_visible(world in groups)
+            if world in groups:
+                _draw(panel, world, groups[world])
+    lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines() if line.get_label()[0] != "_"}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def _draw(panel: Any, world: World, records: list[Record]) -> None:
@@ -84,17 +87,17 @@ def _draw(panel: Any, world: World, records: list[Record]) -> None:
     finite = [bits_per_s(record["rate"]) for record in records if bits_per_s(record["rate"]) < float("inf")]
     unlimited = 4 * max(finite, default=1e9)  # where the points of the unshaped network are drawn
     curves = {name: curve(r for r in records if r["method"] == name) for name in LABELS}
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         if points:
             x = [min(bandwidth, unlimited) for bandwidth in sorted(points)]
-            panel.plot(x, [points[b] for b in sorted(points)], marker=".", label=LABELS[name])
+            panel.plot(x, [points[b] for b in sorted(points)], f"C{number}.-", label=LABELS[name])
     dense = fastest(curves[name] for name in DENSE)
     for name in OURS:
         even = break_even(curves[name], dense)
         if 0 < even < float("inf"):
             panel.axvline(min(even, unlimited), linestyle=":", color="grey")
-            panel.text(min(even, unlimited), panel.get_ylim()[0], f" {name}: {name_bandwidth(even)}", rotation=90)
+            where = {"transform": panel.get_xaxis_transform(), "rotation": 90, "ha": "right", "fontsize": "x-small"}
+            panel.text(min(even, unlimited), 0.02, f"{name}: {name_bandwidth(even)}", **where)
     panel.set(xscale="log", yscale="log", xlabel="bit/s (rightmost: not shaped)", ylabel="seconds per exchange")
     panel.set_title(f"{transport}, {hosts} hosts, dim {dim:,}")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize="x-small")
