@@ -1,6 +1,6 @@
 """The sketch kernels for CUDA GPUs, in Triton: the functions of :mod:`hvd_sketch.kernels.reference`.
 
-``owned_above``, ``select_above`` and ``keep_above`` wait for the device once, for the size of what they return.
+``owned_above`` and all that select or keep wait for the device once, for the size of what they return.
 Everything else launches kernels whose number and shapes do not depend on data, and can be captured in a CUDA graph,
 with a :class:`DeviceHash`. Equal to the reference to the bit, but for the rounding of atomic sums (which also flush
 subnormal numbers to zero) and the payload of a NaN.
