@@ -42,9 +42,9 @@ from torch import Tensor
 
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
 from hvd_sketch.kernels import _gpu_kernels as kernels
-from hvd_sketch.kernels.reference import clear_, gather, select_upto
-
-__all__ = ["clear_", "gather", "select_upto"]  # torch's, on any device
+from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
+from hvd_sketch.kernels.reference import gather as gather
+from hvd_sketch.kernels.reference import select_upto as select_upto
 
 TILE = 1024  # coordinates of a program: at least the largest block
 COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up

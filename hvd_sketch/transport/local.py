@@ -55,6 +55,7 @@ class LocalTransport:
         return self._exchange(tensor, lambda shown: sum_in_rank_order([part[mine] for part in shown]))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        check_parts(tensor, self.size, "reduce_scatter")
         return _Postponed(self, tensor)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
