@@ -25,7 +25,13 @@ KEPT_ALWAYS = 1 << 16
 
 
 class CandidateSource(Protocol):
-    """Takes in a gradient and names the coordinates whose exact sums are exchanged."""
+    """Takes in a gradient and names the coordinates whose exact sums are exchanged.
+
+    Attributes:
+        expected: what is known of the next step from those before. It saves messages and decides nothing.
+    """
+
+    expected: Expectation
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         """``u <- m * u + g``, ``v <- v + u``, then candidates for the summed v: int64, ascending, equal on all ranks.
@@ -59,7 +65,7 @@ class SketchCandidates:
         self._kernels = load_backend(None, torch.device(device))
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
         self._ahead_from = dim  # coordinates from here on are in the table already
-        self._expected = Expectation()  # of the estimates chosen
+        self.expected = Expectation()  # of the estimates chosen
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         summed = self._sum_sketches(feedback, parts, step)
@@ -110,9 +116,9 @@ class SketchCandidates:
         count = self._config.candidates(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
         estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
-        cut = self._cut(estimates, count, self._expected.floor())
-        self._expected.learn(cut)
-        return self._tell_all(_shortlist(*estimates.above(cut.threshold, cut.ties), cut), cut)
+        cut = self._cut(estimates, count, self.expected.floor())
+        self.expected.learn(cut)
+        return self._tell_all(_shortlist(*estimates.above(cut), cut), cut)
 
     def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
         with self._comm.phase("select"):
@@ -135,15 +141,18 @@ class SketchCandidates:
         # fsum is exact, so that every rank has the same bits.
         norm = math.sqrt(np.median([math.fsum(row) for row in energies.T.tolist()]))
         where = hash, summed, self._comm.rank
-        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0, hash.dim)
+        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0)
         heaviest = VectorPart(self._kernels, estimates)
         cut = self._cut(heaviest, k)
-        chosen, values = heaviest.above(cut.threshold, cut.ties)
+        chosen, values = heaviest.above(cut)
         heavy = self._tell_all(_shortlist(positions[chosen], values, cut), cut)
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)
 
 
 def _shortlist(positions: Tensor, values: Tensor, cut: Cut) -> Shortlist:
     """What one owner takes, positions in its own order and estimates; on the CPU, where it is encoded."""
-    doubtful = cut.doubtful(values)
-    return Shortlist(positions.to("cpu", torch.int64), doubtful.cpu(), values[doubtful].cpu())
+    doubtful = cut.doubtful(values, cut.own_doubtful)
+    # Only the last copy waits for the device, and is never empty where another is not: then all have arrived.
+    decisive = values.index_select(0, doubtful).to("cpu", non_blocking=True)
+    doubtful = doubtful.to("cpu", non_blocking=True)
+    return Shortlist(positions.to("cpu", torch.int64), doubtful, decisive)

@@ -108,11 +108,12 @@ def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """Which of ``values`` (float32 [n]) are chosen, one bit each, then the chosen values: uint8, on the CPU."""
-    chosen = positions.cpu().numpy()
+    hosted = positions.to("cpu", non_blocking=True)  # has arrived when the next copy has
+    chosen = values.index_select(0, positions).cpu()
     bitmap_bytes = _padded(values.numel(), 8)
-    out = np.zeros(bitmap_bytes + 4 * len(chosen), dtype=np.uint8)
-    _set_bits(chosen, out[:bitmap_bytes])
-    out[bitmap_bytes:].view(np.float32)[:] = values.index_select(0, positions).cpu().numpy()
+    out = np.zeros(bitmap_bytes + chosen.nbytes, dtype=np.uint8)
+    _set_bits(hosted.numpy(), out[:bitmap_bytes])
+    out[bitmap_bytes:].view(np.float32)[:] = chosen.numpy()
     return torch.from_numpy(out)
 
 

@@ -117,8 +117,10 @@ class SketchedAllreduce(Exchange):
         own_sums = self._sum_exactly(candidates)  # second round: exact values
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
+        finite = all_finite([sums])
+        positions, sums = positions.to(self._device), sums.to(self._device)
         update = SparseUpdate(candidates.index_select(0, positions), sums / self._comm.size)
-        if not all_finite([sums]) or (fits is not None and not fits(update.indices, update.values)):
+        if not finite or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
             return self._nothing()
         self._feedback.clear_(update.indices)  # zero u and v where they were sent
@@ -147,7 +149,7 @@ class SketchedAllreduce(Exchange):
             return self._comm.start_reduce_scatter(own.view(size, part)).wait()  # which may use its memory
 
     def _keep_largest(self, own_sums: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-        """Positions among the candidates, ascending, and sums of the k largest, equal on all ranks.
+        """Positions among the candidates, ascending, and sums of the k largest, equal on all ranks; on any device.
 
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
         pick together and send one bit per candidate and the k sums: whichever takes less time.
@@ -165,15 +167,14 @@ class SketchedAllreduce(Exchange):
         with self._comm.phase("choose"):
             cut = find_cut(part, self.config.k, self._comm, self._expected.floor())
         self._expected.learn(cut)
-        own_positions, _ = part.above(cut.threshold, cut.ties)
+        own_positions, _ = part.above(cut)
         with self._comm.phase("values"):
             gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
         positions, sums = decode_choices(gathered, self._comm.size, own_sums.numel())
-        positions, sums = cut.without_surplus(positions, sums)
-        return positions.to(self._device), sums.to(self._device)
+        return cut.without_surplus(positions, sums)
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
-        """What is needed to go on: step number, u and v.
+        """What is needed to go on: step number, u and v, and the last thresholds, which save messages.
 
         Args:
             consolidated: False: this rank's own, to be loaded by the same rank of a job of the same size; going
@@ -182,9 +183,11 @@ class SketchedAllreduce(Exchange):
 
         Communication: none, or collective with ``consolidated`` (not counted in the ledger).
         """
-        saved = self._feedback.state_dict()
-        if consolidated:
+        saved: dict[str, Any] = self._feedback.state_dict()
+        if consolidated:  # without the thresholds: sums over more ranks are larger
             saved = {name: mean_over_ranks(self._transport, kept) for name, kept in saved.items()}
+        else:
+            saved["thresholds"] = self._candidates.expected.thresholds, self._expected.thresholds
         counters = self._counters(None if consolidated else self._comm.rank)
         return {**counters, "config": asdict(self.config), **saved}
 
@@ -197,6 +200,8 @@ class SketchedAllreduce(Exchange):
         self._load_counters(state)
         self.forget_ahead()
         self._feedback.load_state_dict(state)
+        thresholds = state.get("thresholds", ((0, 0), (0, 0)))
+        self._candidates.expected.thresholds, self._expected.thresholds = map(tuple, thresholds)
 
 
 class DenseAllreduce(Exchange):

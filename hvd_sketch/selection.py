@@ -40,12 +40,12 @@ class Magnitudes(Protocol):
     """One rank's part of the vector."""
 
     def histogram(self, start: int, shift: int, bins: int) -> Tensor:
-        """As :func:`hvd_sketch.kernels.reference.magnitude_histogram`."""
+        """As :func:`hvd_sketch.kernels.reference.magnitude_histogram`, on the CPU."""
 
-    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
-        """As :func:`hvd_sketch.kernels.reference.select_above`, and the values there.
+    def above(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Positions of what this rank takes, ascending, and the values there.
 
-        ``threshold`` is at least the last ``start`` less one.
+        The cut was found after the last :meth:`histogram`.
         """
 
 
@@ -56,10 +56,10 @@ class VectorPart:
         self._kernels, self._values = kernels, values
 
     def histogram(self, start: int, shift: int, bins: int) -> Tensor:
-        return self._kernels.magnitude_histogram(self._values, start, shift, bins)
+        return self._kernels.magnitude_histogram(self._values, start, shift, bins).cpu()
 
-    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
-        positions = self._kernels.select_above(self._values, threshold, ties)
+    def above(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        positions = self._kernels.select_above(self._values, cut.threshold, cut.ties, cut.taken)
         return positions, self._values.index_select(0, positions)
 
 
@@ -81,46 +81,54 @@ class OwnedEstimates:
         self._floor = 0
 
     def histogram(self, start: int, shift: int, bins: int) -> Tensor:
-        self._keep_from(start)
-        if self._kept is not None:
-            return self._kernels.magnitude_histogram(self._kept[1], start, shift, bins)
-        return self._kernels.owned_histogram(*self._where, start, shift, bins)
+        window = start, shift, bins
+        if self._kept is not None and start >= self._floor:
+            return self._kernels.magnitude_histogram(self._kept[1], *window).cpu()
+        self._kept = None
+        if start == 0:
+            return self._kernels.owned_histogram(*self._where, *window).cpu()
+        counts, kept = self._kernels.owned_histogram_kept(*self._where, *window, self._limit)
+        counts = counts.cpu()
+        if int(counts.sum()) <= self._limit:
+            self._kept, self._floor = kept, start
+        return counts
 
-    def above(self, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+    def above(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        wanted = cut.threshold, cut.ties, cut.taken
         if self._kept is None:
-            hash, _, shard = self._where
-            return self._kernels.owned_above(*self._where, threshold, ties, hash.owned_size(shard))
-        kept, self._kept, self._floor = self._kept, None, 0
-        return self._kernels.keep_above(*kept, threshold, ties)
-
-    def _keep_from(self, floor: int) -> None:
-        if floor < self._floor:
-            self._kept = None
-        if floor and self._kept is None:
-            self._kept, self._floor = self._kernels.owned_above(*self._where, floor - 1, 0, self._limit), floor
+            return self._kernels.owned_above(*self._where, *wanted)
+        kept, self._kept = self._kept, None
+        return self._kernels.keep_above(*kept, *wanted)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the ``count`` largest end; all but ``ties`` is equal on all ranks.
+    """Where the ``count`` largest end; equal on all ranks, but for what this rank takes.
 
     Attributes:
         threshold: magnitude bits; what lies above is taken.
-        ties: how many of those equal to the threshold this rank takes.
+        taken: how many values this rank takes, with ...
+        ties: ... so many of those equal to the threshold and ...
+        own_doubtful: ... so many of the doubtful.
         doubtful_to: magnitude bits; what is taken up to and with it may be ...
         surplus: ... one of so many that are taken over all ranks though they are not among the ``count`` largest.
     """
 
     threshold: int
+    taken: int
     ties: int = 0
+    own_doubtful: int = 0
     doubtful_to: int = 0
     surplus: int = 0
 
-    def doubtful(self, values: Tensor) -> Tensor:
-        """Which of the values taken, float32 [n], may have to be dropped: positions, int64 ascending."""
+    def doubtful(self, values: Tensor, size: int | None = None) -> Tensor:
+        """Which of the values taken, float32 [n], may have to be dropped: positions, int64 ascending.
+
+        ``size``: how many those are, where it is known.
+        """
         if not self.surplus:
             return torch.empty(0, dtype=torch.int64, device=values.device)
-        return load_backend(None, values.device).select_upto(values, self.doubtful_to)
+        return load_backend(None, values.device).select_upto(values, self.doubtful_to, size)
 
     def dropped(self, doubtful: Sequence[Tensor]) -> list[Tensor]:
         """Which of every rank's doubtful values, float32 [n] each, are to be dropped: bool [n] each.
@@ -146,21 +154,26 @@ class Cut:
 
 
 class Expectation:
-    """Of the next threshold in a series of similar vectors, from the last two. Equal on all ranks."""
+    """Of the next threshold in a series of similar vectors, from the last two. Equal on all ranks.
+
+    Attributes:
+        thresholds: the last and the one before, as magnitude bits; zeros at first.
+    """
 
     def __init__(self) -> None:
-        self._last = self._before = 0
+        self.thresholds = 0, 0
 
     def learn(self, cut: Cut) -> None:
-        self._last, self._before = cut.threshold, self._last
+        self.thresholds = cut.threshold, self.thresholds[0]
 
     def floor(self) -> int:
         """Magnitude bits that the threshold will hardly be below; 0: anything may be.
 
         A fall is expected to go on, half a rise: residuals grow fast in a training's first steps.
         """
-        rise = self._last - self._before if self._before else 0
-        return min(max(self._last + min(rise, rise // 2) - FLOOR_MARGIN, 0), MAGNITUDE_MASK)
+        last, before = self.thresholds
+        rise = last - before if before else 0
+        return min(max(last + min(rise, rise // 2) - FLOOR_MARGIN, 0), MAGNITUDE_MASK)
 
 
 def histogram_bins(count: int) -> int:
@@ -185,15 +198,15 @@ def find_cut(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> C
         floor: a guess, the same on every rank, below which no value need be looked at; see :class:`Expectation`.
     """
     if count == 0:
-        return Cut(MAGNITUDE_MASK)
+        return Cut(MAGNITUDE_MASK, taken=0)
     bins = histogram_bins(count)
     bin_bits = bins.bit_length() - 1
     start, shift = floor, (OCTAVE // bins).bit_length() - 1 if floor else MAGNITUDE_BITS - bin_bits
     while True:
-        own = part.histogram(start, shift, bins).cpu()
+        own = part.histogram(start, shift, bins)
         at_least = _sum_counts(own, count, comm).flip(0).cumsum(0).flip(0)  # values from each bin's edge upwards
         if start == 0 and int(at_least[0]) <= count:
-            return Cut(0)
+            return Cut(0, taken=int(own.sum()))
         if int(at_least[0]) < count:
             start, shift = 0, MAGNITUDE_BITS - bin_bits  # the guess was too high
             continue
@@ -203,10 +216,13 @@ def find_cut(part: Magnitudes, count: int, comm: Transport, floor: int = 0) -> C
             start, shift = edge, MAGNITUDE_BITS - bin_bits
             continue
         inside = int(at_least[bin] - at_least[bin + 1])
+        own_inside, own_beyond = int(own[bin]), int(own[bin + 1 :].sum())
         if surplus == 0 or inside <= ALWAYS_IN_LAST_BIN + bins * IN_LAST_BIN_PER_BIN:
-            return Cut(edge - 1, doubtful_to=min(edge + (1 << shift) - 1, MAGNITUDE_MASK), surplus=surplus)
+            doubtful_to = min(edge + (1 << shift) - 1, MAGNITUDE_MASK)
+            return Cut(edge - 1, own_beyond + own_inside, 0, own_inside, doubtful_to, surplus)
         if shift == 0:
-            return Cut(edge, _share_of_ties(int(own[bin]), inside - surplus, comm))
+            ties = _share_of_ties(own_inside, inside - surplus, comm)
+            return Cut(edge, own_beyond + ties, ties)
         start, shift = edge, max(shift - bin_bits, 0)
 
 
@@ -219,10 +235,10 @@ def select_largest(part: Magnitudes, count: int, comm: Transport, floor: int = 0
     Communication: collective; that of :func:`find_cut`, and up to two allgathers. Args: the same.
     """
     cut = find_cut(part, count, comm, floor)
-    positions, values = part.above(cut.threshold, cut.ties)
+    positions, values = part.above(cut)
     if not cut.surplus:
         return positions
-    doubtful = cut.doubtful(values)
+    doubtful = cut.doubtful(values, cut.own_doubtful)
     sizes = comm.allgather(torch.tensor([doubtful.numel()])).tolist()
     dropped = cut.dropped(comm.allgather(values[doubtful]).split(sizes))[comm.rank]
     keep = torch.ones_like(positions, dtype=torch.bool)

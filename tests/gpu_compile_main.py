@@ -84,7 +84,10 @@ def launch_all(hash: BlockHash) -> None:
     gpu.estimate(hash, table, 0, hash.dim)
     gpu.estimate_owned(hash, shard_table, 0)
     gpu.owned_histogram(hash, shard_table, 0, 0, 21, 1024)
-    gpu.owned_above(hash, shard_table, 0, 1, 0, 0)
+    gpu.owned_above(hash, shard_table, 0, 1, 0)
+    gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
+    number = torch.ones(1, dtype=torch.int32)
+    gpu.owned_above(hash, shard_table, 0, number, number, 100)
     gpu.magnitude_histogram(v, 0, 0, 2048)
     gpu.select_above(v, 1, 1)
 

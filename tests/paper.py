@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def runs(results: Path) -> list[dict[str, Any]]:
 
 def interrupt(line: list[str], log: Path, text: str) -> int:
     """Ctrl-C once a command has written a text into its log; the exit status."""
-    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 100
     try:
         while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:

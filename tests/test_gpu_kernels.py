@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hvd_sketch import CountSketch, SketchConfig, SketchedAllreduce
 from hvd_sketch import kernels as backends
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.transport.local import local_transports
 from tests.test_kernels import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
@@ -69,6 +70,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def same_numbers(a: Tensor, b: Tensor) -> bool:
     """Equal, NaN in the same places."""
     return torch.equal(a.cpu().nan_to_num(nan=12345.0), b.cpu().nan_to_num(nan=12345.0))
+
+
+def same_chosen(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Equal positions and values, but for zeros at the end of ours."""
+    size = expected[0].numel()
+    rest = ours[1][size:]
+    return (
+        torch.equal(ours[0][:size].cpu(), expected[0]) and same_numbers(ours[1][:size], expected[1]) and not rest.any()
+    )
+
+
+def magnitudes(values: Tensor) -> Tensor:
+    return values.view(torch.int32) & MAGNITUDE_MASK
 
 
 def a_table(hash: BlockHash) -> Tensor:
@@ -207,17 +221,20 @@ def test_selection_from_estimates_equals_the_reference(data: st.DataObject, hash
     estimates = reference.estimate_owned(hash, table, shard)
     value = data.draw(st.sampled_from([1.0, np.inf, *estimates[:100].tolist()]))
     for window in windows(value):
-        counts = gpu.owned_histogram(hash, ours, shard, *window)
-        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, table, shard, *window))
+        expected_counts = reference.owned_histogram(hash, table, shard, *window)
+        assert torch.equal(gpu.owned_histogram(hash, ours, shard, *window).cpu(), expected_counts)
+        total = int(expected_counts.sum())
+        for limit in {total, total + 5, max(total - 1, 0)}:
+            counts, kept = gpu.owned_histogram_kept(hash, ours, shard, *window, limit)
+            _, expected = reference.owned_histogram_kept(hash, table, shard, *window, limit)
+            assert torch.equal(counts.cpu(), expected_counts)
+            assert expected is not None and same_chosen(kept, expected)
     threshold, ties = magnitude(value), data.draw(st.integers(0, 3))
-    expected = reference.owned_above(hash, table, shard, threshold, ties, hash.dim)
-    assert expected is not None
-    limit = expected[0].numel()
-    chosen = gpu.owned_above(hash, ours, shard, threshold, ties, limit)
-    assert chosen is not None
-    assert torch.equal(chosen[0].cpu(), expected[0])
-    assert same_numbers(chosen[1], expected[1])
-    assert gpu.owned_above(hash, ours, shard, threshold, ties, limit - 1) is None
+    expected = reference.owned_above(hash, table, shard, threshold, ties)
+    for size in (None, expected[0].numel(), expected[0].numel() + 3):
+        assert same_chosen(gpu.owned_above(hash, ours, shard, threshold, ties, size), expected)
+    at, up_to = on_device(torch.tensor([threshold]), torch.tensor([ties], dtype=torch.int32))
+    assert same_chosen(gpu.owned_above(hash, ours, shard, at, up_to), expected)
 
 
 @some_examples
@@ -230,11 +247,16 @@ def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, value
         assert torch.equal(counts.cpu(), reference.magnitude_histogram(values, *window))
     threshold = magnitude(value) + data.draw(st.integers(-1, 0))
     ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
-    assert torch.equal(gpu.select_above(ours, threshold, ties).cpu(), reference.select_above(values, threshold, ties))
-    positions = torch.arange(values.numel(), dtype=torch.int32)
-    kept = gpu.keep_above(*on_device(positions), ours, threshold, ties)
-    for got, expected in zip(kept, reference.keep_above(positions, values, threshold, ties), strict=True):
-        assert torch.equal(got.cpu().view(torch.int32), expected.view(torch.int32))
+    expected = reference.select_above(values, threshold, ties)
+    positions = torch.arange(values.numel(), dtype=torch.int32) * 3
+    for size in (None, expected.numel()):
+        assert torch.equal(gpu.select_above(ours, threshold, ties, size).cpu(), expected)
+        kept = gpu.keep_above(*on_device(positions), ours, threshold, ties, size)
+        for got, right in zip(kept, reference.keep_above(positions, values, threshold, ties), strict=True):
+            assert torch.equal(got.cpu().view(torch.int32), right.view(torch.int32))
+    upto = reference.select_upto(values, threshold)
+    for size in (None, upto.numel()):
+        assert torch.equal(gpu.select_upto(ours, threshold, size).cpu(), upto)
 
 
 @pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])
@@ -263,8 +285,10 @@ def test_nothing_to_do() -> None:
     tiny = BlockHash(1, 1, 7, 7)
     (cell,) = on_device(torch.ones(1, 1))
     assert sorted(gpu.estimate_owned(tiny, cell, shard).numel() for shard in range(7)) == [0] * 6 + [1]
-    chosen = [gpu.owned_above(tiny, cell, shard, 1, 0, 1) for shard in range(7)]
-    assert sorted(pair[0].numel() for pair in chosen if pair is not None) == [0] * 6 + [1]
+    chosen = [gpu.owned_above(tiny, cell, shard, 1, 0) for shard in range(7)]
+    assert sorted(pair[0].numel() for pair in chosen) == [0] * 6 + [1]
+    kept = [gpu.owned_histogram_kept(tiny, cell, shard, 1, 21, 16, 2) for shard in range(7)]
+    assert sorted(int(counts.sum()) for counts, _ in kept) == [0] * 6 + [1]
     assert gpu.select_above(nothing, 0, 3).numel() == 0
     assert int(gpu.magnitude_histogram(nothing, 0, 21, 1024).sum()) == 0
 
@@ -287,38 +311,68 @@ def test_device_hash_takes_on_another_step() -> None:
         gpu.DeviceHash(BlockHash(100, 1, 2**31), DEVICE)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_captured_step_replays_with_fresh_hashes(deterministic: bool) -> None:
-    first, *others = (BlockHash(300_000, 3, 20_000, step=step) for step in range(4))
-    u, v, gradient, table = on_device(*(torch.zeros(first.dim) for _ in range(3)), torch.zeros(first.table_shape))
+def test_a_captured_step_replays_with_other_hashes_and_thresholds(deterministic: bool) -> None:
+    """Everything a rank computes up to its choice, in one graph; under the interpreter called again instead."""
+    dim, window, room = (300_000 if HAS_GPU else 3_000), (12, 64), 400
+    first, *others = (BlockHash(dim, 3, dim // 15, step=step) for step in range(4))
+    u, v, gradient, table = on_device(*(torch.zeros(dim) for _ in range(3)), torch.zeros(first.table_shape))
+    start, threshold, ties = (on_device(torch.ones(1, dtype=torch.int32))[0] for _ in range(3))
     device_hash = gpu.DeviceHash(first, DEVICE)
 
-    def local_phase() -> Tensor:
+    def local_step() -> tuple[Tensor, ...]:
         table.zero_()
         gpu.feedback_accumulate_(device_hash, table, u, v, gradient, 0.5, 0)
-        return gpu.owned_histogram(device_hash, table[:, 0], 0, 0, 21, 1024)
+        counts, kept = gpu.owned_histogram_kept(device_hash, table[:, 0], 0, start, *window, 2 * room)
+        chosen, estimates = gpu.keep_above(*kept, threshold, ties, room)
+        doubtful = gpu.select_upto(estimates, threshold, room)
+        return counts, chosen, estimates, doubtful, gpu.gather(v, chosen, torch.empty(room, device=DEVICE))
 
     torch.use_deterministic_algorithms(deterministic)
     try:
-        local_phase()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            counts = local_phase()
+        replay = captured(local_step)
     finally:
         torch.use_deterministic_algorithms(False)
     u.zero_()
     v.zero_()
-    expected = [torch.zeros(first.dim), torch.zeros(first.dim)]
+    expected_u, expected_v = torch.zeros(dim), torch.zeros(dim)
     for step, hash in enumerate(others):
-        values = random_integers(first.dim, step) * 8  # halves of halves of them are integers, too
-        device_hash.load_(hash)
-        gradient.copy_(values)
-        graph.replay()
+        values = random_integers(dim, step) * 8  # halves of halves of them are integers, too
         expected_sum = torch.zeros(hash.table_shape)
-        reference.feedback_accumulate_(hash, expected_sum, *expected, values, 0.5, 0)
+        reference.feedback_accumulate_(hash, expected_sum, expected_u, expected_v, values, 0.5, 0)
+        largest = magnitudes(reference.estimate(hash, expected_sum, 0, dim)).sort(descending=True).values
+        device_hash.load_(hash)
+        for tensor, number in ((start, largest[room]), (threshold, largest[room // 2]), (ties, 3)):
+            tensor.fill_(int(number))
+        gradient.copy_(values)
+        results = replay()
         assert torch.equal(table.cpu(), expected_sum)
-        assert torch.equal(counts.cpu(), reference.owned_histogram(hash, expected_sum[:, 0], 0, 0, 21, 1024))
+        counts, kept = reference.owned_histogram_kept(hash, expected_sum[:, 0], 0, int(start), *window, dim)
+        assert kept is not None
+        chosen, estimates = reference.keep_above(*kept, int(threshold), 3)
+        assert 0 < chosen.numel() <= room < int(counts.sum()) <= 2 * room
+        assert torch.equal(results[0].cpu(), counts)
+        assert same_chosen(results[1:3], (chosen, estimates))
+        in_doubt = reference.select_upto(estimates, int(threshold))
+        padding = torch.arange(estimates.numel(), room)  # zeros are at most any threshold
+        assert torch.equal(results[3].cpu()[: room - estimates.numel() + len(in_doubt)], torch.cat([in_doubt, padding]))
+        assert torch.equal(results[4].cpu()[: chosen.numel()], expected_v[chosen])
+
+
+def captured(compute: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that does and returns the same, by a CUDA graph where there is a GPU."""
+    compute()  # compiles
+    if not HAS_GPU:
+        return compute
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def test_count_sketch() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numba
@@ -129,9 +129,7 @@ def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, par
 
 
 def every_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> tuple[Tensor, Tensor]:
-    found = cpu.owned_above(hash, shard_table, shard, 0, 0, hash.dim)
-    assert found is not None
-    return found
+    return cpu.owned_above(hash, shard_table, shard, 0, 0)
 
 
 @few_examples
@@ -146,17 +144,20 @@ def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHas
         assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
         value = data.draw(st.sampled_from([0.0, 1e30, *own[:20].tolist()]))
         ties = data.draw(st.sampled_from([0, 1, 50]))
-        for limit in (hash.dim, 10):
+        with split_into(parts):
+            found = cpu.owned_above(hash, own_table, shard, magnitude(value), ties)
+        expected = reference.owned_above(hash, own_table, shard, magnitude(value), ties)
+        assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
+        for window, limit in product(windows(value), (hash.dim, 10)):
+            expected_counts = reference.owned_histogram(hash, own_table, shard, *window)
             with split_into(parts):
-                found = cpu.owned_above(hash, own_table, shard, magnitude(value), ties, limit)
-            expected = reference.owned_above(hash, own_table, shard, magnitude(value), ties, limit)
-            assert (found is None) == (expected is None)
-            if found is not None and expected is not None:
-                assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
-        for window in windows(value):
-            with split_into(parts):
-                counts = cpu.owned_histogram(hash, own_table, shard, *window)
-            assert torch.equal(counts, reference.owned_histogram(hash, own_table, shard, *window))
+                assert torch.equal(cpu.owned_histogram(hash, own_table, shard, *window), expected_counts)
+                counts, kept = cpu.owned_histogram_kept(hash, own_table, shard, *window, limit)
+            assert torch.equal(counts, expected_counts)
+            assert (kept is None) == (int(counts.sum()) > limit)
+            if kept is not None:
+                _, expected = reference.owned_histogram_kept(hash, own_table, shard, *window, limit)
+                assert kept[0].tolist() == expected[0].tolist() and torch.equal(kept[1], expected[1])
 
 
 @few_examples

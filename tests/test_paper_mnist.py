@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.paper.exchanges import RealExchanges
-from benchmarks.paper.experiment import INTERRUPTED
+from benchmarks.paper.experiment import INTERRUPTED, checkpoint_path
 from benchmarks.paper.linear_models import (
     CLASSES,
     LOGISTIC,
@@ -155,6 +155,24 @@ def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: 
     status, output = run_command(command(data_dir, broken, *recipe, "--batch", "8", "--resume"), timeout_s=120)
     assert status != 0 and "--resume" in output and "repeat the arguments" in output
     status, output = run_command(command(data_dir, broken, *recipe, "--resume"), timeout_s=120)
+    assert status == 0, output
+    assert runs(broken) == runs(whole)
+    assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+@pytest.mark.multiprocess
+def test_real_ranks_resume_after_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
+    """mpirun hands it on as SIGTERM; every rank goes on from its own checkpoint."""
+    whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
+    recipe = ["--steps", "120", "--recipes", "logistic-alg3", "--checkpoint-every", "20", "--transport", "mpi"]
+    on_ranks = ["launch/mpirun.sh", "-n", "4", "--"]
+    status, output = run_command([*on_ranks, *command(data_dir, whole, *recipe)], timeout_s=120)
+    assert status == 0, output
+    again = [*on_ranks, *command(data_dir, broken, *recipe)]
+    assert interrupt(again, broken.with_suffix(".log.jsonl"), '"sketched"') != 0
+    saved = [torch.load(checkpoint_path(broken, rank)) for rank in range(4)]
+    assert len({one["done"] for one in saved}) == 1 and 0 < saved[0]["done"] < 120
+    status, output = run_command([*again, "--resume"], timeout_s=120)
     assert status == 0, output
     assert runs(broken) == runs(whole)
     assert not list(tmp_path.glob("*.checkpoint*"))

@@ -158,7 +158,7 @@ def test_a_guess_that_just_as_many_reach_is_not_given_up(floor: int, count: int,
 def test_no_magnitude_is_expected_beyond_nan() -> None:
     expected = Expectation()
     for threshold in (1, MAGNITUDE_MASK):
-        expected.learn(Cut(threshold))
+        expected.learn(Cut(threshold, taken=0))
     assert expected.floor() == MAGNITUDE_MASK
     nothing = reference.magnitude_histogram(torch.ones(3), expected.floor(), 12, 2048)
     assert int(nothing.sum()) == 0

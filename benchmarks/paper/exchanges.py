@@ -51,15 +51,21 @@ class RealExchanges:
         return updates
 
     def traffic(self) -> Traffic:
-        """Of the steps since it was made or loaded, all problems together."""
+        """Of all steps, all problems together."""
         ledger = self._ledger
         totals = ledger.totals()
         steps = totals.steps / len(self._exchanges)
         return Traffic(totals.wire_bytes / steps, ledger.compression_ratio(), ledger.paper_compression_ratio())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"problems": [exchange.state_dict() for exchange in self._exchanges]}
+        return {"problems": [exchange.state_dict() for exchange in self._exchanges], "ledger": counts(self._ledger)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for exchange, saved in zip(self._exchanges, state["problems"], strict=True):
             exchange.load_state_dict(saved)
+        vars(self._ledger).update(state["ledger"])
+
+
+def counts(ledger: CommLedger) -> dict[str, int]:
+    """What a ledger has counted, so that means after a resumption are those of the whole run."""
+    return {name: count for name, count in vars(ledger).items() if isinstance(count, int)}

@@ -197,7 +197,9 @@ class Session:
     def _save_if_due(self, state: dict[str, Any], training: Training) -> None:
         stopping = self._stop.agreed(self._transport)
         if stopping or state["done"] % self._every == 0:
-            _replace(self._checkpoint, lambda path: torch.save({**state, "training": training.state_dict()}, path))
+            whole = {**state, "training": training.state_dict()}
+            # Nobody gives up its last one before all have this one: mpirun kills ranks a second after Ctrl-C.
+            _replace(self._checkpoint, lambda path: torch.save(whole, path), self._transport.barrier)
         if stopping:
             self._write_log({**state["labels"], "step": state["done"], "event": "interrupted"})
             sys.exit(INTERRUPTED)
@@ -230,8 +232,9 @@ def checkpoint_path(results: Path, rank: int) -> Path:
     return results.with_suffix(f".checkpoint{rank}")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def _replace(path: Path, write: Callable[[Path], object], wait: Callable[[], None] = lambda: None) -> None:
     """Write a file that is never half there, whenever the process ends."""
     unfinished = path.with_name(path.name + ".unfinished")
     write(unfinished)
+    wait()
     unfinished.replace(path)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from benchmarks.paper.exchanges import counts
 from benchmarks.paper.experiment import Traffic
 from benchmarks.paper.workers import METHODS, PAPER, DenseWorkers, Variant
 from hvd_sketch import CommLedger, SketchConfig, Transport
@@ -95,7 +96,7 @@ class SimulatedModelExchange:
 
     def state_dict(self) -> dict[str, Any]:
         saved = [exchange.state_dict() for exchange in self._exchanges]
-        return {"exchanges": saved, "ledger": _counters(self._ledger)}
+        return {"exchanges": saved, "ledger": counts(self._ledger)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for exchange, saved in zip(self._exchanges, state["exchanges"], strict=True):
@@ -131,7 +132,7 @@ class RealModelExchange:
         return _traffic(self._exchange.ledger)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"exchange": self._exchange.state_dict(), "ledger": _counters(self._exchange.ledger)}
+        return {"exchange": self._exchange.state_dict(), "ledger": counts(self._exchange.ledger)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._exchange.load_state_dict(state["exchange"])
@@ -142,8 +143,3 @@ def _traffic(ledger: CommLedger) -> Traffic:
     totals = ledger.totals()
     per_step = totals.wire_bytes / max(totals.steps, 1)
     return Traffic(per_step, ledger.compression_ratio(), ledger.paper_compression_ratio())
-
-
-def _counters(ledger: CommLedger) -> dict[str, int]:
-    """What a ledger has counted, so that means after a resumption are those of the whole run."""
-    return {name: count for name, count in vars(ledger).items() if isinstance(count, int)}

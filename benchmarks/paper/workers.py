@@ -149,17 +149,17 @@ class SketchedWorkers(FeedbackWorkers):
         expected = self._expected[1]
         cut = self._cut("choose", sums, k, expected.floor())
         expected.learn(cut)
-        sent, values = VectorPart(self._kernels, sums).above(cut.threshold, cut.ties)
+        sent, values = VectorPart(self._kernels, sums).above(cut)
         self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
         return cut.without_surplus(sent.cpu(), values.cpu())[0].to(self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "expected": [vars(expected) for expected in self._expected]}
+        return {**super().state_dict(), "thresholds": [expected.thresholds for expected in self._expected]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for expected, saved in zip(self._expected, state["expected"], strict=True):
-            vars(expected).update(saved)
+        for expected, saved in zip(self._expected, state["thresholds"], strict=True):
+            expected.thresholds = saved
 
 
 class TrueTopK(FeedbackWorkers):

@@ -24,7 +24,19 @@ _NETWORK_ROWS = tl.constexpr(NETWORK_ROWS)
 
 # Compiled for any value. Of the other numbers Triton compiles variants, for multiples of 16 among them: lengths
 # that are keep loads 16 bytes wide, and do not change from step to step.
-_VARYING = ["row", "first_row", "last_row", "first_block", "count", "shard", "momentum", "edge", "threshold", "ties"]
+_VARYING = [
+    "row",
+    "first_row",
+    "last_row",
+    "first_block",
+    "count",
+    "shard",
+    "momentum",
+    "edge",
+    "threshold",
+    "ties",
+    "room",
+]
 
 # --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
 
@@ -383,19 +395,42 @@ def _tile_values(
         return _estimates(source, coefficients, tile, shard, size, cols, cols, True, ROWS, BLOCK, SHARDS, LANES, TILE)
 
 
+@triton.jit
+def _number(number):
+    """A number, or what a pointer to one says."""
+    if number.dtype.is_ptr():
+        return tl.load(number)
+    else:
+        return number
+
+
+@triton.jit
+def _compared(magnitude, threshold):
+    """Which magnitudes lie above the threshold, and which on it; zeros never do."""
+    threshold = _number(threshold)
+    return magnitude > tl.maximum(threshold, 0), (magnitude == threshold) & (magnitude != 0)
+
+
+@triton.jit
+def _add_to_histogram(
+    counts, magnitude, edge, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr
+):  # fmt: skip
+    """Add magnitudes from ``edge`` upwards to one of the histograms ``counts``, int32 [COPIES, BINS + 1]."""
+    counted = (magnitude != 0) & (magnitude >= edge)
+    bin = tl.minimum((magnitude - edge) >> SHIFT, BINS)
+    copy = tl.program_id(0) % COPIES
+    tl.atomic_add(counts + copy * (BINS + 1) + bin, 1, mask=counted, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def histogram(
     source, coefficients, shard, size, cols, counts, edge,
     SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's magnitudes from ``edge`` upwards to one of the histograms ``counts``, int32 [COPIES, BINS + 1]."""
+    """Add a tile to a histogram."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
-    magnitude = _magnitudes(values)
-    counted = (magnitude != 0) & (magnitude >= edge)
-    bin = tl.minimum((magnitude - edge) >> SHIFT, BINS)
-    copy = tl.program_id(0) % COPIES
-    tl.atomic_add(counts + copy * (BINS + 1) + bin, 1, mask=counted, sem="relaxed")
+    _add_to_histogram(counts, _magnitudes(values), _number(edge), SHIFT, BINS, COPIES)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -405,25 +440,33 @@ def count(
 ):  # fmt: skip
     """How many magnitudes of each tile lie above the threshold, and how many on it: int64 [2, programs]."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
-    magnitude = _magnitudes(values)
+    above, equal = _compared(_magnitudes(values), threshold)
     found += tl.program_id(0)
-    tl.store(found, tl.sum((magnitude > threshold).to(tl.int32), 0))
-    tl.store(found + tl.num_programs(0), tl.sum((magnitude == threshold).to(tl.int32), 0))
+    tl.store(found, tl.sum(above.to(tl.int32), 0))
+    tl.store(found + tl.num_programs(0), tl.sum(equal.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def write_chosen(
-    source, coefficients, shard, size, cols, positions, out, found, threshold, ties,
+    source, coefficients, shard, size, cols, positions, out, room, found, threshold, ties, counts,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    SHIFT: tl.constexpr = 0, BINS: tl.constexpr = 0, COPIES: tl.constexpr = 1,
 ):  # fmt: skip
-    """Positions and values of the chosen; ``found`` is what :func:`count` found, summed up to each tile."""
+    """Positions and values of the first ``room`` chosen; with ``counts``, also a histogram of all above the threshold.
+
+    ``found`` is what :func:`count` found, summed up to each tile.
+    """
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     magnitude = _magnitudes(values)
+    if counts is not None:
+        _add_to_histogram(counts, magnitude, _number(threshold) + 1, SHIFT, BINS, COPIES)
     tile = tl.program_id(0).to(tl.int64)
-    above, equal = magnitude > threshold, magnitude == threshold
+    above, equal = _compared(magnitude, threshold)
+    ties = _number(ties)
     above_before = tl.load(found + tile) - tl.sum(above.to(tl.int32), 0)
     equal_before = tl.load(found + tl.num_programs(0) + tile) - tl.sum(equal.to(tl.int32), 0)
     chosen = above | (equal & (equal_before + tl.cumsum(equal.to(tl.int32), 0) <= ties))
     at = above_before + tl.minimum(equal_before, ties) + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    chosen = chosen & (at < room)
     tl.store(positions + at, tile * TILE + tl.arange(0, TILE), mask=chosen)
     tl.store(out + at, values, mask=chosen)

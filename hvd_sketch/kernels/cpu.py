@@ -74,12 +74,29 @@ def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int
     return torch.from_numpy(counts.sum(axis=0))
 
 
+def owned_histogram_kept(
+    hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int, limit: int
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """See :func:`hvd_sketch.kernels.reference.owned_histogram_kept`."""
+    kept = _owned_upto(limit, hash, shard_table, shard, start - 1)
+    if kept is None:
+        return owned_histogram(hash, shard_table, shard, start, shift, bins), None
+    return magnitude_histogram(kept[1], start, shift, bins), kept
+
+
 def owned_above(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
-) -> tuple[Tensor, Tensor] | None:
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.owned_above`."""
-    if ties:
-        return _with_ties(hash, shard_table, shard, threshold, ties, limit)
+    found = _owned_upto(hash.owned_size(shard), hash, shard_table, shard, threshold - 1 if ties else threshold)
+    assert found is not None
+    return keep_above(*found, threshold, ties) if ties else found
+
+
+def _owned_upto(
+    limit: int, hash: BlockHash, shard_table: Tensor, shard: int, threshold: int
+) -> tuple[Tensor, Tensor] | None:
+    """Estimates of magnitude bits above ``threshold`` and where they are; None if there are more than ``limit``."""
     size = hash.owned_size(shard)
     with _parallel(size) as parts:
         room = min(-(-size // (hash.block * parts)) * hash.block, limit + loops.STRETCH * hash.block)
@@ -108,16 +125,6 @@ def _mapped(count: int, dtype: type) -> np.ndarray:
     return np.frombuffer(memory, dtype)
 
 
-def _with_ties(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
-) -> tuple[Tensor, Tensor] | None:
-    found = owned_above(hash, shard_table, shard, threshold - 1, 0, hash.owned_size(shard))
-    assert found is not None
-    positions, values = found
-    chosen = select_above(values, threshold, ties)
-    return (positions[chosen], values[chosen]) if chosen.numel() <= limit else None
-
-
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`; equal to the bit."""
     with _parallel(values.numel()) as parts:
@@ -125,7 +132,7 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     return torch.from_numpy(counts.sum(axis=0))
 
 
-def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
+def select_above(values: Tensor, threshold: int, ties: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
     if threshold <= 0:
         threshold, ties = 0, 0  # a tie would be a zero
@@ -134,7 +141,9 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+def keep_above(
+    positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
     if threshold <= 0:
         threshold, ties = 0, 0  # a tie would be a zero
@@ -143,7 +152,7 @@ def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> 
     return torch.from_numpy(kept[0]), torch.from_numpy(kept[1].view(np.float32))
 
 
-def select_upto(values: Tensor, threshold: int) -> Tensor:
+def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_upto`."""
     return torch.from_numpy(loops.select_upto(values.numpy().view(np.uint32), threshold))
 

@@ -1,9 +1,10 @@
 """The sketch kernels for CUDA GPUs, in Triton: the functions of :mod:`hvd_sketch.kernels.reference`.
 
-``owned_above`` and all that select or keep wait for the device once, for the size of what they return.
-Everything else launches kernels whose number and shapes do not depend on data, and can be captured in a CUDA graph,
-with a :class:`DeviceHash`. Equal to the reference to the bit, but for the rounding of atomic sums (which also flush
-subnormal numbers to zero) and the payload of a NaN.
+Nothing here waits for the device, except what selects without being told the size of what it returns. The number and
+shapes of launches do not depend on data: all can be captured in a CUDA graph, with a :class:`DeviceHash`, and with
+thresholds (``start``, ``threshold``, ``ties``) on the device, int32 or int64 [1], instead of numbers. A ``size`` may
+then be any bound: the values returned end in zeros. Equal to the reference to the bit, but for the rounding of atomic
+sums (which also flush subnormal numbers to zero) and the payload of a NaN.
 
 Limits, in bytes per coordinate for r rows. M: copy bandwidth of device memory, read and written bytes together. L:
 bandwidth of the level-2 cache, where a table of rows * cols * 4 bytes lies if it is well below its size (50 MB on
@@ -17,9 +18,9 @@ accumulate_atomic_       4: v                                          4 r, adde
 accumulate_gather_       4 r: v for each row; 0.8 r: sorting           8 per cell   4.8 r / M
 estimate                 4: written                                    4 r, read    max(4 / M, 4 r / L)
 owned_histogram          0                                             4 r, read    4 r / L
-owned_above              12 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
+owned_above, .._kept     24 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
 magnitude_histogram      4                                             -            4 / M
-select_above             8; 8 per coordinate returned                  -            8 / M
+select_above             8; 24 per coordinate returned                 -            8 / M
 =======================  ============================================  ===========  =======================
 
 Sorting: two landings per block of 256 and row, a 4-byte key and an 8-byte position each, read and written by four
@@ -42,9 +43,9 @@ from torch import Tensor
 
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
 from hvd_sketch.kernels import _gpu_kernels as kernels
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
-from hvd_sketch.kernels.reference import select_upto as select_upto
 
 TILE = 1024  # coordinates of a program: at least the largest block
 COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up
@@ -88,6 +89,7 @@ class DeviceHash:
 
 
 AnyHash = BlockHash | DeviceHash
+Number = int | Tensor
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
@@ -156,34 +158,50 @@ def estimate_owned(hash: AnyHash, shard_table: Tensor, shard: int) -> Tensor:
     return _estimates(hash, coefficients, shard_table, 0, hash.owned_size(shard), shard, OWNED=True)
 
 
-def owned_histogram(hash: AnyHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
+def owned_histogram(hash: AnyHash, shard_table: Tensor, shard: int, start: Number, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
     return _histogram(_owned_estimates(hash, shard_table, shard), start, shift, bins)
 
 
+def owned_histogram_kept(
+    hash: AnyHash, shard_table: Tensor, shard: int, start: Number, shift: int, bins: int, limit: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See :func:`hvd_sketch.kernels.reference.owned_histogram_kept`; what is kept is ``limit`` long."""
+    source = _owned_estimates(hash, shard_table, shard)
+    counts = _empty_histograms(source, bins)
+    kept = _above(source, start - 1, 0, limit, counts, SHIFT=shift, BINS=bins, COPIES=COPIES)
+    return counts.sum(dim=0), kept
+
+
 def owned_above(
-    hash: AnyHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
-) -> tuple[Tensor, Tensor] | None:
+    hash: AnyHash, shard_table: Tensor, shard: int, threshold: Number, ties: Number, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.owned_above`."""
-    return _above(_owned_estimates(hash, shard_table, shard), threshold, ties, limit)
+    return _above(_owned_estimates(hash, shard_table, shard), threshold, ties, size)
 
 
-def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
+def magnitude_histogram(values: Tensor, start: Number, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`."""
     return _histogram(_elements(values), start, shift, bins)
 
 
-def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
+def select_above(values: Tensor, threshold: Number, ties: Number, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
-    chosen = _above(_elements(values), threshold, ties, values.numel())
-    assert chosen is not None
-    return chosen[0]
+    return _above(_elements(values), threshold, ties, size)[0]
 
 
-def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+def select_upto(values: Tensor, threshold: Number, size: int | None = None) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.select_upto`."""
+    above = (values.view(torch.int32) & MAGNITUDE_MASK) > threshold
+    return torch.nonzero(~above).flatten() if size is None else above.to(torch.uint8).argsort(stable=True)[:size]
+
+
+def keep_above(
+    positions: Tensor, values: Tensor, threshold: Number, ties: Number, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
-    chosen = select_above(values, threshold, ties)
-    return positions[chosen], values[chosen]
+    chosen, kept = _above(_elements(values), threshold, ties, size)
+    return positions[chosen], kept
 
 
 class _Source(NamedTuple):
@@ -222,30 +240,39 @@ def _estimates(
     return out
 
 
-def _histogram(source: _Source, start: int, shift: int, bins: int) -> Tensor:
-    counts = torch.zeros((COPIES, bins + 1), dtype=torch.int32, device=source.tensor.device)
+def _histogram(source: _Source, start: Number, shift: int, bins: int) -> Tensor:
+    counts = _empty_histograms(source, bins)
     source.launch(kernels.histogram, counts, start, SHIFT=shift, BINS=bins, COPIES=COPIES)
     return counts.sum(dim=0)
 
 
-def _above(source: _Source, threshold: int, ties: int, limit: int) -> tuple[Tensor, Tensor] | None:
-    """Positions and values above the threshold and of the first ``ties`` on it; None if more than ``limit``.
+def _empty_histograms(source: _Source, bins: int) -> Tensor:
+    return torch.zeros((COPIES, bins + 1), dtype=torch.int32, device=source.tensor.device)
 
-    Every tile counts; the sums up to each tile say where it writes. The host waits once, for the last two of them.
+
+def _above(
+    source: _Source,
+    threshold: Number,
+    ties: Number,
+    size: int | None,
+    counts: Tensor | None = None,
+    **window: int,
+) -> tuple[Tensor, Tensor]:
+    """The first ``size`` positions and values above the threshold or of the first ``ties`` on it, and then zeros.
+
+    With ``counts`` also their histogram, of all of them. Every tile counts; the sums up to each tile say where it
+    writes. Without a size the host waits for the last two of them.
     """
-    if threshold <= 0:
-        threshold, ties = 0, 0  # a tie would be a zero
     device = source.tensor.device
     found = torch.empty((2, source.tiles), dtype=torch.int64, device=device)
     source.launch(kernels.count, found, threshold)
     found = found.cumsum(dim=1)
-    above, equal = found[:, -1].tolist() if source.tiles else (0, 0)
-    size = above + min(equal, ties)
-    if size > limit:
-        return None
-    positions = torch.empty(size, dtype=torch.int64, device=device)
-    values = torch.empty(size, dtype=torch.float32, device=device)
-    source.launch(kernels.write_chosen, positions, values, found, threshold, ties)
+    if size is None:
+        above, equal = found[:, -1].tolist() if source.tiles else (0, 0)
+        size = above + min(equal, int(ties))
+    positions = torch.zeros(size, dtype=torch.int64, device=device)
+    values = torch.zeros(size, dtype=torch.float32, device=device)
+    source.launch(kernels.write_chosen, positions, values, size, found, threshold, ties, counts, **window)
     return positions, values
 
 

@@ -2,6 +2,9 @@
 
 A backend is a module with these functions. Tensors are float32 and contiguous, on the backend's
 device; ``hash`` is a :class:`~hvd_sketch.hashing.BlockHash`. None of them communicates.
+
+Functions that select take ``size``, how many they will find, where the caller knows it from a histogram: a device
+that works by itself then need not be waited for.
 """
 
 from __future__ import annotations
@@ -75,17 +78,28 @@ def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int
     return magnitude_histogram(estimate_owned(hash, shard_table, shard), start, shift, bins)
 
 
+def owned_histogram_kept(
+    hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int, limit: int
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """:func:`owned_histogram`, and what it counts, as :func:`owned_above` returns it, padded with zeros at will.
+
+    What is kept is not all, or None, where more than ``limit`` are counted.
+    """
+    estimates = estimate_owned(hash, shard_table, shard)
+    positions = select_above(estimates, start - 1, 0)[:limit]
+    return magnitude_histogram(estimates, start, shift, bins), (positions, estimates[positions])
+
+
 def owned_above(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, limit: int
-) -> tuple[Tensor, Tensor] | None:
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`select_above` of :func:`estimate_owned`, which other backends do not write to memory.
 
-    Returns positions, int64 (or int32 where the shard's size fits) ascending, and the estimates there, float32;
-    None if more than ``limit`` would be returned (a backend may then stop early).
+    Returns positions, int64 (or int32 where the shard's size fits) ascending, and the estimates there, float32.
     """
     estimates = estimate_owned(hash, shard_table, shard)
     positions = select_above(estimates, threshold, ties)
-    return (positions, estimates[positions]) if positions.numel() <= limit else None
+    return positions, estimates[positions]
 
 
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
@@ -100,7 +114,7 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     return torch.from_numpy(counts.astype(np.int64))
 
 
-def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
+def select_above(values: Tensor, threshold: int, ties: int, size: int | None = None) -> Tensor:
     """Positions with magnitude bits above ``threshold``, and the first ``ties`` of those equal to it.
 
     Zeros are never selected. Returns int64, ascending.
@@ -112,12 +126,14 @@ def select_above(values: Tensor, threshold: int, ties: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(above).astype(np.int64))
 
 
-def select_upto(values: Tensor, threshold: int) -> Tensor:
+def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """Positions with magnitude bits of at most ``threshold``, zeros too: int64, ascending."""
     return torch.nonzero((values.view(torch.int32) & MAGNITUDE_MASK) <= threshold).flatten()
 
 
-def keep_above(positions: Tensor, values: Tensor, threshold: int, ties: int) -> tuple[Tensor, Tensor]:
+def keep_above(
+    positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
     chosen = select_above(values, threshold, ties)
     return positions[chosen], values[chosen]
