@@ -15,7 +15,7 @@ from pathlib import Path
 
 from versus.bandwidth_report import plot, tables
 from versus.exchange_ranks import Settings
-from versus.lab import LAUNCHERS, UNSHAPED, LabFailed, lab, run_ranks
+from versus.lab import LAUNCHERS, UNSHAPED, LabFailed, at_least, file_type, lab, rate_type, run_ranks
 from versus.methods import METHODS, methods_over
 from versus.records import Records
 
@@ -23,16 +23,22 @@ from versus.records import Records
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     many = {"nargs": "+", "metavar": "N"}
-    parser.add_argument("--dims", type=lambda text: int(float(text)), default=[10**6, 6_500_000, 25 * 10**6], **many)
-    parser.add_argument("--hosts", type=int, default=[2, 4, 8], **many)
-    parser.add_argument("--rates", default=[UNSHAPED, "10gbit", "1gbit", "100mbit"], nargs="+", metavar="RATE")
+    parser.add_argument("--dims", type=at_least(1), default=[10**6, 6_500_000, 25 * 10**6], **many)
+    parser.add_argument("--hosts", type=at_least(2), default=[2, 4, 8], **many)
+    rates = [UNSHAPED, "10gbit", "1gbit", "100mbit"]
+    parser.add_argument("--rates", type=rate_type, default=rates, nargs="+", metavar="RATE")
     parser.add_argument("--methods", choices=METHODS, default=list(METHODS), nargs="+", metavar="METHOD")
     parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
-    parser.add_argument("--repeats", type=int, default=10, help="at most, for each setting (default: %(default)s)")
+    told = "at most, for each setting (default: %(default)s)"
+    parser.add_argument("--repeats", type=at_least(2), default=10, help=told)
     parser.add_argument("--budget-s", type=float, default=5, help="for each setting, 2 repeats at least (default: 5)")
-    parser.add_argument("--json", type=Path, default=Path("bandwidth.json"), help="records (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="PNG of time against bandwidth")
-    return parser.parse_args()
+    told = "records (default: %(default)s)"
+    parser.add_argument("--json", type=file_type, default=Path("bandwidth.json"), help=told)
+    parser.add_argument("--plot", type=file_type, help="PNG of time against bandwidth")
+    arguments = parser.parse_args()
+    if not any(methods_over(transport, arguments.methods) for transport in arguments.transports):
+        parser.error(f"there is no {' or '.join(arguments.methods)} over {' or '.join(arguments.transports)}")
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, records: Records) -> None:
@@ -71,6 +77,8 @@ def main() -> int:
     except LabFailed as error:
         print(f"{error}; the records up to then are in {records.path}", file=sys.stderr)
         status = 1
+    except KeyboardInterrupt:
+        status = 130
     measured = records.read()
     print(tables(measured))
     if arguments.plot and measured:

@@ -31,9 +31,9 @@ def write_mnist(folder: Path) -> Path:
 
 
 def runs(results: Path) -> list[dict[str, Any]]:
-    """What a session's runs showed, without their duration."""
+    """What a session's runs showed, without what differs from call to call."""
     found = json.loads(results.read_text())["runs"]
-    return [{name: figure for name, figure in run.items() if name != "seconds"} for run in found]
+    return [{name: figure for name, figure in run.items() if name not in ("seconds", "commit")} for run in found]
 
 
 def interrupt(line: list[str], log: Path, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,18 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_sketch.transport import LocalTransport, run_local
+from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.harness import ROOT, run_command
 from tests.labs import needs_lab
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from time_to_accuracy import pending_over
 from versus import accuracy_report, bandwidth_report, methods
 from versus.break_even import break_even, fastest, name_bandwidth
 from versus.checks import WrongResult, check, project
 from versus.exchange_ranks import Inputs, matrices
 from versus.models import MODELS
 from versus.records import Records
+from versus.training import Task, endless_batches
 
 INFINITE = float("inf")
 DIM = 20_000
@@ -173,6 +176,47 @@ def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
     assert run.returncode == 1 and "the records up to then are in" in errors, errors
     assert len(records.read()) > 1
     assert not Path(f"/run/netlab/{lab}").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("bandwidth.py --rates fast", "expected a rate such as 100mbit, 2.5gbit or none, got 'fast'"),
+        ("bandwidth.py --hosts 1", "expected a whole number from 2 on, got '1'"),
+        ("bandwidth.py --dims many", "expected a whole number from 1 on, got 'many'"),
+        ("bandwidth.py --repeats 0", "expected a whole number from 2 on, got '0'"),
+        ("bandwidth.py --json nowhere/a.json", "in a folder that can be written to, got 'nowhere/a.json'"),
+        ("bandwidth.py --methods fp16 --transports mpi", "there is no fp16 over mpi"),
+        ("bandwidth.py --json {broken}", "Mend it, or name another --json"),
+        ("time_to_accuracy.py --target 95", "--target expects a fraction above 0, at most 1, got 95"),
+        ("time_to_accuracy.py --most-steps 0", "expected a whole number from 1 on, got '0'"),
+        ("time_to_accuracy.py --data-dir nowhere --json {fresh}", "--data-dir needs the four idx files of MNIST"),
+    ],
+)
+def test_mistakes_are_told_before_there_is_a_network(command: str, told: str, tmp_path: Path) -> None:
+    broken, fresh = tmp_path / "broken.json", tmp_path / "fresh.json"
+    broken.write_text("[{")
+    status, output = benchmark(*command.format(broken=broken, fresh=fresh).split())
+    assert status != 0 and told in output and "Traceback" not in output and "netlab" not in output
+
+
+def test_a_batch_larger_than_a_share_is_refused() -> None:
+    task = Task(None, None, 0.9, 128, 10, 1)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="100 training images on 1 ranks have no batch of 128"
+    ):
+        next(endless_batches(100, task, local_transports(1)[0]))
+
+
+def test_other_settings_have_other_records(tmp_path: Path) -> None:
+    """Of one file; what differs in anything that decides is trained anew."""
+    records = Records(tmp_path / "figures.json")
+    common = {"data": "mnist", "seeds": 1, "learning_rates": [0.4]}
+    records.append(common | {"method": "topk", "transport": "mpi", "rate": "1gbit"})
+    asked = argparse.Namespace(methods=["topk"], rates=["1gbit"])
+    assert pending_over("mpi", asked, common, records) == []
+    for other in ({"data": "digits"}, {"seeds": 2}, {"learning_rates": [0.4, 0.2]}):
+        assert pending_over("mpi", asked, common | other, records) == [("topk", None, ["1gbit"])]
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float) -> None:

@@ -26,10 +26,8 @@ SHELLS = [
 ]
 HOST_END_LIMIT_S = 60
 NETEM = ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
-needs_netem = pytest.mark.skipif(
-    bool(MISSING) or subprocess.run(NETEM, capture_output=True, check=False).returncode != 0,
-    reason=MISSING or "this kernel has no netem, which makes delays",
-)
+HAS_NETEM = not MISSING and subprocess.run(NETEM, capture_output=True, check=False).returncode == 0
+needs_netem = pytest.mark.skipif(not HAS_NETEM, reason=MISSING or "this kernel has no netem, which makes delays")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +186,19 @@ class TestOneLab:
             there_and_back_s = [float(run_on(lab2, tmp_path, PYTHON, "-c", refused)[1].split()[0]) for _ in range(3)]
             assert least_s <= min(there_and_back_s) < most_s
 
+    @pytest.mark.skipif(HAS_NETEM, reason="this kernel has netem: nothing fails")
+    def test_a_delay_that_cannot_be_leaves_the_lab_as_it_was(self, lab2: str) -> None:
+        assert run_command([NETLAB, "shape", "--name", lab2, "--rate", "50mbit"], 10)[0] == 0
+        try:
+            status, output = run_command([NETLAB, "shape", "--name", lab2, "--rate", "1gbit", "--delay", "1ms"], 10)
+            assert status == 1 and "could not set a delay (which needs a kernel with netem" in output
+            for number in (1, 2):
+                show = ["ssh", f"{lab2}-{number}", "tc", "qdisc", "show", "dev", "eth0"]
+                assert "rate 50Mbit" in run_command([NETLAB, "run", "--name", lab2, "--", *show], 20)[1]
+            assert "rate 50mbit, delay none" in run_command([NETLAB, "status", "--name", lab2], 10)[1]
+        finally:
+            run_command([NETLAB, "shape", "--name", lab2, "--rate", "none"], 10)
+
     def test_one_command_at_a_time(self, lab2: str) -> None:
         nested = [NETLAB, "run", "--name", lab2, "--", "true"]
         status, output = run_command([NETLAB, "run", "--name", lab2, "--", "sh", "-c", " ".join(nested)], 20)
@@ -252,6 +263,19 @@ class TestComingAndGoing:
         assert status == 3
         assert output.splitlines()[:3] == [f"{name}-{number} slots=2" for number in (1, 2, 3)]
         assert not processes(f"/netlab/{name}/") and not Path("/run/netlab", name).exists()
+
+    def test_a_lab_removed_under_a_command_is_reported(self, tmp_path: Path) -> None:
+        report = tmp_path / "report.json"
+        with lab(2) as name:
+            job = ["sh", "-c", f"touch {tmp_path}/started; exec sleep 4242"]
+            command = [NETLAB, "run", "--name", name, "--json", str(report), "--", *job]
+            with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+                wait_until((tmp_path / "started").exists)
+                assert run_command([NETLAB, "down", "--name", name], 10)[0] == 0
+                _, output = running.communicate(timeout=30)
+        assert running.returncode == 128 + signal.SIGKILL
+        assert f"lab {name} was removed while the command ran" in output
+        assert json.loads(report.read_text())["exit_status"] == running.returncode
 
     @pytest.mark.parametrize("after_s", [0.0, 0.1, 0.2, 0.3])
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.paper.exchanges import RealExchanges
 from benchmarks.paper.experiment import INTERRUPTED, checkpoint_path
@@ -19,14 +20,15 @@ from benchmarks.paper.linear_models import (
     LOGISTIC,
     SVM,
     Labelled,
+    Problem,
     gradient,
     judge,
     lowest_loss,
     smoothed_hinge,
 )
-from benchmarks.paper.mnist import BETA, DIM, RECIPES, RHO, XI, K
+from benchmarks.paper.mnist import BETA, DIM, RECIPES, RHO, XI, XI_MU, K, Task, simulated_training
 from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
-from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
+from hvd_sketch import CountSketch, DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.transport import run_local
 from tests.harness import run_command
 from tests.paper import interrupt, runs, write_mnist
@@ -113,6 +115,76 @@ def test_the_rate_satisfies_theorem_1() -> None:
     assert BETA > 4 and XI > 1 + (1 + BETA) / (K / DIM * (1 + RHO)) >= XI - 1
     assert RECIPES["logistic-alg2"].rate(0, 100) == 1 / XI
     assert RECIPES["logistic-alg2-mu"].rate(0, 100) <= 1 / ((DIM + 1) / 4)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "sketched"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_algorithm_of_the_paper(name: str, method: str) -> None:
+    """The rates, the weights of the average, and Alg. 2 and 3 themselves, written out without the exchange."""
+    train, workers, steps, horizon = small_set(200, DIM), 2, 15, 500
+    task = Task(RECIPES[name], method, train, train, horizon, 8, seed=3)
+    training = simulated_training(task, workers)
+    exact = method == "vanilla"
+    written_out = alg3 if name.endswith("alg3") else alg2
+    problem = SVM if name.startswith("svm") else LOGISTIC
+    batches = [[batch_of(train, 3, t, worker) for worker in range(workers)] for t in range(steps)]
+    rates_and_weights = {
+        "logistic-alg2": [(1 / (t + 304), (t + 304) ** 2) for t in range(steps)],
+        "logistic-alg2-mu": [(1 / (0.01 * (t + XI_MU)), (t + XI_MU) ** 2) for t in range(steps)],
+        "svm-alg2": [(1 / math.sqrt(horizon + 1), 1)] * steps,
+    }.get(name, [(0.001, 0)] * steps)
+    last, judged = written_out(problem, batches, rates_and_weights, exact)
+    for _ in range(steps):
+        training.step()
+    assert torch.allclose(training.weights, last, rtol=1e-4, atol=1e-7) and bool(last.any())
+    assert training.measure()["train_loss"] == pytest.approx(judge(problem, judged, train)[0], rel=1e-5)
+
+
+Batches = list[list[Labelled]]  # of every step, of every worker
+RatesAndWeights = list[tuple[float, float]]  # eta_t and q_t of every step
+
+
+def batch_of(train: Labelled, seed: int, step: int, worker: int) -> Labelled:
+    return train.select(torch.from_numpy(np.random.default_rng([seed, step, worker]).integers(0, len(train.labels), 8)))
+
+
+def alg2(problem: Problem, batches: Batches, planned: RatesAndWeights, exact: bool) -> tuple[Tensor, Tensor]:
+    """The last iterate, and the average with weights q_t / Q_T; without a sketch everything is sent."""
+    weights, average = torch.zeros(CLASSES, DIM), torch.zeros(CLASSES, DIM)
+    errors = [torch.zeros(CLASSES, DIM) for _ in batches[0]]
+    for step, (batch, (rate, weight)) in enumerate(zip(batches, planned, strict=True)):
+        average += weight * weights
+        corrected = [rate * gradient(problem, weights, own)[0] + a for own, a in zip(batch, errors, strict=True)]
+        sent = torch.full((CLASSES, DIM), exact)
+        if not exact:
+            for total, mask in zip(sum(corrected), sent, strict=True):
+                table = CountSketch(DIM, 7, 40, 3, step, shards=len(batch)).accumulate_(total)
+                mask[table.heavymix(10, 3)] = True
+        errors = [torch.where(sent, 0, own) for own in corrected]
+        weights = weights - torch.where(sent, sum(corrected) / len(batch), 0)
+    return weights, average / sum(weight for _, weight in planned)
+
+
+def alg3(problem: Problem, batches: Batches, planned: RatesAndWeights, exact: bool) -> tuple[Tensor, Tensor]:
+    """The last iterate, twice: nothing is averaged."""
+    weights = torch.zeros(CLASSES, DIM)
+    u, v = ([torch.zeros(CLASSES, DIM) for _ in batches[0]] for _ in range(2))
+    for step, (batch, (rate, _)) in enumerate(zip(batches, planned, strict=True)):
+        for worker, own in enumerate(batch):
+            u[worker] = 0.9 * u[worker] + gradient(problem, weights, own)[0]
+            v[worker] = u[worker] if exact else v[worker] + u[worker]
+        update = sum(v)
+        if not exact:
+            for total, *kept in zip(update, *u, *v, strict=True):
+                table = CountSketch(DIM, 7, 40, 3, step, shards=len(batch)).accumulate_(total)
+                likely = table.top(10 * 10)
+                chosen = likely[total[likely].abs().topk(10).indices]
+                rest = torch.ones(DIM, dtype=torch.bool).index_fill_(0, chosen, False)
+                total[rest] = 0
+                for own in kept:
+                    own[chosen] = 0
+        weights = weights - rate * update / len(batch)
+    return weights, weights
 
 
 @pytest.fixture(scope="module")

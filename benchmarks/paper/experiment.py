@@ -137,7 +137,7 @@ class Session:
         labels = {**labels, "steps": steps}
         if (before := self.find(labels)) is not None:
             return before
-        training, done, curve = make(), 0, []
+        training, done, curve = make(), 0, list[dict[str, float]]()
         if saved := self._load_checkpoint(labels):
             training.load_state_dict(saved["training"])
             done, curve = saved["done"], saved["curve"]
@@ -147,16 +147,18 @@ class Session:
                 loss = training.step()
                 done += 1
                 bar.update()
+                sent_bytes = _sent_bytes(training, done)
+                megabytes = "–" if sent_bytes is None else f"{sent_bytes / 1e6:.1f}"
+                bar.set_postfix(loss=f"{loss:.4f}", MB=megabytes, refresh=False)
                 if done in record_at and self._transport.rank == 0:
                     curve.append({"step": done, **training.measure()})
-                    self._write_log({**labels, "batch_loss": loss, **curve[-1]})
-                    megabytes = done * (training.traffic().wire_bytes_per_step or 0) / 1e6
-                    bar.set_postfix(loss=f"{loss:.4f}", MB=f"{megabytes:.1f}", refresh=False)
+                    self._write_log({**labels, "batch_loss": loss, "wire_bytes": sent_bytes, **curve[-1]})
                 about = {"labels": dict(labels), "ranks": self._transport.size}
                 self._save_if_due({**about, "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started
         final = curve[-1] if curve else {}  # rank 0 has it
-        run = self.add(labels, **asdict(training.traffic()), seconds=seconds, final=final, curve=curve)
+        figures = {"commit": self._results.get("commit"), "seconds": seconds, "final": final, "curve": curve}
+        run = self.add(labels, **asdict(training.traffic()), **figures)
         self._checkpoint.unlink(missing_ok=True)
         return run
 
@@ -208,6 +210,12 @@ class Session:
         if self._transport.rank == 0:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _sent_bytes(training: Training, steps: int) -> float | None:
+    """What a rank has sent; None for a method that exists in a simulation only."""
+    per_step = training.traffic().wire_bytes_per_step
+    return None if per_step is None else steps * per_step
 
 
 def _one_run_per_line(results: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from versus.bandwidth_report import LABELS
 from versus.lab import bits_per_s
 from versus.records import Record
 
+STYLES = {"mpi": "-", "horovod": "--"}
+
 
 def table(records: Sequence[Record]) -> str:
     """One row for each method; the fastest at each rate in bold."""
@@ -56,7 +58,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for (transport, method), record in shown.items():
         megabytes = [wire_bytes / 1e6 for _, _, wire_bytes, _ in record["curve"]]
         accuracy = [point[-1] for point in record["curve"]]
-        axes.plot(megabytes, accuracy, marker=".", label=f"{LABELS[method]}, {transport}")
+        color, line = f"C{list(LABELS).index(method)}", STYLES[transport]
+        axes.plot(megabytes, accuracy, line, color=color, marker=".", label=f"{LABELS[method]}, {transport}")
     axes.set(xscale="log", xlabel="MB sent by each host so far (ledger)", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

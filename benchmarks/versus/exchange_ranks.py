@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from versus.methods import METHODS, Gradient, Method
 from versus.records import Record, Records, environment
 
 LEAST_REPEATS = 2
-REPEATS_PER_SPLIT = 4  # splitting time takes exchanges of its own: one for so many, at least one
+MOST_SPLITS = 3  # splitting time takes exchanges of its own
 COLUMNS = MOST_ROWS = 1000  # of the matrices the gradient is made of, as PowerSGD sees it
 
 
@@ -46,10 +47,12 @@ def main(transport_name: str, settings: Settings) -> None:
         method = METHODS[name](clocked, dim)
         shape_together(transport, settings.lab, UNSHAPED)
         check(method, transport, inputs)
+        exchanges = Exchanges(method, clocked, transport, inputs)
+        exchanges.split()  # compiles what only it takes
         for rate in rates:
             shape_together(transport, settings.lab, rate)
             about = {"method": name, "transport": transport_name, "dim": dim, "hosts": settings.hosts, "rate": rate}
-            measured = Exchanges(method, clocked, transport, inputs).measure(settings.repeats, settings.budget_s)
+            measured = exchanges.measure(settings.repeats, settings.budget_s)
             if transport.rank == 0:
                 records.append(about | measured | environment())
                 print(describe(about | measured), flush=True)
@@ -105,7 +108,8 @@ class Exchanges:
         seconds = [self._time_one() for _ in range(repeats)]
         sent = (read_sent() - sent_before) // repeats
         wire_bytes = (self._method.ledger.totals().wire_bytes - wire_before) // repeats
-        compute_s, network_s = self._split(max(1, repeats // REPEATS_PER_SPLIT))
+        splits = zip(*(self.split() for _ in range(min(repeats, MOST_SPLITS))), strict=True)
+        compute_s, network_s = (statistics.median(each) for each in splits)
         return {
             "seconds": quantiles(seconds) | {"repeats": repeats},
             "compute_s": round(compute_s, 5),
@@ -127,14 +131,15 @@ class Exchanges:
         self._method.average(gradient)
         return time.perf_counter() - start_s
 
-    def _split(self, repeats: int) -> tuple[float, float]:
-        """Means of what the slowest rank computes, and of what it spends in collectives, with nothing overlapped."""
+    def split(self) -> tuple[float, float]:
+        """What the slowest rank computes in an exchange, and what it spends in collectives, with nothing overlapped."""
         clocked = self._clocked
         clocked.splits, clocked.network_s, clocked.waiting_s = True, 0.0, 0.0
-        own_s = sum(self._time_own() for _ in range(repeats))
+        own_s = self._time_own()
         clocked.splits = False
-        compute_s = own_s - clocked.network_s - clocked.waiting_s
-        compute_s, network_s = slowest(self._transport, compute_s / repeats, clocked.network_s / repeats)
+        compute_s, network_s = slowest(
+            self._transport, own_s - clocked.network_s - clocked.waiting_s, clocked.network_s
+        )
         return compute_s, network_s
 
 

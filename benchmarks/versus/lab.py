@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NETLAB = str(ROOT / "launch/netlab")
 LAUNCHERS = {"mpi": "launch/mpirun.sh", "horovod": "launch/horovodrun.sh"}
 UNSHAPED = "none"
+RATE = r"(?!0+(\.0*)?[kmg])\d+(\.\d+)?[kmg]bit"
 BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -30,8 +34,8 @@ def lab(hosts: int, rate: str = UNSHAPED) -> Iterator[str]:
     """The name of a network of so many hosts that is there while inside, and nobody else's."""
     name = f"bench-{os.getpid()}"
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the network goes, too
-    _netlab("up", "--name", name, "--hosts", str(hosts), "--rate", rate)
     try:
+        _netlab("up", "--name", name, "--hosts", str(hosts), "--rate", rate)
         yield name
     finally:
         _netlab("down", "--name", name)
@@ -63,6 +67,36 @@ def run_ranks(name: str, transport: str, module: str, settings: dict[str, Any]) 
     hosts = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
     ranks = [sys.executable, "-m", module, transport, json.dumps(settings)]
     _netlab("run", "--name", name, "--", str(ROOT / LAUNCHERS[transport]), *hosts, "--", *ranks, **environment)
+
+
+def rate_type(text: str) -> str:
+    """A rate of the network among a command's arguments."""
+    if text != UNSHAPED and not re.fullmatch(RATE, text):
+        raise argparse.ArgumentTypeError(f"expected a rate such as 100mbit, 2.5gbit or none, got '{text}'")
+    return text
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from ``least`` on, which may be written as 25e6."""
+
+    def check(text: str) -> int:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (number >= least and number == int(number)):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got '{text}'")
+        return int(number)
+
+    return check
+
+
+def file_type(text: str) -> Path:
+    """A file that can be written, among a command's arguments."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written to, got '{text}'")
+    return path
 
 
 def bits_per_s(rate: str) -> float:

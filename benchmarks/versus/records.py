@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ class Records:
         self.path = path
 
     def read(self) -> list[Record]:
-        return json.loads(self.path.read_text()) if self.path.exists() else []
+        try:
+            return json.loads(self.path.read_text()) if self.path.exists() else []
+        except json.JSONDecodeError as error:
+            sys.exit(f"{self.path} expected a list of records in JSON: {error}. Mend it, or name another --json")
 
     def append(self, record: Record) -> None:
         lines = ",\n".join(json.dumps(each) for each in [*self.read(), record])

@@ -137,7 +137,16 @@ def _step(model: nn.Module, optimizer: Optimizer, data: Images, batch: Tensor) -
 
 
 def endless_batches(images: int, task: Task, transport: Transport) -> Iterator[Tensor]:
-    """This rank's share of shuffles that all ranks know."""
+    """This rank's share of shuffles that all ranks know.
+
+    Raises:
+        ValueError: on every rank: a share has no whole batch.
+    """
+    if images // transport.size < task.batch:
+        raise ValueError(
+            f"{images} training images on {transport.size} ranks have no batch of {task.batch} each: "
+            f"ask for at most {images // transport.size}, or for fewer ranks"
+        )
     generator = torch.Generator().manual_seed(task.seed)
     while True:
         own = torch.randperm(images, generator=generator)[transport.rank :: transport.size]

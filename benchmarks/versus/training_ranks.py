@@ -27,25 +27,20 @@ class Settings:
 
     Attributes:
         pending: (method, its learning rate or None to search for it, rates of the network without a record).
+        common: what every record says of this call: data, hosts, model, hidden, target, batch, most_steps,
+            steps_between, seeds, learning_rates.
     """
 
     lab: str
-    hosts: int
     pending: list[tuple[str, float | None, list[str]]]
     data_dir: str | None
-    model: str
-    hidden: int
-    target: float
-    batch: int
-    most_steps: int
-    steps_between: int
-    seeds: int
-    learning_rates: list[float]
     records: str
+    common: Record
 
     def task(self, data: Images) -> Task:
-        make_model = partial(MODELS[self.model], data.train_images.shape[1], self.hidden)
-        return Task(data, make_model, self.target, self.batch, self.most_steps, self.steps_between)
+        common = self.common
+        make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])
+        return Task(data, make_model, *(common[name] for name in ("target", "batch", "most_steps", "steps_between")))
 
 
 def main(transport_name: str, settings: Settings) -> None:
@@ -54,16 +49,15 @@ def main(transport_name: str, settings: Settings) -> None:
     records = Records(Path(settings.records))
     task = settings.task(load_images(Path(settings.data_dir) if settings.data_dir else None))
     for method, learning_rate, rates in settings.pending:
-        about = {"method": method, "transport": transport_name, "hosts": settings.hosts, "data": task.data.name}
-        about |= {"model": settings.model, "hidden": settings.hidden, "batch": settings.batch, "target": task.target}
+        about = {"method": method, "transport": transport_name} | settings.common
         if learning_rate is None:
             shape_together(transport, settings.lab, UNSHAPED)
-            found = search(task, method, settings.learning_rates, transport)
+            found = search(task, method, settings.common["learning_rates"], transport)
             learning_rate = found["learning_rate"]
             keep(records, transport, about | {"search": True} | found)
         for rate in rates:
             shape_together(transport, settings.lab, rate)
-            measured = measure(task, method, learning_rate, settings.seeds, transport)
+            measured = measure(task, method, learning_rate, settings.common["seeds"], transport)
             keep(records, transport, about | {"rate": rate, "learning_rate": learning_rate} | measured)
 
 

@@ -25,12 +25,13 @@ def run(lab: Lab, command: list[str], report_path: Path | None) -> int:
         before, start_s = read_counters(lab), time.monotonic()
         try:
             status = supervise(lab, command)
-            elapsed_s, after = time.monotonic() - start_s, read_counters(lab)
+            elapsed_s = time.monotonic() - start_s
+            after = counters_if_up(lab)
         finally:
             end_guests(lab)
     differences = [
         (host.name, sent - sent_before, got - got_before)
-        for host, (sent, got), (sent_before, got_before) in zip(lab.hosts, after, before, strict=True)
+        for host, (sent, got), (sent_before, got_before) in zip(lab.hosts, after, before, strict=bool(after))
     ]
     hosts = [{"name": name, "sent_bytes": sent, "received_bytes": got} for name, sent, got in differences]
     for name, sent, got in differences:
@@ -40,6 +41,15 @@ def run(lab: Lab, command: list[str], report_path: Path | None) -> int:
         report = {"hosts": hosts, "elapsed_s": round(elapsed_s, 3), "exit_status": status}
         write_whole(report_path, json.dumps(report, indent=2) + "\n")
     return status
+
+
+def counters_if_up(lab: Lab) -> list[tuple[int, int]]:
+    """What the interfaces counted; nothing if the lab is gone."""
+    try:
+        return read_counters(lab)
+    except OSError:
+        note(f"lab {lab.name} was removed while the command ran: what its hosts sent is not known")
+        return []
 
 
 def supervise(lab: Lab, command: list[str]) -> int:

@@ -97,11 +97,24 @@ def connect(switch: Host, host: Host, port: str) -> None:
 
 
 def shape(lab: Lab, rate: str, delay: str) -> None:
-    """Limit what each host sends (at its eth0) and receives (at its port), and delay what it receives."""
+    """Limit what each host sends (at its eth0) and receives (at its port), and delay what it receives.
+
+    Raises:
+        LabError: the kernel cannot do it; a lab that was shaped before is so again.
+    """
+    try:
+        limit_all(lab, rate, delay)
+    except LabError:
+        if (rate, delay) != (lab.rate, lab.delay):
+            limit_all(lab, lab.rate, lab.delay)
+        raise
+    lab.rate, lab.delay = rate, delay
+
+
+def limit_all(lab: Lab, rate: str, delay: str) -> None:
     for number, host in enumerate(lab.hosts, 1):
         limit(host, INTERFACE, rate, "none")
         limit(lab.switch, f"port{number}", rate, delay)
-    lab.rate, lab.delay = rate, delay
 
 
 def limit(host: Host, device: str, rate: str, delay: str) -> None:
