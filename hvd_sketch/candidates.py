@@ -131,7 +131,7 @@ class SketchCandidates:
             shortlists = decode_shortlists(self._comm.allgather(encoded), (self._comm.rank, encoded, own))
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
         chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
-        return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device)
+        return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device, non_blocking=True)
 
     def _heavymix(self, summed: Tensor, step: int) -> Tensor:
         """H, the heavy coordinates, and others at random: k in all, the same on every rank."""

@@ -118,7 +118,7 @@ class SketchedAllreduce(Exchange):
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         finite = all_finite([sums])
-        positions, sums = positions.to(self._device), sums.to(self._device)
+        positions, sums = (found.to(self._device, non_blocking=True) for found in (positions, sums))
         update = SparseUpdate(candidates.index_select(0, positions), sums / self._comm.size)
         if not finite or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")

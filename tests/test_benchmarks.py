@@ -202,9 +202,7 @@ def test_mistakes_are_told_before_there_is_a_network(command: str, told: str, tm
 
 def test_a_batch_larger_than_a_share_is_refused() -> None:
     task = Task(None, None, 0.9, 128, 10, 1)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match="100 training images on 1 ranks have no batch of 128"
-    ):
+    with pytest.raises(ValueError, match="100 training images on 1 ranks have no batch of 128"):
         next(endless_batches(100, task, local_transports(1)[0]))
 
 

@@ -312,10 +312,12 @@ def test_device_hash_takes_on_another_step() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_captured_step_replays_with_other_hashes_and_thresholds(deterministic: bool) -> None:
+def test_a_captured_step_replays_with_other_hashes_and_thresholds(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything a rank computes up to its choice, in one graph; under the interpreter called again instead."""
-    dim, window, room = (300_000 if HAS_GPU else 3_000), (12, 64), 400
-    first, *others = (BlockHash(dim, 3, dim // 15, step=step) for step in range(4))
+    dim, window, room = (300_000 if HAS_GPU else 1_000), (12, 64), 150
+    first, *others = (BlockHash(dim, 3, dim // 15, step=step) for step in range(3))
     u, v, gradient, table = on_device(*(torch.zeros(dim) for _ in range(3)), torch.zeros(first.table_shape))
     start, threshold, ties = (on_device(torch.ones(1, dtype=torch.int32))[0] for _ in range(3))
     device_hash = gpu.DeviceHash(first, DEVICE)
@@ -328,11 +330,8 @@ def test_a_captured_step_replays_with_other_hashes_and_thresholds(deterministic:
         doubtful = gpu.select_upto(estimates, threshold, room)
         return counts, chosen, estimates, doubtful, gpu.gather(v, chosen, torch.empty(room, device=DEVICE))
 
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        replay = captured(local_step)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    replay = captured(local_step)
     u.zero_()
     v.zero_()
     expected_u, expected_v = torch.zeros(dim), torch.zeros(dim)
@@ -388,9 +387,19 @@ def test_count_sketch() -> None:
         assert torch.equal(ours.heavymix(100, 7).cpu(), theirs.heavymix(100, 7))
 
 
-def test_exchange_selects_what_the_reference_selects(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SketchConfig(rows=3, cols=400, k=20, deterministic=True)
-    gradients = [random_integers(2_000, seed) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("dim", "k", "ties"),
+    [
+        pytest.param(2_000, 20, False, id="every sum travels"),
+        pytest.param(6_000, 1_000, False, id="owners choose"),
+        pytest.param(6_000, 1_000, True, id="all are equal"),
+    ],
+)
+def test_exchange_selects_what_the_reference_selects(
+    dim: int, k: int, ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SketchConfig(rows=3, cols=400, k=k, deterministic=True)
+    gradients = [torch.ones(dim) if ties else random_integers(dim, seed) for seed in range(2)]
     lock = threading.Lock()  # the interpreter patches modules while it runs
     launch = gpu._launch
 
@@ -406,7 +415,7 @@ def test_exchange_selects_what_the_reference_selects(monkeypatch: pytest.MonkeyP
         ranks = local_transports(2)
 
         def two_steps(rank: int) -> list[Tensor]:
-            exchange = SketchedAllreduce(config, 2_000, ranks[rank], device)  # noqa: B023
+            exchange = SketchedAllreduce(config, dim, ranks[rank], device)  # noqa: B023
             steps = [exchange.step(gradients[rank].to(device)) for _ in range(2)]  # noqa: B023
             return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)]
 

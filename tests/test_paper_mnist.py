@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.paper import mnist_figure
 from benchmarks.paper.exchanges import RealExchanges
 from benchmarks.paper.experiment import INTERRUPTED, checkpoint_path
 from benchmarks.paper.linear_models import (
@@ -211,6 +212,10 @@ def test_real_ranks_equal_the_simulation(data_dir: Path, tmp_path: Path) -> None
     trained = [run for run in runs(real) if "curve" in run]
     assert len(trained) == 4 and trained == [run for run in runs(simulated) if "curve" in run]
     assert trained[0]["curve"][0]["train_loss"] > 1.2 * trained[0]["final"]["train_loss"]
+    lines = mnist_figure.draw(json.loads(real.read_text())["runs"], tmp_path / "figure.png").splitlines()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    error = trained[0]["final"]["train_error"]
+    assert len(lines) == 2 + 2 * 3 and lines[2].startswith(f"| logistic-alg2 | vanilla | {100 * error:.3g} %")
 
 
 @pytest.mark.multiprocess

@@ -70,9 +70,12 @@ SCALES = {
     "full": Scale(
         *(64, 24, 50_000, 512, 0.4, 0.9, [4, 16, 64, 256], 24 * 97, 512),
         sketches=[
-            {"k": k, "rows": 3, "cols": cols, "oversample": oversample}
-            for k in (50_000, 100_000)
-            for cols, oversample in ((100_000, 4), (200_000, 2), (200_000, 4), (200_000, 8), (400_000, 4))
+            *({"ratio": ratio} for ratio in (10, 20)),
+            *(
+                {"k": k, "rows": 3, "cols": cols, "oversample": oversample}
+                for k in (50_000, 100_000)
+                for cols, oversample in ((100_000, 4), (200_000, 2), (200_000, 4), (200_000, 8), (400_000, 4))
+            ),
         ],
     ),
 }
@@ -145,7 +148,8 @@ def load_data(arguments: argparse.Namespace, images: int) -> Cifar10:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=("accuracy", "workers"), default=["accuracy", "workers"])
+    parts, told = ["accuracy", "workers"], "default: both; workers has one seed"
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help=told)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
     parser.add_argument("--workers", type=int, nargs="+", help="W; the first is that of the part 'accuracy'")
     parser.add_argument(

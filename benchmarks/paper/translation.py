@@ -175,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a batch; default: of the model at this scale")
     parser.add_argument("--pieces", type=int, help="of the vocabulary; default: of the model at this scale")
     parser.add_argument("--factor", type=float, help="of the learning rate; default: of the model at this scale")
-    parser.add_argument("--momentum", type=float, help="inside the exchange; default: 0.9")
+    parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
     parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
     add_device(parser)
     parser.add_argument("--cache-dir", type=Path, help="for vocabularies (default: the folder of --json)")

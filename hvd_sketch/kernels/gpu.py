@@ -2,9 +2,10 @@
 
 Nothing here waits for the device, except what selects without being told the size of what it returns. The number and
 shapes of launches do not depend on data: all can be captured in a CUDA graph, with a :class:`DeviceHash`, and with
-thresholds (``start``, ``threshold``, ``ties``) on the device, int32 or int64 [1], instead of numbers. A ``size`` may
-then be any bound: the values returned end in zeros. Equal to the reference to the bit, but for the rounding of atomic
-sums (which also flush subnormal numbers to zero) and the payload of a NaN.
+thresholds (``start``, ``threshold``, ``ties``) on the device, int32 or int64 [1], instead of numbers. The ``size`` of
+``owned_above`` and ``keep_above`` may then be any bound: the values returned end in zeros. (The exchange replays no
+graphs: between its phases the host takes part in collectives.) Equal to the reference to the bit, but for the rounding
+of atomic sums (which also flush subnormal numbers to zero) and the payload of a NaN.
 
 Limits, in bytes per coordinate for r rows. M: copy bandwidth of device memory, read and written bytes together. L:
 bandwidth of the level-2 cache, where a table of rows * cols * 4 bytes lies if it is well below its size (50 MB on

@@ -98,7 +98,7 @@ def owned_above(
     Returns positions, int64 (or int32 where the shard's size fits) ascending, and the estimates there, float32.
     """
     estimates = estimate_owned(hash, shard_table, shard)
-    positions = select_above(estimates, threshold, ties)
+    positions = select_above(estimates, threshold, ties, size)
     return positions, estimates[positions]
 
 
@@ -123,19 +123,19 @@ def select_above(values: Tensor, threshold: int, ties: int, size: int | None = N
     above = magnitude > max(threshold, 0)
     equal = np.flatnonzero((magnitude == threshold) & (magnitude != 0))[:ties]
     above[equal] = True
-    return torch.from_numpy(np.flatnonzero(above).astype(np.int64))
+    return _of_size(torch.from_numpy(np.flatnonzero(above).astype(np.int64)), size)
 
 
 def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """Positions with magnitude bits of at most ``threshold``, zeros too: int64, ascending."""
-    return torch.nonzero((values.view(torch.int32) & MAGNITUDE_MASK) <= threshold).flatten()
+    return _of_size(torch.nonzero((values.view(torch.int32) & MAGNITUDE_MASK) <= threshold).flatten(), size)
 
 
 def keep_above(
     positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
-    chosen = select_above(values, threshold, ties)
+    chosen = select_above(values, threshold, ties, size)
     return positions[chosen], values[chosen]
 
 
@@ -147,6 +147,12 @@ def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
 def clear_(vector: Tensor, indices: Tensor) -> None:
     """Zero ``vector`` at distinct int64 indices, all within it."""
     vector.index_fill_(0, indices, 0)
+
+
+def _of_size(chosen: Tensor, size: int | None) -> Tensor:
+    """What was chosen; a device that trusted another size would return too much or too little."""
+    assert size in (None, chosen.numel()), f"{chosen.numel()} are chosen, {size} were expected"
+    return chosen
 
 
 def _median(votes: np.ndarray) -> np.ndarray:
