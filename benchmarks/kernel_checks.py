@@ -48,6 +48,9 @@ def _against_reference(like: BlockHash, dim: int, device: torch.device) -> list[
     estimates = kernels.estimate(hash, ours[0], 0, dim).cpu()
     if not torch.equal(estimates, reference.estimate(hash, theirs[0], 0, dim)):
         wrong.append(f"estimates at dim {dim}: differ from the reference")
+    count, own = -(-dim // 10), [table[:, 0].contiguous() for table in (ours[0], theirs[0])]
+    if not torch.equal(recover(kernels, hash, own[0], count).cpu().long(), recover(reference, hash, own[1], count)):
+        wrong.append(f"recovery at dim {dim}: differs from the reference's")
     return wrong
 
 

@@ -57,6 +57,7 @@ class Setting:
 
 
 # Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
+# What the GPU kernels must move beyond that, and through which memory, stands in hvd_sketch/kernels/gpu.py.
 BYTES_PER_COORDINATE = {"copy": 8, "finite": 4, "feedback": 20, "sketch": 4, "feedback + sketch": 20, "estimate": 4}
 TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
 
@@ -80,6 +81,8 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
     }
     if values.device.type == "cpu":
         operations["hash alone"] = lambda: hash_only(hash)
+    else:
+        operations["sketch, gathered"] = lambda: kernels.accumulate_gather_(hash, scratch, values, 0)
     return operations
 
 

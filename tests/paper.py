@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.harness import ROOT
+from benchmarks.paper.experiment import INTERRUPTED
+from tests.harness import ROOT, run_command
 
 
 def write_mnist(folder: Path) -> Path:
@@ -48,3 +49,18 @@ def interrupt(line: list[str], log: Path, text: str) -> int:
         return process.wait(timeout=30)
     finally:
         process.kill()
+
+
+def log_of_a_resumption(command: list[str], folder: Path, text: str) -> list[dict[str, Any]]:
+    """Interrupt a command once its log has a text, resume it, compare with a whole one; the log of both parts."""
+    whole, broken = folder / "whole.json", folder / "broken.json"
+    status, output = run_command([*command, "--json", str(whole)], timeout_s=150)
+    assert status == 0, output
+    log = broken.with_suffix(".log.jsonl")
+    assert interrupt([*command, "--json", str(broken)], log, text) == INTERRUPTED
+    status, output = run_command([*command, "--json", str(broken), "--resume"], timeout_s=150)
+    assert status == 0, output
+    assert runs(broken) == runs(whole)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any(line.get("event") == "interrupted" for line in lines)
+    return lines

@@ -134,6 +134,17 @@ def benchmark(name: str, *arguments: str, timeout_s: float = 120) -> tuple[int, 
     return run_command([sys.executable, f"benchmarks/{name}", *arguments], timeout_s)
 
 
+def test_kernels_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    sizes = ["--dims", "2e4", "3e4", "--rows", "3", "--rounds", "1"]
+    status, output = benchmark("kernels.py", *sizes, "--json", str(figures), "--plot", str(picture))
+    assert status == 0, output
+    measured = json.loads(figures.read_text())
+    assert {"python", "torch", "numpy", "numba"} <= measured["versions"].keys() and measured["commit"]
+    assert "x torch" in output and "a step's peak memory" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.multiprocess
 @needs_lab
 def test_bandwidth_end_to_end(tmp_path) -> None:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
 from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
-from benchmarks.paper.experiment import INTERRUPTED
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
 from tests.harness import launch, run_command
-from tests.paper import interrupt, runs
+from tests.paper import log_of_a_resumption, runs
 
 WIDTH, BATCH, WORKERS, STEPS = 2, 32, 4, 5
 
@@ -196,16 +195,8 @@ def test_resuming_after_ctrl_c_gives_the_same_figures(tmp_path: Path) -> None:
     sizes = "--train-images 100 --epochs 6 --batch 8 --sweep-batch 8 --width 2 --workers 4 --seeds 1"
     base = [sys.executable, "-m", "benchmarks.paper.cifar10", "--data-dir", str(tmp_path), *sizes.split()]
     base += ["--parts", "accuracy", "--methods", "sketched", "--ratios", "5"]
-    whole, broken = ([*base, "--json", str(tmp_path / name)] for name in ("whole.json", "broken.json"))
-    status, output = run_command(whole, timeout_s=120)
-    assert status == 0, output
-    assert interrupt(broken, tmp_path / "broken.log.jsonl", '"step": 18') == INTERRUPTED
-    status, output = run_command([*broken, "--resume"], timeout_s=120)
-    assert status == 0, output
-    assert runs(tmp_path / "broken.json") == runs(tmp_path / "whole.json")
-    lines = [json.loads(line) for line in (tmp_path / "broken.log.jsonl").read_text().splitlines()]
-    assert any(line.get("event") == "interrupted" for line in lines)
-    assert lines[-1]["wire_bytes"] == pytest.approx(72 * runs(tmp_path / "whole.json")[0]["wire_bytes_per_step"])
+    log = log_of_a_resumption(base, tmp_path, '"step": 18')
+    assert log[-1]["wire_bytes"] == pytest.approx(72 * runs(tmp_path / "whole.json")[0]["wire_bytes_per_step"])
 
 
 def test_a_whole_experiment_and_its_figure(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from benchmarks.paper import translation_figure
-from benchmarks.paper.experiment import INTERRUPTED
 from benchmarks.paper.parallel_text import (
     BEGIN,
     END,
@@ -36,7 +35,7 @@ from benchmarks.paper.translation_recipes import FULL, METHODS, RECIPES, Recipe
 from hvd_sketch import local_transports, sketched_dim
 from hvd_sketch.transport import run_local
 from tests.harness import run_command
-from tests.paper import interrupt, runs
+from tests.paper import log_of_a_resumption
 
 PIECES = 60
 TINY = Recipe(
@@ -319,15 +318,7 @@ def test_real_ranks_equal_the_simulation(data_dir: Path, tmp_path: Path) -> None
 def test_resuming_after_ctrl_c_gives_the_same_figures(data_dir: Path, tmp_path: Path) -> None:
     sizes = f"--seeds 1 --pieces {PIECES} --steps 40 --models transformer --methods sketched-20x --workers 2"
     base = [sys.executable, "-m", "benchmarks.paper.translation", "--data-dir", str(data_dir), *sizes.split()]
-    whole, broken = ([*base, "--json", str(tmp_path / name)] for name in ("whole.json", "broken.json"))
-    status, output = run_command(whole, timeout_s=150)
-    assert status == 0, output
-    assert interrupt(broken, tmp_path / "broken.log.jsonl", '"step"') == INTERRUPTED
-    status, output = run_command([*broken, "--resume"], timeout_s=150)
-    assert status == 0, output
-    assert runs(tmp_path / "broken.json") == runs(tmp_path / "whole.json")
-    log = [json.loads(line) for line in (tmp_path / "broken.log.jsonl").read_text().splitlines()]
-    assert any(line.get("event") == "interrupted" for line in log)
+    log_of_a_resumption(base, tmp_path, '"step"')
 
 
 def test_true_topk_is_refused_on_real_ranks(data_dir: Path, tmp_path: Path) -> None:
