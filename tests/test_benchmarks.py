@@ -28,7 +28,7 @@ from versus.checks import WrongResult, check, project
 from versus.exchange_ranks import Inputs, matrices
 from versus.models import MODELS
 from versus.records import Records
-from versus.training import Task, endless_batches
+from versus.training import endless_batches
 
 INFINITE = float("inf")
 DIM = 20_000
@@ -212,9 +212,8 @@ def test_mistakes_are_told_before_there_is_a_network(command: str, told: str, tm
 
 
 def test_a_batch_larger_than_a_share_is_refused() -> None:
-    task = Task(None, None, 0.9, 128, 10, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="100 training images on 1 ranks have no batch of 128"):
-        next(endless_batches(100, task, local_transports(1)[0]))
+        next(endless_batches(100, 128, 0, local_transports(1)[0]))
 
 
 def test_other_settings_have_other_records(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,10 +248,13 @@ def test_resuming_is_bitwise(momentum: float) -> None:
         saved = first.state_dict()
         second = SketchedAllreduce(config, dim, transport)
         second.load_state_dict(saved)
+        before = len(first.ledger.records)
         for step in range(3, 6):
             gradient = float_gradient(dim, transport.rank, step)
             a, b = first.step(gradient), second.step(gradient)
             assert torch.equal(a.indices, b.indices) and torch.equal(a.values, b.values)
+        sent = [replace(record, step=record.step - 3) for record in list(first.ledger.records)[before:]]
+        assert sent == list(second.ledger.records)[-len(sent) :]  # thresholds are saved: no histogram is repeated
         return torch.equal(first.residual, second.residual) and torch.equal(first.velocity, second.velocity)
 
     assert all(run_local(3, main))

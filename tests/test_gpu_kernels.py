@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hvd_sketch import kernels as backends
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
-from hvd_sketch.transport.local import local_transports
+from hvd_sketch.transport import LocalTransport, run_local
 from tests.test_kernels import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
 HAS_GPU = torch.cuda.is_available()
@@ -408,19 +408,17 @@ def test_exchange_selects_what_the_reference_selects(
             launch(*arguments, **constants)
 
     monkeypatch.setattr(gpu, "_launch", launch_alone)
+
+    def two_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:
+        exchange = SketchedAllreduce(config, dim, transport, device)
+        steps = [exchange.step(gradients[transport.rank].to(device)) for _ in range(2)]
+        return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)]
+
     updates = []
     for name in ("triton", "reference"):
         device = DEVICE if name == "triton" else torch.device("cpu")
         monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, name)
-        ranks = local_transports(2)
-
-        def two_steps(rank: int) -> list[Tensor]:
-            exchange = SketchedAllreduce(config, dim, ranks[rank], device)  # noqa: B023
-            steps = [exchange.step(gradients[rank].to(device)) for _ in range(2)]  # noqa: B023
-            return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)]
-
-        with ThreadPoolExecutor(2) as threads:
-            updates += list(threads.map(two_steps, range(2)))
+        updates += run_local(2, partial(two_steps, device))
     assert all(torch.equal(a, b) for update in updates[1:] for a, b in zip(update, updates[0], strict=True))
 
 

@@ -111,7 +111,7 @@ def train(task: Task, method: str, learning_rate: float, transport: Transport, m
     model = task.make_model()
     hvd_sketch.broadcast_parameters(model.named_parameters(), 0, transport)
     optimizer = make_optimizer(method, model, transport, learning_rate)
-    batches = endless_batches(len(task.data.train_labels), task, transport)
+    batches = endless_batches(len(task.data.train_labels), task.batch, task.seed, transport)
     course = Course()
     while not course.reached and course.steps < (most_steps or task.most_steps):
         transport.barrier()
@@ -136,21 +136,21 @@ def _step(model: nn.Module, optimizer: Optimizer, data: Images, batch: Tensor) -
     optimizer.step()
 
 
-def endless_batches(images: int, task: Task, transport: Transport) -> Iterator[Tensor]:
+def endless_batches(images: int, batch: int, seed: int, transport: Transport) -> Iterator[Tensor]:
     """This rank's share of shuffles that all ranks know.
 
     Raises:
         ValueError: on every rank: a share has no whole batch.
     """
-    if images // transport.size < task.batch:
+    if images // transport.size < batch:
         raise ValueError(
-            f"{images} training images on {transport.size} ranks have no batch of {task.batch} each: "
+            f"{images} training images on {transport.size} ranks have no batch of {batch} each: "
             f"ask for at most {images // transport.size}, or for fewer ranks"
         )
-    generator = torch.Generator().manual_seed(task.seed)
+    generator = torch.Generator().manual_seed(seed)
     while True:
         own = torch.randperm(images, generator=generator)[transport.rank :: transport.size]
-        yield from (batch for batch in own.split(task.batch) if len(batch) == task.batch)
+        yield from (part for part in own.split(batch) if len(part) == batch)
 
 
 @torch.no_grad()
