@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from hvd_sketch.transport import run_local
 
 ROOT = Path(__file__).parent.parent
+FIRST_STEP_LIMIT_S = 180  # the kernels may have to be compiled first
 LAUNCHERS = {
     "mpi": ["launch/mpirun.sh"],
     "horovod-gloo": ["launch/horovodrun.sh", "--gloo"],
@@ -58,7 +61,7 @@ def run_command(command: list[str], timeout_s: float, **environment: str) -> tup
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)} | environment,
+        env=child_environment() | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -71,6 +74,27 @@ def run_command(command: list[str], timeout_s: float, **environment: str) -> tup
         output, _ = process.communicate()
         raise AssertionError(f"{' '.join(command)} did not end within {timeout_s} s:\n{output}") from None
     return process.returncode, output
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command running from the checkout's root; it is ended with the block, however that ends."""
+    with subprocess.Popen(command, cwd=ROOT, env=child_environment(), text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def wait_until(reached: Callable[[], object], timeout_s: float = 30) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline_s, f"not reached within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def child_environment() -> dict[str, str]:
+    return os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
 
 
 def _resolve(target: str) -> Callable[..., Any]:

@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 import torch
 
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
-from tests.harness import ROOT, run_command
+from tests.harness import FIRST_STEP_LIMIT_S, ROOT, run_command, started, wait_until
 from tests.labs import needs_lab
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -175,15 +173,11 @@ def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
     records = Records(tmp_path / "figures.json")
     endless = ["--dims", "1e5", "--hosts", "2", "--repeats", "1000000", "--budget-s", "1", "--rates", "none", "1gbit"]
     command = [sys.executable, "benchmarks/bandwidth.py", *endless, "--json", str(records.path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
-        try:
-            wait_until(lambda: len(records.read()) > 1, 60)
-            lab = f"bench-{run.pid}"
-            assert run_command(["launch/netlab", "kill", "--name", lab, f"{lab}-2"], 30)[0] == 0
-            _, errors = run.communicate(timeout=60)
-        finally:
-            run.terminate()
+    with started(command, stderr=subprocess.PIPE) as run:
+        wait_until(lambda: len(records.read()) > 1, FIRST_STEP_LIMIT_S)
+        lab = f"bench-{run.pid}"
+        assert run_command(["launch/netlab", "kill", "--name", lab, f"{lab}-2"], 30)[0] == 0
+        _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and "the records up to then are in" in errors, errors
     assert len(records.read()) > 1
     assert not Path(f"/run/netlab/{lab}").exists()
@@ -225,13 +219,6 @@ def test_other_settings_have_other_records(tmp_path: Path) -> None:
     assert pending_over("mpi", asked, common, records) == []
     for other in ({"data": "digits"}, {"seeds": 2}, {"learning_rates": [0.4, 0.2]}):
         assert pending_over("mpi", asked, common | other, records) == [("topk", None, ["1gbit"])]
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {limit_s} s"
-        time.sleep(0.1)
 
 
 @pytest.mark.multiprocess

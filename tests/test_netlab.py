@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import LAUNCHERS, ROOT, on_lab, run_command
+from tests.harness import FIRST_STEP_LIMIT_S, LAUNCHERS, ROOT, on_lab, run_command, started, wait_until
 from tests.labs import MISSING, lab, needs_lab
 
 NETLAB = "launch/netlab"
@@ -59,13 +59,6 @@ def processes(mark: str) -> list[str]:
         except OSError:
             continue
     return found
-
-
-def wait_until(reached: Callable[[], object], timeout_s: float = 30) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < deadline_s, "not reached in time"
-        time.sleep(0.05)
 
 
 # What it refuses
@@ -219,7 +212,7 @@ class TestOneLab:
         report = tmp_path / "report.json"
         job = ["sh", "-c", f"touch {tmp_path}/started; exec sleep 4242"]
         command = [NETLAB, "run", "--name", lab2, "--json", str(report), "--", *job]
-        with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as running:
+        with started(command, start_new_session=True) as running:
             wait_until((tmp_path / "started").exists)
             running.send_signal(number)
             assert running.wait(30) == 128 + number
@@ -228,7 +221,7 @@ class TestOneLab:
 
     def test_after_a_killed_run_the_lab_can_be_used(self, lab2: str, tmp_path: Path) -> None:
         job = ["sh", "-c", f"touch {tmp_path}/started; exec sleep 4242"]
-        with subprocess.Popen([NETLAB, "run", "--name", lab2, "--", *job], cwd=ROOT) as running:
+        with started([NETLAB, "run", "--name", lab2, "--", *job]) as running:
             wait_until((tmp_path / "started").exists)
             running.kill()
         status, output, _ = run_on(lab2, tmp_path, "hostname")
@@ -269,7 +262,7 @@ class TestComingAndGoing:
         with lab(2) as name:
             job = ["sh", "-c", f"touch {tmp_path}/started; exec sleep 4242"]
             command = [NETLAB, "run", "--name", name, "--json", str(report), "--", *job]
-            with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+            with started(command, stderr=subprocess.PIPE) as running:
                 wait_until((tmp_path / "started").exists)
                 assert run_command([NETLAB, "down", "--name", name], 10)[0] == 0
                 _, output = running.communicate(timeout=30)
@@ -282,16 +275,29 @@ class TestComingAndGoing:
     def test_an_interrupted_up_can_be_repeated(self, number: signal.Signals, after_s: float) -> None:
         name = f"test-{os.getpid()}-cut"
         up = [NETLAB, "up", "--name", name, "--hosts", "8", "--remote-shell", "agent"]
-        with subprocess.Popen(up, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as starting:
+        with started(up, stderr=subprocess.DEVNULL, start_new_session=True) as starting:
             time.sleep(after_s)
             starting.send_signal(number)
+            starting.wait(30)
         ended_by_us = starting.returncode != 0
         if number == signal.SIGINT and ended_by_us:
-            wait_until(lambda: not processes(f"/netlab/{name}/"), 5)
+            wait_until(lambda: not processes(f"/netlab/{name}/"))
         assert run_command([*up[:5], "2"], 30)[0] == 0
         assert run_command([NETLAB, "run", "--name", name, "--", "ssh", f"{name}-2", "true"], 30)[0] == 0
         assert run_command([NETLAB, "down", "--name", name], 30)[0] == 0
         assert not processes(f"/netlab/{name}/")
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_to_a_finished_up_comes_too_late(self, number: signal.Signals) -> None:
+        name = f"test-{os.getpid()}-late"
+        up = [NETLAB, "up", "--name", name, "--hosts", "1", "--remote-shell", "agent"]
+        with started(up, stderr=subprocess.DEVNULL, start_new_session=True) as starting:
+            while starting.poll() is None:  # as often as can be: its last moments are the dangerous ones
+                if Path("/run/netlab", name, "lab.json").exists():
+                    starting.send_signal(number)
+        status, _ = run_command([NETLAB, "run", "--name", name, "--", "hostname"], 30)
+        assert run_command([NETLAB, "down", "--name", name], 30)[0] == 0
+        assert (starting.returncode, status) == (0, 0)
 
     def test_a_lab_whose_holders_were_killed_says_so_and_goes(self) -> None:
         with lab(2) as name:
@@ -332,15 +338,8 @@ class TestJobs:
             transport = "mpi" if launcher == "mpi" else "horovod"
             command += ["--", PYTHON, "-m", "tests.lab_main", "exchange", transport, str(tmp_path)]
             ledgers = [tmp_path / f"{name}-{number}.jsonl" for number in (1, 2, 3)]
-            with subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ) as job:
-                wait_until(lambda: all(file.exists() for file in ledgers), 60)
+            with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+                wait_until(lambda: all(file.exists() for file in ledgers), FIRST_STEP_LIMIT_S)
                 time.sleep(1)
                 assert run_command([NETLAB, "kill", "--name", name, f"{name}-2"], 20)[0] == 0
                 killed_s = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from netlab_lib.processes import end, residents
 from netlab_lib.remote_shell import start_remote_shell
 
 SWITCH = "switch"
+ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 BURST_S = 0.001  # of the rate may pass at once; more, and small messages would not feel the rate
 QUEUE_S, LEAST_QUEUE_BYTES = 0.02, 512 * 1024  # what one end of a cable can hold back before it drops
@@ -27,7 +29,10 @@ echo $choice >${tcp}_congestion_control
 
 
 def build(name: str, count: int, slots: int, remote_shell: str, rate: str, delay: str) -> Lab:
-    """Make a lab in place of what is left of a former one of its name; on failure or Ctrl-C nothing of it stays."""
+    """Make a lab in place of what is left of a former one of its name; on failure or Ctrl-C nothing of it stays.
+
+    Returns with `ENDINGS` blocked: from the moment the lab is whole, what becomes of it is the caller's to say.
+    """
     if (STATE / name).exists():
         with reserved(name):
             remove(name)
@@ -46,6 +51,7 @@ def build(name: str, count: int, slots: int, remote_shell: str, rate: str, delay
                 connect(switch, host, f"port{number}")
             shape(lab, rate, delay)
             start_remote_shell(lab)
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
             lab.save()
     except BaseException:
         remove(name)
@@ -63,20 +69,23 @@ def write_host_files(folder: Path, hosts: dict[str, str], slots: int) -> None:
 
 def start_host(lab: str, name: str, address: str) -> Host:
     """New namespaces, and the process that holds them."""
-    # Marked first of all: whatever interrupts us, `remove` finds the holder.
-    hold = 'mount --bind "$0" /etc/hosts && echo held && exec sleep infinity >/dev/null 2>&1'
+    # Marked first of all, so that `remove` finds the holder; one that we did not live to see marked reads no answer.
+    hold = 'mount --bind "$0" /etc/hosts && echo held && read -r _ && exec sleep infinity >/dev/null 2>&1 </dev/null'
     unshare = ["unshare", "--net", "--uts", "--mount", "--propagation", "private", "sh", "-c", hold]
     holder = subprocess.Popen(
         [*unshare, str(STATE / lab / f"{name}.hosts")],
         cwd="/",
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    said = holder.stdout.readline().strip() if holder.stdout else ""
-    if said != "held":
+    assert holder.stdin and holder.stdout
+    said = holder.stdout.readline().strip()
+    if said == "held":
+        print("stay", file=holder.stdin, flush=True)
+    else:
         raise LabError(f"could not make namespaces for {name}, does this machine or container allow them? {said}")
     host = Host(name, address, [holder.pid])
     step(f"name {name}", host.inside("hostname", name))
