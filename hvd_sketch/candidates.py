@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import Shortlist, decode_shortlists, encode_shortlist
+from hvd_sketch.coding import Shortlist, load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.cpu import merge_owned
 from hvd_sketch.selection import Cut, Expectation, Magnitudes, OwnedEstimates, VectorPart, find_cut
 from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
+from hvd_sketch.transport.staging import one_behind
 from hvd_sketch.volume import MeteredTransport
 
 # Estimates an owner may keep, in units of its share of the candidates; at the guess and above lie 1.1 to 1.6.
@@ -62,7 +62,9 @@ class SketchCandidates:
     def __init__(self, config: SketchConfig, dim: int, comm: MeteredTransport, device: torch.device | str) -> None:
         self._config = config
         self._comm = comm
-        self._kernels = load_backend(None, torch.device(device))
+        self._device = torch.device(device)
+        self._kernels = load_backend(None, self._device)
+        self._coding = load_coding(self._kernels)
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
         self._ahead_from = dim  # coordinates from here on are in the table already
         self.expected = Expectation()  # of the estimates chosen
@@ -78,12 +80,10 @@ class SketchCandidates:
         for start, part in parts:
             is_ahead = start >= self._ahead_from
             feedback.add_(part, start, None if is_ahead or row_by_row else self._sketch)
-        handles = []
+        # Each is sketched while the one before travels.
+        rows = self._rows_sketched(feedback.v, parts) if row_by_row else iter(self._sketch.table)
         with self._comm.phase("sketch"):
-            for number, row in enumerate(self._sketch.table):
-                if row_by_row:  # each is sketched while the one before travels
-                    self._accumulate_row(number, feedback.v, parts)
-                handles.append(self._comm.start_reduce_scatter(row))
+            handles = [self._comm.start_reduce_scatter(row) for row in one_behind(self._device, rows)]
             self.forget_ahead()
             # The table is of no more use: a row's sum takes the place of rows that have arrived.
             summed = self._sketch.table.view(-1, self._sketch.hash.shard_cols)[: self._sketch.hash.rows]
@@ -91,13 +91,15 @@ class SketchCandidates:
                 row.copy_(handle.wait())
             return summed
 
-    def _accumulate_row(self, row: int, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> None:
-        for start, part in parts:
-            if start < self._ahead_from:
-                stop = start + part.numel()
-                self._kernels.accumulate_(
-                    self._sketch.hash, self._sketch.table, v[start:stop], start, range(row, row + 1)
-                )
+    def _rows_sketched(self, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        """The rows of the table, each when what is not in it yet has been added."""
+        hash, table = self._sketch.hash, self._sketch.table
+        for number, row in enumerate(table):
+            for start, part in parts:
+                if start < self._ahead_from:
+                    values = v[start : start + part.numel()]
+                    self._kernels.accumulate_(hash, table, values, start, range(number, number + 1))
+            yield row
 
     def _begin(self, step: int) -> None:
         if self._ahead_from == self._sketch.hash.dim:
@@ -118,20 +120,22 @@ class SketchCandidates:
         estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
         cut = self._cut(estimates, count, self.expected.floor())
         self.expected.learn(cut)
-        return self._tell_all(_shortlist(*estimates.above(cut), cut), cut)
+        return self._tell_all(*estimates.above(cut), cut)
 
     def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
-        with self._comm.phase("select"):
+        with self._comm.phase("select", self._device):
             return find_cut(estimates, count, self._comm, floor)
 
-    def _tell_all(self, own: Shortlist, cut: Cut) -> Tensor:
-        """The coordinates that all owners chose together, from what this one takes."""
-        encoded = encode_shortlist(own)
-        with self._comm.phase("indices"):
-            shortlists = decode_shortlists(self._comm.allgather(encoded), (self._comm.rank, encoded, own))
+    def _tell_all(self, positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
+        """The coordinates that all owners chose together, from what this one takes, in its own order."""
+        hash, rank = self._sketch.hash, self._comm.rank
+        doubtful = cut.doubtful(values, cut.own_doubtful)
+        own = Shortlist(positions.to(torch.int64), doubtful, values.index_select(0, doubtful), hash.owned_size(rank))
+        encoded = self._coding.encode_shortlist(own)
+        with self._comm.phase("indices", self._device):
+            shortlists = self._coding.decode_shortlists(self._comm.allgather(encoded), (rank, encoded, own))
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
-        return merge_owned(self._sketch.hash, chosen).to(self._sketch.table.device, non_blocking=True)
+        return self._coding.merge(hash, shortlists, dropped, self._device)
 
     def _heavymix(self, summed: Tensor, step: int) -> Tensor:
         """H, the heavy coordinates, and others at random: k in all, the same on every rank."""
@@ -145,14 +149,5 @@ class SketchCandidates:
         heaviest = VectorPart(self._kernels, estimates)
         cut = self._cut(heaviest, k)
         chosen, values = heaviest.above(cut)
-        heavy = self._tell_all(_shortlist(positions[chosen], values, cut), cut)
+        heavy = self._tell_all(positions[chosen], values, cut)
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)
-
-
-def _shortlist(positions: Tensor, values: Tensor, cut: Cut) -> Shortlist:
-    """What one owner takes, positions in its own order and estimates; on the CPU, where it is encoded."""
-    doubtful = cut.doubtful(values, cut.own_doubtful)
-    # Only the last copy waits for the device, and is never empty where another is not: then all have arrived.
-    decisive = values.index_select(0, doubtful).to("cpu", non_blocking=True)
-    doubtful = doubtful.to("cpu", non_blocking=True)
-    return Shortlist(positions.to("cpu", torch.int64), doubtful, decisive)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch.agreement import all_finite
 from hvd_sketch.candidates import CandidateSource, SketchCandidates
-from hvd_sketch.coding import decode_choices, encode_choice
+from hvd_sketch.coding import host, load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
@@ -67,6 +67,7 @@ class SketchedAllreduce(Exchange):
         self.config = config
         self._feedback = Feedback(dim, config.momentum, device)
         self._kernels = load_backend(None, self._device)
+        self._coding = load_coding(self._kernels)
         self._expected = Expectation()  # of the exact sums kept
         self._candidates: CandidateSource = SketchCandidates(config, dim, self._comm, device)
 
@@ -94,7 +95,7 @@ class SketchedAllreduce(Exchange):
         parts = [gradient] if isinstance(gradient, Tensor) else gradient
         return self.exchange(parts) if self.begin_step(parts, finite) else self._nothing()
 
-    def begin_step(self, parts: Sequence[Tensor], finite: bool = True) -> bool:
+    def begin_step(self, parts: Sequence[Tensor], finite: bool | Tensor = True) -> bool:
         """See :meth:`Exchange.begin_step`."""
         passes = super().begin_step(parts, finite)
         if not passes:
@@ -149,29 +150,30 @@ class SketchedAllreduce(Exchange):
             return self._comm.start_reduce_scatter(own.view(size, part)).wait()  # which may use its memory
 
     def _keep_largest(self, own_sums: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-        """Positions among the candidates, ascending, and sums of the k largest, equal on all ranks; on any device.
+        """Positions among the candidates, ascending, and sums, on the CPU, of the k largest; equal on all ranks.
 
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
         pick together and send one bit per candidate and the k sums: whichever takes less time.
         """
         k = self.config.k
         if all_sums_travel(candidates, k):
-            with self._comm.phase("values"):
-                sums = self._comm.allgather(own_sums)
-            positions = select_largest(VectorPart(self._kernels, sums), k, local_transports(1)[0])
+            with self._comm.phase("values", self._device):
+                sums = self._comm.allgather(own_sums.cpu())  # so few that the host picks
+            positions = select_largest(VectorPart(load_backend(None, sums.device), sums), k, local_transports(1)[0])
             return positions, sums.index_select(0, positions)
         return self._choose_together(own_sums)
 
     def _choose_together(self, own_sums: Tensor) -> tuple[Tensor, Tensor]:
         part = VectorPart(self._kernels, own_sums)
-        with self._comm.phase("choose"):
+        with self._comm.phase("choose", self._device):
             cut = find_cut(part, self.config.k, self._comm, self._expected.floor())
         self._expected.learn(cut)
         own_positions, _ = part.above(cut)
-        with self._comm.phase("values"):
-            gathered = self._comm.allgather(encode_choice(own_positions, own_sums))
-        positions, sums = decode_choices(gathered, self._comm.size, own_sums.numel())
-        return cut.without_surplus(positions, sums)
+        with self._comm.phase("values", self._device):
+            gathered = self._comm.allgather(self._coding.encode_choice(own_positions, own_sums))
+        positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
+        unwanted = cut.unwanted(sums)
+        return self._coding.without(positions, unwanted), host.without(sums, unwanted)
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v, and the last thresholds, which save messages.

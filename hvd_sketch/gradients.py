@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hvd_sketch.agreement import all_finite
+from hvd_sketch.agreement import finite_flag
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.packing import FlatParameters, NamedParameter, is_dense
@@ -82,7 +82,7 @@ class GradientExchange:
             self._ahead.settle(usable=inverse_scale is None)
         gradient = self._flat.pack(self._weight_decay, inverse_scale)
         beside = self._dense_flat.pack(self._weight_decay, inverse_scale) if self.dense is not None else []
-        if not self.sketched.begin_step(gradient, finite and all_finite(beside)):
+        if not self.sketched.begin_step(gradient, finite_flag(beside) & finite):
             return False
         mean = None
         if self.dense is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import FiniteGuard, all_finite, require_equal
+from hvd_sketch.agreement import FiniteGuard, finite_flag, require_equal
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.transport.base import Transport
@@ -77,19 +77,19 @@ class Exchange:
         """How many steps were skipped because something was not finite."""
         return self._guard.skipped_steps
 
-    def begin_step(self, parts: Sequence[Tensor], finite: bool = True) -> bool:
+    def begin_step(self, parts: Sequence[Tensor], finite: bool | Tensor = True) -> bool:
         """Agree whether every rank's gradient is finite; False: all skip, u and v are as before.
 
         Args:
             parts: consecutive parts of this rank's gradient, float32, ``dim`` elements in all.
-            finite: False if this rank found anything else not finite that belongs to the step.
+            finite: False, or bool [], if this rank found anything else not finite that belongs to the step.
 
         Communication: collective.
         """
         self._check_gradient(parts)
         self.ledger.begin_step()
         self._step += 1
-        return self._guard.passes(self._comm, self._step - 1, finite and all_finite(parts))
+        return self._guard.passes(self._comm, self._step - 1, bool(finite_flag(parts) & finite))
 
     def _check_gradient(self, parts: Sequence[Tensor]) -> None:
         is_vector = all(part.dtype == torch.float32 and part.ndim == 1 for part in parts)

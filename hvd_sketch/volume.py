@@ -33,8 +33,8 @@ class Record:
             an allreduce's or broadcast's buffer.
         wire_bytes: modelled from it: what one rank sends on average under the ring form,
             ``passes * (W - 1) / W * payload_bytes``.
-        staged_bytes: copied between a device and the host for it, both ways; 0 for tensors on the host and where
-            the transport reads device memory itself.
+        staged_bytes: copied between a device and the host for it, both ways; 0 where all is on the host, or the
+            transport reads device memory itself.
     """
 
     step: int
@@ -127,6 +127,9 @@ class CommLedger:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in self.records)
 
 
+HOST = torch.device("cpu")
+
+
 class MeteredTransport:
     """A transport whose every collective is recorded. With ``deterministic``, sums are made in rank order."""
 
@@ -134,7 +137,7 @@ class MeteredTransport:
         self._transport = transport
         self.ledger = ledger
         self._deterministic = deterministic
-        self._phase = "start"
+        self._phase, self._of_device = "start", False
 
     @property
     def rank(self) -> int:
@@ -145,13 +148,17 @@ class MeteredTransport:
         return self._transport.size
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Name the part of the algorithm that the collectives inside belong to."""
-        outer, self._phase = self._phase, name
+    def phase(self, name: str, device: torch.device = HOST) -> Iterator[None]:
+        """Name the part of the algorithm that the collectives inside belong to.
+
+        Args:
+            device: where host tensors that are given to them were copied from, and will be needed.
+        """
+        outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
             yield
         finally:
-            self._phase = outer
+            self._phase, self._of_device = outer
 
     @property
     def overlaps(self) -> bool:
@@ -161,7 +168,7 @@ class MeteredTransport:
         return self._transport.stages(device)
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        self._record("allreduce", tensor, moved=2 * tensor.nbytes)
+        self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=tensor.nbytes)  # sums stay on the host
         return self._transport.allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
@@ -188,7 +195,14 @@ class MeteredTransport:
     def barrier(self) -> None:
         self._transport.barrier()
 
-    def _record(self, collective: str, payload: Tensor, moved: int) -> None:
-        """Record a collective; ``moved`` is what this rank reads and writes of it, staged if the device needs that."""
+    def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
+        """Record a collective.
+
+        Args:
+            moved: what this rank reads and writes of it, staged by the transport if the device needs that.
+            copied: what its caller copies between device and host where it is given a host copy; default the same.
+        """
         staged_bytes = moved if self._transport.stages(payload.device) else 0
+        if payload.device.type == "cpu" and self._of_device:
+            staged_bytes = moved if copied is None else copied
         self.ledger.record(self._phase, collective, payload.dtype, payload.nbytes, self.size, staged_bytes)

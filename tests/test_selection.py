@@ -1,4 +1,4 @@
-"""The distributed selection against a plain sort, and the codes of what was selected."""
+"""The distributed selection against a plain sort."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_sketch.coding import (
-    Shortlist,
-    decode_choices,
-    decode_shortlists,
-    encode_choice,
-    encode_positions,
-    encode_shortlist,
-)
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend, reference
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
@@ -115,25 +107,6 @@ def test_any_small_vectors(lists: list[list[float]], count: int) -> None:
     check([torch.tensor(values, dtype=torch.float32) for values in lists], count)
 
 
-@given(st.lists(st.integers(0, 2**40), unique=True, max_size=200), st.data())
-@settings(max_examples=200, deadline=None)
-def test_shortlists_survive_the_code(positions: list[int], data: st.DataObject) -> None:
-    doubtful = [i for i in range(len(positions)) if data.draw(st.booleans())]
-    values = torch.arange(len(doubtful), dtype=torch.float32)
-    first = Shortlist(torch.tensor(sorted(positions), dtype=torch.int64), torch.tensor(doubtful).long(), values)
-    other = Shortlist(torch.arange(5, dtype=torch.int32) * 3, torch.tensor([], dtype=torch.int64), torch.empty(0))
-    decoded = decode_shortlists(torch.cat([encode_shortlist(first), encode_shortlist(other)]))
-    for got, sent in zip(decoded, (first, other), strict=True):
-        assert got.positions.tolist() == sent.positions.tolist()
-        assert (got.doubtful.tolist(), got.values.tolist()) == (sent.doubtful.tolist(), sent.values.tolist())
-    codes = [encode_shortlist(shortlist) for shortlist in (other, first, other)]
-    three = decode_shortlists(torch.cat(codes), (1, codes[1], first))
-    assert three[1] is first and [own.positions.tolist() for own in three[::2]] == [other.positions.tolist()] * 2
-    dropped = torch.arange(len(doubtful)) % 2 == 0
-    left = [p for i, p in enumerate(sorted(positions)) if i not in doubtful[::2]]
-    assert decoded[0].without_(dropped).tolist() == left
-
-
 @pytest.mark.parametrize(("length", "count"), [(3000, 40), (200_000, 10_000)])
 def test_one_histogram_is_enough_where_the_threshold_is_expected(length: int, count: int) -> None:
     """And what is too much is little."""
@@ -162,27 +135,3 @@ def test_no_magnitude_is_expected_beyond_nan() -> None:
     assert expected.floor() == MAGNITUDE_MASK
     nothing = reference.magnitude_histogram(torch.ones(3), expected.floor(), 12, 2048)
     assert int(nothing.sum()) == 0
-
-
-@pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])
-def test_the_code_is_within_a_tenth_of_a_bit_of_the_entropy(mean_gap: float, most_bytes: float) -> None:
-    gaps = np.random.default_rng(0).geometric(1 / mean_gap, 20_000)
-    encoded = encode_positions(torch.from_numpy(np.cumsum(gaps) - 1))
-    p = 1 / mean_gap
-    entropy_bits = (-p * np.log2(p) - (1 - p) * np.log2(1 - p)) / p
-    assert 8 * encoded.numel() / len(gaps) < entropy_bits + 0.1
-    assert encoded.numel() / len(gaps) < most_bytes
-
-
-@given(st.integers(1, 4), st.integers(0, 40), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_choices_survive_the_code(parts: int, length: int, random) -> None:
-    messages, positions, values = [], [], []
-    for part in range(parts):
-        own = torch.tensor([random.uniform(-1, 1) for _ in range(length)], dtype=torch.float32)
-        chosen = torch.tensor(sorted(random.sample(range(length), random.randint(0, length))), dtype=torch.int64)
-        messages.append(encode_choice(chosen, own))
-        positions.append(chosen + part * length)
-        values.append(own[chosen])
-    got_positions, got_values = decode_choices(torch.cat(messages), parts, length)
-    assert torch.equal(got_positions, torch.cat(positions)) and torch.equal(got_values, torch.cat(values))

@@ -57,6 +57,22 @@ def test_staged_bytes_are_what_this_rank_reads_and_writes() -> None:
         assert staged == [80, 60, 60, 48, 4 * (1 + rank) + 12, 72] and total == sum(staged)
 
 
+def test_staged_bytes_count_the_copies_of_what_lies_on_a_device() -> None:
+    def main(transport):
+        comm = MeteredTransport(transport, CommLedger())
+        with comm.phase("select", torch.device("cuda")):
+            comm.allreduce_(torch.ones(10))  # its sums stay on the host
+            comm.allgather(torch.ones(1 + transport.rank))
+            with comm.phase("inside"):
+                comm.allgather(torch.ones(7))
+            comm.allgather(torch.ones(1))
+        comm.allgather(torch.ones(1))
+        return [r.staged_bytes for r in comm.ledger.records]
+
+    for rank, staged in enumerate(run_local(2, main)):
+        assert staged == [40, 4 * (1 + rank) + 12, 0, 12, 0]
+
+
 def test_jsonl_and_the_cap_on_records(tmp_path) -> None:
     ledger = CommLedger(max_records=3)
     for _ in range(5):

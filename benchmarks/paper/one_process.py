@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import Shortlist, encode_shortlist
+from hvd_sketch.coding import Shortlist
+from hvd_sketch.coding.host import encode_shortlist
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.selection import Cut
 from hvd_sketch.transport.base import Finished, Handle

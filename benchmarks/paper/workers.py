@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.paper.one_process import encoded_bytes, propose
 from benchmarks.paper.workers_base import PAPER, FeedbackWorkers, Variant, Workers
 from hvd_sketch import CountSketch
+from hvd_sketch.coding.host import without
 from hvd_sketch.exchange import all_sums_travel
 from hvd_sketch.selection import Cut, Expectation, VectorPart, find_cut
 from hvd_sketch.sketch import fill_at_random, heavy_threshold, row_energies
@@ -126,7 +127,8 @@ class SketchedWorkers(FeedbackWorkers):
         sent_bytes = sum(encoded_bytes(self._sketch.hash, shortlist) for shortlist in shortlists)
         self._record_allgather("indices", sent_bytes, torch.uint8)
         dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        chosen = [shortlist.without_(drop) for shortlist, drop in zip(shortlists, dropped, strict=True)]
+        pairs = zip(shortlists, dropped, strict=True)
+        chosen = [without(shortlist.positions, shortlist.doubtful[drop]) for shortlist, drop in pairs]
         return torch.cat(chosen).sort().values.to(self._device)
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class SketchedWorkers(FeedbackWorkers):
         expected.learn(cut)
         sent, values = VectorPart(self._kernels, sums).above(cut)
         self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
-        return cut.without_surplus(sent.cpu(), values.cpu())[0].to(self._device)
+        return without(sent.cpu(), cut.unwanted(values.cpu())).to(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "thresholds": [expected.thresholds for expected in self._expected]}

@@ -21,6 +21,7 @@ from torch import Tensor
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 
+ON_HOST = True
 MIN_PART = 1 << 15  # with fewer coordinates a part does not pay for its thread (a call takes 20 us and more)
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 # How many ranks the launchers say there are on this node: Open MPI, MPICH and Intel MPI, horovodrun.

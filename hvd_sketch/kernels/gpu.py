@@ -48,6 +48,7 @@ from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
 
+ON_HOST = False
 TILE = 1024  # coordinates of a program: at least the largest block
 COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 
+ON_HOST = True  # whether the tensors lie in host memory
 MAGNITUDE_MASK = 0x7FFFFFFF  # a float32 without its sign: unsigned order is the order of magnitudes
 
 

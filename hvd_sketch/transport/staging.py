@@ -6,7 +6,7 @@ before the copies that use them have ended: from the second step on nothing is p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,3 +20,28 @@ def to_host(tensor: Tensor) -> Tensor:
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host memory from or to which ``device`` copies at full speed."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors on ``device``, each as soon as the work on the next has been launched, too.
+
+    Whoever takes one is in a stream of its own, in which there is nothing to wait for but that tensor: while it is
+    copied to the host and sent, the device computes the next. On the CPU each comes at once: its work is done.
+    """
+    if device.type != "cuda":
+        yield from launched
+        return
+    beside = torch.cuda.Stream(device)
+    waiting: list[tuple[Tensor, torch.cuda.Event]] = []
+    for tensor in launched:
+        waiting.append((tensor, torch.cuda.current_stream(device).record_event()))
+        if len(waiting) > 1:
+            yield from _beside(beside, *waiting.pop(0))
+    for tensor, ready in waiting:
+        yield from _beside(beside, tensor, ready)
+
+
+def _beside(stream: torch.cuda.Stream, tensor: Tensor, ready: torch.cuda.Event) -> Iterator[Tensor]:
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield tensor

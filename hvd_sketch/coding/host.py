@@ -1,18 +1,9 @@
-"""Ascending positions as bytes: gaps in a Rice code, about 0.8 bytes each at a mean gap of 25, 1.2 at 250.
+"""The codes of :mod:`hvd_sketch.coding`, made and read in host memory, a word at a time, by Numba.
 
-A gap ``g`` is the number of positions left out before one. Its low ``b`` bits are stored at fixed width, its
-high part ``g >> b`` in unary (so many 0 bits, then a 1), in a stream of its own. ``b`` is chosen for the fewest
-bits. Rice (1979) codes are within 0.05 bits of the entropy of geometric gaps, which hashed shards give; a
-byte-aligned LEB128 needs 1.0 and 1.6 bytes.
-
-Layout of a stream: one word of ``count << 8 | b``, low bits, unary stream; little-endian, each padded to whole 64-bit
-words, in which both are read and written (a million positions: 2 ms to encode, 2 to decode; bit by bit it was 14 and
-13). A stream says where it ends, so several can follow one another.
+A million positions take 2 ms to encode and 2 to decode; bit by bit it was 14 and 13.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,46 +11,34 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Shortlist, Words, padded
+from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels._cpu_loops import lowest_bit
+from hvd_sketch.kernels.cpu import merge_owned
 
-TRIED_LOW_BITS = 3
 SAMPLED_RUN = 64  # gaps in a row that are looked at to choose b
 ALL_SAMPLED = 4096  # below so many all are
-COUNT_SHIFT = 8  # of a stream's first word: b lies below, the count above
-Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Shortlist:
-    """What one owner proposes.
-
-    Attributes:
-        positions: int64 or int32 [n], ascending.
-        doubtful: int64 [m], ascending: those elements of ``positions`` that may have to be dropped.
-        values: float32 [m]: what decides.
-    """
-
-    positions: Tensor
-    doubtful: Tensor
-    values: Tensor
-
-    def without_(self, dropped: Tensor) -> Tensor:
-        """The positions left when the ``doubtful[dropped]``, bool [m], are not wanted; in the memory of all."""
-        unwanted = self.doubtful[dropped].numpy()
-        if len(unwanted):
-            _remove(self.positions.numpy(), unwanted)
-        return self.positions[: self.positions.numel() - len(unwanted)]
-
-
 def encode_shortlist(shortlist: Shortlist) -> Tensor:
     """The positions in a Rice code, the doubtful ones among them in another, and their values: uint8, on the CPU."""
-    encoded = encode_positions(shortlist.positions)
-    doubtful = shortlist.doubtful.numel()
-    values = np.zeros(_padded(doubtful, 2) * 2, dtype=np.float32)
-    values[:doubtful] = shortlist.values.cpu().numpy()
-    return torch.cat([encoded, encode_positions(shortlist.doubtful), torch.from_numpy(values.view(np.uint8))])
+    return torch.cat([encode_positions(shortlist.positions), encode_doubtful(shortlist.doubtful, shortlist.values)])
+
+
+def encode_doubtful(doubtful: Tensor, values: Tensor) -> Tensor:
+    """What stands behind the positions in a shortlist's code."""
+    data = np.zeros(padded(len(values), 2) * 2, dtype=np.float32)
+    data[: len(values)] = values.numpy()
+    return torch.cat([encode_positions(doubtful), torch.from_numpy(data.view(np.uint8))])
+
+
+def decode_doubtful(words: Words, start: int) -> tuple[Tensor, Tensor, int]:
+    """What stands behind the positions from a word on, and where it ends."""
+    doubtful, start = _decode_stream(words, start)
+    values = torch.from_numpy(words[start:].view(np.float32)[: doubtful.numel()])
+    return doubtful, values, start + padded(doubtful.numel(), 2)
 
 
 def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | None = None) -> list[Shortlist]:
@@ -69,7 +48,7 @@ def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | No
         encoded: uint8.
         known: which of the list need not be decoded, its code and what it says, e.g. a rank's own.
     """
-    words = encoded.cpu().numpy().view(np.uint64)
+    words = encoded.numpy().view(np.uint64)
     decoded: list[Shortlist] = []
     start = 0
     while start < len(words):
@@ -78,20 +57,35 @@ def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | No
             decoded.append(known[2])
             continue
         positions, start = _decode_stream(words, start)
-        doubtful, start = _decode_stream(words, start)
-        values = torch.from_numpy(words[start:].view(np.float32)[: doubtful.numel()])
-        start += _padded(doubtful.numel(), 2)
+        doubtful, values, start = decode_doubtful(words, start)
         decoded.append(Shortlist(positions, doubtful, values))
     return decoded
 
 
+def merge(hash: BlockHash, shortlists: list[Shortlist], dropped: list[Tensor], device: torch.device) -> Tensor:
+    """The coordinates that all owners, in rank order, propose: int64, ascending, on ``device``.
+
+    Args:
+        dropped: which of each one's doubtful are not wanted, bool [m]; the positions are closed up in place.
+    """
+    pairs = zip(shortlists, dropped, strict=True)
+    return merge_owned(hash, [without(own.positions, own.doubtful[drop]) for own, drop in pairs]).to(device)
+
+
+def without(elements: Tensor, unwanted: Tensor) -> Tensor:
+    """All but elements number ``unwanted``, int64 [n], ascending; in the memory of all of them."""
+    if len(unwanted):
+        _close_up(elements.numpy(), unwanted.numpy())
+    return elements[: len(elements) - len(unwanted)]
+
+
 def encode_positions(positions: Tensor) -> Tensor:
     """Encode ascending, distinct, non-negative int64 or int32 positions [n] as uint8, on the CPU."""
-    ascending = positions.cpu().numpy()
+    ascending = positions.numpy()
     low_bits = _fewest_bits(ascending)
-    unary_start = 1 + _padded(len(ascending) * low_bits, 64)
+    unary_start = 1 + padded(len(ascending) * low_bits, 64)
     most_unary_bits = len(ascending) + (int(ascending[-1]) >> low_bits if len(ascending) else 0)
-    words = np.zeros(unary_start + _padded(most_unary_bits, 64), dtype=np.uint64)
+    words = np.zeros(unary_start + padded(most_unary_bits, 64), dtype=np.uint64)
     words[0] = len(ascending) << COUNT_SHIFT | low_bits
     unary_words = _encode(ascending, low_bits, words[1:unary_start], words[unary_start:])
     return torch.from_numpy(words[: unary_start + unary_words].view(np.uint8))
@@ -100,27 +94,30 @@ def encode_positions(positions: Tensor) -> Tensor:
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
     """The positions of the stream that begins at a word, int64 [n], and where it ends."""
     count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
-    unary_start = start + 1 + _padded(count * low_bits, 64)
+    unary_start = start + 1 + padded(count * low_bits, 64)
     positions = np.empty(count, dtype=np.int64)
     unary_words = _decode(words[start + 1 : unary_start], words[unary_start:], low_bits, positions)
     return torch.from_numpy(positions), unary_start + unary_words
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
-    """Which of ``values`` (float32 [n]) are chosen, one bit each, then the chosen values: uint8, on the CPU."""
-    hosted = positions.to("cpu", non_blocking=True)  # has arrived when the next copy has
-    chosen = values.index_select(0, positions).cpu()
-    bitmap_bytes = _padded(values.numel(), 8)
+    """Which of ``values`` (float32 [n]) are chosen, ``positions`` (int64), one bit each, then their values: uint8."""
+    chosen = values.index_select(0, positions)
+    bitmap_bytes = padded(values.numel(), 8)
     out = np.zeros(bitmap_bytes + chosen.nbytes, dtype=np.uint8)
-    _set_bits(hosted.numpy(), out[:bitmap_bytes])
+    _set_bits(positions.numpy(), out[:bitmap_bytes])
     out[bitmap_bytes:].view(np.float32)[:] = chosen.numpy()
     return torch.from_numpy(out)
 
 
-def decode_choices(encoded: Tensor, parts: int, part_length: int) -> tuple[Tensor, Tensor]:
-    """Positions in the whole, int64 ascending, and float32 values of ``parts`` choices that follow one another."""
-    data = encoded.cpu().numpy()
-    bitmap_bytes = _padded(part_length, 8)
+def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What ``parts`` choices, following one another, say.
+
+    Returns:
+        Positions in the whole, int64, ascending, on ``device``, and the values, float32, on the CPU.
+    """
+    data = encoded.numpy()
+    bitmap_bytes = padded(part_length, 8)
     total = (len(data) - parts * bitmap_bytes) // 4
     positions, values = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32)
     start = at = 0
@@ -132,12 +129,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int) -> tuple[Tenso
         start += bitmap_bytes + 4 * (end - at)
         values[at:end] = data[start - 4 * (end - at) : start].view(np.float32)
         at = end
-    return torch.from_numpy(positions), torch.from_numpy(values)
-
-
-def _padded(bits: int, unit: int) -> int:
-    """How many units of so many bits hold ``bits``."""
-    return -(-bits // unit)
+    return torch.from_numpy(positions).to(device), torch.from_numpy(values)
 
 
 def _fewest_bits(ascending: IntArray) -> int:
@@ -145,7 +137,7 @@ def _fewest_bits(ascending: IntArray) -> int:
     if len(ascending) == 0:
         return 0
     mean_gap = (int(ascending[-1]) + 1) // len(ascending) - 1
-    least = max(0, mean_gap.bit_length() + 1 - TRIED_LOW_BITS)  # the optimum is this or up to two more
+    least = min(max(0, mean_gap.bit_length() + 1 - TRIED_LOW_BITS), MOST_LOW_BITS + 1 - TRIED_LOW_BITS)
     stride = SAMPLED_RUN if len(ascending) < ALL_SAMPLED else 8 * SAMPLED_RUN
     return least + int(np.argmin(_sampled_bits(ascending, least, stride)))
 
@@ -226,7 +218,7 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int
 
 
 @njit(cache=True, nogil=True)
-def _remove(positions: IntArray, unwanted: IntArray) -> None:
+def _close_up(positions: npt.NDArray[np.generic], unwanted: IntArray) -> None:
     """Close the gaps left by elements number ``unwanted``, ascending, at least one."""
     at = unwanted[0]
     for number in range(len(unwanted)):

@@ -1,0 +1,217 @@
+"""The codes of :mod:`hvd_sketch.coding`, made and read where the positions lie, in torch operations of any device.
+
+Only codes are copied to the host, a byte or two for a position. The host waits for the device once in what encodes,
+for the code itself, and not at all in what decodes: how many positions there are, and which of them are not wanted,
+it reads from the codes, which have come over the network to it. The number of operations does not grow with the ranks.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+from torch import Tensor
+
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Shortlist, Words, padded
+from hvd_sketch.coding.host import decode_doubtful, encode_doubtful
+from hvd_sketch.hashing import PRIME, BlockHash
+from hvd_sketch.kernels import load_backend
+from hvd_sketch.transport.staging import empty_on_host, to_host
+
+LAST = torch.iinfo(torch.int64).max  # a position behind all others
+# Of the unary stream, for a position: at the least b tried, the high part of the mean gap is below 6.
+MOST_UNARY_BITS = 7
+
+
+class Stream(NamedTuple):
+    """The code of some positions, in host memory."""
+
+    length: int
+    low_bits: int
+    low: Words
+    unary: Words
+
+
+def encode_shortlist(shortlist: Shortlist) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.encode_shortlist`; uint8, on the CPU."""
+    words = _encode(shortlist.positions, shortlist.span)
+    # Only the last copy waits for the device: then all have arrived.
+    doubtful, values = (tensor.to("cpu", non_blocking=True) for tensor in (shortlist.doubtful, shortlist.values))
+    hosted = to_host(words)
+    used = int(np.flatnonzero(hosted.numpy())[-1]) + 1 if shortlist.positions.numel() else 1
+    return torch.cat([hosted[:used].view(torch.uint8), encode_doubtful(doubtful, values)])
+
+
+def decode_shortlists(encoded: Tensor, known: object = None) -> list[Shortlist]:
+    """See :func:`hvd_sketch.coding.host.decode_shortlists`; nothing needs be known, for all are decoded together."""
+    words = encoded.numpy().view(np.uint64)
+    found: list[Shortlist] = []
+    start = 0
+    while start < len(words):
+        count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
+        unary_start = start + 1 + padded(count * low_bits, 64)
+        unary_end = unary_start + _words_of_ones(words[unary_start:], count)
+        stream = Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end])
+        doubtful, values, start = decode_doubtful(words, unary_end)
+        found.append(Shortlist(stream, doubtful, values))
+    return found
+
+
+def merge(hash: BlockHash, shortlists: list[Shortlist], dropped: list[Tensor], device: torch.device) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.merge`."""
+    streams = [shortlist.positions for shortlist in shortlists]
+    firsts = list(accumulate((stream.length for stream in streams), initial=0))
+    lists = zip(firsts, shortlists, dropped, strict=False)
+    unwanted = torch.cat([first + shortlist.doubtful[drop] for first, shortlist, drop in lists])
+    owners, positions = _decode(streams, firsts, device)
+    return without(_coordinates(hash, owners, positions), unwanted)
+
+
+def without(positions: Tensor, unwanted: Tensor) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.without`; sorts them, and writes to ``positions``."""
+    positions.index_fill_(0, unwanted.to(positions.device, non_blocking=True), LAST)
+    return positions.sort().values[: len(positions) - len(unwanted)]
+
+
+def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.encode_choice`; uint8, on the CPU."""
+    chosen = torch.zeros(8 * padded(len(values), 8), dtype=torch.uint8, device=values.device).index_fill_(
+        0, positions, 1
+    )
+    bitmap = (chosen.view(-1, 8) << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)
+    return to_host(torch.cat([bitmap, values.index_select(0, positions).view(torch.uint8)]))
+
+
+def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """See :func:`hvd_sketch.coding.host.decode_choices`."""
+    bitmap_bytes = padded(part_length, 8)
+    total = (len(encoded) - parts * bitmap_bytes) // 4
+    bitmaps = empty_on_host((parts, bitmap_bytes), torch.uint8, device)
+    values = torch.empty(total, dtype=torch.float32)
+    start = at = 0
+    for bitmap in bitmaps:
+        bitmap.copy_(encoded[start : start + bitmap_bytes])
+        start += bitmap_bytes
+        count = _count_ones(bitmap.numpy())
+        values[at : at + count].view(torch.uint8).copy_(encoded[start : start + 4 * count])
+        start += 4 * count
+        at += count
+    bits = _unpack(bitmaps.to(device, non_blocking=True)).view(parts, -1)[:, :part_length]
+    return _places_of_ones(bits, total), values
+
+
+def _encode(positions: Tensor, span: int | None) -> Tensor:
+    """A stream, and zeros behind it: int64 words."""
+    count, device = len(positions), positions.device
+    mean_gap_bits = (span // count).bit_length() if span is not None and count else MOST_LOW_BITS
+    most_bits = count * (min(mean_gap_bits, MOST_LOW_BITS) + MOST_UNARY_BITS) + ((span or 0) >> MOST_LOW_BITS)
+    words = torch.zeros(4 + padded(most_bits, 64), dtype=torch.int64, device=device)
+    if count == 0:
+        return words
+    gaps = positions.to(torch.int64).diff(prepend=torch.full((1,), -1, device=device)) - 1
+    low_bits = _fewest_bits(gaps, positions[-1])
+    numbers = _numbers(count, positions)
+    low, at = gaps & ((1 << low_bits) - 1), 64 + numbers * low_bits
+    words.index_add_(0, at >> 6, low << (at & 63))
+    words.index_add_(0, (at >> 6) + 1, low >> (63 - (at & 63)) >> 1)  # what did not fit; all 64 bits would be no shift
+    at = 64 * (1 + ((count * low_bits + 63) >> 6)) + (gaps >> low_bits).cumsum(0) + numbers
+    words.index_add_(0, at >> 6, 1 << (at & 63))
+    words[0] = (count << COUNT_SHIFT) + low_bits
+    return words
+
+
+def _fewest_bits(gaps: Tensor, last: Tensor) -> Tensor:
+    """The number of low bits that makes the code shortest: int64 []."""
+    mean_gap = (last + 1) // len(gaps) - 1
+    mean_gap_bits = (mean_gap >= 1 << _numbers(MOST_LOW_BITS + 1, gaps)).sum()
+    least = (mean_gap_bits + 1 - TRIED_LOW_BITS).clamp(0, MOST_LOW_BITS + 1 - TRIED_LOW_BITS)
+    bits = [(gaps >> (least + i)).sum() + i * len(gaps) for i in range(TRIED_LOW_BITS)]
+    return least + torch.stack(bits).argmin()
+
+
+def _decode(streams: list[Stream], firsts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Who sent each position, and all positions, in the order of the streams: int64 [n] each."""
+    total = firsts[-1]
+    low_starts = list(accumulate((64 * len(stream.low) for stream in streams), initial=0))
+    unary_starts = list(accumulate((64 * len(stream.unary) for stream in streams), initial=0))
+    counts, widths = ([stream[i] for stream in streams] for i in (0, 1))
+    tables = np.array([counts, firsts[:-1], widths, low_starts[:-1], unary_starts[:-1]], dtype=np.int64)
+    # An empty word at the end, because two are read for each position.
+    pieces = [tables.reshape(-1), *(stream.unary for stream in streams), *(stream.low for stream in streams)]
+    words = _on_device([*pieces, np.zeros(1, dtype=np.int64)], device)
+    counts_, first, width, low_start, unary_start = words[: tables.size].view(5, -1)
+    unary, low = words[tables.size :].split([unary_starts[-1] // 64, low_starts[-1] // 64 + 1])
+
+    owner = torch.repeat_interleave(_numbers(len(streams), words), counts_, output_size=total)
+    ones = _places_of_ones(_unpack(unary.view(torch.uint8)), total)
+    number = _numbers(total, words)
+    before = torch.where(number == first[owner], unary_start[owner] - 1, ones.roll(1))
+    at = low_start[owner] + (number - first[owner]) * width[owner]
+    halves = low.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    window = halves[at >> 5] | halves[(at >> 5) + 1] << 32
+    gap = (ones - before - 1) << width[owner] | (window >> (at & 31)) & ((1 << width[owner]) - 1)
+    ends = torch.nn.functional.pad((gap + 1).cumsum(0), (1, 0))
+    return owner, ends[1:] - 1 - ends[first[owner]]
+
+
+def _coordinates(hash: BlockHash, owner: Tensor, position: Tensor) -> Tensor:
+    """As ``hash.owned_to_global``, of several owners: int64 [n]."""
+    group, lane = position // hash.block, position % hash.block
+    word = torch.zeros_like(group)
+    for coefficient in reversed(hash.shard_coefficients.tolist()):
+        word = (word * group + coefficient) % PRIME
+    rotation = (word * hash.shards) >> 31
+    return (group * hash.shards + (owner - rotation) % hash.shards) * hash.block + lane
+
+
+def _unpack(data: Tensor) -> Tensor:
+    """The bits of uint8 data, each byte's lowest first: float32, one dimension more."""
+    return ((data.unsqueeze(-1) >> _numbers(8, data)) & 1).to(torch.float32)
+
+
+def _places_of_ones(bits: Tensor, count: int) -> Tensor:
+    """Where in ``bits``, flattened, the ``count`` elements lie that are not zero: int64, ascending."""
+    return load_backend(None, bits.device).select_above(bits.reshape(-1), 0, 0, count)
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    """0, 1, 2, … in the device of a tensor, and in its dtype if that is uint8."""
+    return torch.arange(count, dtype=torch.uint8 if like.dtype == torch.uint8 else torch.int64, device=like.device)
+
+
+def _on_device(pieces: list[npt.NDArray[np.generic]], device: torch.device) -> Tensor:
+    """One after the other, int64; copied without waiting for what the device does."""
+    words = empty_on_host((sum(map(len, pieces)),), torch.int64, device)
+    np.concatenate([piece.view(np.int64) for piece in pieces], out=words.numpy())
+    return words.to(device, non_blocking=True)
+
+
+@njit(cache=True, nogil=True)
+def _words_of_ones(words: Words, count: int) -> int:
+    """How many of the words it takes until so many bits are set."""
+    at = 0
+    while count > 0:
+        count -= _ones(words[at])
+        at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _count_ones(data: npt.NDArray[np.uint8]) -> int:
+    total = 0
+    for byte in data:
+        total += _ones(np.uint64(byte))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _ones(word: np.uint64) -> int:
+    """Set bits, added up in fields of 2, 4 and 8 bits (Hacker's Delight, 5-1)."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return int((word * np.uint64(0x0101010101010101)) >> np.uint64(56))

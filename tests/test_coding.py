@@ -1,0 +1,140 @@
+"""The codes of what was selected: host and device read each other's, and both say what was sent."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hvd_sketch.coding import Shortlist, device, host
+from hvd_sketch.hashing import MAX_DIM, BlockHash
+
+CODINGS = [host, device]
+CPU = torch.device("cpu")
+both = pytest.mark.parametrize("coding", CODINGS, ids=["host", "device"])
+
+
+@st.composite
+def proposals(draw: st.DrawFn) -> tuple[BlockHash, list[Shortlist], list[Tensor]]:
+    """A hash, a shortlist of every shard, and which of their doubtful positions are dropped."""
+    shards = draw(st.integers(1, 5))
+    hash = BlockHash(
+        draw(st.integers(1, 3000)), 3, draw(st.integers(shards, 800)), shards, seed=draw(st.integers(0, 9))
+    )
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shortlists, dropped = [], []
+    for shard in range(shards):
+        size = hash.owned_size(shard)
+        taken = random.random(size) < draw(st.sampled_from([0, 0.01, 0.2, 1]))
+        positions = torch.from_numpy(np.flatnonzero(taken))
+        is_doubtful = torch.from_numpy(random.random(len(positions)) < draw(st.sampled_from([0, 0.1, 1])))
+        doubtful = is_doubtful.nonzero().flatten()
+        values = torch.from_numpy(random.standard_normal(len(doubtful)).astype(np.float32))
+        shortlists.append(Shortlist(positions, doubtful, values, size))
+        dropped.append(torch.from_numpy(random.random(len(doubtful)) < 0.5))
+    return hash, shortlists, dropped
+
+
+@both
+@given(proposals())
+@settings(max_examples=150, deadline=None)
+def test_shortlists_survive_the_code(coding: ModuleType, proposed: tuple[BlockHash, list[Shortlist], list[Tensor]]):
+    hash, shortlists, dropped = proposed
+    expected = []
+    for shard, (own, drop) in enumerate(zip(shortlists, dropped, strict=True)):
+        left = np.delete(own.positions.numpy(), own.doubtful[drop].numpy())
+        expected += hash.owned_to_global(shard, left).tolist()
+    codes = [coding.encode_shortlist(own) for own in shortlists]
+    for reader in CODINGS:
+        for known in (None, (0, codes[0], shortlists[0])):
+            decoded = reader.decode_shortlists(torch.cat(codes), known)
+            for got, sent in zip(decoded, shortlists, strict=True):
+                assert torch.equal(got.doubtful, sent.doubtful) and torch.equal(got.values, sent.values)
+            if known:  # what it says is closed up in place
+                decoded[0] = reader.decode_shortlists(torch.cat(codes))[0]
+            assert reader.merge(hash, decoded, dropped, CPU).tolist() == sorted(expected)
+
+
+@both
+@given(st.lists(st.integers(0, MAX_DIM - 1), unique=True, max_size=200), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_positions_far_apart_survive_the_code(coding: ModuleType, chosen: list[int], is_span_known: bool) -> None:
+    positions = torch.tensor(sorted(chosen), dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    code = coding.encode_shortlist(Shortlist(positions, *nothing, MAX_DIM if is_span_known else None))
+    (on_host,) = host.decode_shortlists(code)
+    assert torch.equal(on_host.positions, positions)
+    (on_device,) = device.decode_shortlists(code)
+    assert torch.equal(device._decode([on_device.positions], [0, len(positions)], CPU)[1], positions)
+
+
+@both
+@pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])
+def test_the_code_is_within_a_tenth_of_a_bit_of_the_entropy(
+    coding: ModuleType, mean_gap: float, most_bytes: float
+) -> None:
+    gaps = np.random.default_rng(0).geometric(1 / mean_gap, 20_000)
+    positions = torch.from_numpy(np.cumsum(gaps) - 1)
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    encoded = coding.encode_shortlist(Shortlist(positions, *nothing, int(positions[-1]) + 1))
+    p = 1 / mean_gap
+    entropy_bits = (-p * np.log2(p) - (1 - p) * np.log2(1 - p)) / p
+    assert 8 * encoded.numel() / len(gaps) < entropy_bits + 0.1
+    assert encoded.numel() / len(gaps) < most_bytes
+
+
+@both
+@given(st.integers(1, 4), st.integers(0, 40), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_choices_survive_the_code(coding: ModuleType, parts: int, length: int, random) -> None:
+    messages, positions, values = [], [], []
+    for part in range(parts):
+        own = torch.tensor([random.uniform(-1, 1) for _ in range(length)], dtype=torch.float32)
+        chosen = torch.tensor(sorted(random.sample(range(length), random.randint(0, length))), dtype=torch.int64)
+        messages.append(coding.encode_choice(chosen, own))
+        positions.append(chosen + part * length)
+        values.append(own[chosen])
+    for reader in CODINGS:
+        got_positions, got_values = reader.decode_choices(torch.cat(messages), parts, length, CPU)
+        assert torch.equal(got_positions, torch.cat(positions)) and torch.equal(got_values, torch.cat(values))
+        unwanted = torch.arange(0, len(got_positions), 3)
+        left = [p for i, p in enumerate(torch.cat(positions).tolist()) if i % 3]
+        assert reader.without(got_positions, unwanted).tolist() == left
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: operations whose result's size depends on data, and numbers."""
+
+    WAIT = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert operation not in self.WAIT, f"{operation} waits"
+        if operation is torch.ops.aten.index.Tensor:
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "counts what is True"
+        return operation(*args, **kwargs or {})
+
+
+def test_what_lies_on_a_device_is_not_waited_for() -> None:
+    hash = BlockHash(3000, 3, 600, shards=3)
+    positions = torch.arange(0, 900, 7)
+    unwanted = torch.arange(0, len(positions), 5)
+    with NoWaiting():
+        words = device._encode(positions, 1000)
+    used = int(words.numpy().nonzero()[0][-1]) + 1
+    low_bits = int(words[0]) % 256
+    unary_start = 1 + -(-len(positions) * low_bits // 64)
+    low, unary = words[1:unary_start].numpy(), words[unary_start:used].numpy()
+    stream = device.Stream(len(positions), low_bits, low.view(np.uint64), unary.view(np.uint64))
+    with NoWaiting():
+        owners, decoded = device._decode([stream] * 3, [n * len(positions) for n in range(4)], CPU)
+        device.without(device._coordinates(hash, owners, decoded.clone()), unwanted)
+    assert decoded.tolist() == 3 * positions.tolist()
+    with NoWaiting(), pytest.raises(AssertionError, match="waits"):
+        positions.max().item()
