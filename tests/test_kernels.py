@@ -24,6 +24,20 @@ from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
 
 BOUNDS_CHECKED = "equal or equals or full_size or chunks or sorted or nothing_to_do"
+LANES_OUT_OF_BOUNDS = """
+import numba, numpy as np
+from hvd_sketch.kernels import _cpu_loops as loops
+@numba.njit
+def add(table, cell):
+    loops._add_signed(table, cell, np.ones(16, dtype=np.float32), 0, np.uint32(0))
+add(np.zeros(20, dtype=np.float32), 4)
+for cell in (-1, 5):
+    try:
+        add(np.zeros(20, dtype=np.float32), cell)
+    except IndexError:
+        continue
+    raise AssertionError(f"16 lanes from {cell} on are not within 20 elements")
+"""
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -np.inf, np.nan, -np.nan]
 
 few_examples = settings(max_examples=80, deadline=None)  # the first one compiles
@@ -403,12 +417,9 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
 
 
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Any) -> None:
-    """The tests against the reference once more, every indexed access of the compiled loops checked.
-
-    Not those of the intrinsics, which take pointers: sixteen lanes at a time lie within what was checked before them,
-    and their results are compared with the reference.
-    """
+    """The tests against the reference once more, every access of the compiled loops checked, lanes among them."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", BOUNDS_CHECKED]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", BOUNDS_CHECKED]
+    for arguments in (["-c", LANES_OUT_OF_BOUNDS], tests):
+        run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stdout + run.stderr

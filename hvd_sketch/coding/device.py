@@ -20,6 +20,7 @@ from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Shortl
 from hvd_sketch.coding.host import decode_doubtful, encode_doubtful
 from hvd_sketch.hashing import PRIME, BlockHash
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels._cpu_loops import count_ones
 from hvd_sketch.transport.staging import empty_on_host, to_host
 
 LAST = torch.iinfo(torch.int64).max  # a position behind all others
@@ -96,7 +97,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
     for bitmap in bitmaps:
         bitmap.copy_(encoded[start : start + bitmap_bytes])
         start += bitmap_bytes
-        count = _count_ones(bitmap.numpy())
+        count = _ones_in(bitmap.numpy())
         values[at : at + count].view(torch.uint8).copy_(encoded[start : start + 4 * count])
         start += 4 * count
         at += count
@@ -195,23 +196,14 @@ def _words_of_ones(words: Words, count: int) -> int:
     """How many of the words it takes until so many bits are set."""
     at = 0
     while count > 0:
-        count -= _ones(words[at])
+        count -= count_ones(words[at])
         at += 1
     return at
 
 
 @njit(cache=True, nogil=True)
-def _count_ones(data: npt.NDArray[np.uint8]) -> int:
+def _ones_in(data: npt.NDArray[np.uint8]) -> int:
     total = 0
     for byte in data:
-        total += _ones(np.uint64(byte))
+        total += count_ones(np.uint64(byte))
     return total
-
-
-@njit(cache=True, nogil=True)
-def _ones(word: np.uint64) -> int:
-    """Set bits, added up in fields of 2, 4 and 8 bits (Hacker's Delight, 5-1)."""
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return int((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
