@@ -2,7 +2,8 @@
 
 Only codes are copied to the host, a byte or two for a position. The host waits for the device once in what encodes,
 for the code itself, and not at all in what decodes: how many positions there are, and which of them are not wanted,
-it reads from the codes, which have come over the network to it. The number of operations does not grow with the ranks.
+it reads from the codes, which have come over the network to it. A step takes some hundred operations for any number of
+ranks: below 100,000 positions it is launching them, not their work, that takes the time.
 """
 
 from __future__ import annotations
@@ -80,10 +81,9 @@ def without(positions: Tensor, unwanted: Tensor) -> Tensor:
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """See :func:`hvd_sketch.coding.host.encode_choice`; uint8, on the CPU."""
-    chosen = torch.zeros(8 * padded(len(values), 8), dtype=torch.uint8, device=values.device).index_fill_(
-        0, positions, 1
-    )
-    bitmap = (chosen.view(-1, 8) << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)
+    chosen = torch.zeros((padded(len(values), 8), 8), dtype=torch.uint8, device=values.device)
+    chosen.view(-1).index_fill_(0, positions, 1)
+    bitmap = (chosen << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)
     return to_host(torch.cat([bitmap, values.index_select(0, positions).view(torch.uint8)]))
 
 
@@ -139,24 +139,25 @@ def _decode(streams: list[Stream], firsts: list[int], device: torch.device) -> t
     total = firsts[-1]
     low_starts = list(accumulate((64 * len(stream.low) for stream in streams), initial=0))
     unary_starts = list(accumulate((64 * len(stream.unary) for stream in streams), initial=0))
-    counts, widths = ([stream[i] for stream in streams] for i in (0, 1))
-    tables = np.array([counts, firsts[:-1], widths, low_starts[:-1], unary_starts[:-1]], dtype=np.int64)
+    lengths, low_bits = ([stream[i] for stream in streams] for i in (0, 1))
+    tables = np.array([lengths, firsts[:-1], low_bits, low_starts[:-1], unary_starts[:-1]], dtype=np.int64)
     # An empty word at the end, because two are read for each position.
     pieces = [tables.reshape(-1), *(stream.unary for stream in streams), *(stream.low for stream in streams)]
     words = _on_device([*pieces, np.zeros(1, dtype=np.int64)], device)
-    counts_, first, width, low_start, unary_start = words[: tables.size].view(5, -1)
+    length, *per_stream = words[: tables.size].view(5, -1)
     unary, low = words[tables.size :].split([unary_starts[-1] // 64, low_starts[-1] // 64 + 1])
 
-    owner = torch.repeat_interleave(_numbers(len(streams), words), counts_, output_size=total)
+    owner = torch.repeat_interleave(_numbers(len(streams), words), length, output_size=total)
+    first, width, low_start, unary_start = (values[owner] for values in per_stream)
     ones = _places_of_ones(_unpack(unary.view(torch.uint8)), total)
     number = _numbers(total, words)
-    before = torch.where(number == first[owner], unary_start[owner] - 1, ones.roll(1))
-    at = low_start[owner] + (number - first[owner]) * width[owner]
+    before = torch.where(number == first, unary_start - 1, ones.roll(1))
+    at = low_start + (number - first) * width
     halves = low.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     window = halves[at >> 5] | halves[(at >> 5) + 1] << 32
-    gap = (ones - before - 1) << width[owner] | (window >> (at & 31)) & ((1 << width[owner]) - 1)
+    gap = (ones - before - 1) << width | (window >> (at & 31)) & ((1 << width) - 1)
     ends = torch.nn.functional.pad((gap + 1).cumsum(0), (1, 0))
-    return owner, ends[1:] - 1 - ends[first[owner]]
+    return owner, ends[1:] - 1 - ends[first]
 
 
 def _coordinates(hash: BlockHash, owner: Tensor, position: Tensor) -> Tensor:
