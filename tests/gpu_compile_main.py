@@ -65,6 +65,9 @@ def compile_all() -> list[dict[str, Any]]:
         launch_with_numbers_on_the_device(BlockHash(1 << 16, 3, 1 << 13))
         many_rows = BlockHash(1 << 16, 12, 1 << 13)
         gpu.estimate(many_rows, torch.zeros(many_rows.table_shape), 0, many_rows.dim)
+        for dtype in gpu.DTYPES:
+            targets, starts, values = [torch.zeros(99, dtype=dtype)] * 3, torch.zeros(4).long(), torch.zeros(297)
+            gpu.scatter_(targets, starts, torch.arange(297), values)
         far = BlockHash(1 << 34, 3, 1 << 13)
         table, v, start = torch.zeros(far.table_shape), torch.zeros(1000), far.dim - 1000
         gpu.accumulate_atomic_(far, table, v, start)
@@ -101,4 +104,4 @@ def launch_with_numbers_on_the_device(hash: BlockHash) -> None:
 
 
 if __name__ == "__main__":
-    json.dump(compile_all(), sys.stdout)
+    json.dump(compile_all(), sys.stdout, default=str)  # of dtypes

@@ -387,6 +387,20 @@ def test_count_sketch() -> None:
         assert torch.equal(ours.heavymix(100, 7).cpu(), theirs.heavymix(100, 7))
 
 
+@some_examples
+@given(st.data(), st.lists(st.integers(0, 700), min_size=1, max_size=9), st.sampled_from([*gpu.DTYPES]))
+def test_scatter_equals_the_reference(data: st.DataObject, sizes: list[int], dtype: torch.dtype) -> None:
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    chosen = data.draw(st.sets(st.integers(0, sum(sizes) - 1), max_size=50)) if sum(sizes) else set()
+    indices = torch.tensor(sorted(chosen), dtype=torch.int64)
+    values = (random_values if HAS_GPU else random_integers)(len(chosen))  # the interpreter cuts bfloat16 off
+    ours = [torch.ones(size, dtype=dtype, device=DEVICE) for size in sizes]
+    theirs = [torch.ones(size, dtype=dtype) for size in sizes]
+    gpu.scatter_(ours, *(tensor.to(DEVICE) for tensor in (starts, indices, values)))
+    reference.scatter_(theirs, starts, indices, values)
+    assert all(torch.equal(mine.cpu(), right) for mine, right in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize(
     ("dim", "k", "ties"),
     [
@@ -444,6 +458,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "histogram",
         "count",
         "write_chosen",
+        "scatter",
     }
     assert [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]] == []
     instructions = {name: {i for k in kernels if k["name"] == name for i in k["instructions"]} for name in names}

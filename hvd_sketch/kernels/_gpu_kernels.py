@@ -36,6 +36,7 @@ _VARYING = [
     "threshold",
     "ties",
     "room",
+    "targets",
 ]
 
 # --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
@@ -470,3 +471,25 @@ def write_chosen(
     chosen = chosen & (at < room)
     tl.store(positions + at, tile * TILE + tl.arange(0, TILE), mask=chosen)
     tl.store(out + at, values, mask=chosen)
+
+
+# --- the update --------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def scatter(
+    addresses, starts, targets, indices, values, size,
+    DTYPE: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write each value where its index lies: in the last of ``targets`` tensors that starts at it or before."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = at < size
+    index = tl.load(indices + at, mask=mask, other=0)
+    target = tl.zeros([TILE], tl.int32)
+    for step in tl.static_range(STEPS):
+        later = target + (1 << (STEPS - 1 - step))
+        is_target = later < targets
+        start = tl.load(starts + later, mask=mask & is_target, other=0)
+        target = tl.where(is_target & (start <= index), later, target)
+    address = tl.load(addresses + target).to(tl.pointer_type(DTYPE))
+    tl.store(address + (index - tl.load(starts + target)), tl.load(values + at, mask=mask), mask=mask)

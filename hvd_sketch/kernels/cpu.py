@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
+from hvd_sketch.kernels.reference import scatter_ as scatter_  # of this backend, too
 
 ON_HOST = True
 MIN_PART = 1 << 15  # with fewer coordinates a part does not pay for its thread (a call takes 20 us and more)

@@ -35,11 +35,13 @@ Instructions of a thread per coordinate and row (sm_90 code by Triton 3.7, 3 row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
@@ -50,6 +52,12 @@ from hvd_sketch.kernels.reference import gather as gather
 
 ON_HOST = False
 TILE = 1024  # coordinates of a program: at least the largest block
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up
 
 
@@ -204,6 +212,14 @@ def keep_above(
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
     chosen, kept = _above(_elements(values), threshold, ties, size)
     return positions[chosen], kept
+
+
+def scatter_(targets: Sequence[Tensor], starts: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See :func:`hvd_sketch.kernels.reference.scatter_`; one launch for any number of targets."""
+    addresses = torch.tensor([target.data_ptr() for target in targets]).to(values.device, non_blocking=True)
+    arguments = addresses, starts, len(targets), indices, values, values.numel()
+    constants = {"DTYPE": DTYPES[targets[0].dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
+    _launch(kernels.scatter, -(-values.numel() // TILE), *arguments, **constants)
 
 
 class _Source(NamedTuple):

@@ -9,6 +9,8 @@ that works by itself then need not be waited for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -148,6 +150,19 @@ def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
 def clear_(vector: Tensor, indices: Tensor) -> None:
     """Zero ``vector`` at distinct int64 indices, all within it."""
     vector.index_fill_(0, indices, 0)
+
+
+def scatter_(targets: Sequence[Tensor], starts: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write float32 ``values`` [n] at distinct ``indices`` of several tensors seen as one vector.
+
+    Args:
+        targets: contiguous, of one dtype, which the values are rounded to.
+        starts: int64 [len(targets) + 1], where in the vector each begins, and where it ends.
+        indices: int64 [n], ascending.
+    """
+    cuts = torch.searchsorted(indices, starts).tolist()
+    for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
+        target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
 
 
 def _of_size(chosen: Tensor, size: int | None) -> Tensor:
