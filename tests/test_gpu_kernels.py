@@ -172,7 +172,7 @@ def test_deterministic_algorithms_use_no_atomics(monkeypatch: pytest.MonkeyPatch
     hash = BlockHash(2_000, 2, 300)
     values = random_values(hash.dim)
     table, on_gpu, zeros = on_device(a_table(hash), values, torch.zeros(hash.dim))
-    monkeypatch.setattr(gpu.kernels, "accumulate", None)
+    monkeypatch.setattr(gpu.sums, "accumulate", None)
     torch.use_deterministic_algorithms(True)
     try:
         if with_feedback:

@@ -45,7 +45,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
-from hvd_sketch.kernels import _gpu_kernels as kernels
+from hvd_sketch.kernels import _gpu_selection as selection
+from hvd_sketch.kernels import _gpu_sums as sums
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
@@ -105,7 +106,7 @@ Number = int | Tensor
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
     """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
     size = v.numel()
-    _launch(kernels.feedback, -(-size // TILE), v, u, gradient, momentum, size, TILE=TILE, enable_fp_fusion=False)
+    _launch(sums.feedback, -(-size // TILE), v, u, gradient, momentum, size, TILE=TILE, enable_fp_fusion=False)
 
 
 def feedback_accumulate_(
@@ -147,13 +148,13 @@ def accumulate_gather_(hash: AnyHash, table: Tensor, values: Tensor, start: int,
     every_list = torch.arange(hash.shards * lists + 1, dtype=torch.int32, device=table.device)
     for row in range(hash.rows) if rows is None else rows:
         arguments = landings, coefficients, row, first_block, blocks, cols, lists
-        _launch(kernels.list_landings, -(-blocks // TILE), *arguments, BLOCK=block, SHARDS=hash.shards, TILE=TILE)
+        _launch(sums.list_landings, -(-blocks // TILE), *arguments, BLOCK=block, SHARDS=hash.shards, TILE=TILE)
         ordered, entries = landings.sort(stable=True)  # stable: a list's blocks ascend
         bounds = torch.searchsorted(ordered, every_list)
         where = coefficients, row, first_block, start, values.numel(), cols, lists
         tiles = hash.shards * -(-cols // block)
         constants = {"BLOCK": block, "LANES": _lanes(hash), "num_warps": 1}
-        _launch(kernels.gather, tiles, table[row], values, entries, bounds, *where, **constants)
+        _launch(sums.gather, tiles, table[row], values, entries, bounds, *where, **constants)
 
 
 def estimate(hash: AnyHash, table: Tensor, start: int, stop: int) -> Tensor:
@@ -219,7 +220,7 @@ def scatter_(targets: Sequence[Tensor], starts: Tensor, indices: Tensor, values:
     addresses = torch.tensor([target.data_ptr() for target in targets]).to(values.device, non_blocking=True)
     arguments = addresses, starts, len(targets), indices, values, values.numel()
     constants = {"DTYPE": DTYPES[targets[0].dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
-    _launch(kernels.scatter, -(-values.numel() // TILE), *arguments, **constants)
+    _launch(sums.scatter, -(-values.numel() // TILE), *arguments, **constants)
 
 
 class _Source(NamedTuple):
@@ -254,13 +255,13 @@ def _estimates(
     out = torch.empty(stop - start, dtype=torch.float32, device=table.device)
     numbers = start, stop, shard, hash.dim, hash.shard_cols, table[0].numel()
     constants = {"OWNED": OWNED, "ROWS": hash.rows, **_constants(hash)}
-    _launch(kernels.estimate, _tiles(start, stop - start), out, table, coefficients, *numbers, **constants)
+    _launch(selection.estimate, _tiles(start, stop - start), out, table, coefficients, *numbers, **constants)
     return out
 
 
 def _histogram(source: _Source, start: Number, shift: int, bins: int) -> Tensor:
     counts = _empty_histograms(source, bins)
-    source.launch(kernels.histogram, counts, start, SHIFT=shift, BINS=bins, COPIES=COPIES)
+    source.launch(selection.histogram, counts, start, SHIFT=shift, BINS=bins, COPIES=COPIES)
     return counts.sum(dim=0)
 
 
@@ -283,14 +284,14 @@ def _above(
     """
     device = source.tensor.device
     found = torch.empty((2, source.tiles), dtype=torch.int64, device=device)
-    source.launch(kernels.count, found, threshold)
+    source.launch(selection.count, found, threshold)
     found = found.cumsum(dim=1)
     if size is None:
         above, equal = found[:, -1].tolist() if source.tiles else (0, 0)
         size = above + min(equal, int(ties))
     positions = torch.zeros(size, dtype=torch.int64, device=device)
     values = torch.zeros(size, dtype=torch.float32, device=device)
-    source.launch(kernels.write_chosen, positions, values, size, found, threshold, ties, counts, **window)
+    source.launch(selection.write_chosen, positions, values, size, found, threshold, ties, counts, **window)
     return positions, values
 
 
@@ -311,7 +312,7 @@ def _accumulate_atomic_(
     size = values.numel()
     numbers = momentum, start, size, hash.shard_cols, table[0].numel(), rows.start, rows.stop
     _launch(
-        kernels.accumulate, _tiles(start, size),
+        sums.accumulate, _tiles(start, size),
         table[rows.start :], values, u, gradient, coefficients, *numbers,
         enable_fp_fusion=False, **_constants(hash),
     )  # fmt: skip

@@ -1,0 +1,243 @@
+"""Triton code of the GPU kernels: estimates from the table, and the selection of what is large."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
+
+import triton
+import triton.language as tl
+
+from hvd_sketch.kernels._gpu_hash import VARYING, columns, flipped, for_lanes, sign_words, tile_blocks, wrapped
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
+
+NETWORK_ROWS = 9  # medians of more rows are found by counting, with rows * rows votes instead of rows
+
+_MAGNITUDE = tl.constexpr(MAGNITUDE_MASK)
+_INFINITY = tl.constexpr(0x7F800000)
+_LEAST = tl.constexpr(-(2**31))
+_GREATEST = tl.constexpr(2**31 - 1)
+_NETWORK_ROWS = tl.constexpr(NETWORK_ROWS)
+
+# --- estimate ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _vote(
+    shard_row, coefficients, row, block, origin, first, place, exists, cols,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A row's votes as int32 keys in the order of the floats, NaN of either sign last.
+
+    ``shard_row`` points to where, in that row of the table, each matrix row's shard begins.
+    """
+    column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
+    cells = shard_row[:, None] + wrapped(column[:, None] + place, cols)
+    votes = tl.load(cells, mask=exists, other=0.0)
+    magnitude = _magnitudes(votes)
+    key = _mirrored(flipped(votes, sign_words(coefficients, row, origin >> 4), origin, place))
+    return tl.where(magnitude > _INFINITY, magnitude, key)
+
+
+@triton.jit
+def _magnitudes(values):
+    return values.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def _mirrored(bits):
+    """Float bits to keys, and back."""
+    return bits ^ ((bits >> 31) & _MAGNITUDE)
+
+
+@triton.jit
+def _sorted(a, b):
+    return tl.minimum(a, b), tl.maximum(a, b)
+
+
+@triton.jit
+def _medians(
+    table, coefficients, block, base, first, place, dim, cols, row_cells,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Medians over rows of the tile's coordinates at some places of its matrix's rows: [TILE // LANES, WIDTH]."""
+    origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
+    shard_row = table + for_lanes(base, BLOCK, LANES, TILE)
+    exists = origin[:, None] + place < dim
+    if ROWS <= _NETWORK_ROWS:
+        # The five least votes seen so far, in order, of ROWS and some below all of them: the median ends up last.
+        # What is not needed, such as comparing with these constants, the compiler drops.
+        below = tl.full((TILE // LANES, WIDTH), _LEAST, tl.int32)
+        e = tl.full((TILE // LANES, WIDTH), _GREATEST, tl.int32)
+        a = e if ROWS > 7 else below
+        b = e if ROWS > 5 else below
+        c = e if ROWS > 3 else below
+        d = e if ROWS > 1 else below
+        for row in tl.static_range(ROWS):
+            vote = _vote(shard_row, coefficients, row, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+            shard_row += row_cells
+            a, vote = _sorted(a, vote)
+            b, vote = _sorted(b, vote)
+            c, vote = _sorted(c, vote)
+            d, vote = _sorted(d, vote)
+            e = tl.minimum(e, vote)
+        low, high = d, e
+    else:
+        low = tl.full((TILE // LANES, WIDTH), 0, tl.int32)
+        high = low
+        first_row = shard_row
+        for row in range(ROWS):
+            vote = _vote(shard_row, coefficients, row, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+            shard_row += row_cells
+            rank = tl.full((TILE // LANES, WIDTH), 0, tl.int32)
+            other_row = first_row
+            for i in range(ROWS):
+                other = _vote(other_row, coefficients, i, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+                other_row += row_cells
+                rank += ((other < vote) | ((other == vote) & (i < row))).to(tl.int32)
+            low = tl.where(rank == (ROWS - 1) // 2, vote, low)
+            high = tl.where(rank == ROWS // 2, vote, high)
+    median = _mirrored(high).to(tl.float32, bitcast=True)
+    if ROWS % 2 == 0:
+        median = (_mirrored(low).to(tl.float32, bitcast=True) + median) * 0.5
+    return median
+
+
+@triton.jit
+def _estimates(
+    table, coefficients, tile, shard, dim, cols, row_cells,
+    OWNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The medians of a tile, zero past the vector's end: float32 [TILE].
+
+    Table rows are not aligned, and so each thread reads single floats; the compiler gives it every 32nd, each of
+    another sign word. Taken four times a fourth, they are four neighbours, whose word it computes once.
+    """
+    block, base = tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
+    first = (tl.arange(0, TILE // LANES) * LANES) % BLOCK
+    if LANES < 4 or ROWS > _NETWORK_ROWS:
+        place = tl.arange(0, LANES)[None, :]
+        median = _medians(
+            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, LANES, TILE
+        )
+    else:
+        WIDTH: tl.constexpr = LANES // 4
+        place = tl.arange(0, WIDTH)[None, :] * 4
+        m0 = _medians(
+            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+        )
+        m1 = _medians(
+            table, coefficients, block, base, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+        )
+        m2 = _medians(
+            table, coefficients, block, base, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+        )
+        m3 = _medians(
+            table, coefficients, block, base, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+        )
+        median = tl.join(tl.join(m0, m2), tl.join(m1, m3))
+    return tl.reshape(median, (TILE,))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def estimate(
+    out, table, coefficients, start, stop, shard, dim, cols, row_cells,
+    OWNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile = start // TILE + tl.program_id(0).to(tl.int64)
+    median = _estimates(table, coefficients, tile, shard, dim, cols, row_cells, OWNED, ROWS, BLOCK, SHARDS, LANES, TILE)
+    position = tile * TILE + tl.arange(0, TILE)
+    tl.store(out + position - start, median, mask=(position >= start) & (position < stop))
+
+
+# --- selection ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_values(
+    source, coefficients, shard, size, cols,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's tile, zero past the end: of the vector ``source``, or, with ROWS, of a shard's estimates."""
+    tile = tl.program_id(0).to(tl.int64)
+    if ROWS == 0:
+        at = tile * TILE + tl.arange(0, TILE)
+        return tl.load(source + at, mask=at < size, other=0.0)
+    else:
+        return _estimates(source, coefficients, tile, shard, size, cols, cols, True, ROWS, BLOCK, SHARDS, LANES, TILE)
+
+
+@triton.jit
+def _number(number):
+    """A number, or what a pointer to one says."""
+    if number.dtype.is_ptr():
+        return tl.load(number)
+    else:
+        return number
+
+
+@triton.jit
+def _compared(magnitude, threshold):
+    """Which magnitudes lie above the threshold, and which on it; zeros never do."""
+    threshold = _number(threshold)
+    return magnitude > tl.maximum(threshold, 0), (magnitude == threshold) & (magnitude != 0)
+
+
+@triton.jit
+def _add_to_histogram(
+    counts, magnitude, edge, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr
+):  # fmt: skip
+    """Add magnitudes from ``edge`` upwards to one of the histograms ``counts``, int32 [COPIES, BINS + 1]."""
+    counted = (magnitude != 0) & (magnitude >= edge)
+    bin = tl.minimum((magnitude - edge) >> SHIFT, BINS)
+    copy = tl.program_id(0) % COPIES
+    tl.atomic_add(counts + copy * (BINS + 1) + bin, 1, mask=counted, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=VARYING)
+def histogram(
+    source, coefficients, shard, size, cols, counts, edge,
+    SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to a histogram."""
+    values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
+    _add_to_histogram(counts, _magnitudes(values), _number(edge), SHIFT, BINS, COPIES)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def count(
+    source, coefficients, shard, size, cols, found, threshold,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many magnitudes of each tile lie above the threshold, and how many on it: int64 [2, programs]."""
+    values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
+    above, equal = _compared(_magnitudes(values), threshold)
+    found += tl.program_id(0)
+    tl.store(found, tl.sum(above.to(tl.int32), 0))
+    tl.store(found + tl.num_programs(0), tl.sum(equal.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def write_chosen(
+    source, coefficients, shard, size, cols, positions, out, room, found, threshold, ties, counts,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    SHIFT: tl.constexpr = 0, BINS: tl.constexpr = 0, COPIES: tl.constexpr = 1,
+):  # fmt: skip
+    """Positions and values of the first ``room`` chosen; with ``counts``, also a histogram of all above the threshold.
+
+    ``found`` is what :func:`count` found, summed up to each tile.
+    """
+    values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
+    magnitude = _magnitudes(values)
+    if counts is not None:
+        _add_to_histogram(counts, magnitude, _number(threshold) + 1, SHIFT, BINS, COPIES)
+    tile = tl.program_id(0).to(tl.int64)
+    above, equal = _compared(magnitude, threshold)
+    ties = _number(ties)
+    above_before = tl.load(found + tile) - tl.sum(above.to(tl.int32), 0)
+    equal_before = tl.load(found + tl.num_programs(0) + tile) - tl.sum(equal.to(tl.int32), 0)
+    chosen = above | (equal & (equal_before + tl.cumsum(equal.to(tl.int32), 0) <= ties))
+    at = above_before + tl.minimum(equal_before, ties) + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    chosen = chosen & (at < room)
+    tl.store(positions + at, tile * TILE + tl.arange(0, TILE), mask=chosen)
+    tl.store(out + at, values, mask=chosen)

@@ -1,0 +1,142 @@
+"""Triton code of the GPU kernels: what adds to u, v and the table, and what writes an update."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
+
+import triton
+import triton.language as tl
+
+from hvd_sketch.kernels._gpu_hash import (
+    VARYING,
+    columns,
+    flipped,
+    for_lanes,
+    lanes,
+    shards,
+    sign_words,
+    tile_blocks,
+    wrapped,
+)
+
+# --- feedback and accumulate -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fed_back(v, u, gradient, at, mask, momentum):
+    """``u <- m * u + g``, ``v <- v + u`` at some coordinates; the new v. To be compiled without fused rounding."""
+    fed = tl.load(gradient + at, mask=mask)
+    if u is not None:
+        fed = tl.load(u + at, mask=mask) * momentum + fed
+        tl.store(u + at, fed, mask=mask)
+    fed += tl.load(v + at, mask=mask)
+    tl.store(v + at, fed, mask=mask)
+    return fed
+
+
+@triton.jit(do_not_specialize=VARYING)
+def feedback(v, u, gradient, momentum, size, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    _fed_back(v, u, gradient, at, at < size, momentum)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def accumulate(
+    table, values, u, gradient, coefficients, momentum, start, size, cols, row_cells, first_row, last_row,
+    BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of values to the rows from ``table`` on, atomically; with a gradient, after its feedback."""
+    tile = start // TILE + tl.program_id(0).to(tl.int64)
+    block, base = tile_blocks(coefficients, tile, 0, cols, False, BLOCK, SHARDS, TILE)
+    first, place = lanes(BLOCK, LANES, TILE)
+    origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
+    base = for_lanes(base, BLOCK, LANES, TILE)
+    at = origin[:, None] + place - start
+    mask = (at >= 0) & (at < size)
+    if gradient is not None:
+        value = _fed_back(values, u, gradient, at, mask, momentum)
+    else:
+        value = tl.load(values + at, mask=mask)
+    for row in range(first_row, last_row):
+        column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
+        cells = (table + base)[:, None] + wrapped(column[:, None] + place, cols)
+        signed = flipped(value, sign_words(coefficients, row, origin >> 4), origin, place)
+        tl.atomic_add(cells, signed.to(tl.float32, bitcast=True), mask=mask, sem="relaxed")
+        table += row_cells
+
+
+@triton.jit(do_not_specialize=VARYING)
+def list_landings(
+    tiles, coefficients, row, first_block, count, cols, lists,
+    BLOCK: tl.constexpr, SHARDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The one or two lists of :func:`gather` that each block belongs to: int32 [count, 2].
+
+    List l of a shard is of the blocks that meet cells ``l * BLOCK … (l + 1) * BLOCK`` of its part of the row, the
+    last one's all cells from there on: so no list's cells are fewer than a block's, and a block meets two at most.
+    """
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    block = first_block + at
+    column = columns(coefficients, row, block, cols)
+    shard = shards(coefficients, block, SHARDS)
+    head = tl.minimum(column // BLOCK, lists - 1)
+    tail = tl.minimum(wrapped(column + BLOCK - 1, cols) // BLOCK, lists - 1)
+    none = SHARDS * lists  # behind all others
+    mask = at < count
+    tl.store(tiles + 2 * at, shard * lists + head, mask=mask)
+    tl.store(tiles + 2 * at + 1, tl.where(tail == head, none, shard * lists + tail), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gather(
+    table, values, entries, bounds, coefficients, row, first_block, start, size, cols, lists,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Each program sums, into its BLOCK cells of a row, what lands there, block after block in ascending order.
+
+    ``entries`` are the numbers of the landings, list after list; list l's are ``bounds[l] … bounds[l + 1]``.
+    """
+    tiles = (cols + BLOCK - 1) // BLOCK
+    shard = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    first, place = lanes(BLOCK, LANES, BLOCK)
+    cell = tile * BLOCK + first
+    inside = cell[:, None] + place < cols
+    table += shard.to(tl.int64) * cols + (cell[:, None] + place)
+    total = tl.load(table, mask=inside)
+    bounds += shard * lists + tl.minimum(tile, lists - 1)
+    low = tl.load(bounds)
+    high = tl.load(bounds + 1)
+    for landing in tl.range(low, high, loop_unroll_factor=4):  # so that the loads of four blocks overlap
+        block = first_block + tl.load(entries + landing) // 2
+        lane = cell - columns(coefficients, row, block, cols)
+        lane = tl.where(lane <= -LANES, lane + cols, lane)  # nearer ones hold the column: none wraps
+        origin = block * BLOCK + lane
+        # Cells are not aligned as coordinates are: a row of the tile meets two sign words.
+        words = sign_words(coefficients, row, origin >> 4)
+        words |= sign_words(coefficients, row, (origin >> 4) + 1) << 16
+        at = origin[:, None] + place - start
+        lands = (lane[:, None] + place >= 0) & (lane[:, None] + place < BLOCK) & (at >= 0) & (at < size) & inside
+        value = flipped(tl.load(values + at, mask=lands, other=0.0), words, origin, place)
+        total = tl.where(lands, total + value.to(tl.float32, bitcast=True), total)
+    tl.store(table, total, mask=inside)
+
+
+# --- the update --------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=VARYING)
+def scatter(
+    addresses, starts, targets, indices, values, size,
+    DTYPE: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write each value where its index lies: in the last of ``targets`` tensors that starts at it or before."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = at < size
+    index = tl.load(indices + at, mask=mask, other=0)
+    target = tl.zeros([TILE], tl.int32)
+    for step in tl.static_range(STEPS):
+        later = target + (1 << (STEPS - 1 - step))
+        is_target = later < targets
+        start = tl.load(starts + later, mask=mask & is_target, other=0)
+        target = tl.where(is_target & (start <= index), later, target)
+    address = tl.load(addresses + target).to(tl.pointer_type(DTYPE))
+    tl.store(address + (index - tl.load(starts + target)), tl.load(values + at, mask=mask), mask=mask)
