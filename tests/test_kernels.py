@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_sketch.hashing import BlockHash
+from hvd_sketch.hashing import PRIME, BlockHash, evaluate_cubic
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
 
@@ -231,6 +231,17 @@ def test_blocks_of_full_size(rows: int, cols: int, shards: int) -> None:
     positions, estimates = every_owned(hash, table[:, -1].contiguous(), shards - 1)
     expected = reference.estimate_owned(hash, table[:, -1].contiguous(), shards - 1)
     assert torch.equal(estimates, expected[positions]) and bool((expected != 0).sum() == positions.numel())
+
+
+@pytest.mark.parametrize("block", [0, 1, 2**26 + 3, 2**27 - 2])  # the last one's words end below PRIME
+def test_sign_words_of_extreme_coefficients(block: int) -> None:
+    """The largest the field has, so that what must stay below 2^64 and 2^32 comes closest to it."""
+    words = np.zeros(loops.WORDS, dtype=np.uint32)
+    for coefficients in product([0, 1, PRIME - 1], repeat=4):
+        numbers = np.array(coefficients, dtype=np.uint64)
+        loops._fill_words(words, 0, numbers, block, 256)
+        expected = evaluate_cubic(numbers, block * loops.WORDS + np.arange(loops.WORDS))
+        assert words.tolist() == expected.tolist(), (coefficients, block)
 
 
 def test_accumulating_in_slices_equals_at_once() -> None:

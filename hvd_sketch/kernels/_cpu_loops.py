@@ -178,6 +178,33 @@ def _prefetch(typing: Any, table: Any, cell: Any) -> Any:
     return types.void(table, types.intp), generate
 
 
+@intrinsic
+def _store_words(typing: Any, words: Any, at: Any, value: Any, slope: Any, curvature: Any, third: Any) -> Any:
+    """``words[at + w] = value + w slope + w² curvature + w³ third`` over GF(2^31 - 1) for 16 words w.
+
+    All four below 2^32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words, at, *terms = arguments
+        wide = ir.VectorType(_I64, WORDS)
+        total = ir.Constant(wide, [0] * WORDS)
+        for degree, term in enumerate(terms):
+            factor = builder.zext(_splat(builder, builder.trunc(term, _I32)), wide)  # so that LLVM multiplies 32 bits
+            powers = ir.Constant(wide, [word**degree for word in range(WORDS)])
+            total = builder.add(total, builder.mul(factor, powers))
+        low = builder.and_(total, ir.Constant(wide, [PRIME] * WORDS))
+        folded = builder.add(low, builder.lshr(total, ir.Constant(wide, [31] * WORDS)))
+        folded = builder.trunc(folded, _INTS)
+        less = builder.sub(folded, _ints([PRIME] * WORDS))  # wraps where it would be negative
+        reduced = builder.select(builder.icmp_unsigned("<", less, folded), less, folded)
+        builder.store(reduced, _lanes_at(context, builder, signature.args[0], words, at, _INTS), align=4)
+        return context.get_dummy_value()
+
+    args = (words, types.intp, types.uint64, types.uint64, types.uint64, types.uint64)
+    return types.void(*args), generate
+
+
 def _matcher(relation: str) -> Any:
     @intrinsic
     def match(typing: Any, bits: Any, index: Any, threshold: Any) -> Any:
@@ -259,7 +286,7 @@ def _atomic_add(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 # --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
 
-# inline="always": called, these three keep LLVM from vectorising the loops over words: accumulate takes 50, not 25.
+# inline="always": called, these three keep LLVM from vectorising the loops over blocks.
 
 
 @njit(inline="always")
@@ -284,11 +311,16 @@ def _scaled(c0: Any, c1: Any, c2: Any, c3: Any, x: Any, size: int) -> Any:
 
 @njit
 def _fill_words(words: Array, at: int, coefficients: Array, block: int, size: int) -> None:
-    """Sign words of a block, one vector loop for the most it can have: ``words[at : at + WORDS]``."""
+    """Sign words of a block, as many as the largest has: ``words[at : at + WORDS]``.
+
+    By the cubic's expansion at the first word, x: ``f(x + w) = f(x) + w f'(x) + w² f''(x) / 2 + w³ c3``, which stays
+    below 2^43 and so is reduced once, not once for each degree.
+    """
     c0, c1, c2, c3 = coefficients
-    first = np.uint64((block * size) >> 4)
-    for word in range(WORDS):
-        words[at + word] = np.uint32(_cubic(c0, c1, c2, c3, first + np.uint64(word)))
+    x = np.uint64((block * size) >> 4)
+    curvature = _fold(np.uint64(3) * _fold(c3 * x) + c2)
+    slope = _fold(_fold((curvature + c2) * x + c1))
+    _store_words(words, at, _cubic(c0, c1, c2, c3, x), slope, curvature, c3)
 
 
 @njit
@@ -406,13 +438,18 @@ def _feedback_accumulate_cells(
 
 @njit
 def _feedback_run(u: Array, v: Array, gradient: Array, momentum: float, low: int, high: int) -> None:
-    """``u`` is empty where momentum is 0."""
+    """``u`` is empty where momentum is 0.
+
+    With signed indices, each compared with 0, and u read again after it is written, LLVM leaves the loop scalar: a
+    million coordinates on a thread of a Zen 3 core, in its caches, take 1.05 instead of 0.22.
+    """
     if u.size:
-        for i in range(low, high):
-            u[i] = momentum * u[i] + gradient[i]
-            v[i] += u[i]
+        for i in range(np.uint64(low), np.uint64(high)):
+            fed = momentum * u[i] + gradient[i]
+            u[i] = fed
+            v[i] += fed
     else:
-        for i in range(low, high):
+        for i in range(np.uint64(low), np.uint64(high)):
             v[i] += gradient[i]
 
 
