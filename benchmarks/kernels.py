@@ -6,26 +6,31 @@
 
 "copies" is the time in units of a ``copy_`` of the vector into a touched buffer in the same run; "bandwidth" is the
 share of that copy's bandwidth that the bytes an operation must move through memory come to; "x torch" is how much
-faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py). Times are medians of
-interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and times nothing when
-a result is wrong.
+faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py); "over C" is how many
+times as long as in C it takes (c_kernels.c, on the CPU where ``cc`` can compile it: the lines "C …"). "hash alone"
+evaluates signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probes of the level-2 cache, whose
+"bandwidth" is a multiple of the copy's, and "limit" is the share of the bound that hvd_sketch/kernels/gpu.py derives.
+
+Times are medians of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and
+times nothing when a result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from kernel_checks import hash_only, recover, wrong_results, wrong_step
+from c_peer import ROWS_OF_ESTIMATES, CPeer, load_library
+from kernel_checks import hash_only, recover, wrong_in_c, wrong_results, wrong_step
+from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines, plot, print_table
 from machine import describe_machine, peak_memory_of
 from torch import Tensor
 from torch_style import TorchStyle
@@ -39,27 +44,6 @@ TORCH_ROUNDS = 3  # the torch style takes seconds
 STEPS_BEFORE = 20  # until the residual grows slowly, as it does in all but the first steps of a training
 MOMENTUM = 0.9
 Operations = dict[str, Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One line of the table."""
-
-    dim: int
-    rows: int
-    cols: int
-    k: int
-    oversample: int
-
-    @property
-    def candidates(self) -> int:
-        return min(self.dim, self.oversample * self.k)
-
-
-# Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
-# What the GPU kernels must move beyond that, and through which memory, stands in hvd_sketch/kernels/gpu.py.
-BYTES_PER_COORDINATE = {"copy": 8, "finite": 4, "feedback": 20, "sketch": 4, "feedback + sketch": 20, "estimate": 4}
-TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
 
 
 def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations:
@@ -81,8 +65,21 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
     }
     if values.device.type == "cpu":
         operations["hash alone"] = lambda: hash_only(hash)
+        library = load_library()
+        if library is not None:
+            peer = CPeer(library, hash)
+            operations["C sketch"] = lambda: peer.accumulate_(scratch, values)
+            operations["C feedback + sketch"] = lambda: peer.feedback_accumulate_(scratch, u, v, values, MOMENTUM)
+            if hash.rows in ROWS_OF_ESTIMATES:
+                operations["C estimate"] = lambda: peer.estimate(table)
     else:
+        import gpu_probes  # which imports Triton
+
+        l2_buffer = torch.zeros(L2_BUFFER_BYTES // 4, device=values.device)
         operations["sketch, gathered"] = lambda: kernels.accumulate_gather_(hash, scratch, values, 0)
+        operations["hash alone"] = lambda: gpu_probes.hash_only(hash, values.device)
+        operations["L2 read"] = lambda: gpu_probes.walk(l2_buffer, L2_PASSES, adding=False)
+        operations["L2 add"] = lambda: gpu_probes.walk(l2_buffer, L2_PASSES, adding=True)
     return operations
 
 
@@ -140,6 +137,8 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     torch_style = TorchStyle(hash, device) if with_torch else None
     gradients = random_gradients(setting, device)
     wrong = wrong_results(hash, torch_style, setting.candidates, device)
+    if device.type == "cpu" and (library := load_library()) is not None:
+        wrong += wrong_in_c(library, hash)
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
         wrong += wrong_step(torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
     if wrong:
@@ -149,7 +148,12 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     if torch_style is not None:
         elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
     extra_bytes = step_extra_bytes(setting, device)
-    return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": lines(elapsed, setting)}
+    records = lines(elapsed, setting, l2_cache_bytes(device))
+    return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": records}
+
+
+def l2_cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def random_gradients(setting: Setting, device: torch.device) -> list[Tensor]:
@@ -165,61 +169,6 @@ def step_extra_bytes(setting: Setting, device: torch.device) -> int | None:
 def _step_extra_bytes(setting: Setting, device: torch.device, threads: int) -> int | None:
     torch.set_num_threads(threads)
     return peak_memory_of(Steps(setting, random_gradients(setting, device)), device)
-
-
-def lines(elapsed: dict[str, list[float]], setting: Setting) -> list[dict]:
-    """One record for each operation: median and least time, copies, share of the bandwidth, times faster than torch."""
-    medians = {name: statistics.median(times) for name, times in elapsed.items()}
-    copy_bytes_per_ms = BYTES_PER_COORDINATE["copy"] * setting.dim / medians["copy"]
-    records = []
-    for name, median_ms in medians.items():
-        moved = BYTES_PER_COORDINATE.get(name, 0) * setting.dim
-        peer = medians.get(TORCH_PEERS.get(name, ""))
-        records.append(
-            {
-                "operation": name,
-                "median_ms": median_ms,
-                "min_ms": min(elapsed[name]),
-                "copies": median_ms / medians["copy"],
-                "bytes": moved or None,
-                "bandwidth": moved / median_ms / copy_bytes_per_ms if moved else None,
-                "times_torch": peer / median_ms if peer else None,
-            }
-        )
-    return records
-
-
-def print_table(report: dict) -> None:
-    print(f"\ndim {report['dim']:,}  rows {report['rows']}  cols {report['cols']:,}  k {report['k']:,}")
-    print(f"{'':18}{'median ms':>11}{'min ms':>9}{'copies':>8}{'GB':>7}{'bandwidth':>11}{'x torch':>9}")
-    for line in report["lines"]:
-        moved = f"{line['bytes'] / 1e9:7.2f}" if line["bytes"] else " " * 7
-        share = f"{line['bandwidth']:11.0%}" if line["bandwidth"] else " " * 11
-        faster = f"{line['times_torch']:9.1f}" if line["times_torch"] else ""
-        numbers = f"{line['median_ms']:11.2f}{line['min_ms']:9.2f}{line['copies']:8.2f}"
-        print(f"{line['operation']:18}{numbers}{moved}{share}{faster}")
-    extra, allowed = report["step_extra_bytes"], 0.05 * 4 * report["dim"] + 24 * report["oversample"] * report["k"]
-    if extra is not None:
-        print(f"a step's peak memory beyond u, v, g and the table: {extra / 1e6:.1f} MB (goal {allowed / 1e6:.1f} MB)")
-
-
-def plot(reports: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for rows in sorted({report["rows"] for report in reports}):
-        of = sorted((r for r in reports if r["rows"] == rows), key=lambda r: r["dim"])
-        for name, style in (("feedback + sketch", ":"), ("recovery", "--"), ("step", "-"), ("torch step", "-.")):
-            points = [(r["dim"], line["copies"]) for r in of for line in r["lines"] if line["operation"] == name]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{name}, {rows} rows")
-    axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="time in copies of the vector")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def whole_number(text: str) -> int:
@@ -257,6 +206,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     machine = describe_machine(device) | {"threads": arguments.threads}
     print(machine["device"], f"{arguments.threads} threads", machine["versions"], sep=", ")
+    if device.type == "cpu" and load_library() is None:
+        print("no C compiler here that knows OpenMP and -march=native: the lines in C are left out")
     reports = []
     for setting in settings_of(arguments):
         reports.append(measure(setting, device, arguments.rounds, not arguments.no_torch))

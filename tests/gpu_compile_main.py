@@ -24,6 +24,10 @@ from triton.runtime import driver
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_probes
+
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -73,6 +77,9 @@ def compile_all() -> list[dict[str, Any]]:
         gpu.accumulate_atomic_(far, table, v, start)
         gpu.accumulate_gather_(far, table, v, start)
         gpu.estimate(far, table, start, far.dim)
+        gpu_probes.hash_only(many_rows, table.device)
+        for adding in (False, True):
+            gpu_probes.walk(v, 2, adding)
     return compiled
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from hvd_sketch.hashing import BlockHash, evaluate_cubic
+from hvd_sketch.kernels import reference
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.harness import FIRST_STEP_LIMIT_S, ROOT, run_command, started, wait_until
 from tests.labs import needs_lab
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from c_peer import CPeer, load_library
+from kernel_checks import c_against
+from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
 from time_to_accuracy import pending_over
 from versus import accuracy_report, bandwidth_report, methods
 from versus.break_even import break_even, fastest, name_bandwidth
@@ -139,8 +145,84 @@ def test_kernels_end_to_end(tmp_path) -> None:
     assert status == 0, output
     measured = json.loads(figures.read_text())
     assert {"python", "torch", "numpy", "numba"} <= measured["versions"].keys() and measured["commit"]
-    assert "x torch" in output and "a step's peak memory" in output
+    assert "x torch" in output and "a step's peak memory" in output and "the hash alone" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("dim", "cols"),
+    [(1, 1), (777, 1), (777, 100), (4_096, 64), (50_000, 300), (100_003, 7), (100_003, 200), (100_003, 20_001)],
+)
+def test_c_equals_the_reference(dim: int, cols: int, rows: int, threads: int) -> None:
+    """Also of blocks of 1 to 256, fewer columns than a block's lanes, and more threads than there is work."""
+    library = load_library()
+    assert library is not None, "the C compiler refuses benchmarks/c_kernels.c"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert c_against(reference, library, BlockHash(dim, rows, cols, seed=rows)) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+def test_c_refuses_what_it_cannot_do() -> None:
+    library = load_library()
+    assert library is not None
+    with pytest.raises(ValueError, match="one shard and at most 64 rows, got 2 and 3"):
+        CPeer(library, BlockHash(100, 3, 20, 2))
+    with pytest.raises(ValueError, match="got 4"):
+        CPeer(library, BlockHash(100, 4, 20)).estimate(torch.zeros(4, 1, 20))
+
+
+def test_without_a_compiler_the_lines_in_c_are_left_out(monkeypatch) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    status, output = benchmark("kernels.py", "--dims", "2e4", "--rows", "3", "--rounds", "1", "--no-torch")
+    assert status == 0 and "no C compiler" in output
+    assert "C sketch" not in output and "over C" not in output and "the hash alone" in output
+
+
+@pytest.mark.parametrize(("dim", "cols"), [(777, 20), (5_000, 300), (5_003, 2_000)])
+def test_the_hash_alone_on_a_gpu_is_the_hash(dim: int, cols: int) -> None:
+    """Blocks of 4, 64 and 256; the last of each is cut short."""
+    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hash = BlockHash(dim, 3, cols)
+    sums = gpu_probes.hash_only(hash, device).cpu().numpy()
+    block, word = np.arange(hash.blocks), np.arange(0, dim, min(16, hash.block))
+    expected = np.zeros(len(sums), dtype=np.int64)
+    for row in range(hash.rows):
+        signs = evaluate_cubic(hash.sign_coefficients[row], word >> 4).astype(np.int64) & 0xFFFF
+        np.add.at(expected, word // gpu_probes.gpu.TILE, signs)
+        np.add.at(expected, block * hash.block // gpu_probes.gpu.TILE, hash.offsets(row, block))
+    assert sums.tolist() == expected.tolist()
+
+
+def test_probes_of_l2_read_and_add_to_every_cell() -> None:
+    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    buffer = torch.arange(3 * gpu_probes.gpu.TILE, device="cuda" if torch.cuda.is_available() else "cpu") % 7
+    buffer = buffer.float()
+    assert float(gpu_probes.walk(buffer, 2, adding=False).sum()) == 2 * float(buffer.sum())
+    added = buffer.clone()
+    gpu_probes.walk(added, 2, adding=True)
+    assert torch.equal(added, buffer + 2)
+
+
+def test_limits_take_the_slower_of_memory_and_l2() -> None:
+    """A copy of 1 M coordinates takes 1 ms: 8 GB/s. L2 is 4 times as fast."""
+    l2_ms = L2_BUFFER_BYTES * L2_PASSES / 32e6
+    elapsed = {"copy": [1.0], "sketch": [5.0], "feedback + sketch": [5.0], "estimate": [1.0], "L2 read": [l2_ms]}
+    elapsed["C sketch"] = [2.0]
+    setting = Setting(1_000_000, 5, 1_000, 10, 4)
+    by_name = {line["operation"]: line for line in lines(elapsed, setting, l2_bytes=40_000)}
+    assert by_name["sketch"]["limit"] == pytest.approx(4 * 5 / 32 / 5)  # L2's, 4 r / L
+    assert by_name["feedback + sketch"]["limit"] == pytest.approx(20 / 8 / 5)  # memory's, 20 / M
+    assert by_name["L2 read"]["bandwidth"] == pytest.approx(4)
+    assert by_name["sketch"]["times_c"] == 2.5 and by_name["estimate"]["times_c"] is None
+    assert all(line["limit"] is None for line in lines(elapsed, setting, l2_bytes=39_999))
 
 
 @pytest.mark.multiprocess

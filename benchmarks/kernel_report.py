@@ -1,0 +1,121 @@
+"""From times to the table, the JSON and the plot of kernels.py."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    dim: int
+    rows: int
+    cols: int
+    k: int
+    oversample: int
+
+    @property
+    def candidates(self) -> int:
+        return min(self.dim, self.oversample * self.k)
+
+
+# Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
+# What the GPU kernels must move beyond that, and through which memory, stands in hvd_sketch/kernels/gpu.py.
+BYTES_PER_COORDINATE = {"copy": 8, "finite": 4, "feedback": 20, "sketch": 4, "feedback + sketch": 20, "estimate": 4}
+TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
+C_PEERS = {"sketch": "C sketch", "feedback + sketch": "C feedback + sketch", "estimate": "C estimate"}
+PEER_OF_C = {peer: name for name, peer in C_PEERS.items()}
+L2_PROBES = ("L2 read", "L2 add")
+# A probe's buffer: read anew by every launch, and well inside the level-2 cache (50 MB on an H100), of which half lies
+# at the chip's other side. And how often it is walked in a launch, which alone takes as long as one or two walks.
+L2_BUFFER_BYTES, L2_PASSES = 16 << 20, 32
+
+
+def lines(elapsed: dict[str, list[float]], setting: Setting, l2_bytes: int = 0) -> list[dict]:
+    """One record for each operation: its times and what they come to, as kernels.py says."""
+    medians = {name: statistics.median(times) for name, times in elapsed.items()}
+    copy_bytes_per_ms = BYTES_PER_COORDINATE["copy"] * setting.dim / medians["copy"]
+    limits = limits_ms(medians, setting, l2_bytes)
+    records = []
+    for name, median_ms in medians.items():
+        moved = BYTES_PER_COORDINATE.get(PEER_OF_C.get(name, name), 0) * setting.dim
+        if name in L2_PROBES:
+            moved = L2_BUFFER_BYTES * L2_PASSES
+        torch_ms, c_ms = (medians.get(peers.get(name, "")) for peers in (TORCH_PEERS, C_PEERS))
+        records.append(
+            {
+                "operation": name,
+                "median_ms": median_ms,
+                "min_ms": min(elapsed[name]),
+                "copies": median_ms / medians["copy"],
+                "bytes": moved or None,
+                "bandwidth": moved / median_ms / copy_bytes_per_ms if moved else None,
+                "times_torch": torch_ms / median_ms if torch_ms else None,
+                "times_c": median_ms / c_ms if c_ms else None,
+                "limit": limits[name] / median_ms if name in limits else None,
+            }
+        )
+    return records
+
+
+def limits_ms(medians: dict[str, float], setting: Setting, l2_bytes: int) -> dict[str, float]:
+    """Least times by hvd_sketch/kernels/gpu.py, where L2 was probed and its ``l2_bytes`` hold the table twice."""
+    if "L2 read" not in medians or 2 * 4 * setting.rows * setting.cols > l2_bytes:
+        return {}
+    copy_ms_per_byte = medians["copy"] / BYTES_PER_COORDINATE["copy"]  # for each coordinate
+    l2_ms = 4 * setting.rows * setting.dim * medians["L2 read"] / (L2_BUFFER_BYTES * L2_PASSES)
+    return {name: max(BYTES_PER_COORDINATE[name] * copy_ms_per_byte, l2_ms) for name in C_PEERS}
+
+
+def print_table(report: dict) -> None:
+    print(f"\ndim {report['dim']:,}  rows {report['rows']}  cols {report['cols']:,}  k {report['k']:,}")
+    # Title, the record's entry, width and format: columns of which no line has anything are left out.
+    columns = [
+        ("median ms", "median_ms", 11, ".2f"),
+        ("min ms", "min_ms", 9, ".2f"),
+        ("copies", "copies", 8, ".2f"),
+        ("GB", "bytes", 7, ".2f"),
+        ("bandwidth", "bandwidth", 11, ".0%"),
+        ("x torch", "times_torch", 9, ".1f"),
+        ("over C", "times_c", 8, ".2f"),
+        ("limit", "limit", 7, ".0%"),
+    ]
+    columns = [column for column in columns if any(line[column[1]] for line in report["lines"])]
+    print(f"{'':20}" + "".join(f"{title:>{width}}" for title, _, width, _ in columns))
+    for line in report["lines"]:
+        values = {**line, "bytes": line["bytes"] and line["bytes"] / 1e9}
+        cells = (f"{values[key]:{width}{form}}" if values[key] else " " * width for _, key, width, form in columns)
+        print(f"{line['operation']:20}{''.join(cells)}".rstrip())
+    print_shares(report)
+
+
+def print_shares(report: dict) -> None:
+    """The hash's share of what uses it, and a step's memory."""
+    medians = {line["operation"]: line["median_ms"] for line in report["lines"]}
+    shares = (f"{medians['hash alone'] / medians[name]:.0%} of {name}" for name in C_PEERS)
+    print("the hash alone takes as long as", ", ".join(shares))
+    extra, allowed = report["step_extra_bytes"], 0.05 * 4 * report["dim"] + 24 * report["oversample"] * report["k"]
+    if extra is not None:
+        print(f"a step's peak memory beyond u, v, g and the table: {extra / 1e6:.1f} MB (goal {allowed / 1e6:.1f} MB)")
+
+
+def plot(reports: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for rows in sorted({report["rows"] for report in reports}):
+        of = sorted((r for r in reports if r["rows"] == rows), key=lambda r: r["dim"])
+        for name, style in (("feedback + sketch", ":"), ("recovery", "--"), ("step", "-"), ("torch step", "-.")):
+            points = [(r["dim"], line["copies"]) for r in of for line in r["lines"] if line["operation"] == name]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{name}, {rows} rows")
+    axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="time in copies of the vector")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
