@@ -21,6 +21,7 @@ from hvd_sketch.selection import Expectation, VectorPart, find_cut, histogram_bi
 from hvd_sketch.steps import Exchange, Parameters, SparseUpdate
 from hvd_sketch.transport.base import Transport, mean_over_ranks
 from hvd_sketch.transport.local import local_transports
+from hvd_sketch.transport.staging import to_device
 from hvd_sketch.volume import RING_PASSES, CommLedger
 
 ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
@@ -119,8 +120,8 @@ class SketchedAllreduce(Exchange):
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         finite = all_finite([sums])
-        positions, sums = (found.to(self._device, non_blocking=True) for found in (positions, sums))
-        update = SparseUpdate(candidates.index_select(0, positions), sums / self._comm.size)
+        indices = candidates.index_select(0, positions.to(self._device))
+        update = SparseUpdate(indices, to_device(sums, self._device) / self._comm.size)
         if not finite or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")
             return self._nothing()

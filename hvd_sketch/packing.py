@@ -14,9 +14,7 @@ from hvd_sketch.kernels import load_backend
 
 NamedParameter = tuple[str, Tensor]
 Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
-# A part costs the exchange two kernel calls, in which time so many elements are copied: 25 us each on a CPU, measured;
-# 15 on a GPU, by what a launch from Python takes.
-MIN_ALONE = {"cpu": 1 << 16, "cuda": 1 << 22}
+MIN_ALONE = 1 << 16  # elements; a part costs the exchange two kernel calls, 25 us each
 
 
 def is_dense(parameter: Tensor, dense_below: int) -> bool:
@@ -129,9 +127,8 @@ class FlatParameters:
         self._starts = torch.tensor([0] + [p.numel() for p in parameters], device=self.device).cumsum(0)
         starts = self._starts.tolist()
         self._places = list(zip(parameters, starts, starts[1:], strict=False))
-        self.parts = _in_parts(self._places, MIN_ALONE[self.device.type]) if apart else [self._places]
+        self.parts = _in_parts(self._places) if apart else [self._places]
         self.dim: int = starts[-1]
-        self._is_narrow = any(torch.finfo(p.dtype).max < torch.finfo(torch.float32).max for p in parameters)
         self.dense_bytes = sum(p.numel() * p.element_size() for p in parameters)
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
         self._buffers: list[Tensor | None] = [None] * len(self.parts)
@@ -163,37 +160,52 @@ class FlatParameters:
         buffer = self._buffers[number]
         if buffer is None:
             buffer = self._buffers[number] = torch.empty(last - first, dtype=torch.float32, device=self.device)
-        targets = [buffer[start - first : stop - first].view(p.shape) for p, start, stop in places]
-        torch._foreach_copy_(targets, [_dense_gradient(parameter) for parameter, _, _ in places])
+        alike: list[tuple[Tensor, Tensor]] = []  # copied together, in one launch on a GPU
+        for parameter, start, stop in places:
+            target = buffer[start - first : stop - first].view(parameter.shape)
+            gradient = parameter.grad if parameter.requires_grad else None
+            if gradient is None:
+                target.zero_()
+            elif gradient.layout != torch.strided:
+                target.copy_(gradient.to(torch.float32).to_dense())  # entries that meet are added in float32
+            elif gradient.is_contiguous():
+                alike.append((target, gradient))
+            else:
+                target.copy_(gradient)
+        if alike:
+            targets, gradients = zip(*alike, strict=True)
+            torch._foreach_copy_(targets, gradients)
         if inverse_scale is not None:
             buffer.mul_(inverse_scale)
-        decayed = [(target, p) for target, (p, _, _) in zip(targets, places, strict=True) if p.requires_grad]
-        if weight_decay and decayed:
-            torch._foreach_add_(*map(list, zip(*decayed, strict=True)), alpha=weight_decay)
+        for parameter, start, stop in places:
+            if weight_decay and parameter.requires_grad:
+                buffer[start - first : stop - first].view(parameter.shape).add_(parameter, alpha=weight_decay)
         return buffer
 
     @torch.no_grad()
     def unpack_sparse(self, indices: Tensor, values: Tensor) -> None:
         """Set every ``p.grad`` to zeros but for ``values`` at ``indices``; created where absent.
 
-        All of it is written, for it holds this rank's gradient: on a GPU in two launches for any number of contiguous
-        parameters of one dtype that are not frozen, and without waiting for it.
+        All of it is written, for it holds this rank's gradient: on a GPU in two launches for all contiguous parameters
+        of one dtype, and without waiting for it; where one is not contiguous, it is waited for once.
 
         Args:
             indices: int64 [n], ascending, in ``0 … dim - 1``.
             values: float32 [n].
         """
-        gradients = [_writable_gradient(parameter) for parameter, _, _ in self._places if parameter.requires_grad]
-        if not gradients:
+        gradients = [_writable_gradient(p) if p.requires_grad else None for p, _, _ in self._places]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if present:
+            torch._foreach_zero_(present)
+        for dtype in dict.fromkeys(gradient.dtype for gradient in present):
+            alike = [g if g is not None and g.is_contiguous() and g.dtype == dtype else None for g in gradients]
+            load_backend(None, self.device).scatter_(alike, self._starts, indices, values)
+        if all(gradient.is_contiguous() for gradient in present):
             return
-        torch._foreach_zero_(gradients)
-        is_plain = all(gradient.is_contiguous() for gradient in gradients)
-        if is_plain and len(gradients) == len(self._places) and len({gradient.dtype for gradient in gradients}) == 1:
-            load_backend(None, self.device).scatter_(gradients, self._starts, indices, values)
-            return
-        for parameter, start, first, last in self._cut(indices):
-            if parameter.requires_grad and first < last:
-                _scatter_(_writable_gradient(parameter), indices[first:last] - start, values[first:last])
+        for gradient, (_, start, first, last) in zip(gradients, self._cut(indices), strict=True):
+            if gradient is not None and not gradient.is_contiguous():
+                places = torch.unravel_index(indices[first:last] - start, gradient.shape)
+                gradient[places] = values[first:last].to(gradient.dtype)
 
     @torch.no_grad()
     def unpack_dense(self, values: Tensor) -> None:
@@ -204,13 +216,19 @@ class FlatParameters:
 
     def fits_sparse(self, indices: Tensor, values: Tensor) -> bool:
         """Whether ``values`` (float32 [n], finite) at ``indices`` stay finite in their parameters' dtypes."""
-        return not self._is_narrow or all_finite(
-            [values[first:last].to(p.dtype) for p, _, first, last in self._cut(indices)]
-        )
+        if not self._is_narrow():
+            return True
+        return all_finite([values[first:last].to(p.dtype) for p, _, first, last in self._cut(indices)])
 
     def fits_dense(self, values: Tensor) -> bool:
         """Whether ``values`` (float32 [dim], finite) stay finite in the parameters' dtypes."""
-        return not self._is_narrow or all_finite([values[start:stop].to(p.dtype) for p, start, stop in self._places])
+        if not self._is_narrow():
+            return True
+        return all_finite([values[start:stop].to(p.dtype) for p, start, stop in self._places])
+
+    def _is_narrow(self) -> bool:
+        """Whether there are finite float32 that a parameter's dtype has no finite number for."""
+        return any(torch.finfo(p.dtype).max < torch.finfo(torch.float32).max for p, _, _ in self._places)
 
     def _cut(self, indices: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
         """Each parameter, where it starts in the vector, and from where to where in ``indices`` its own lie."""
@@ -219,12 +237,12 @@ class FlatParameters:
             yield parameter, start, first, last
 
 
-def _in_parts(places: list[Place], min_alone: int) -> list[list[Place]]:
+def _in_parts(places: list[Place]) -> list[list[Place]]:
     """Large parameters alone, small ones together with their neighbours: alike on every rank."""
     parts: list[list[Place]] = []
     for place in places:
-        is_small = place[0].numel() < min_alone
-        if is_small and parts and parts[-1][-1][0].numel() < min_alone:
+        is_small = place[0].numel() < MIN_ALONE
+        if is_small and parts and parts[-1][-1][0].numel() < MIN_ALONE:
             parts[-1].append(place)
         else:
             parts.append([place])
@@ -240,16 +258,6 @@ def _plain_gradient(parameter: Tensor) -> Tensor | None:
     return gradient.detach().view(-1) if is_plain else None
 
 
-def _dense_gradient(parameter: Tensor) -> Tensor:
-    """``p.grad`` in the parameter's shape, strided; zeros where it is missing."""
-    gradient = parameter.grad if parameter.requires_grad else None
-    if gradient is None:
-        return torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
-    if gradient.layout != torch.strided:
-        return gradient.to(torch.float32).to_dense()  # entries that meet are added in float32
-    return gradient
-
-
 def _writable_gradient(parameter: Tensor) -> Tensor:
     """``p.grad``, made anew where it is absent, sparse, or several of its elements share memory."""
     gradient = parameter.grad
@@ -261,12 +269,3 @@ def _writable_gradient(parameter: Tensor) -> Tensor:
 def _elements_share_memory(tensor: Tensor) -> bool:
     # As expand() leaves it: writing into one element would change others.
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _scatter_(gradient: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write ``values`` at flat, row-major ``indices``, whatever the memory format."""
-    values = values.to(gradient.dtype)
-    if gradient.is_contiguous():
-        gradient.view(-1)[indices] = values
-    else:
-        gradient[torch.unravel_index(indices, gradient.shape)] = values

@@ -33,8 +33,8 @@ class Record:
             an allreduce's or broadcast's buffer.
         wire_bytes: modelled from it: what one rank sends on average under the ring form,
             ``passes * (W - 1) / W * payload_bytes``.
-        staged_bytes: copied between a device and the host for it, both ways; 0 where all is on the host, or the
-            transport reads device memory itself.
+        staged_bytes: copied between a device and the host for it, both ways, codes with the length they travel with;
+            0 where all is on the host, or the transport reads device memory itself.
     """
 
     step: int
@@ -168,7 +168,7 @@ class MeteredTransport:
         return self._transport.stages(device)
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=tensor.nbytes)  # sums stay on the host
+        self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=8 * tensor.numel())
         return self._transport.allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
@@ -201,6 +201,7 @@ class MeteredTransport:
         Args:
             moved: what this rank reads and writes of it, staged by the transport if the device needs that.
             copied: what its caller copies between device and host where it is given a host copy; default the same.
+                Of an allreduce that is a histogram in int64, one way: its sums stay on the host.
         """
         staged_bytes = moved if self._transport.stages(payload.device) else 0
         if payload.device.type == "cpu" and self._of_device:

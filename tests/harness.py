@@ -25,6 +25,7 @@ import torch
 from hvd_sketch.transport import run_local
 
 ROOT = Path(__file__).parent.parent
+END_LIMIT_S = 30
 FIRST_STEP_LIMIT_S = 180  # the kernels may have to be compiled first
 LAUNCHERS = {
     "mpi": ["launch/mpirun.sh"],
@@ -84,6 +85,10 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
             yield process
         finally:
             process.terminate()
+            try:
+                process.wait(END_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def wait_until(reached: Callable[[], object], timeout_s: float = 30) -> None:

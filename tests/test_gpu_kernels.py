@@ -25,6 +25,7 @@ from hvd_sketch import kernels as backends
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
+from hvd_sketch.packing import FlatParameters
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.test_kernels import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
@@ -391,14 +392,41 @@ def test_count_sketch() -> None:
 @given(st.data(), st.lists(st.integers(0, 700), min_size=1, max_size=9), st.sampled_from([*gpu.DTYPES]))
 def test_scatter_equals_the_reference(data: st.DataObject, sizes: list[int], dtype: torch.dtype) -> None:
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    chosen = data.draw(st.sets(st.integers(0, sum(sizes) - 1), max_size=50)) if sum(sizes) else set()
-    indices = torch.tensor(sorted(chosen), dtype=torch.int64)
-    values = (random_values if HAS_GPU else random_integers)(len(chosen))  # the interpreter cuts bfloat16 off
+    share = data.draw(st.sampled_from([0, 0.01, 0.5, 1]))
+    indices = (torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)) < share).nonzero().flatten()
+    values = (random_values if HAS_GPU else random_integers)(len(indices))  # the interpreter cuts bfloat16 off
+    is_let_alone = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
     ours = [torch.ones(size, dtype=dtype, device=DEVICE) for size in sizes]
     theirs = [torch.ones(size, dtype=dtype) for size in sizes]
-    gpu.scatter_(ours, *(tensor.to(DEVICE) for tensor in (starts, indices, values)))
-    reference.scatter_(theirs, starts, indices, values)
+    mine, right = (
+        [None if alone else target for target, alone in zip(targets, is_let_alone, strict=True)]
+        for targets in (ours, theirs)
+    )
+    gpu.scatter_(mine, *(tensor.to(DEVICE) for tensor in (starts, indices, values)))
+    reference.scatter_(right, starts, indices, values)
     assert all(torch.equal(mine.cpu(), right) for mine, right in zip(ours, theirs, strict=True))
+
+
+def test_an_update_reaches_all_kinds_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous ones by a launch for each dtype, others one by one; frozen ones are let alone."""
+
+    def gradients(backend: str, device: torch.device) -> list[Tensor | None]:
+        monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, backend)
+        shapes = [(30, 40), (7, 3, 3, 3), (500,), (0, 4), (25, 60), (9, 9)]
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+        parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
+        parameters[2].requires_grad_(False)
+        parameters[5].data = parameters[5].data.double()
+        flat = FlatParameters(parameters)
+        indices = torch.arange(0, flat.dim, 2)
+        flat.unpack_sparse(indices.to(device), random_integers(len(indices)).to(device))
+        return [None if p.grad is None else p.grad.cpu() for p in parameters]
+
+    ours, theirs = gradients("triton", DEVICE), gradients("reference", torch.device("cpu"))
+    assert ours[2] is None and theirs[2] is None
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine is right or torch.equal(mine, right)
+    assert all(mine.any() for mine in ours if mine is not None and mine.numel())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ RANKS = [1, 2, 3]
 def small_parts() -> Iterator[None]:
     """Parameters from 100 elements on are parts of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(packing.MIN_ALONE, "cpu", 100)
+        patch.setattr(packing, "MIN_ALONE", 100)
         yield
 
 

@@ -428,9 +428,14 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
 
 
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Any) -> None:
-    """The tests against the reference once more, every access of the compiled loops checked, lanes among them."""
-    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", BOUNDS_CHECKED]
-    for arguments in (["-c", LANES_OUT_OF_BOUNDS], tests):
+    """The tests against the reference once more, every index of the compiled loops checked, and 16 lanes at a time.
+
+    On one thread: what others find is lost.
+    """
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | checked
+    pytest_run = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [*pytest_run, __file__, "-k", BOUNDS_CHECKED]
+    for arguments in (["-c", LANES_OUT_OF_BOUNDS], tests, [*pytest_run, "tests/test_coding.py"]):
         run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout + run.stderr

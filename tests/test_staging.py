@@ -1,4 +1,4 @@
-"""The order in which rows are launched, and copied beside; the exchange's tests run it where there is a GPU."""
+"""The order in which rows are launched, and copied beside. On a GPU it has not run yet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hvd_sketch.transport import staging
 from hvd_sketch.transport.staging import one_behind
 
 ROWS = [torch.full((2,), float(row)) for row in range(3)]
@@ -36,6 +37,9 @@ class Cuda:
 
     def wait_event(self, mark: int) -> None:
         self.done.append(f"wait for mark {mark}")
+
+    def wait_stream(self, stream: Cuda) -> None:
+        self.done.append("main waits for beside")
 
     @contextmanager
     def stream(self, stream: Cuda) -> Iterator[None]:
@@ -65,6 +69,7 @@ def test_on_the_host_each_row_comes_when_it_is_done() -> None:
 def test_on_a_device_the_next_row_is_launched_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(staging, "_stream_beside", cuda.Stream)
     for row in one_behind(torch.device("cuda", 0), cuda.launch()):
         cuda.done.append(f"send {int(row[0])} in {cuda.current}")
     assert cuda.current == "main"
@@ -75,4 +80,5 @@ def test_on_a_device_the_next_row_is_launched_before_one_is_waited_for(monkeypat
         "launch 2 in main",
         *("wait for mark 1", "send 1 in beside"),
         *("wait for mark 2", "send 2 in beside"),
+        "main waits for beside",
     ]

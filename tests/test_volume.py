@@ -70,7 +70,7 @@ def test_staged_bytes_count_the_copies_of_what_lies_on_a_device() -> None:
         return [r.staged_bytes for r in comm.ledger.records]
 
     for rank, staged in enumerate(run_local(2, main)):
-        assert staged == [40, 4 * (1 + rank) + 12, 0, 12, 0]
+        assert staged == [80, 4 * (1 + rank) + 12, 0, 12, 0]
 
 
 def test_jsonl_and_the_cap_on_records(tmp_path) -> None:

@@ -22,7 +22,7 @@ from hvd_sketch.coding.host import decode_doubtful, encode_doubtful
 from hvd_sketch.hashing import PRIME, BlockHash
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels._cpu_loops import count_ones
-from hvd_sketch.transport.staging import empty_on_host, to_host
+from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 
 LAST = torch.iinfo(torch.int64).max  # a position behind all others
 # Of the unary stream, for a position: at the least b tried, the high part of the mean gap is below 6.
@@ -75,7 +75,7 @@ def merge(hash: BlockHash, shortlists: list[Shortlist], dropped: list[Tensor], d
 
 def without(positions: Tensor, unwanted: Tensor) -> Tensor:
     """See :func:`hvd_sketch.coding.host.without`; sorts them, and writes to ``positions``."""
-    positions.index_fill_(0, unwanted.to(positions.device, non_blocking=True), LAST)
+    positions.index_fill_(0, to_device(unwanted, positions.device), LAST)
     return positions.sort().values[: len(positions) - len(unwanted)]
 
 
@@ -92,7 +92,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
     bitmap_bytes = padded(part_length, 8)
     total = (len(encoded) - parts * bitmap_bytes) // 4
     bitmaps = empty_on_host((parts, bitmap_bytes), torch.uint8, device)
-    values = torch.empty(total, dtype=torch.float32)
+    values = empty_on_host((total,), torch.float32, device)
     start = at = 0
     for bitmap in bitmaps:
         bitmap.copy_(encoded[start : start + bitmap_bytes])
@@ -101,7 +101,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
         values[at : at + count].view(torch.uint8).copy_(encoded[start : start + 4 * count])
         start += 4 * count
         at += count
-    bits = _unpack(bitmaps.to(device, non_blocking=True)).view(parts, -1)[:, :part_length]
+    bits = _unpack(to_device(bitmaps, device)).view(parts, -1)[:, :part_length]
     return _places_of_ones(bits, total), values
 
 
@@ -189,7 +189,7 @@ def _on_device(pieces: list[npt.NDArray[np.generic]], device: torch.device) -> T
     """One after the other, int64; copied without waiting for what the device does."""
     words = empty_on_host((sum(map(len, pieces)),), torch.int64, device)
     np.concatenate([piece.view(np.int64) for piece in pieces], out=words.numpy())
-    return words.to(device, non_blocking=True)
+    return to_device(words, device)
 
 
 @njit(cache=True, nogil=True)

@@ -138,5 +138,7 @@ def scatter(
         is_target = later < targets
         start = tl.load(starts + later, mask=mask & is_target, other=0)
         target = tl.where(is_target & (start <= index), later, target)
-    address = tl.load(addresses + target).to(tl.pointer_type(DTYPE))
-    tl.store(address + (index - tl.load(starts + target)), tl.load(values + at, mask=mask), mask=mask)
+    address = tl.load(addresses + target)
+    mask = mask & (address != 0)  # not one to be let alone
+    cell = address.to(tl.pointer_type(DTYPE)) + (index - tl.load(starts + target))
+    tl.store(cell, tl.load(values + at, mask=mask), mask=mask)

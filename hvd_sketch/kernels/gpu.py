@@ -1,11 +1,11 @@
 """The sketch kernels for CUDA GPUs, in Triton: the functions of :mod:`hvd_sketch.kernels.reference`.
 
 Nothing here waits for the device, except what selects without being told the size of what it returns. The number and
-shapes of launches do not depend on data: all can be captured in a CUDA graph, with a :class:`DeviceHash`, and with
-thresholds (``start``, ``threshold``, ``ties``) on the device, int32 or int64 [1], instead of numbers. The ``size`` of
-``owned_above`` and ``keep_above`` may then be any bound: the values returned end in zeros. (The exchange replays no
-graphs: between its phases the host takes part in collectives.) Equal to the reference to the bit, but for the rounding
-of atomic sums (which also flush subnormal numbers to zero) and the payload of a NaN.
+shapes of launches do not depend on data: all but :func:`scatter_` can be captured in a CUDA graph, with a
+:class:`DeviceHash`, and with thresholds (``start``, ``threshold``, ``ties``) on the device, int32 or int64 [1], instead
+of numbers. The ``size`` of ``owned_above`` and ``keep_above`` may then be any bound: the values returned end in zeros.
+(The exchange replays no graphs: between its phases the host takes part in collectives.) Equal to the reference to the
+bit, but for the rounding of atomic sums (which also flush subnormal numbers to zero) and the payload of a NaN.
 
 Limits, in bytes per coordinate for r rows. M: copy bandwidth of device memory, read and written bytes together. L:
 bandwidth of the level-2 cache, where a table of rows * cols * 4 bytes lies if it is well below its size (50 MB on
@@ -215,11 +215,12 @@ def keep_above(
     return positions[chosen], kept
 
 
-def scatter_(targets: Sequence[Tensor], starts: Tensor, indices: Tensor, values: Tensor) -> None:
-    """See :func:`hvd_sketch.kernels.reference.scatter_`; one launch for any number of targets."""
-    addresses = torch.tensor([target.data_ptr() for target in targets]).to(values.device, non_blocking=True)
-    arguments = addresses, starts, len(targets), indices, values, values.numel()
-    constants = {"DTYPE": DTYPES[targets[0].dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
+def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See :func:`hvd_sketch.kernels.reference.scatter_`; one launch for any number of targets. Not to be captured."""
+    dtype = next((target.dtype for target in targets if target is not None), torch.float32)
+    addresses = torch.tensor([0 if target is None else target.data_ptr() for target in targets])
+    arguments = addresses.to(values.device, non_blocking=True), starts, len(targets), indices, values, values.numel()
+    constants = {"DTYPE": DTYPES[dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
     _launch(sums.scatter, -(-values.numel() // TILE), *arguments, **constants)
 
 

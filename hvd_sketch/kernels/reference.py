@@ -152,17 +152,18 @@ def clear_(vector: Tensor, indices: Tensor) -> None:
     vector.index_fill_(0, indices, 0)
 
 
-def scatter_(targets: Sequence[Tensor], starts: Tensor, indices: Tensor, values: Tensor) -> None:
+def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write float32 ``values`` [n] at distinct ``indices`` of several tensors seen as one vector.
 
     Args:
-        targets: contiguous, of one dtype, which the values are rounded to.
+        targets: contiguous, of one dtype, which the values are rounded to; None in place of those to be let alone.
         starts: int64 [len(targets) + 1], where in the vector each begins, and where it ends.
         indices: int64 [n], ascending.
     """
     cuts = torch.searchsorted(indices, starts).tolist()
     for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
-        target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
+        if target is not None and first < last:
+            target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
 
 
 def _of_size(chosen: Tensor, size: int | None) -> Tensor:

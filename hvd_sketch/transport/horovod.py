@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.transport.base import Finished, Handle, check_parts, sum_in_rank_order
-from hvd_sketch.transport.staging import to_host
+from hvd_sketch.transport.staging import to_device, to_host
 
 HOROVOD_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 
@@ -122,7 +122,7 @@ def _movable(tensor: Tensor) -> Tensor:
 
 def _back(received: Tensor, like: Tensor) -> Tensor:
     """What Horovod returned, in the dtype and on the device of ``like``."""
-    return received.view(like.dtype).to(like.device, non_blocking=True)
+    return to_device(received.view(like.dtype), like.device)
 
 
 class _Pending:

@@ -7,6 +7,7 @@ before the copies that use them have ended: from the second step on nothing is p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,16 +23,24 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+def to_device(hosted: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, in the order of its current stream, which is not waited for."""
+    if device.type == "cuda" and not hosted.is_pinned():
+        hosted = empty_on_host(hosted.shape, hosted.dtype, device).copy_(hosted)
+    return hosted.to(device, non_blocking=True)
+
+
 def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Tensor]:
     """Tensors on ``device``, each as soon as the work on the next has been launched, too.
 
     Whoever takes one is in a stream of its own, in which there is nothing to wait for but that tensor: while it is
-    copied to the host and sent, the device computes the next. On the CPU each comes at once: its work is done.
+    copied to the host and sent, the device computes the next. What is started there is finished by the current stream,
+    which waits for it at the end. On the CPU each comes at once: its work is done.
     """
     if device.type != "cuda":
         yield from launched
         return
-    beside = torch.cuda.Stream(device)
+    beside = _stream_beside(device)
     waiting: list[tuple[Tensor, torch.cuda.Event]] = []
     for tensor in launched:
         waiting.append((tensor, torch.cuda.current_stream(device).record_event()))
@@ -39,6 +48,12 @@ def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Ten
             yield from _beside(beside, *waiting.pop(0))
     for tensor, ready in waiting:
         yield from _beside(beside, tensor, ready)
+    torch.cuda.current_stream(device).wait_stream(beside)
+
+
+@cache  # memory is kept for the stream it was taken in
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _beside(stream: torch.cuda.Stream, tensor: Tensor, ready: torch.cuda.Event) -> Iterator[Tensor]:
