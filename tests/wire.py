@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.transport import Transport
 from hvd_sketch.volume import MeteredTransport
@@ -49,8 +51,8 @@ class Scales:
         scales = self
 
         @contextmanager
-        def weighed_phase(metered: MeteredTransport, name: str) -> Iterator[None]:
-            with scales.weigh(f"{prefix} {name}"), original(metered, name):
+        def weighed_phase(metered: MeteredTransport, name: str, *where: torch.device) -> Iterator[None]:
+            with scales.weigh(f"{prefix} {name}"), original(metered, name, *where):
                 yield
 
         MeteredTransport.phase = weighed_phase  # type: ignore[method-assign]
