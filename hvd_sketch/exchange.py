@@ -120,7 +120,7 @@ class SketchedAllreduce(Exchange):
         positions, sums = self._keep_largest(own_sums, candidates.numel())
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         finite = all_finite([sums])
-        indices = candidates.index_select(0, positions.to(self._device))
+        indices = candidates.index_select(0, to_device(positions, self._device))
         update = SparseUpdate(indices, to_device(sums, self._device) / self._comm.size)
         if not finite or (fits is not None and not fits(update.indices, update.values)):
             self._guard.count_skip("the exact sums overflowed; u and v keep what they accumulated")

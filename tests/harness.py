@@ -95,7 +95,7 @@ def wait_until(reached: Callable[[], object], timeout_s: float = 30) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not reached():
         assert time.monotonic() < deadline_s, f"not reached within {timeout_s} s"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def child_environment() -> dict[str, str]:

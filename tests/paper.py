@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.paper.experiment import INTERRUPTED
-from tests.harness import ROOT, run_command
+from tests.harness import run_command, started, wait_until
 
 
 def write_mnist(folder: Path) -> Path:
@@ -39,16 +36,10 @@ def runs(results: Path) -> list[dict[str, Any]]:
 
 def interrupt(line: list[str], log: Path, text: str) -> int:
     """Ctrl-C once a command has written a text into its log; the exit status."""
-    environment = os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 100
-    try:
-        while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with started(line, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: log.exists() and text in log.read_text(), 100)
         process.send_signal(signal.SIGINT)
         return process.wait(timeout=30)
-    finally:
-        process.kill()
 
 
 def log_of_a_resumption(command: list[str], folder: Path, text: str) -> list[dict[str, Any]]:

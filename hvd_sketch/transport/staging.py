@@ -23,11 +23,11 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def to_device(hosted: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, in the order of its current stream, which is not waited for."""
-    if device.type == "cuda" and not hosted.is_pinned():
-        hosted = empty_on_host(hosted.shape, hosted.dtype, device).copy_(hosted)
-    return hosted.to(device, non_blocking=True)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, in the order of its current stream, which is not waited for; itself where it lies there."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = empty_on_host(tensor.shape, tensor.dtype, device).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -10,12 +10,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from netlab_lib.lab import INTERFACE, Lab, note, reserved, write_whole
+from netlab_lib.lab import ENDINGS, INTERFACE, Lab, note, reserved, write_whole
 from netlab_lib.network import read_counters
 from netlab_lib.processes import END_LIMIT_S, end_guests
 from netlab_lib.remote_shell import LOGIN_PATH
-
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(lab: Lab, command: list[str], report_path: Path | None) -> int:
@@ -74,10 +72,10 @@ def supervise(lab: Lab, command: list[str]) -> int:
             os.killpg(process.pid, signal.SIGKILL if number == signal.SIGALRM else number)
         signal.alarm(END_LIMIT_S)
 
-    for number in (*PASSED_ON, signal.SIGALRM):
+    for number in (*ENDINGS, signal.SIGALRM):
         signal.signal(number, pass_on)
     status = process.wait()
-    for number in PASSED_ON:  # what follows, the report and the end of strays, is short and must not be cut off
+    for number in ENDINGS:  # what follows, the report and the end of strays, is short and must not be cut off
         signal.signal(number, signal.SIG_IGN)
     signal.alarm(0)
     return status if status >= 0 else 128 - status

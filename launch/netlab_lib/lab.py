@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 STATE = Path("/run/netlab")
 INTERFACE = "eth0"
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a command to end
 NEEDED = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "hostname": "hostname"}
 
 

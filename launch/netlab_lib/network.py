@@ -7,12 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
-from netlab_lib.lab import INTERFACE, STATE, Host, Lab, LabError, reserved, step
+from netlab_lib.lab import ENDINGS, INTERFACE, STATE, Host, Lab, LabError, reserved, step
 from netlab_lib.processes import end, residents
 from netlab_lib.remote_shell import start_remote_shell
 
 SWITCH = "switch"
-ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 BURST_S = 0.001  # of the rate may pass at once; more, and small messages would not feel the rate
 QUEUE_S, LEAST_QUEUE_BYTES = 0.02, 512 * 1024  # what one end of a cable can hold back before it drops
@@ -83,10 +82,9 @@ def start_host(lab: str, name: str, address: str) -> Host:
     )
     assert holder.stdin and holder.stdout
     said = holder.stdout.readline().strip()
-    if said == "held":
-        print("stay", file=holder.stdin, flush=True)
-    else:
+    if said != "held":
         raise LabError(f"could not make namespaces for {name}, does this machine or container allow them? {said}")
+    print("stay", file=holder.stdin, flush=True)
     host = Host(name, address, [holder.pid])
     step(f"name {name}", host.inside("hostname", name))
     step(f"show {name} its own interfaces", host.inside("mount", "-t", "sysfs", "sysfs", "/sys"))
