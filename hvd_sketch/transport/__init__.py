@@ -22,7 +22,8 @@ __all__ = [
 def resolve_transport(transport: str | Transport) -> Transport:
     """A transport from its name, ``"horovod"`` or ``"mpi"``, or the transport given.
 
-    Communication: ``"mpi"`` duplicates MPI.COMM_WORLD, which is collective; ``"horovod"`` calls ``hvd.init()``.
+    Communication: ``"mpi"`` duplicates MPI.COMM_WORLD and ``"horovod"`` calls ``hvd.init()``; both are collective, once
+    per process.
     """
     if transport == "mpi":
         return MPITransport()
@@ -30,4 +31,7 @@ def resolve_transport(transport: str | Transport) -> Transport:
         return HorovodTransport()
     if isinstance(transport, Transport):
         return transport
-    raise ValueError(f"transport must be 'horovod', 'mpi' or a Transport, got {transport!r}")
+    raise ValueError(
+        f"transport must be 'horovod', 'mpi' or a Transport, got {transport!r}: a communicator goes into "
+        "MPITransport(comm), a process set into HorovodTransport(process_set)"
+    )

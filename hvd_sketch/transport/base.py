@@ -90,12 +90,12 @@ def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor | None = None) -> Ten
 
 
 def mean_over_ranks(transport: Transport, tensor: Tensor) -> Tensor:
-    """The mean of a float32 [n] tensor over ranks, equal bits on all. Communication: collective."""
-    own_sum = transport.reduce_scatter(_in_equal_parts(tensor, transport.size))
+    """The mean of a float32 or float64 [n] tensor over ranks, equal bits on all. Communication: collective."""
+    own_sum = transport.reduce_scatter(in_equal_parts(tensor, transport.size))
     return transport.allgather(own_sum)[: tensor.numel()].div_(transport.size)
 
 
-def _in_equal_parts(tensor: Tensor, parts: int) -> Tensor:
+def in_equal_parts(tensor: Tensor, parts: int) -> Tensor:
     """[n] as [parts, ceil(n / parts)], with zeros at the end; no copy where ``parts`` divides n."""
     missing = -tensor.numel() % parts
     return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(parts, -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.transport.base import Finished, Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.open_mpi import locate_open_mpi
 from hvd_sketch.transport.staging import to_device, to_host
 
 HOROVOD_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
@@ -26,9 +27,14 @@ class HorovodTransport:
 
     Args:
         process_set: an ``hvd.ProcessSet`` that holds this rank; declared at ``hvd.init``. Default: all ranks.
+
+    Raises:
+        TypeError: ``process_set`` is no ``hvd.ProcessSet``.
+        ValueError: ``process_set`` is not registered with Horovod, or does not hold this rank.
     """
 
     def __init__(self, process_set: Any = None) -> None:
+        locate_open_mpi()  # of a Horovod built with MPI
         try:
             import horovod.torch as hvd
         except ImportError as error:
@@ -40,10 +46,7 @@ class HorovodTransport:
             hvd.init()
         self._hvd = hvd
         self._set = process_set if process_set is not None else hvd.global_process_set
-        if not self._set.included():
-            raise ValueError(
-                f"rank {hvd.rank()} is not in the process set {self._set.ranks}: build the transport on its ranks only"
-            )
+        _check_process_set(hvd, self._set)
         self._slots_in_flight: set[int] = set()
 
     @property
@@ -113,6 +116,32 @@ class HorovodTransport:
     def _readable(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy of it on the host where Horovod cannot move it from where it lies."""
         return to_host(tensor) if self.stages(tensor.device) else tensor
+
+
+def _check_process_set(hvd: Any, process_set: Any) -> None:
+    """Refuse what is no process set, or none that this rank can exchange gradients over. Communication: none."""
+    if not isinstance(process_set, hvd.ProcessSet):
+        raise TypeError(
+            f"HorovodTransport expected an hvd.ProcessSet, got {process_set!r} ({type(process_set).__name__}) on rank "
+            f"{hvd.rank()}: declare one with hvd.init(process_sets=[hvd.ProcessSet([0, 1])]), or give none for all"
+        )
+    if not _is_registered(process_set):
+        raise ValueError(
+            f"HorovodTransport expected a process set that Horovod knows, got {process_set} on rank {hvd.rank()}: "
+            "declare it with hvd.init(process_sets=[…]), again after hvd.shutdown(), and before the transport is built"
+        )
+    if not process_set.included():
+        raise ValueError(
+            f"rank {hvd.rank()} is not in the process set {process_set.ranks}: build the transport on its ranks only"
+        )
+
+
+def _is_registered(process_set: Any) -> bool:
+    """Whether the running Horovod knows the set; one that was shut down leaves its number in the set."""
+    try:
+        return process_set.size() is not None
+    except ValueError:
+        return False
 
 
 def _movable(tensor: Tensor) -> Tensor:

