@@ -22,23 +22,16 @@ horovodrun carries the whole environment to every rank.
 EOF
 }
 
-# mpi_arguments: what horovodrun does not tell mpirun by itself about remote hosts.
-mpi_arguments() {
-    local extra=()
-    [[ -z $hosts_file || -z ${OPAL_PREFIX:-} ]] || extra+=(--prefix "$(printf %q "$OPAL_PREFIX")")
-    [[ -z $interface ]] || extra+=(--mca oob_tcp_if_include "$interface")
-    echo "${extra[*]}"
-}
-
 main() {
     prepare "$@"
     controller=${controller:-gloo}
-    local line=(env "OMP_NUM_THREADS=$threads" "NUMBA_NUM_THREADS=$threads" "MKL_NUM_THREADS=$threads") extra
+    local line=(env "${thread_variables[@]/%/=$threads}") quoted
     line+=(horovodrun -np "$ranks" -H "${host_list:-localhost:$ranks}" "--$controller")
     [[ -z $interface ]] || line+=(--network-interfaces "$interface")
     if [[ $controller == mpi ]]; then
-        extra=$(mpi_arguments)
-        line+=(${extra:+"--mpi-args=$extra"})
+        open_mpi_settings
+        printf -v quoted '%q ' "${settings[@]}" # horovodrun hands them to a shell
+        ((${#settings[@]} == 0)) || line+=("--mpi-args=${quoted% }")
     fi
     run_or_show "${line[@]}" "${command[@]}"
 }

@@ -17,7 +17,8 @@ Starts N ranks under mpirun. One rank that fails (an exception, sys.exit with a 
   --dry-run          print the command line and exit
   -h, --help         this text
 
-PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, HOROVOD_* and NCCL_* reach every rank.
+PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, HOROVOD_*, NCCL_*, NUMBA_*, TORCH_* and
+TRITON_* reach every rank.
 EOF
 }
 
@@ -27,7 +28,8 @@ forwarded_names() {
     for name in PATH OPAL_PREFIX LD_LIBRARY_PATH PYTHONPATH; do
         [[ -z ${!name:-} ]] || echo "$name"
     done
-    compgen -e | grep -E '^(HVD_SKETCH|HOROVOD|NCCL)_' | LC_ALL=C sort
+    compgen -e | grep -E '^(HVD_SKETCH|HOROVOD|NCCL|NUMBA|TORCH|TRITON)_' |
+        grep -Fvx "$(printf '%s\n' "${thread_variables[@]}")" | LC_ALL=C sort
 }
 
 # guard_python COMMAND...: sets command so that Python scripts run under mpi4py's runner, which aborts the job on an
@@ -54,22 +56,14 @@ main() {
     guard_python "${command[@]}"
     local line=(mpirun -n "$ranks" --map-by slot --bind-to none) name
     if [[ -n $hosts_file ]]; then
-        line+=(--hostfile "$hosts_file" ${OPAL_PREFIX:+--prefix "$OPAL_PREFIX"})
+        line+=(--hostfile "$hosts_file")
     else
         line+=(--oversubscribe)
     fi
-    if [[ -n $interface ]]; then
-        line+=(--mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include "$interface")
-        line+=(--mca oob_tcp_if_include "$interface")
-        # By default Open MPI asks for every piece of a long message, and the question waits in line behind what goes
-        # the other way: 4 hosts at 100 Mbit/s took twice as long for an allgather as its bytes do. Pushed, and with
-        # short lines, 1.08 times (three to one: 1.2 instead of 1.7 times, and nothing is lost in the switch's queue).
-        line+=(--mca btl_tcp_flags send,inplace --mca btl_tcp_sndbuf 131072)
-        # Nor does a message of up to 2 MiB wait for the other end to ask for it: of 1.5 MB, 12 ms at 1 Gbit/s, an
-        # alltoall between 4 hosts took 16 ms and an allgather 19, now 13 and 14. For 18 MB of buffers.
-        line+=(--mca btl_tcp_eager_limit 2097152 --mca btl_tcp_rndv_eager_limit 2097152)
-    fi
-    for name in OMP_NUM_THREADS NUMBA_NUM_THREADS MKL_NUM_THREADS; do
+    [[ -z $interface ]] || line+=(--mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include "$interface")
+    open_mpi_settings
+    line+=("${settings[@]}")
+    for name in "${thread_variables[@]}"; do
         line+=(-x "$name=$threads")
     done
     for name in $(forwarded_names); do
