@@ -1,4 +1,4 @@
-"""What all ranks must agree on before they exchange anything, and before each step."""
+"""What all ranks must agree on: equal set-ups, and before each step whether and how all of them take it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntFlag
+from math import ceil
 
 import numpy as np
 import torch
@@ -14,6 +17,222 @@ from torch import Tensor
 
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import MeteredTransport
+
+# A rank's word in the first collective of a step: flags in the lowest bits, then the step, then the digest.
+FLAG_BITS = 6
+STEP_BITS = 30
+DIGEST_BITS = 27
+COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
+
+
+class Flag(IntFlag):
+    """What one rank says of itself before a step."""
+
+    ARRIVED = 1  # a rank that has left by hvd.join() adds zeros
+    NOT_FINITE = 2
+    SCALED = 4  # a GradScaler judges this step, too, and looks for its scale by overflows
+    DONE = 8  # has run out of data and contributes nothing
+    FRESH = 16  # has neither made a step nor loaded a state
+    REFUSED = 32  # cannot take this step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank knows before a step that the others do not.
+
+    Attributes:
+        finite: nothing of its gradient is NaN or infinite.
+        scaled: a ``GradScaler`` judges this step, too.
+        done: this rank has run out of data.
+        fresh: it has neither made a step nor loaded a state.
+        refusal: what it raises because it cannot take this step; None: it can.
+        used: for each parameter whether it has a gradient here.
+        digest: of its parameters' bits, ``DIGEST_BITS`` wide and not 0; 0: not made.
+    """
+
+    finite: bool = True
+    scaled: bool = False
+    done: bool = False
+    fresh: bool = False
+    refusal: Exception | None = None
+    used: Sequence[bool] = ()
+    digest: int = 0
+
+    def flags(self) -> Flag:
+        flags = Flag.ARRIVED
+        for is_set, flag in (
+            (not self.finite, Flag.NOT_FINITE),
+            (self.scaled, Flag.SCALED),
+            (self.done, Flag.DONE),
+            (self.fresh, Flag.FRESH),
+            (self.refusal is not None, Flag.REFUSED),
+        ):
+            flags |= flag if is_set else Flag(0)
+        return flags
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know before they go on with a step, equal on every rank.
+
+    Attributes:
+        goes_on: the step is taken; False: all ranks skip it, or all have run out of data.
+        active: the ranks that still have data.
+        used: for each parameter whether any rank has a gradient of it.
+        drifted: the digests of the parameters differ.
+        root: a rank that has loaded a state which the fresh ranks shall take over; None: no rank is fresh alone.
+    """
+
+    goes_on: bool
+    active: tuple[int, ...]
+    used: tuple[bool, ...]
+    drifted: bool
+    root: int | None
+
+
+class StepAgreement:
+    """The first collective of every step.
+
+    Args:
+        size: how many ranks there are.
+        parameters: how many parameters a report tells of.
+        max_skips: more skipped steps in a row are an error; 0: never. Steps that a ``GradScaler`` judges do not count.
+    """
+
+    def __init__(self, size: int, parameters: int = 0, max_skips: int = 25) -> None:
+        self.skipped_steps = 0
+        self._max_skips = max_skips
+        self._in_a_row = 0
+        self._warned = False
+        self._counters = _Counters(size, parameters)
+
+    def agree(self, comm: MeteredTransport, step: int, report: Report) -> Agreed:
+        """Tell the others this rank's report and hear theirs.
+
+        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter.
+
+        Raises:
+            RuntimeError: on every rank: one refuses the step (and raises its refusal itself), has left by
+                ``hvd.join()``, or is at another step, whose hashes do not fit; too many steps in a row were skipped.
+        """
+        words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
+        words[comm.rank] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
+        self._counters.fill(words[comm.size :], report.used)
+        with comm.phase("agree"):
+            sums = comm.allreduce_(words)
+        every = [_Word.read(word) for word in sums[: comm.size].tolist()]
+        _refuse_together(comm, every, report.refusal)
+        _check_joined(comm, every)
+        root = _state_root(every)
+        goes_on = self._judge(every)
+        return Agreed(
+            goes_on=goes_on,
+            active=tuple(rank for rank, word in enumerate(every) if not word.flags & Flag.DONE),
+            used=self._counters.read(sums[comm.size :]),
+            drifted=all(word.digest for word in every) and len({word.digest for word in every}) > 1,
+            root=root,
+        )
+
+    def forgive(self) -> None:
+        """The last skip belongs to a ``GradScaler``'s search for its scale. Communication: none."""
+        self._in_a_row = 0
+
+    def _judge(self, every: Sequence[_Word]) -> bool:
+        if all(word.flags & Flag.DONE for word in every):
+            return False
+        bad_ranks = [rank for rank, word in enumerate(every) if word.flags & Flag.NOT_FINITE]
+        if bad_ranks:
+            self._count_skip(bad_ranks, all(every[rank].flags & Flag.SCALED for rank in bad_ranks))
+            return False
+        self._in_a_row = 0
+        return True
+
+    def _count_skip(self, bad_ranks: list[int], scaled: bool) -> None:
+        reason = f"the gradient of {name_ranks(bad_ranks)} has NaN or Inf"
+        self.skipped_steps += 1
+        self._in_a_row = 0 if scaled else self._in_a_row + 1
+        if self._max_skips and self._in_a_row > self._max_skips:
+            raise RuntimeError(
+                f"all ranks skipped {self._in_a_row} steps in a row, the last because {reason}: the model has "
+                "diverged, or its data hold NaN. Lower the learning rate, go back to a checkpoint, or raise "
+                f"max_skips={self._max_skips} (0: no limit)"
+            )
+        if not self._warned:
+            warnings.warn(
+                f"all ranks skip this step: {reason}. u and v are as before. "
+                "Further skips are only counted (skipped_steps).",
+                RuntimeWarning,
+                stacklevel=8,  # whoever called step()
+            )
+        self._warned = True
+
+
+@dataclass(frozen=True)
+class _Word:
+    flags: Flag
+    step: int
+    digest: int
+
+    @classmethod
+    def read(cls, word: int) -> _Word:
+        step = word >> FLAG_BITS
+        return cls(Flag(word & (1 << FLAG_BITS) - 1), step & (1 << STEP_BITS) - 1, step >> STEP_BITS)
+
+
+class _Counters:
+    """One counter for each parameter, packed into int64 words: a sum over ranks overflows none."""
+
+    def __init__(self, size: int, parameters: int) -> None:
+        self._parameters = parameters
+        self._per_word = COUNTER_BITS // size.bit_length()
+        self.words = ceil(parameters / self._per_word)
+        self._shifts = torch.arange(self._per_word) * size.bit_length()
+        self._mask = (1 << size.bit_length()) - 1
+
+    def fill(self, words: Tensor, used: Sequence[bool]) -> None:
+        if not self.words:
+            return
+        ones = torch.zeros(self.words * self._per_word, dtype=torch.int64)
+        ones[: self._parameters] = torch.tensor(used, dtype=torch.int64)
+        words.copy_((ones.view(self.words, -1) << self._shifts).sum(1))
+
+    def read(self, words: Tensor) -> tuple[bool, ...]:
+        counts = (words.unsqueeze(1) >> self._shifts) & self._mask
+        return tuple((counts.view(-1)[: self._parameters] > 0).tolist())
+
+
+def _refuse_together(comm: Transport, every: Sequence[_Word], refusal: Exception | None) -> None:
+    refusing = [rank for rank, word in enumerate(every) if word.flags & Flag.REFUSED]
+    if not refusing:
+        return
+    reasons = _gather_texts(comm, str(refusal or ""))
+    if refusal is not None:
+        raise refusal
+    raise RuntimeError(
+        f"{name_ranks(refusing)} of {comm.size} cannot take this step, so no rank does: {reasons[refusing[0]]}"
+    )
+
+
+def _check_joined(comm: Transport, every: Sequence[_Word]) -> None:
+    missing = [rank for rank, word in enumerate(every) if not word.flags & Flag.ARRIVED]
+    if missing:
+        raise RuntimeError(
+            f"{name_ranks(missing)} of {comm.size} left this step by hvd.join(), which cannot stand in for a sketched "
+            "exchange: put the training loop into 'with optimizer.join():' on every rank instead"
+        )
+
+
+def _state_root(every: Sequence[_Word]) -> int | None:
+    """The rank whose state the fresh ranks shall take over. Raises where no state fits all ranks."""
+    is_fresh = [bool(word.flags & Flag.FRESH) for word in every]
+    steps = [word.step for word in every]
+    if len({step for step, fresh in zip(steps, is_fresh, strict=True) if not fresh}) > 1:
+        raise RuntimeError(
+            f"the ranks are at different steps, in rank order {steps}: load checkpoints of the same step on "
+            "every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops of "
+            "unequal length go into 'with optimizer.join():')"
+        )
+    return None if all(is_fresh) or not any(is_fresh) else is_fresh.index(False)
 
 
 def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
@@ -34,9 +253,7 @@ def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
     for name in dict.fromkeys(name for fields in every_rank for name in fields):
         values = [fields.get(name, "missing") for fields in every_rank]
         if len(set(values)) > 1:
-            ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
-            told = "; ".join(f"{value} on {_name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
-            differences.append(f"{name}: {told}")
+            differences.append(f"{name}: {tell_values(values)}")
     shown = differences[:5] + [f"and {len(differences) - 5} more"] * (len(differences) > 5)
     raise ValueError(
         f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
@@ -65,48 +282,7 @@ def refused_together(comm: Transport) -> Iterator[None]:
     reasons = _gather_texts(comm, str(refusal))
     if refusal is not None:
         raise refusal
-    raise ValueError(f"{_name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
-
-
-class FiniteGuard:
-    """Lets a step pass only if every rank's input is finite; counts the steps that do not, and warns once."""
-
-    def __init__(self) -> None:
-        self.skipped_steps = 0
-        self._warned = False
-
-    def passes(self, comm: MeteredTransport, step: int, finite: bool) -> bool:
-        """Whether all ranks may go on, the same answer on every rank.
-
-        Communication: one tiny allreduce, of 8 bytes for each rank.
-
-        Raises:
-            RuntimeError: on every rank, when the ranks are at different steps, whose hashes do not fit together.
-        """
-        verdicts = torch.zeros(comm.size, dtype=torch.int64)
-        verdicts[comm.rank] = 2 * step + int(not finite)
-        with comm.phase("finite"):
-            every = comm.allreduce_(verdicts).tolist()
-        steps = [verdict // 2 for verdict in every]
-        if len(set(steps)) > 1:
-            raise RuntimeError(
-                f"the ranks are at different steps, in rank order {steps}: load checkpoints of the same step on "
-                "every rank, and call step() equally often"
-            )
-        bad_ranks = [rank for rank, verdict in enumerate(every) if verdict % 2]
-        if bad_ranks:
-            self.count_skip(f"the gradient of {_name_ranks(bad_ranks)} has NaN or Inf; u and v are as before")
-        return not bad_ranks
-
-    def count_skip(self, reason: str) -> None:
-        self.skipped_steps += 1
-        if not self._warned:
-            warnings.warn(
-                f"all ranks skip this step: {reason}. Further skips are only counted (skipped_steps).",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._warned = True
+    raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
 
 
 def all_finite(parts: Sequence[Tensor]) -> bool:
@@ -123,13 +299,19 @@ def finite_flag(parts: Sequence[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
 
 
+def tell_values(values: Sequence[object]) -> str:
+    """Which values there are and on which ranks, in words."""
+    ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
+    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+
+
+def name_ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
 def _gather_texts(comm: Transport, text: str) -> list[str]:
     data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
     sizes = comm.allgather(torch.tensor([len(data)])).tolist()
     gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
     ends = np.cumsum(sizes).tolist()
     return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

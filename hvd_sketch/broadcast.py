@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.agreement import require_equal
-from hvd_sketch.optimizer import DistributedOptimizer
 from hvd_sketch.transport import Transport, resolve_transport
 
 # Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.
@@ -18,10 +17,22 @@ BUCKET_BYTES = 64 * 2**20
 UNSAFE = -1
 
 
+@runtime_checkable
+class Wrapped(Protocol):
+    """An optimizer around another one, with a state of its own: a ``DistributedOptimizer``."""
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that was wrapped."""
+
+    def take_over_state(self, root_rank: int) -> None:
+        """Take over from the root what belongs to no rank alone. Communication: collective, all ranks."""
+
+
 def broadcast_parameters(
     params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    root_rank: int,
-    transport: str | Transport,
+    root_rank: int = 0,
+    transport: str | Transport = "horovod",
 ) -> None:
     """Copy the root's tensors to all ranks, in place, in the order given.
 
@@ -47,11 +58,14 @@ def broadcast_parameters(
         _broadcast_bucket(bucket, root_rank, comm)
 
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, transport: str | Transport) -> None:
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, transport: str | Transport = "horovod"
+) -> None:
     """Give all ranks the root's optimizer state: learning rates, momenta, step counts.
 
-    Of a :class:`~hvd_sketch.optimizer.DistributedOptimizer` only the wrapped optimizer's state travels:
-    residuals belong to their rank.
+    Of a :class:`~hvd_sketch.optimizer.DistributedOptimizer` also the exchange's: the number of the step, momentum that
+    is equal on all ranks, and the residuals that the root has loaded from a ``state_dict(consolidated=True)``. Other
+    residuals belong to their rank: one at the root's step keeps its own, one at another step begins with zeros.
 
     Args:
         optimizer: holding the same parameters on every rank. Modified, except on the root.
@@ -64,10 +78,15 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
             what ``torch.save`` or ``torch.load(weights_only=True)`` refuses; there is no rank ``root_rank``.
     """
     comm = resolve_transport(transport)
-    if isinstance(optimizer, DistributedOptimizer):
-        optimizer = optimizer.inner
-    require_equal(comm, {"root_rank": root_rank, **_optimizer_fields(optimizer)})
+    wrapped = optimizer if isinstance(optimizer, Wrapped) else None
+    require_equal(comm, {"root_rank": root_rank, "is wrapped": wrapped is not None, **_optimizer_fields(optimizer)})
     _check_root(comm, root_rank)
+    _broadcast_state(optimizer if wrapped is None else wrapped.inner, root_rank, comm)
+    if wrapped is not None:
+        wrapped.take_over_state(root_rank)
+
+
+def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Transport) -> None:
     is_root = comm.rank == root_rank
     data = _serialized(optimizer.state_dict()) if is_root else None
     length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))

@@ -3,61 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import finite_flag
+from hvd_sketch.agreement import Agreed, Report, all_finite
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.drift import checksums, describe_drift, digest
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.packing import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.steps import Options, Ranges
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import CommLedger
+
+E = TypeVar("E", SketchedAllreduce, DenseAllreduce)
+
+
+@dataclass(frozen=True)
+class Way(Generic[E]):
+    """An exchange and those parameters of the model whose gradients go through it.
+
+    Attributes:
+        exchange: sketched or dense.
+        flat: the parameters as the vector it exchanges.
+        numbers: of the parameters among all of the model.
+    """
+
+    exchange: E
+    flat: FlatParameters
+    numbers: Sequence[int]
+
+    def used(self, used: Sequence[bool]) -> tuple[list[bool], Ranges]:
+        """Which of these parameters are used, of a list for all of the model, and the coordinates of the others."""
+        own = [used[number] for number in self.numbers]
+        return own, self.flat.unused(own)
 
 
 class GradientExchange:
     """The sketched and the dense exchange of one model's gradients, in one fixed order on all ranks.
 
-    Attributes:
-        sketched: None where nothing is sketched.
-        dense: None where nothing goes dense; with sketched tensors beside, it averages in the same step.
-        ledger: of both.
+    Args:
+        named: the parameters; equal on all ranks.
+        config: how to compress; None: everything goes dense, without momentum.
+        transport: this rank's end of the network.
+        wire_dtype: what the dense exchange sends; None: the dtype of its vector.
+        is_sum: the gradients become sums over the ranks, not means.
+        makes_sparse: ``p.grad`` becomes a sparse tensor of rows.
+        check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.
+        max_skips: see :class:`~hvd_sketch.steps.Options`.
 
-    Communication: the constructor, :meth:`average` and ``state_dict(consolidated=True)`` are collective.
+    Attributes:
+        ledger: of both exchanges.
+        active: the ranks that had data in the last step.
+
+    Communication: the constructor, :meth:`average`, :meth:`take_over_state` and ``state_dict(consolidated=True)`` are
+    collective.
     """
 
-    def __init__(self, named: Sequence[NamedParameter], config: SketchConfig | None, transport: Transport) -> None:
-        # Without a config everything goes dense.
-        sketched = [(name, p) for name, p in named if config and not is_dense(p, config.dense_below)]
-        dense = [(name, p) for name, p in named if not config or is_dense(p, config.dense_below)]
+    def __init__(
+        self,
+        named: Sequence[NamedParameter],
+        config: SketchConfig | None,
+        transport: Transport,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        is_sum: bool = False,
+        makes_sparse: bool = False,
+        check_every: int = 100,
+        max_skips: int = 25,
+    ) -> None:
         self.ledger = CommLedger()
-        self.sketched: SketchedAllreduce | None = None
-        self.dense: DenseAllreduce | None = None
+        self.active: tuple[int, ...] = tuple(range(transport.size))
+        self._transport = transport
+        self._named = list(named)
         self._weight_decay = config.weight_decay if config is not None else 0.0
-        self._ahead: Ahead | None = None
+        self._scale = transport.size if is_sum else 1
+        self._makes_sparse = makes_sparse
+        self._check_every = check_every
+        self._begun = 0  # steps since construction or since a state was loaded
+        # Without a config everything goes dense.
+        goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
+        sketched = [i for i, dense in enumerate(goes_dense) if not dense]
+        dense = [i for i, dense in enumerate(goes_dense) if dense]
         ways = (("sketched", sketched), ("dense", dense))
-        self._layout = [[way, name, list(p.shape)] for way, pairs in ways for name, p in pairs]
+        self._layout = [[way, named[i][0], list(named[i][1].shape)] for way, numbers in ways for i in numbers]
         # Both compare all parameters: then the first already finds a rank that would not build the second.
         described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
-        common: dict[str, Any] = {"parameters": described, "ledger": self.ledger}
-        if sketched and config is not None:
-            flat = self._flat = FlatParameters([p for _, p in sketched], apart=True)
-            self.sketched = SketchedAllreduce(
-                config, flat.dim, transport, flat.device, dense_bytes=flat.dense_bytes, **common
-            )
-            if config.sketch_in_backward:
-                self._ahead = Ahead(flat, self.sketched, self._weight_decay)
-        if dense:
-            flat = self._dense_flat = FlatParameters([p for _, p in dense])
-            self.dense = DenseAllreduce(
-                config, flat.dim, transport, flat.device, dense_bytes=flat.dense_bytes, **common
-            )
+        self._options: Options = {"parameters": described, "ledger": self.ledger, "max_skips": max_skips}
+        self._sketched = self._sketched_way(sketched, config) if sketched and config is not None else None
+        self._dense = self._dense_way(dense, config, wire_dtype) if dense else None
+        lead = self.sketched or self.dense
+        assert lead is not None, "there is a parameter"
+        self._lead = lead
+        self._ahead: Ahead | None = None
+        if self._sketched is not None and config is not None and config.sketch_in_backward:
+            self._ahead = Ahead(self._sketched.flat, self._sketched.exchange, self._weight_decay)
+
+    def _sketched_way(self, numbers: list[int], config: SketchConfig) -> Way[SketchedAllreduce]:
+        flat = FlatParameters([self._named[i] for i in numbers], apart=True)
+        exchange = SketchedAllreduce(config, flat.dim, self._transport, flat.device, **self._options_of(flat))
+        return Way(exchange, flat, numbers)
+
+    def _dense_way(
+        self, numbers: list[int], config: SketchConfig | None, wire_dtype: torch.dtype | None
+    ) -> Way[DenseAllreduce]:
+        pairs = [self._named[i] for i in numbers]
+        is_double = any(parameter.dtype == torch.float64 for _, parameter in pairs)
+        flat = FlatParameters(pairs, dtype=torch.float64 if is_double else torch.float32)
+        exchange = DenseAllreduce(
+            *(config, flat.dim, self._transport, flat.device),
+            dtype=flat.dtype,
+            wire_dtype=wire_dtype,
+            **self._options_of(flat),
+        )
+        return Way(exchange, flat, numbers)
+
+    def _options_of(self, flat: FlatParameters) -> Options:
+        own: Options = {"dense_bytes": flat.dense_bytes, "limits": flat.limits(self._scale), "name": flat.name}
+        return {**self._options, **own}
+
+    @property
+    def sketched(self) -> SketchedAllreduce | None:
+        """The sketched exchange; None where nothing is sketched."""
+        return self._sketched.exchange if self._sketched is not None else None
+
+    @property
+    def dense(self) -> DenseAllreduce | None:
+        """The dense exchange; None where nothing goes dense. With a sketched one beside, both take the same steps."""
+        return self._dense.exchange if self._dense is not None else None
 
     @property
     def skipped_steps(self) -> int:
         """How many calls of :meth:`average` all ranks skipped."""
-        return sum(part.skipped_steps for part in (self.sketched, self.dense) if part is not None)
+        return self._lead.skipped_steps
+
+    @property
+    def reset_coordinates(self) -> int:
+        """How many of this rank's u and v were not finite and were set to zero."""
+        return sum(way.exchange.reset_coordinates for way in self._ways())
+
+    def _ways(self) -> list[Way[Any]]:
+        return [way for way in (self._sketched, self._dense) if way is not None]
 
     def gradient_is_ready(self, parameter: Tensor) -> None:
         """To be told when the last backward pass of a step has reached a parameter. Communication: none."""
@@ -69,44 +158,128 @@ class GradientExchange:
         if self._ahead is not None:
             self._ahead.settle(usable=False)
 
-    def average(self, inverse_scale: Tensor | None = None, finite: bool = True) -> bool:
-        """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead.
+    def forgive_skip(self) -> None:
+        """To be told when a ``GradScaler`` has seen what a skipped step left behind. Communication: none."""
+        self._lead.agreement.forgive()
+
+    def average(
+        self,
+        inverse_scale: Tensor | None = None,
+        *,
+        finite: bool = True,
+        scaled: bool = False,
+        done: bool = False,
+        refusal: Exception | None = None,
+    ) -> bool:
+        """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
+
+        A parameter of which no rank has a gradient has none afterwards. One of which any rank has a gradient has one on
+        all ranks. After a skip every ``p.grad`` is NaN on every rank, so that all who look at it see the same.
 
         Args:
             inverse_scale: see :meth:`FlatParameters.pack_part`; may differ between ranks.
             finite: this rank's verdict on anything else; False on one rank makes all skip.
-        """
-        if self.sketched is None:
-            return self._average_dense(inverse_scale, finite)
-        if self._ahead is not None:
-            self._ahead.settle(usable=inverse_scale is None)
-        gradient = self._flat.pack(self._weight_decay, inverse_scale)
-        beside = self._dense_flat.pack(self._weight_decay, inverse_scale) if self.dense is not None else []
-        if not self.sketched.begin_step(gradient, finite_flag(beside) & finite):
-            return False
-        mean = None
-        if self.dense is not None:
-            # First, so that nothing sketched counts as sent when these sums overflow.
-            mean = self.dense.mean(beside[0], self._dense_flat.fits_dense)
-            if mean is None:
-                return False
-        update = self.sketched.exchange(gradient, self._flat.fits_sparse)
-        if update.skipped:
-            return False
-        self._flat.unpack_sparse(update.indices, update.values)
-        if mean is not None:
-            self._dense_flat.unpack_dense(mean)
-        return True
+            scaled: a ``GradScaler`` judges this step, too.
+            done: this rank has run out of data: of its own, only what is left in its residual takes part.
+            refusal: what this rank raises because it cannot take the step; None: it can.
 
-    def _average_dense(self, inverse_scale: Tensor | None, finite: bool) -> bool:
-        assert self.dense is not None
-        gradient = self._dense_flat.pack(self._weight_decay, inverse_scale)
-        if not self.dense.begin_step(gradient, finite):
+        Raises:
+            RuntimeError: on every rank: see :meth:`hvd_sketch.agreement.StepAgreement.agree`; or the ranks' parameters
+                have drifted apart.
+        """
+        if done:
+            for _, parameter in self._named:
+                parameter.grad = None
+        used = [parameter.grad is not None for _, parameter in self._named]
+        packed: list[list[Tensor]] = []
+        try:
+            packed = self._pack(inverse_scale, done)
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = refusal or error
+        finite = finite and all_finite([part for parts in packed for part in parts])
+        sums = checksums([p for _, p in self._named]) if self._check_is_due() and not done else None
+        own_digest = digest(sums) if sums is not None else 0
+        report = Report(finite=finite, scaled=scaled, done=done, refusal=refusal, used=used, digest=own_digest)
+        agreed = self._lead.begin_step(report)
+        if agreed.drifted and sums is not None:
+            self._refuse_drift(sums)
+        if agreed.active:
+            self._take_step(agreed, packed)
+        return agreed.goes_on
+
+    def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
+        """This rank's vector for each way, in parts."""
+        if self._ahead is not None:
+            self._ahead.settle(usable=inverse_scale is None and not done)
+        for way in self._ways():
+            way.flat.check_unchanged()
+        return [way.flat.pack(self._weight_decay, inverse_scale) for way in self._ways()]
+
+    def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
+        self.active = agreed.active
+        self._begun += 1
+        for way in self._ways():
+            if way.exchange is not self._lead:  # which has done so at the agreement
+                if agreed.root is not None:
+                    way.exchange.take_over_state(agreed.root)
+                way.exchange.count_step()
+        if agreed.goes_on:
+            self._exchange(packed, agreed.used)
+            return
+        for way in self._ways():
+            way.flat.fill_gradients(float("nan"), way.used(agreed.used)[0])
+
+    def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
+        if self._dense is not None:  # before the sketched, on every rank
+            own, unused = self._dense.used(used)
+            mean = self._dense.exchange.mean(packed[-1][0], unused)
+            self._dense.flat.unpack_dense(mean if self._scale == 1 else mean * self._scale, own)
+        if self._sketched is not None:
+            own, unused = self._sketched.used(used)
+            update = self._sketched.exchange.exchange(packed[0], unused)
+            values = update.values if self._scale == 1 else update.values * self._scale
+            self._sketched.flat.unpack_sparse(update.indices, values, own)
+        if self._makes_sparse:
+            for _, parameter in self._named:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to_sparse(1)
+
+    def _check_is_due(self) -> bool:
+        """Whether to compare parameters: after the first step since a start, then every ``check_every`` steps."""
+        if not self._check_every or self._transport.size == 1 or self._begun == 0:
             return False
-        mean = self.dense.mean(gradient[0], self._dense_flat.fits_dense)
-        if mean is not None:
-            self._dense_flat.unpack_dense(mean)
-        return mean is not None
+        return self._begun == 1 or self._lead.step_number % self._check_every == 0
+
+    def _refuse_drift(self, sums: Tensor) -> None:
+        told = describe_drift(self._transport, self._named, sums)
+        raise RuntimeError(
+            f"the parameters differ between the ranks (seen from rank {self._transport.rank}, before step "
+            f"{self._lead.step_number}):{told}\nCall broadcast_parameters(model.state_dict(), 0, transport) before the "
+            "first step, load the same checkpoint on every rank, and change parameters, p.grad and learning rates "
+            "alike on every rank. check_every=0 turns this check off."
+        )
+
+    def take_over_state(self, root: int) -> None:
+        """See :meth:`hvd_sketch.steps.Exchange.take_over_state`. Communication: collective, all ranks."""
+        for way in self._ways():
+            way.exchange.take_over_state(root)
+
+    def finish_without_data(self) -> tuple[int, ...]:
+        """Take part in the other ranks' steps until all have run out of data; the ranks that had data in the last one.
+
+        Communication: collective, all ranks.
+        """
+        taken = -1
+        while self._begun > taken:
+            taken = self._begun
+            self.average(done=True)
+        return self.active
+
+    def forget(self) -> None:
+        """Zero momentum and residuals. Communication: none."""
+        for way in self._ways():
+            way.exchange.residual.zero_()
+            way.exchange.velocity.zero_()
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """The states of both exchanges and the layout they belong to."""
@@ -124,6 +297,7 @@ class GradientExchange:
                 f"Build the optimizer with the same names, order and dense_below, or delete the checkpoint's "
                 f"'hvd_sketch' entry to go on without residuals"
             )
+        self._begun = 0
         for way, part in (("sketched", self.sketched), ("dense", self.dense)):
             if part is not None:
                 part.load_state_dict(state[way])

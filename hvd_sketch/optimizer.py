@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
-from hvd_sketch.agreement import refused_together, require_equal
+from hvd_sketch.agreement import all_finite, refused_together, require_equal
+from hvd_sketch.backward import BackwardCounter
+from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import SketchedAllreduce
 from hvd_sketch.gradients import GradientExchange
 from hvd_sketch.packing import NamedParameter, check_exchangeable, name_parameters
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import HorovodTransport, Transport
 from hvd_sketch.volume import CommLedger
+from hvd_sketch.wrapping import HorovodArguments, check_arguments, transport_of, warn_about_settings
 
 STATE_KEY = "hvd_sketch"
-WRAP_ANEW = (
+REWRAP = (
     "give the inner optimizer all its parameters first, with requires_grad set, and wrap it then; to change "
-    "them later, wrap it anew"
+    "them later, wrap it again"
 )
 logger = logging.getLogger(__name__)
 
@@ -33,34 +35,69 @@ def _of_inner(name: str) -> Any:
     return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
 
 
-class DistributedOptimizer(torch.optim.Optimizer):
+class _LocalState(torch.optim.Optimizer):
+    """What ``hvd.broadcast_optimizer_state`` finds beneath an optimizer that it takes for Horovod's own."""
+
+    inner: torch.optim.Optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        """Let the wrapped optimizer make its state, from gradients that Horovod has set to zero.
+
+        Parameters stay as they are, also where weight decay would change them. Communication: none.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+class DistributedOptimizer(_LocalState):
     """A torch optimizer whose ``step()`` first averages the gradients over all ranks, sketched.
 
     ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects, so
-    learning-rate schedulers may be attached to either. A step whose gradient is not finite on any rank is
-    skipped on all: parameters, ``p.grad``, momentum and residuals stay as they were, and it is counted.
+    learning-rate schedulers may be attached to either. Its other methods can be called, too, but not to change
+    parameters by gradients that were not exchanged: ``synchronize()`` first.
+
+    A parameter of which no rank has a gradient is left alone, as in torch; of which one rank has, all ranks update it.
+    Whether a rank has frozen it plays no part.
+
+    A step whose gradient is not finite on any rank is skipped on all: parameters, momentum and residuals stay as they
+    were, ``p.grad`` is NaN on every rank, and it is counted.
 
     With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` on every rank; the scales may differ. To
     clip averaged gradients, ``scaler.unscale_(optimizer)`` comes before ``synchronize()``.
 
-    Communication: the constructor, ``step``, ``synchronize`` and ``state_dict(consolidated=True)`` are
-    collective, all ranks in the same order. Everything else is local.
+    Communication: the constructor, ``step``, ``synchronize``, the end of ``join`` and
+    ``state_dict(consolidated=True)`` are collective, all ranks in the same order. Everything else is local.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer`` but LBFGS and SparseAdam. Only parameters that require a
-            gradient are exchanged.
+        optimizer: any ``torch.optim.Optimizer`` that does not need a closure. Only parameters that require a
+            gradient now are exchanged.
         named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: names
             ``parameter.<group>.<index>``.
         sketch: how to compress; None exchanges everything dense and adds no momentum.
         transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
-        backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step.
+        backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Enforced
+            only with ``sketch_in_backward``.
+        compression: ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
+        op: ``hvd.Average``, the default, or ``hvd.Sum``.
+        gradient_predivide_factor: taken and without effect: means are made in float32 and do not overflow.
+        num_groups, groups: taken and without effect: all tensors travel together.
+        sparse_as_dense: hand sparse gradients, of rows, to the wrapped optimizer. They are exchanged as dense ones
+            always.
+        process_set: an ``hvd.ProcessSet`` to average over; a rank outside of it steps alone.
+        check_every: steps after which the ranks compare a checksum of their parameters; also after the first step since
+            a start. 0: never.
+        max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
 
     Attributes:
         inner: the wrapped optimizer.
 
     Raises:
         ValueError: on every rank: an optimizer that cannot be wrapped, names that do not fit it, parameters that
-            cannot be exchanged, on any of them; ranks that were set up differently.
+            cannot be exchanged, arguments that cannot be followed, on any of them; ranks that were set up differently.
 
     Source: Ivkin et al., Communication-efficient Distributed SGD with Sketching, NeurIPS 2019, Alg. 3.
     """
@@ -76,23 +113,56 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sketch: SketchConfig | None = None,
         transport: str | Transport = "horovod",
         backward_passes_per_step: int = 1,
+        *,
+        compression: Any = None,
+        op: Any = None,
+        gradient_predivide_factor: float = 1.0,
+        num_groups: int = 0,
+        groups: Any = None,
+        sparse_as_dense: bool = False,
+        process_set: Any = None,
+        check_every: int = 100,
+        max_skips: int = 25,
     ) -> None:
         # Not super().__init__: it would make param_groups, state and hooks of our own.
-        self._transport = resolve_transport(transport)
+        self._transport, sketch = transport_of(transport, process_set, sketch)
+        horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
+        counts = {
+            "backward_passes_per_step": (backward_passes_per_step, 1),
+            "check_every": (check_every, 0),
+            "max_skips": (max_skips, 0),
+        }
         with refused_together(self._transport):
-            _check_arguments(optimizer, sketch, backward_passes_per_step)
+            check_arguments(optimizer, sketch, horovod, counts)
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
-        require_equal(self._transport, {"backward_passes_per_step": backward_passes_per_step})
+        equal = {name: value for name, (value, _) in counts.items()}
+        as_horovod = {"compression": horovod.wire_dtype(), "op": horovod.is_sum(), "sparse_as_dense": sparse_as_dense}
+        require_equal(self._transport, {**equal, **as_horovod})
         self.inner = optimizer
-        self._gradients = GradientExchange(named, sketch, self._transport)
-        self._passes = BackwardCounter(named, backward_passes_per_step, self._gradients.gradient_is_ready)
+        self._named = named
+        self._gradients = GradientExchange(
+            named,
+            sketch,
+            self._transport,
+            wire_dtype=horovod.wire_dtype(),
+            is_sum=horovod.is_sum(),
+            makes_sparse=sparse_as_dense,
+            check_every=check_every,
+            max_skips=max_skips,
+        )
+        sketches_ahead = sketch is not None and sketch.sketch_in_backward
+        ready = self._gradients.gradient_is_ready
+        self._passes = BackwardCounter(named, backward_passes_per_step, ready, strict=sketches_ahead)
         self._known = {id(parameter) for _, parameter in named}
         self._exchanged: bool | None = None  # of p.grad: None not yet, True averaged, False skipped
         self._skip_synchronize = False
-        self._warned_exchanged = False
+        if isinstance(self._transport, HorovodTransport):
+            # hvd.broadcast_optimizer_state tells Horovod's own optimizers by their module. It calls step() of their
+            # base class, _LocalState here, on ranks that have no state yet; ours would wait for the other ranks.
+            self.__dict__["__module__"] = "horovod.torch.optimizer"
         if sketch is not None and self._transport.rank == 0:
-            _warn_about_settings(optimizer, sketch, self._gradients.sketched is None)
+            warn_about_settings(optimizer, named, sketch)
 
     param_groups = _of_inner("param_groups")
     state = _of_inner("state")
@@ -101,7 +171,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "inner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner, name)
+        found = getattr(self.inner, name)
+        is_method = getattr(found, "__self__", None) is self.inner and not hasattr(torch.optim.Optimizer, name)
+        return self._watched(name, found) if is_method else found
+
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the wrapped optimizer that may not step with gradients that were not exchanged."""
+
+        @wraps(method)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._exchanged is False:
+                self.inner.zero_grad(set_to_none=True)  # NaN: not to be stepped with
+            before = [parameter._version for _, parameter in self._named]
+            result = method(*arguments, **options)
+            if self._passes.any() and before != [parameter._version for _, parameter in self._named]:
+                raise RuntimeError(
+                    f"{type(self.inner).__name__}.{name}() changed parameters by gradients that were not exchanged, "
+                    f"and the ranks have drifted apart: call optimizer.synchronize() on every rank before {name}(), or "
+                    "step by optimizer.step()"
+                )
+            return result
+
+        return call
 
     @property
     def exchange(self) -> SketchedAllreduce | None:
@@ -118,8 +209,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """How many exchanges all ranks skipped because something was not finite."""
         return self._gradients.skipped_steps
 
+    @property
+    def reset_coordinates(self) -> int:
+        """How many coordinates of this rank's momentum and residuals were not finite and were set to zero."""
+        return self._gradients.reset_coordinates
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """As Horovod's. Communication: none, but every rank sets the same."""
+        self._passes.passes = passes
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; also starts counting backward passes anew. Communication: none."""
+        """As torch's; also begins to count backward passes from zero. Communication: none."""
         self.inner.zero_grad(set_to_none=set_to_none)
         self._start_over()
 
@@ -127,14 +227,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Average the gradients over all ranks, then step the wrapped optimizer, unless all ranks skip.
 
         Args:
-            closure: evaluated once, with gradients enabled, before the exchange.
+            closure: evaluated once, with gradients enabled, before the exchange. The wrapped optimizer does not get it.
 
         Returns:
             What ``closure`` returned, or None.
 
         Raises:
             RuntimeError: inside ``skip_synchronize()`` with gradients that were not averaged before; with a
-                GradScaler that has not unscaled what ``synchronize()`` averaged.
+                GradScaler that has not unscaled what ``synchronize()`` averaged; on every rank: one cannot take the
+                step, too many steps in a row were skipped, or parameters differ between ranks.
 
         Communication: collective, all ranks, unless ``synchronize()`` has exchanged these gradients already.
         Modifies ``p.grad`` (the averaged gradient), the residuals, the parameters.
@@ -145,23 +246,47 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         # From our own attributes only: a fused inner optimizer may have such attributes for itself.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        finite = found_inf is None or not float(found_inf)
         if self._must_exchange():
-            exchanged = self._exchange(grad_scale, finite)
+            finite = found_inf is None or not float(found_inf)
+            is_taken = self._exchange(grad_scale, finite, scaled=found_inf is not None)
         elif grad_scale is not None:
             raise RuntimeError(
                 "synchronize() averaged gradients that still carry the loss scale: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
         else:
-            # Averaged gradients are equal on all ranks, and so is what the scaler found in them.
-            exchanged = bool(self._exchanged) and finite
+            is_taken = bool(self._exchanged) and self._is_usable(found_inf)
         self._start_over()
-        if exchanged:
-            self.inner.step()
+        if is_taken:
+            self._step_inner(closure is not None)
         return loss
 
-    def synchronize(self) -> None:
+    def _is_usable(self, found_inf: Any) -> bool:
+        """Whether averaged gradients can be stepped with, after a scaler has looked at them.
+
+        What it found decides nothing by itself: it may have looked at this rank's gradients before they were averaged.
+        """
+        if found_inf is None:
+            return True
+        self._gradients.forgive_skip()
+        if not float(found_inf):
+            return True
+        gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
+
+    def _step_inner(self, has_closure: bool) -> None:
+        try:
+            self.inner.step()
+        except Exception as error:
+            if has_closure:
+                error.add_note(
+                    "DistributedOptimizer evaluates the closure itself, once, before the exchange, and steps "
+                    f"{type(self.inner).__name__} without it: an optimizer that evaluates it by itself cannot be "
+                    "exchanged. Call its own methods, each after optimizer.synchronize()"
+                )
+            raise
+
+    def synchronize(self) -> bool:
         """Average the gradients now, so that they can be clipped before ``step()``, as in Horovod::
 
             optimizer.synchronize()
@@ -171,13 +296,20 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         With a GradScaler, ``scaler.unscale_(optimizer)`` comes first: residuals outlive the loss scale.
 
+        Returns:
+            Whether ``p.grad`` is the average; False: all ranks skip, and it is NaN.
+
         Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
         """
         if self._holds_exchanged():
-            self._warn_exchanged("synchronize() was called twice for the same gradients")
-            return
-        self._exchanged = self._exchange(None, True)
-        self._passes.reset()
+            warnings.warn(
+                "optimizer.synchronize() called twice for the same gradients, which are not exchanged again",
+                stacklevel=2,
+            )
+        else:
+            self._exchanged = self._exchange(None, True, scaled=False)
+            self._passes.reset()
+        return bool(self._exchanged)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -188,13 +320,40 @@ class DistributedOptimizer(torch.optim.Optimizer):
         finally:
             self._skip_synchronize = False
 
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Ranks with different numbers of batches::
+
+            with optimizer.join():
+                for batch in loader:
+                    ...
+                    optimizer.step()
+
+        A rank that leaves the block goes on contributing gradients of zero, and what is left in its residual, until all
+        have left theirs. The mean is over all ranks throughout, as in Horovod and in torch's ``Join``. At the end the
+        ranks that left early get parameters and optimizer state from one that left last. Batches of a scheduler that is
+        stepped after every one are not made up for: step it once an epoch, or equally often on every rank.
+
+        Communication: collective at the end, all ranks. An exception inside leaves the other ranks to their launcher.
+        """
+        yield
+        active = self._gradients.finish_without_data()
+        if len(active) < self._transport.size:
+            broadcast_parameters(self._named, active[0], self._transport)
+            broadcast_optimizer_state(self.inner, active[0], self._transport)
+        self.zero_grad()
+
     def _holds_exchanged(self) -> bool:
         return self._exchanged is not None and not self._passes.any()
 
     def _must_exchange(self) -> bool:
         if self._holds_exchanged():
             if not self._skip_synchronize:
-                self._warn_exchanged("step() was called after synchronize() without skip_synchronize()")
+                warnings.warn(
+                    "optimizer.step() called without optimizer.skip_synchronize() context after "
+                    "optimizer.synchronize(): the gradients are averaged already and are not exchanged again",
+                    stacklevel=3,
+                )
             return False
         if self._skip_synchronize:
             raise RuntimeError(
@@ -203,36 +362,41 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         return True
 
-    def _warn_exchanged(self, what: str) -> None:
-        if not self._warned_exchanged and self._transport.rank == 0:
-            logger.warning("%s: the gradients are averaged already and are not exchanged again", what)
-        self._warned_exchanged = True
-
     def _start_over(self) -> None:
         self._exchanged = None
         self._passes.reset()
         self._gradients.gradients_are_void()
 
-    def _exchange(self, grad_scale: Any, finite: bool) -> bool:
+    def _exchange(self, grad_scale: Any, finite: bool, scaled: bool) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip."""
-        strangers = [
+        inverse = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
+        return self._gradients.average(inverse, finite=finite, scaled=scaled, refusal=self._unregistered())
+
+    def _unregistered(self) -> RuntimeError | None:
+        """What is wrong where parameters came later."""
+        names = [
             f"parameter.{i}.{j}"
             for i, group in enumerate(self.param_groups)
             for j, parameter in enumerate(group["params"])
             if parameter.requires_grad and id(parameter) not in self._known
         ]
-        if strangers:
-            raise RuntimeError(
-                f"{', '.join(strangers[:5])} came to the optimizer, or began to require a gradient, after "
-                f"wrapping, and would drift apart between ranks: {WRAP_ANEW}"
-            )
-        if grad_scale is None:
-            return self._gradients.average(None, finite)
-        return self._gradients.average(torch.as_tensor(grad_scale).double().reciprocal().float(), finite)
+        if not names:
+            return None
+        return RuntimeError(
+            f"{', '.join(names[:5])} came to the optimizer, or began to require a gradient, after "
+            f"wrapping, and would drift apart between ranks: {REWRAP}"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: residuals and buffers are laid out at construction."""
-        raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {WRAP_ANEW}")
+        raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
+
+    def take_over_state(self, root_rank: int) -> None:
+        """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.
+
+        Communication: collective, all ranks.
+        """
+        self._gradients.take_over_state(root_rank)
 
     def state_dict(self, *, consolidated: bool = False) -> dict[str, Any]:
         """The wrapped optimizer's dict, plus ``"hvd_sketch"``: momentum and residuals.
@@ -261,10 +425,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._start_over()
 
     def _forget_residuals(self) -> None:
-        for part in (self._gradients.sketched, self._gradients.dense):
-            if part is not None:
-                part.residual.zero_()
-                part.velocity.zero_()
+        self._gradients.forget()
         if self.exchange is not None:
             logger.warning(
                 "rank %d: the checkpoint has no %r entry (of a plain optimizer?): residuals start from zero",
@@ -281,87 +442,3 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         at = f"rank {self._transport.rank} of {self._transport.size}"
         return f"{type(self).__name__}({at}, {self._gradients!r},\n{self.inner!r})"
-
-
-class BackwardCounter:
-    """Counts each parameter's backward passes since the last step and refuses more than ``limit``.
-
-    Calls ``ready`` with every parameter whose last pass has come.
-    """
-
-    def __init__(self, named: Sequence[NamedParameter], limit: int, ready: Callable[[Tensor], None]) -> None:
-        self._limit = limit
-        self._ready = ready
-        self._counts: dict[str, int] = {}
-        counter = weakref.ref(self)  # hooks must not keep an optimizer alive, nor count for one that is gone
-        for name, parameter in named:
-            parameter.register_post_accumulate_grad_hook(partial(_count, counter, name))
-
-    def any(self) -> bool:
-        """Whether there was a backward pass since :meth:`reset`."""
-        return bool(self._counts)
-
-    def reset(self) -> None:
-        self._counts.clear()
-
-    def count(self, name: str, parameter: Tensor) -> None:
-        """One more pass reached a parameter. Raises RuntimeError beyond the limit."""
-        self._counts[name] = self._counts.get(name, 0) + 1
-        if self._counts[name] > self._limit:
-            raise RuntimeError(
-                f"{self._counts[name]} backward passes reached {name!r} since the last step, expected at "
-                f"most backward_passes_per_step={self._limit}: raise it to add up gradients, or call step() "
-                f"or the optimizer's zero_grad() in between"
-            )
-        if self._counts[name] == self._limit:
-            self._ready(parameter)
-
-
-def _count(counter: weakref.ref[BackwardCounter], name: str, parameter: Tensor) -> None:
-    alive = counter()
-    if alive is not None:
-        alive.count(name, parameter)
-
-
-def _check_arguments(optimizer: object, sketch: object, backward_passes_per_step: object) -> None:
-    _check_wrappable(optimizer)
-    if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
-        raise ValueError(f"backward_passes_per_step must be an integer of at least 1, got {backward_passes_per_step!r}")
-    if sketch is not None and not isinstance(sketch, SketchConfig):
-        raise ValueError(f"sketch must be a SketchConfig, or None for dense, got {type(sketch).__name__}")
-
-
-def _check_wrappable(optimizer: object) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if hasattr(optimizer, "skip_synchronize"):
-        raise ValueError("the optimizer exchanges gradients already: wrap the plain torch optimizer, once")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS evaluates its closure several times per step, each with gradients of its own to exchange, "
-            "which one exchange cannot give: use a first-order optimizer such as SGD or AdamW"
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise ValueError("SparseAdam takes sparse p.grad only, averaged gradients are dense: use Adam")
-
-
-def _warn_about_settings(optimizer: torch.optim.Optimizer, sketch: SketchConfig, all_dense: bool) -> None:
-    groups = optimizer.param_groups
-    if all_dense:
-        logger.warning(
-            "all tensors have at most one dimension or fewer than dense_below=%d elements: nothing is "
-            "sketched, gradients are exchanged dense. Lower dense_below to sketch them.",
-            sketch.dense_below,
-        )
-    momentum = max(float(g.get("momentum") or g.get("betas", (0,))[0]) for g in groups)
-    if momentum > 0 and sketch.momentum > 0:
-        logger.warning(
-            "momentum is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
-            *(type(optimizer).__name__, momentum, sketch.momentum),
-        )
-    decay = max(float(g.get("weight_decay") or 0) for g in groups)
-    if decay > 0 and sketch.weight_decay > 0:
-        logger.warning(
-            "weight decay is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
-            *(type(optimizer).__name__, decay, sketch.weight_decay),
-        )

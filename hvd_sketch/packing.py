@@ -1,4 +1,4 @@
-"""A model's gradients as flat float32 vectors: named, split into sketched and dense, taken up and put back."""
+"""A model's gradients as flat vectors: named, split into sketched and dense, taken up and put back."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from hvd_sketch.agreement import all_finite
+from hvd_sketch.feedback import Limits
 from hvd_sketch.kernels import load_backend
 
 NamedParameter = tuple[str, Tensor]
 Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
+FLAT_FACTOR = 64  # 65,536 elements by default: more than a bias or a norm has, but for vocabularies
 MIN_ALONE = 1 << 16  # elements; a part costs the exchange two kernel calls, 25 us each
 
 
 def is_dense(parameter: Tensor, dense_below: int) -> bool:
-    """Whether a tensor is exchanged dense: fewer than ``dense_below`` elements, or at most one dimension."""
-    return parameter.numel() < dense_below or parameter.ndim <= 1
+    """Whether a tensor is exchanged dense: it has fewer than ``dense_below`` elements.
+
+    With one dimension 64 times as many: biases and norms of any width go dense, a model's flattened weights do not.
+    """
+    return parameter.numel() < dense_below * (FLAT_FACTOR if parameter.ndim <= 1 else 1)
 
 
 def sketched_dim(parameters: Iterable[Tensor | NamedParameter], dense_below: int = 1024) -> int:
@@ -80,7 +85,8 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
     """Refuse parameters that do not fit into one float32 vector on one device.
 
     Raises:
-        ValueError: no parameters, a dtype that is not real floating point, or more than one device.
+        ValueError: no parameters, some without memory or in parts on several ranks, a dtype that is not real floating
+            point, or more than one device.
     """
     if not named:
         raise ValueError(
@@ -88,6 +94,20 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
             "check requires_grad, and that the optimizer was given this model's parameters"
         )
     for name, parameter in named:
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: run one forward pass of the model before wrapping its optimizer"
+            )
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"parameter {name!r} is on the meta device and has no memory: make the model on a device, or call "
+                "model.to_empty(device=...) and initialise it, before wrapping its optimizer"
+            )
+        if hasattr(parameter, "device_mesh"):  # importing DTensor to ask takes a second
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, of which this rank holds a part only (FSDP, tensor parallelism): "
+                "wrap the optimizer of a model that every rank holds as a whole"
+            )
         if not parameter.is_floating_point():
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype}; gradients are exchanged as real float32, so give "
@@ -104,17 +124,18 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
 
 
 class FlatParameters:
-    """Several parameters seen as one float32 vector ``[dim]``, laid end to end in the order given.
-
-    A parameter whose ``requires_grad`` is switched off later counts as zeros; its ``p.grad`` is let alone.
+    """Several parameters seen as one vector ``[dim]``, laid end to end in the order given.
 
     Args:
-        parameters: at least one.
+        named: at least one parameter, with its name for messages.
         apart: whether the vector may come in parts, a large parameter alone in its own, which then is its ``p.grad``
             itself and needs no copy.
+        dtype: of the vector: float32, or float64.
 
     Attributes:
+        parameters: as given.
         dim: number of coordinates.
+        dtype: of the vector.
         dense_bytes: bytes of the gradients in the parameters' own dtypes.
         device: of the parameters and of the vector.
         parts: for each part the parameters it is made of, with where each starts and stops in the vector.
@@ -122,16 +143,51 @@ class FlatParameters:
     Communication: none, in any method.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], apart: bool = False) -> None:
-        self.device = parameters[0].device
-        self._starts = torch.tensor([0] + [p.numel() for p in parameters], device=self.device).cumsum(0)
+    def __init__(
+        self, named: Sequence[NamedParameter], apart: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.parameters = [parameter for _, parameter in named]
+        self.dtype = dtype
+        self.device = self.parameters[0].device
+        self._names = [name for name, _ in named]
+        self._described = [_describe(p) for p in self.parameters]
+        self._starts = torch.tensor([0] + [p.numel() for p in self.parameters], device=self.device).cumsum(0)
         starts = self._starts.tolist()
-        self._places = list(zip(parameters, starts, starts[1:], strict=False))
+        self._places = list(zip(self.parameters, starts, starts[1:], strict=False))
         self.parts = _in_parts(self._places) if apart else [self._places]
         self.dim: int = starts[-1]
-        self.dense_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        self.dense_bytes = sum(p.numel() * p.element_size() for p in self.parameters)
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
         self._buffers: list[Tensor | None] = [None] * len(self.parts)
+
+    def limits(self, scale: float = 1.0) -> Limits:
+        """How large an element of the vector may be so that ``scale`` times it fits its parameter's dtype."""
+        most = torch.finfo(torch.float32).max
+        largest = [min(torch.finfo(p.dtype).max, most) / scale for p in self.parameters]
+        return Limits(self._starts[1:], torch.tensor(largest, dtype=torch.float32, device=self.device))
+
+    def name(self, coordinate: int) -> str:
+        """The parameter and the element that a coordinate is."""
+        number = int(torch.searchsorted(self._starts, coordinate, right=True)) - 1
+        return f"element {coordinate - int(self._starts[number])} of {self._names[number]!r}"
+
+    def unused(self, used: Sequence[bool]) -> list[tuple[int, int]]:
+        """The coordinates of those parameters that are not used, as ranges; neighbours are not joined."""
+        places = zip(self._places, used, strict=True)
+        return [(start, stop) for (_, start, stop), is_used in places if not is_used and stop > start]
+
+    def check_unchanged(self) -> None:
+        """Refuse parameters that are no longer what they were at construction.
+
+        Raises:
+            ValueError: the shape, dtype or device of one has changed.
+        """
+        for name, parameter, before in zip(self._names, self.parameters, self._described, strict=True):
+            if _describe(parameter) != before:
+                raise ValueError(
+                    f"parameter {name!r} was {before} when the optimizer was wrapped, and is {_describe(parameter)} "
+                    "now: change the model first, then make its optimizer and wrap it"
+                )
 
     def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> list[Tensor]:
         """All parts in order; see :meth:`pack_part`."""
@@ -146,28 +202,28 @@ class FlatParameters:
         Args:
             number: which of :attr:`parts`.
             weight_decay: added for every parameter, also where only other ranks have a gradient.
-            inverse_scale: float32 [], undoes a loss scale in float32.
+            inverse_scale: float32 [], undoes a loss scale in the vector's dtype.
 
         Returns:
-            float32 [n]: memory of ``p.grad``, or a buffer that the next call overwrites; not to be written to.
+            ``dtype`` [n]: memory of ``p.grad``, or a buffer that the next call overwrites; not to be written to.
         """
         places = self.parts[number]
         if len(places) == 1 and not weight_decay and inverse_scale is None:
-            as_it_lies = _plain_gradient(places[0][0])
+            as_it_lies = _plain_gradient(places[0][0], self.dtype)
             if as_it_lies is not None:
                 return as_it_lies
         first, last = places[0][1], places[-1][2]
         buffer = self._buffers[number]
         if buffer is None:
-            buffer = self._buffers[number] = torch.empty(last - first, dtype=torch.float32, device=self.device)
+            buffer = self._buffers[number] = torch.empty(last - first, dtype=self.dtype, device=self.device)
         alike: list[tuple[Tensor, Tensor]] = []  # copied together, in one launch on a GPU
         for parameter, start, stop in places:
             target = buffer[start - first : stop - first].view(parameter.shape)
-            gradient = parameter.grad if parameter.requires_grad else None
+            gradient = parameter.grad
             if gradient is None:
                 target.zero_()
             elif gradient.layout != torch.strided:
-                target.copy_(gradient.to(torch.float32).to_dense())  # entries that meet are added in float32
+                target.copy_(gradient.to(self.dtype).to_dense())  # entries that meet are added in the vector's dtype
             elif gradient.is_contiguous():
                 alike.append((target, gradient))
             else:
@@ -177,13 +233,13 @@ class FlatParameters:
             torch._foreach_copy_(targets, gradients)
         if inverse_scale is not None:
             buffer.mul_(inverse_scale)
-        for parameter, start, stop in places:
-            if weight_decay and parameter.requires_grad:
+        if weight_decay:
+            for parameter, start, stop in places:
                 buffer[start - first : stop - first].view(parameter.shape).add_(parameter, alpha=weight_decay)
         return buffer
 
     @torch.no_grad()
-    def unpack_sparse(self, indices: Tensor, values: Tensor) -> None:
+    def unpack_sparse(self, indices: Tensor, values: Tensor, used: Sequence[bool] | None = None) -> None:
         """Set every ``p.grad`` to zeros but for ``values`` at ``indices``; created where absent.
 
         All of it is written, for it holds this rank's gradient: on a GPU in two launches for all contiguous parameters
@@ -192,8 +248,9 @@ class FlatParameters:
         Args:
             indices: int64 [n], ascending, in ``0 … dim - 1``.
             values: float32 [n].
+            used: for each parameter whether it gets a gradient; ``p.grad`` of the others becomes None. Default: all.
         """
-        gradients = [_writable_gradient(p) if p.requires_grad else None for p, _, _ in self._places]
+        gradients = self._writable_gradients(used)
         present = [gradient for gradient in gradients if gradient is not None]
         if present:
             torch._foreach_zero_(present)
@@ -202,39 +259,43 @@ class FlatParameters:
             load_backend(None, self.device).scatter_(alike, self._starts, indices, values)
         if all(gradient.is_contiguous() for gradient in present):
             return
-        for gradient, (_, start, first, last) in zip(gradients, self._cut(indices), strict=True):
+        for gradient, (start, first, last) in zip(gradients, self._cut(indices), strict=True):
             if gradient is not None and not gradient.is_contiguous():
                 places = torch.unravel_index(indices[first:last] - start, gradient.shape)
                 gradient[places] = values[first:last].to(gradient.dtype)
 
     @torch.no_grad()
-    def unpack_dense(self, values: Tensor) -> None:
-        """Set every ``p.grad`` to its part of ``values``, float32 [dim]; created where absent."""
-        for parameter, start, stop in self._places:
-            if parameter.requires_grad:
-                _writable_gradient(parameter).copy_(values[start:stop].view(parameter.shape))
+    def unpack_dense(self, values: Tensor, used: Sequence[bool] | None = None) -> None:
+        """Set every ``p.grad`` to its part of ``values``, ``dtype`` [dim]; see :meth:`unpack_sparse`."""
+        for gradient, (_, start, stop) in zip(self._writable_gradients(used), self._places, strict=True):
+            if gradient is not None:
+                gradient.copy_(values[start:stop].view(gradient.shape))
 
-    def fits_sparse(self, indices: Tensor, values: Tensor) -> bool:
-        """Whether ``values`` (float32 [n], finite) at ``indices`` stay finite in their parameters' dtypes."""
-        if not self._is_narrow():
-            return True
-        return all_finite([values[first:last].to(p.dtype) for p, _, first, last in self._cut(indices)])
+    @torch.no_grad()
+    def fill_gradients(self, value: float, used: Sequence[bool] | None = None) -> None:
+        """Set every element of every ``p.grad`` to ``value``; see :meth:`unpack_sparse`."""
+        for gradient in self._writable_gradients(used):
+            if gradient is not None:
+                gradient.fill_(value)
 
-    def fits_dense(self, values: Tensor) -> bool:
-        """Whether ``values`` (float32 [dim], finite) stay finite in the parameters' dtypes."""
-        if not self._is_narrow():
-            return True
-        return all_finite([values[start:stop].to(p.dtype) for p, start, stop in self._places])
+    def _writable_gradients(self, used: Sequence[bool] | None) -> list[Tensor | None]:
+        """``p.grad`` of every parameter that is used; the others have none from now on."""
+        gradients: list[Tensor | None] = []
+        for parameter, is_used in zip(self.parameters, used or [True] * len(self.parameters), strict=True):
+            if not is_used:
+                parameter.grad = None
+            gradients.append(_writable_gradient(parameter) if is_used else None)
+        return gradients
 
-    def _is_narrow(self) -> bool:
-        """Whether there are finite float32 that a parameter's dtype has no finite number for."""
-        return any(torch.finfo(p.dtype).max < torch.finfo(torch.float32).max for p, _, _ in self._places)
-
-    def _cut(self, indices: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
-        """Each parameter, where it starts in the vector, and from where to where in ``indices`` its own lie."""
+    def _cut(self, indices: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Where each parameter starts in the vector, and from where to where in ``indices`` its own lie."""
         cuts = torch.searchsorted(indices, self._starts).tolist()
-        for (parameter, start, _), (first, last) in zip(self._places, pairwise(cuts), strict=True):
-            yield parameter, start, first, last
+        for (_, start, _), (first, last) in zip(self._places, pairwise(cuts), strict=True):
+            yield start, first, last
+
+
+def _describe(parameter: Tensor) -> str:
+    return f"{str(parameter.dtype).removeprefix('torch.')} of {tuple(parameter.shape)} on {parameter.device}"
 
 
 def _in_parts(places: list[Place]) -> list[list[Place]]:
@@ -249,12 +310,12 @@ def _in_parts(places: list[Place]) -> list[list[Place]]:
     return parts
 
 
-def _plain_gradient(parameter: Tensor) -> Tensor | None:
-    """``p.grad`` as float32 [n] if it lies so in memory."""
+def _plain_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``p.grad`` as ``dtype`` [n] if it lies so in memory."""
     gradient = parameter.grad
-    if gradient is None or not parameter.requires_grad or gradient.layout != torch.strided:
+    if gradient is None or gradient.layout != torch.strided:
         return None
-    is_plain = gradient.dtype == torch.float32 and gradient.is_contiguous()
+    is_plain = gradient.dtype == dtype and gradient.is_contiguous()
     return gradient.detach().view(-1) if is_plain else None
 
 

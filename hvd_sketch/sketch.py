@@ -131,7 +131,12 @@ def row_energies(table: Tensor) -> Tensor:
 
 
 def heavy_threshold(norm: float, k: int) -> int:
-    """Magnitude bits above which a float32 is at least ``norm / sqrt(k)`` (paper, Alg. 1, line 3)."""
+    """Magnitude bits above which a float32 is at least ``norm / sqrt(k)`` (paper, Alg. 1, line 3).
+
+    Where the norm does not fit, only infinities and NaN are above.
+    """
+    if not norm / math.sqrt(k) <= np.finfo(np.float32).max:
+        return int(np.finfo(np.float32).max.view(np.int32))
     least = np.float32(norm / math.sqrt(k))
     if float(least) < norm / math.sqrt(k):
         least = np.nextafter(least, np.float32(np.inf))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import FiniteGuard, finite_flag, require_equal
+from hvd_sketch.agreement import Agreed, Report, StepAgreement, all_finite, require_equal
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.feedback import Limits, no_limits
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import CommLedger, MeteredTransport
 
 Parameters = Sequence[tuple[str, tuple[int, ...], str]]
+Ranges = Sequence[tuple[int, int]]  # coordinates from a start up to a stop; ascending, none of them empty
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,33 @@ class SparseUpdate:
 
     Attributes:
         indices: int64 [n], ascending.
-        values: float32 [n], the mean over ranks at ``indices``.
-        skipped: a rank's gradient was not finite, or the sums overflowed: both tensors are empty.
+        values: float32 [n], the mean over ranks at ``indices``; finite.
+        skipped: a rank's gradient was not finite: both tensors are empty.
     """
 
     indices: Tensor
     values: Tensor
     skipped: bool = False
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every exchange.
+
+    Keys:
+        parameters: ``(name, shape, dtype)`` of what the gradient is made of, compared over the ranks; default none.
+        dense_bytes: size of the gradient in its own dtypes, for the ratio; default 4 bytes a coordinate.
+        limits: how large an element of the mean may be; default: what float32 holds.
+        name: tells the name of a coordinate, for messages.
+        ledger: to share one with another exchange; default a new one.
+        max_skips: more skipped steps in a row raise RuntimeError on every rank; default 25; 0: no limit.
+    """
+
+    parameters: Parameters
+    dense_bytes: int
+    limits: Limits
+    name: Callable[[int], str]
+    ledger: CommLedger
+    max_skips: int
 
 
 class Exchange:
@@ -44,9 +67,11 @@ class Exchange:
         dim: length of the gradient.
         transport: this rank's end of the network.
         device: where gradients and all that is kept lie.
-        parameters: ``(name, shape, dtype)`` of what the gradient is made of, only compared.
-        dense_bytes: size of the gradient in its own dtypes, for the ratio; default ``4 * dim``.
-        ledger: to share one with another exchange; default a new one.
+        **options: see :class:`Options`.
+
+    Attributes:
+        agreement: the first collective of every step.
+        reset_coordinates: how many of this rank's u and v were not finite and were set to zero.
 
     Raises:
         ValueError: on every rank: they were set up differently.
@@ -58,50 +83,110 @@ class Exchange:
         dim: int,
         transport: Transport,
         device: torch.device | str,
-        parameters: Parameters,
-        dense_bytes: int | None,
-        ledger: CommLedger | None,
+        **options: Unpack[Options],
     ) -> None:
-        _require_equal_setup(transport, config, dim, parameters)
+        parameters, max_skips = options.get("parameters", ()), options.get("max_skips", 25)
+        _require_equal_setup(transport, config, dim, parameters, max_skips)
         self.dim = dim
-        self.ledger = ledger if ledger is not None else CommLedger()
+        self.ledger = options.get("ledger", CommLedger())
+        self.agreement = StepAgreement(transport.size, len(parameters), max_skips)
+        self.reset_coordinates = 0
         self._step = 0
-        self._guard = FiniteGuard()
+        self._is_fresh = True
+        self._is_anyones = False  # the state was loaded, no step was made since, and it is not one rank's own
         self._device = torch.device(device)
-        self._dense_bytes = dense_bytes if dense_bytes is not None else 4 * dim
+        self._dense_bytes = options.get("dense_bytes", 4 * dim)
+        self._limits = options.get("limits", no_limits(dim, device))
+        self._name = options.get("name", "coordinate {}".format)
         self._transport = transport
         self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
 
     @property
+    def step_number(self) -> int:
+        """Number of the step that comes next, from 0."""
+        return self._step
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something was not finite."""
-        return self._guard.skipped_steps
+        return self.agreement.skipped_steps
 
-    def begin_step(self, parts: Sequence[Tensor], finite: bool | Tensor = True) -> bool:
-        """Agree whether every rank's gradient is finite; False: all skip, u and v are as before.
-
-        Args:
-            parts: consecutive parts of this rank's gradient, float32, ``dim`` elements in all.
-            finite: False, or bool [], if this rank found anything else not finite that belongs to the step.
+    def begin_step(self, report: Report) -> Agreed:
+        """Agree on a step: whether all take it, and from which state.
 
         Communication: collective.
         """
-        self._check_gradient(parts)
-        self.ledger.begin_step()
-        self._step += 1
-        return self._guard.passes(self._comm, self._step - 1, bool(finite_flag(parts) & finite))
+        if not report.done:
+            self.ledger.begin_step()
+        agreed = self.agreement.agree(self._comm, self._step, replace(report, fresh=self._is_fresh))
+        if agreed.root is not None:
+            self.take_over_state(agreed.root)
+        if report.done and agreed.active:
+            self.ledger.begin_step()
+        if agreed.active:
+            self.count_step()
+        return agreed
 
-    def _check_gradient(self, parts: Sequence[Tensor]) -> None:
-        is_vector = all(part.dtype == torch.float32 and part.ndim == 1 for part in parts)
-        if not is_vector or sum(map(len, parts)) != self.dim:
-            arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in parts[:5])
-            raise ValueError(
-                f"the gradient must be float32 of shape ({self.dim},), or such parts in order, got {arrived}"
+    def count_step(self) -> None:
+        """A step has begun: the next one hashes afresh. Communication: none."""
+        self._step += 1
+        self._is_fresh = self._is_anyones = False
+
+    def take_over_state(self, root: int) -> None:
+        """Give all ranks the root's counters and what else a rank may take over from another.
+
+        Residuals belong to their rank. All get the root's only where it has just loaded those of a
+        ``state_dict(consolidated=True)``. Otherwise a rank keeps its own if it is at the root's step, and begins with
+        zeros if it is at another.
+
+        Communication: collective, all ranks (not counted in the ledger).
+        """
+        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._is_anyones, *self._thresholds()])
+        own_step = self._step
+        step, skipped, anyones, *thresholds = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
+        self._step, self.agreement.skipped_steps = step, skipped
+        self._is_fresh, self._is_anyones = False, bool(anyones)
+        self._take_over(root, bool(anyones), own_step == step, thresholds)
+
+    def _thresholds(self) -> list[int]:
+        """What saves messages in the next step."""
+        return []
+
+    def _take_over(self, root: int, anyones: bool, at_same_step: bool, thresholds: list[int]) -> None:
+        """What :meth:`take_over_state` does beside the counters. Communication: collective."""
+        raise NotImplementedError
+
+    def _report_of(self, gradient: Sequence[Tensor], dtype: torch.dtype, finite: bool) -> Report:
+        """What this rank can say of consecutive parts of its gradient."""
+        if all(part.dtype == dtype and part.ndim == 1 for part in gradient) and sum(map(len, gradient)) == self.dim:
+            return Report(finite=finite and all_finite(gradient))
+        arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in gradient[:5])
+        expected = str(dtype).removeprefix("torch.")
+        return Report(
+            refusal=ValueError(
+                f"the gradient must be {expected} of shape ({self.dim},), or such parts in order, got {arrived}"
             )
+        )
 
     def _nothing(self) -> SparseUpdate:
         indices = torch.empty(0, dtype=torch.int64, device=self._device)
         return SparseUpdate(indices, torch.empty(0, dtype=torch.float32, device=self._device), skipped=True)
+
+    def _count_reset(self, coordinates: Tensor) -> None:
+        """Count coordinates whose u or v was not finite, and name the first ones once."""
+        if not coordinates.numel():
+            return
+        if not self.reset_coordinates:
+            named = ", ".join(self._name(number) for number in coordinates[:5].tolist())
+            warnings.warn(
+                f"rank {self._comm.rank}: u or v was NaN or infinite at {coordinates.numel()} coordinates "
+                f"({named}{', …' if coordinates.numel() > 5 else ''}) and starts from zero there: the gradient "
+                "overflowed float32, or the loaded state was damaged. Further ones are only counted "
+                "(reset_coordinates).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.reset_coordinates += coordinates.numel()
 
     def _counters(self, rank: int | None) -> dict[str, Any]:
         """What every state holds; ``rank`` is None where any rank may load it."""
@@ -119,12 +204,16 @@ class Exchange:
                 "each rank's own, or save with state_dict(consolidated=True) to change the world size"
             )
         self._step = state["step"]
-        self._guard.skipped_steps = state["skipped_steps"]
+        self.agreement.skipped_steps = state["skipped_steps"]
+        self._is_fresh, self._is_anyones = False, state["rank"] is None
 
 
-def _require_equal_setup(transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters) -> None:
+def _require_equal_setup(
+    transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters, max_skips: int
+) -> None:
     fields: dict[str, object] = {"hash version": HASH_VERSION, "world size": transport.size, "dim": dim}
     settings = asdict(config) if config is not None else {"cols": "none: dense"}
     fields |= {f"config.{name}": value for name, value in settings.items()}
+    fields["max_skips"] = max_skips
     fields |= {f"parameter {i}": " ".join(map(str, parameter)) for i, parameter in enumerate(parameters)}
     require_equal(transport, fields)

@@ -26,7 +26,7 @@ class Record:
 
     Attributes:
         step: number of the step, from 0; -1 before the first.
-        phase: which part of the algorithm asked for it ("finite", "sketch", "select", "indices", …).
+        phase: which part of the algorithm asked for it ("agree", "sketch", "select", "indices", …).
         collective: "allreduce", "reduce_scatter", "alltoall", "allgather" or "broadcast".
         dtype: of the elements, as NumPy names it.
         payload_bytes: the whole logical vector: a reduce_scatter's or alltoall's input, an allgather's output,

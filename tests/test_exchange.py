@@ -147,17 +147,23 @@ def test_a_verdict_from_elsewhere_makes_all_skip() -> None:
         assert all(update.skipped for update in run_local(2, main))
 
 
-def test_sums_that_overflow_skip_the_update_and_keep_the_residual() -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_of_a_sum_that_overflows_what_fits_is_sent_and_the_rest_stays(ranks: int) -> None:
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(rows=1, cols=64, k=2, momentum=0.0), 64, transport)
+        exchange = SketchedAllreduce(SketchConfig(rows=1, cols=66, k=2, momentum=0.0), 64, transport)
         gradient = torch.zeros(64)
         gradient[3] = 3e38
-        return exchange.step(gradient), exchange.residual, exchange.skipped_steps
+        sent, steps = torch.zeros((), dtype=torch.float64), 0
+        while steps == 0 or bool(exchange.residual.any()):
+            update = exchange.step(gradient if steps == 0 else torch.zeros(64))
+            assert update.indices.tolist() == [3] and bool(torch.isfinite(update.values).all())
+            sent += update.values[0].double()
+            steps += 1
+        return sent, steps, exchange.skipped_steps, exchange.reset_coordinates
 
-    with pytest.warns(RuntimeWarning, match="overflowed"):
-        results = run_local(2, main)
-    for update, residual, skipped in results:
-        assert update.skipped and skipped == 1 and residual[3] == torch.tensor(3e38)
+    for sent, steps, skipped, reset in run_local(ranks, main):
+        assert steps == (1 if ranks == 1 else ranks) and skipped == reset == 0
+        assert sent == pytest.approx(3e38, rel=1e-6)
 
 
 def test_different_setups_raise_on_every_rank() -> None:

@@ -43,7 +43,7 @@ def test_an_update_reaches_all_kinds_of_parameters(monkeypatch: pytest.MonkeyPat
         parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
         parameters[2].requires_grad_(False)
         parameters[5].data = parameters[5].data.double()
-        flat = FlatParameters(parameters)
+        flat = FlatParameters([(str(i), p) for i, p in enumerate(parameters)])
         indices = torch.arange(0, flat.dim, 2)
         flat.unpack_sparse(indices.to(device), random_integers(len(indices)).to(device))
         return [None if p.grad is None else p.grad.cpu() for p in parameters]

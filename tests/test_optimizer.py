@@ -274,8 +274,10 @@ def test_parameters_that_cannot_be_exchanged() -> None:
         wrapping(frozen)
     with pytest.raises(ValueError, match=r"'parameter\.0\.1' is torch\.complex64"):
         wrapping(nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
-    with pytest.raises(ValueError, match=r"one device.*'parameter\.0\.0' on cpu, 'parameter\.0\.1' on meta"):
+    with pytest.raises(ValueError, match=r"'parameter\.0\.1' is on the meta device.*to_empty"):
         wrapping(nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta")))
+    with pytest.raises(ValueError, match=r"'parameter\.0\.0' has no shape yet: run one forward pass"):
+        wrapping(*nn.LazyLinear(3).parameters())
 
 
 def test_named_parameters_must_fit_the_optimizer() -> None:
@@ -300,11 +302,11 @@ def test_named_parameters_must_fit_the_optimizer() -> None:
     ]  # fmt: skip
 
 
-def test_parameters_that_come_later_are_refused_and_frozen_ones_let_alone() -> None:
+def test_parameters_that_come_later_are_refused() -> None:
     model, late = Toy(), nn.Parameter(torch.zeros(4))
     model.other.requires_grad_(False)
     optimizer = wrap(alone(), model, little())
-    with pytest.raises(RuntimeError, match="wrap it anew"):
+    with pytest.raises(RuntimeError, match="wrap it again"):
         optimizer.add_param_group({"params": [late]})
     model.other.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"parameter\.0\.2 .*began to require a gradient"):
@@ -314,12 +316,9 @@ def test_parameters_that_come_later_are_refused_and_frozen_ones_let_alone() -> N
     with pytest.raises(RuntimeError, match=r"parameter\.1\.0"):
         optimizer.step()
     late.requires_grad_(False)
-    stale = model.weight.grad = torch.ones(5, 8)
-    model.weight.requires_grad_(False)
+    model.weight.grad = torch.ones(5, 8)
     optimizer.step()
-    assert model.weight.grad is stale and bool((stale == 1).all())
-    assert not optimizer.exchange.residual.any()
-    assert model.other.grad is None and model.bias.grad is not None
+    assert model.weight.grad is not None and model.other.grad is None and model.bias.grad is None
 
 
 @pytest.mark.parametrize(
@@ -513,24 +512,26 @@ def test_the_ledger_compares_with_the_gradient_in_its_own_dtype() -> None:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("config", [everything(60, weight_decay=0.5), everything(60), None])
-def test_missing_gradients_count_as_zeros(ranks: int, config: SketchConfig | None) -> None:
-    """Rank 0 has none, nobody has one for ``other``: p.grad is created, and decays all the same."""
+def test_missing_gradients_count_as_zeros_unless_all_are_missing(ranks: int, config: SketchConfig | None) -> None:
+    """Rank 0 has none: p.grad is created. Nobody has one for ``other``: it stays None."""
 
-    def rank_main(transport: LocalTransport) -> list[Tensor]:
+    def rank_main(transport: LocalTransport) -> list[Tensor | None]:
         model = Toy()
         torch.nn.init.constant_(model.other, 4.0)
         optimizer = wrap(transport, model, config)
         if transport.rank:
             (model.weight.sum() * 6 + model.bias.sum() * 12).backward()
         optimizer.step()
-        return model.gradients()
+        return [p.grad for p in model.parameters()]
 
     for weight, bias, other in run_local(ranks, rank_main, LIMIT_S):
+        assert other is None
+        if ranks == 1:
+            assert weight is None and bias is None
+            continue
         part = (ranks - 1) / ranks
         torch.testing.assert_close(weight, torch.full((5, 8), 6.0 * part))
         torch.testing.assert_close(bias, torch.full((3,), 12.0 * part))
-        decay = config.weight_decay if config is not None else 0.0
-        assert torch.equal(other, torch.full((2, 2, 5), 4.0 * decay))
 
 
 @pytest.mark.parametrize("config", [everything(240), little(k=7), None])
@@ -570,7 +571,7 @@ def test_an_expanded_gradient_is_replaced() -> None:
 @pytest.mark.parametrize("config", [everything(40), None])
 def test_sparse_gradients_are_made_dense(config: SketchConfig | None) -> None:
     def rank_main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
-        table = nn.Embedding(10, 4, sparse=True)
+        table = nn.Embedding.from_pretrained(torch.zeros(10, 4), freeze=False, sparse=True)
         optimizer = wrap(transport, table, config)
         table(torch.tensor([transport.rank, 5, 5])).sum().backward()
         assert table.weight.grad.is_sparse
@@ -610,7 +611,7 @@ def test_averaged_gradients_can_be_clipped_before_the_step(ranks: int, config: S
         assert steps == 1
 
 
-def test_a_step_after_synchronize_does_not_exchange_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_after_synchronize_does_not_exchange_again() -> None:
     model = Toy()
     optimizer = wrap(alone(), model, little(momentum=0.9))
     for step in range(2):
@@ -618,11 +619,13 @@ def test_a_step_after_synchronize_does_not_exchange_again(caplog: pytest.LogCapt
         model.backward(0, step)
         optimizer.synchronize()
         averaged = model.gradients()
-        optimizer.synchronize()
-        optimizer.step()
+        with pytest.warns(UserWarning, match="called twice") as twice:
+            optimizer.synchronize()
+        with pytest.warns(UserWarning, match=r"step\(\) called without optimizer.skip_synchronize\(\)") as without:
+            optimizer.step()
+        assert [warned[0].filename for warned in (twice, without)] == [__file__] * 2
         assert_all_equal(model.gradients(), averaged)
         assert optimizer.ledger.totals().steps == step + 1
-    assert len(caplog.messages) == 1 and "not exchanged again" in caplog.text
 
 
 def test_a_backward_pass_after_synchronize_is_exchanged() -> None:
@@ -651,10 +654,11 @@ def test_skip_synchronize_refuses_gradients_nobody_averaged() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("config", [everything(60), None])
-def test_backward_passes_add_up(ranks: int, config: SketchConfig | None) -> None:
+@pytest.mark.parametrize("expected", [1, 2])
+def test_backward_passes_add_up(ranks: int, config: SketchConfig | None, expected: int) -> None:
     def rank_main(transport: LocalTransport) -> list[Tensor]:
         model = Toy()
-        optimizer = wrap(transport, model, config, backward_passes_per_step=2)
+        optimizer = wrap(transport, model, config, backward_passes_per_step=expected)
         for step in (0, 2):
             optimizer.zero_grad()
             model.backward(transport.rank, step)
@@ -667,16 +671,16 @@ def test_backward_passes_add_up(ranks: int, config: SketchConfig | None) -> None
 
 
 @pytest.mark.parametrize("reset", ["step", "synchronize", "zero_grad"])
-def test_too_many_backward_passes_raise(reset: str) -> None:
+def test_too_many_backward_passes_raise_where_the_first_are_sketched_already(reset: str) -> None:
     model = Toy()
-    optimizer = wrap(alone(), model, everything(60), backward_passes_per_step=2)
+    optimizer = wrap(alone(), model, everything(60, sketch_in_backward=True), backward_passes_per_step=2)
     for _ in range(3):
         model.backward(0, 0)
         model.backward(0, 1)
         getattr(optimizer, reset)()
     model.backward(0, 0)
     model.backward(0, 1)
-    with pytest.raises(RuntimeError, match=r"3 backward passes reached .*backward_passes_per_step=2"):
+    with pytest.raises(RuntimeError, match=r"3 gradients reached .*backward_passes_per_step=2"):
         model.backward(0, 2)
 
 
@@ -705,7 +709,10 @@ def test_backward_passes_per_step_must_be_a_positive_integer(passes: Any) -> Non
 @pytest.mark.parametrize("bad", ["weight", "bias"])
 @pytest.mark.parametrize("config", [little(momentum=0.5), None])
 def test_one_bad_rank_makes_all_skip(config: SketchConfig | None, bad: str, early: bool, ranks: int) -> None:
-    """Parameters, p.grad, u and v stay as they were, and the next step goes on; with ``early``, by synchronize()."""
+    """Parameters, u and v stay as they were, p.grad is NaN everywhere, and the next step goes on.
+
+    With ``early`` by synchronize().
+    """
 
     def rank_main(transport: LocalTransport) -> tuple[int, list[Tensor]]:
         model = Toy()
@@ -717,7 +724,6 @@ def test_one_bad_rank_makes_all_skip(config: SketchConfig | None, bad: str, earl
                 getattr(model, bad).grad.view(-1)[2] = float("inf")
             before = [
                 optimizer.state_dict()["hvd_sketch"],
-                model.gradients(),
                 [p.detach().clone() for p in model.parameters()],
             ]
             if early:
@@ -728,8 +734,8 @@ def test_one_bad_rank_makes_all_skip(config: SketchConfig | None, bad: str, earl
                 optimizer.step()
             saved = optimizer.state_dict()["hvd_sketch"]
             unchanged = [
-                all(torch.equal(p, q) for p, q in zip(before[2], model.parameters(), strict=True)),
-                all(torch.equal(g, h) for g, h in zip(before[1], model.gradients(), strict=True)),
+                all(torch.equal(p, q) for p, q in zip(before[1], model.parameters(), strict=True)),
+                all(bool(gradient.isnan().all()) for gradient in model.gradients()),
                 all(torch.equal(saved[way][part], before[0][way][part])
                     for way in ("sketched", "dense") if saved[way] for part in ("u", "v") if part in saved[way]),
             ]  # fmt: skip
@@ -884,7 +890,7 @@ def test_consolidated_state_loads_at_any_world_size(after: int) -> None:
     def load(transport: LocalTransport) -> Tensor:
         model = Toy()
         optimizer = adam(transport, model)
-        optimizer.load_state_dict(saved[0][0])
+        optimizer.load_state_dict(copy.deepcopy(saved[0][0]))  # torch's optimizers keep the tensors that they load
         mean = optimizer.exchange.residual.clone()
         train(transport, optimizer, model, range(3, 5))
         return mean

@@ -61,8 +61,8 @@ class SimulatedModelExchange:
         self, method: str, named: Sequence[NamedParameter], config: SketchConfig, workers: int, variant: Variant = PAPER
     ) -> None:
         dense_below = ALL_DENSE if method == "dense" else config.dense_below
-        main = [p for _, p in named if not is_dense(p, dense_below)]
-        beside = [p for _, p in named if is_dense(p, dense_below)]
+        main = [(name, p) for name, p in named if not is_dense(p, dense_below)]
+        beside = [(name, p) for name, p in named if is_dense(p, dense_below)]
         self.workers, self.updated = range(workers), 0
         self._method, self._weight_decay = method, config.weight_decay
         self._ledger = CommLedger(max_records=0)

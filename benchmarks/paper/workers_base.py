@@ -107,7 +107,7 @@ class Workers:
             raise ValueError(f"{self.workers} workers take part, but only {self._next} were added")
         if self._begins_steps:
             self.ledger.begin_step()
-            self._record("finite", "allreduce", 8 * self.workers, torch.int64)
+            self._record("agree", "allreduce", 8 * self.workers, torch.int64)
         update = self._agree()
         self._step, self._next, self.updated = self._step + 1, 0, update.indices.numel()
         return self._with_late_momentum(update) if self.variant.momentum == "after" else update

@@ -1,0 +1,62 @@
+"""Do the ranks still hold the same parameters? A checksum of every parameter's bits, cheap enough to ask often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.agreement import DIGEST_BITS, tell_values
+from hvd_sketch.packing import NamedParameter
+from hvd_sketch.transport.base import Transport
+
+COLUMNS = 256  # int64 words are summed by columns: equal changes at two places do not cancel, unless in one column
+ODD = 0x1E3779B97F4A7C15
+
+
+@torch.no_grad()
+def checksums(parameters: Sequence[Tensor]) -> Tensor:
+    """A checksum of each parameter's bits: int64 [n], on the CPU.
+
+    25 million float32 take 10 ms on two cores, as long as a copy of them. Communication: none.
+    """
+    sums = torch.stack([_column_sums(parameter) for parameter in parameters])
+    return (sums * _weights().to(sums.device)).sum(1).cpu()
+
+
+def digest(sums: Tensor) -> int:
+    """One number of ``DIGEST_BITS`` bits, not 0, for all checksums."""
+    mixed = 0
+    for value in sums.tolist():
+        mixed = (mixed * ODD + value) % (1 << 64)
+    return (mixed >> (64 - DIGEST_BITS)) or 1
+
+
+def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tensor) -> str:
+    """Which parameters differ, and on which ranks. Communication: collective, all ranks."""
+    every = comm.allgather(sums.unsqueeze(0))  # [size, n]
+    differing = (every != every[0]).any(0).nonzero().flatten().tolist()
+    told = []
+    for number in differing[:5]:
+        first_seen = [f"checksum {value & 0xFFFFFFFF:08x}" for value in every[:, number].tolist()]
+        told.append(f"{named[number][0]!r}: {tell_values(first_seen)}")
+    more = [f"and {len(differing) - 5} more"] * (len(differing) > 5)
+    return "\n  ".join(["", *told, *more])
+
+
+def _column_sums(parameter: Tensor) -> Tensor:
+    """int64 [COLUMNS], on the parameter's device."""
+    data = parameter.detach().contiguous().view(-1)
+    if data.storage_offset() * data.element_size() % 8:
+        data = data.clone()  # memory that is read as int64 begins at a multiple of 8 bytes
+    data = data.view(torch.uint8)
+    row_bytes = 8 * COLUMNS
+    whole = data.numel() // row_bytes * row_bytes
+    rest = torch.nn.functional.pad(data[whole:], (0, row_bytes - (data.numel() - whole)))
+    return data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0) + rest.view(torch.int64)
+
+
+def _weights() -> Tensor:
+    """Odd numbers, different for every column."""
+    return (torch.arange(1, COLUMNS + 1) * ODD) | 1
