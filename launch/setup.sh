@@ -7,8 +7,8 @@ usage() {
     cat <<'EOF'
 usage: launch/setup.sh
 
-Makes a virtual environment with torch, Triton, Open MPI, mpi4py, Horovod, the test tools and this package (editable).
-Needs no root. Horovod is built once, and its wheel kept outside the checkout for the next set-up.
+Makes a virtual environment with torch, Triton, Open MPI, mpi4py, Horovod, Accelerate, Transformers, Lightning, the test
+tools and this package (editable), and compiles its CPU kernels. Needs no root. Horovod is built once, and its wheel kept outside the checkout for the next set-up.
 
   HVD_SKETCH_VENV         where to make it (default: .venv in the checkout)
   HVD_SKETCH_CACHE        where built wheels are kept (default: hvd_sketch in XDG_CACHE_HOME or ~/.cache)
@@ -98,7 +98,23 @@ install_packages() {
     say "installing torch and what builds Horovod"
     pip install -c "$constraints" torch numpy 'cmake<4' 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml
     say "installing Open MPI, mpi4py, the test tools and hvd_sketch itself"
-    (cd "$checkout" && pip install -c "$constraints" --no-build-isolation -e '.[mpi,gpu,examples,paper,test,dev]')
+    local extras=mpi,gpu,examples,paper,integrations,test,dev
+    (cd "$checkout" && pip install -c "$constraints" --no-build-isolation -e ".[$extras]")
+}
+
+# locate_open_mpi: makes every Python of this environment tell MPI where its files are, whoever starts it and whatever
+# it imports first. hvd_sketch/transport/open_mpi.py does so only where hvd_sketch comes before MPI.
+locate_open_mpi() {
+    "$venv/bin/python" - <<'EOF'
+import sysconfig
+from pathlib import Path
+
+LINE = (
+    'import os, sys; os.path.exists(os.path.join(sys.prefix, "lib", "libopen-rte.so.40")) '
+    'and os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
+)
+Path(sysconfig.get_path("purelib"), "hvd_sketch_open_mpi.pth").write_text(LINE)
+EOF
 }
 
 # wheel_key: names what a built Horovod depends on; the number counts changes of the recipe below.
@@ -157,10 +173,10 @@ horovod_wheel() {
     wheel=$(compgen -G "$kept/horovod-*.whl")
 }
 
+# check: as a program would use the environment that nobody has activated.
 check() {
-    # shellcheck source=launch/env.sh
-    HVD_SKETCH_VENV=$venv source "$checkout/launch/env.sh"
-    python - <<'EOF' || fail "the environment does not work, see above; if Horovod is at fault, remove $wheel and try again"
+    local advice="see above; if Horovod is at fault, remove $wheel and try again"
+    env -u OPAL_PREFIX "$venv/bin/python" - <<'EOF' || fail "the environment does not work, $advice"
 import horovod.torch as hvd
 import mpi4py.MPI
 
@@ -168,6 +184,13 @@ import hvd_sketch
 
 assert hvd.mpi_built() and hvd.gloo_built(), "Horovod was built without MPI or without Gloo"
 EOF
+}
+
+# warm_up: the kernels lie in the checkout, and so does what is compiled of them.
+warm_up() {
+    [[ -e $checkout/hvd_sketch/kernels/warm_up.py ]] || return 0
+    say "compiling the kernels"
+    "$venv/bin/python" -m hvd_sketch warm-up
 }
 
 main() {
@@ -196,9 +219,11 @@ main() {
     make_venv
     place >"$stamp" # this script's own environment, not finished yet
     install_packages
+    locate_open_mpi
     horovod_wheel
     pip install --no-deps --force-reinstall "$wheel"
     check
+    warm_up
     fingerprint >"$stamp"
     say "done in $SECONDS s; 'source launch/env.sh' activates it in your shell"
 }
