@@ -23,7 +23,7 @@ class Limits:
 
     Attributes:
         ends: int64 [n], ascending: where run i of coordinates ends.
-        largest: float32 [n], the largest magnitude in each run.
+        largest: [n], in the dtype of the mean: the largest magnitude in each run.
     """
 
     ends: Tensor

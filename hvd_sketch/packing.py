@@ -162,9 +162,9 @@ class FlatParameters:
 
     def limits(self, scale: float = 1.0) -> Limits:
         """How large an element of the vector may be so that ``scale`` times it fits its parameter's dtype."""
-        most = torch.finfo(torch.float32).max
+        most = torch.finfo(self.dtype).max
         largest = [min(torch.finfo(p.dtype).max, most) / scale for p in self.parameters]
-        return Limits(self._starts[1:], torch.tensor(largest, dtype=torch.float32, device=self.device))
+        return Limits(self._starts[1:], torch.tensor(largest, dtype=self.dtype, device=self.device))
 
     def name(self, coordinate: int) -> str:
         """The parameter and the element that a coordinate is."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hvd_sketch.stall import process_watch
 from hvd_sketch.transport.base import Handle, Transport
 
 # How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. This is what the
@@ -156,7 +157,11 @@ class MeteredTransport:
         """
         outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
-            yield
+            if self.size == 1:
+                yield
+            else:
+                with process_watch().over(self.rank, self.size, self.ledger.step, name):
+                    yield
         finally:
             self._phase, self._of_device = outer
 
