@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from c_peer import ROWS_OF_ESTIMATES, CPeer
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 from torch_style import TorchStyle
 
@@ -16,6 +16,7 @@ from hvd_sketch import SketchedAllreduce
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import load_backend, reference
+from hvd_sketch.kernels.threads import run_parts
 from hvd_sketch.selection import OwnedEstimates, select_largest
 from hvd_sketch.transport import local_transports
 
@@ -121,24 +122,25 @@ def _middle(votes: Tensor) -> Tensor:
 
 
 def hash_only(hash: BlockHash) -> int:
-    """Evaluate what a sketch needs of the hash and nothing else, on two or more threads; returns a checksum."""
+    """Evaluate what a sketch needs of the hash and nothing else, on torch's number of threads; returns a checksum."""
+    sums = np.zeros(torch.get_num_threads(), dtype=np.int64)
     numbers = hash.sign_coefficients, hash.offset_coefficients, hash.block, hash.shard_cols, hash.blocks
-    return int(_hash_only(*numbers, torch.get_num_threads()).sum())
+    run_parts(len(sums), _hash_only, sums, *numbers)
+    return int(sums.sum())
 
 
-@njit(parallel=True, nogil=True)
-def _hash_only(signs: np.ndarray, offsets: np.ndarray, block: int, cols: int, blocks: int, parts: int) -> np.ndarray:
-    sums = np.zeros(parts, dtype=np.int64)
-    for part in prange(parts):
-        words = np.empty(loops.WORDS, dtype=np.uint32)
-        columns = np.empty(loops.GROUP, dtype=np.int64)
-        numbers = np.empty(loops.GROUP, dtype=np.int64)
-        for first in range(part * blocks // parts, (part + 1) * blocks // parts, loops.GROUP):
+@njit(nogil=True)
+def _hash_only(
+    sums: np.ndarray, signs: np.ndarray, offsets: np.ndarray, block: int, cols: int, blocks: int, part: int, parts: int
+) -> None:
+    words = np.empty(loops.WORDS, dtype=np.uint32)
+    columns = np.empty(loops.GROUP, dtype=np.int64)
+    numbers = np.empty(loops.GROUP, dtype=np.int64)
+    for first in range(part * blocks // parts, (part + 1) * blocks // parts, loops.GROUP):
+        for i in range(loops.GROUP):
+            numbers[i] = first + i
+        for row in range(signs.shape[0]):
+            loops._fill_columns(columns, 0, offsets[row], numbers, cols)
             for i in range(loops.GROUP):
-                numbers[i] = first + i
-            for row in range(signs.shape[0]):
-                loops._fill_columns(columns, 0, offsets[row], numbers, cols)
-                for i in range(loops.GROUP):
-                    loops._fill_words(words, 0, signs[row], numbers[i], block)
-                    sums[part] += words[i % loops.WORDS] + columns[i]
-    return sums
+                loops._fill_words(words, 0, signs[row], numbers[i], block)
+                sums[part] += words[i % loops.WORDS] + columns[i]

@@ -64,13 +64,8 @@ def poisoned_outputs() -> Iterator[None]:
 @contextmanager
 def split_into(parts: int) -> Iterator[None]:
     """Split every kernel's work into so many parts, whatever its size and the machine's threads."""
-
-    @contextmanager
-    def parallel(size: int) -> Iterator[int]:
-        yield parts
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_parallel", parallel)
+        patch.setattr(cpu, "_parts", lambda size: parts)
         yield
 
 
@@ -351,7 +346,7 @@ def test_zeros_are_never_selected(threshold: int) -> None:
 
 
 def test_thread_count_changes_no_bit() -> None:
-    hash = BlockHash(300_000, 3, 20_000, 2)
+    hash = BlockHash(2 * cpu.MIN_PART + 777, 3, 20_000, 2)
     values = random_values(hash.dim)
     results = []
     for threads in (1, 2):
@@ -390,7 +385,7 @@ def test_each_rank_takes_its_share_of_the_cores(
 
 
 def test_callers_in_several_python_threads() -> None:
-    hash = BlockHash(200_000, 3, 10_000)
+    hash = BlockHash(2 * cpu.MIN_PART, 3, 10_000)
 
     def work(seed: int) -> list[Tensor]:
         table = sketched(cpu, hash, random_values(hash.dim, seed))
@@ -428,11 +423,8 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
 
 
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Any) -> None:
-    """The tests against the reference once more, every index of the compiled loops checked, and 16 lanes at a time.
-
-    On one thread: what others find is lost.
-    """
-    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    """The tests against the reference once more, every index of the compiled loops checked, and 16 lanes at a time."""
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     environment = os.environ | checked
     pytest_run = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     tests = [*pytest_run, __file__, "-k", BOUNDS_CHECKED]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
@@ -30,7 +30,7 @@ CHUNK = 1 << 17  # coordinates of u, v and g that go through the caches on the w
 MASK_LANES = 64  # lanes searched at once for magnitudes above a threshold
 # Which bits of a byte are set, ascending, and zeros up to eight.
 SET_BITS = np.array([[*(bit for bit in range(8) if byte >> bit & 1), *[0] * 8][:8] for byte in range(256)], np.uint8)
-SUBCOUNTS = 4  # histograms filled in turn
+SUBCOUNTS = 4  # histograms filled in turn, a power of two
 
 Array = np.ndarray
 # Coefficients for signs [rows, 4], offsets [rows, 4] and shards [4]; block, columns of a shard, shards.
@@ -367,9 +367,9 @@ def _negative(words: Array, at: int, bit: int) -> Any:
 # --- accumulate --------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def accumulate(
-    table: Array, first_cell: int, cells: int, values: Array, start: int, hash: HashNumbers, parts: int
+    table: Array, first_cell: int, cells: int, values: Array, start: int, hash: HashNumbers, part: int, parts: int
 ) -> None:
     """Each part adds whatever falls into its own run of ``cells`` of the flat ``table`` [rows * shards * cols].
 
@@ -377,41 +377,18 @@ def accumulate(
     is that each part reads the values: 2 parts take 15 each, one alone 22. A run goes on from row to row,
     so that most rows belong to one part, which reads in sequence (parts that halve every row: 19).
     """
-    for part in prange(parts):
-        low, high = first_cell + part * cells // parts, first_cell + (part + 1) * cells // parts
-        _accumulate_cells(table, low, high, values, start, hash)
+    low, high = first_cell + part * cells // parts, first_cell + (part + 1) * cells // parts
+    _accumulate_cells(table, low, high, values, start, hash)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def feedback(u: Array, v: Array, gradient: Array, momentum: float, parts: int) -> None:
-    for part in prange(parts):
-        _feedback_run(u, v, gradient, momentum, part * v.size // parts, (part + 1) * v.size // parts)
+@njit(nogil=True, cache=True, error_model="numpy")
+def feedback(u: Array, v: Array, gradient: Array, momentum: float, part: int, parts: int) -> None:
+    _feedback_run(u, v, gradient, momentum, part * v.size // parts, (part + 1) * v.size // parts)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def feedback_accumulate(
-    table: Array, u: Array, v: Array, gradient: Array, momentum: float, start: int, hash: HashNumbers, parts: int
-) -> None:
-    """Chunk by chunk, so that v comes from the cache when it is added to the table: 24 instead of 31 on 2 threads.
-
-    At 100 million coordinates, with tables beyond the caches, it gains nothing (115 instead of 107 with 3 rows).
-
-    Whichever part comes first takes the next piece of a chunk's feedback, and waits only for pieces that others have
-    begun. With a barrier after each chunk a call took 2,700 where other processes wanted the cores.
-    """
-    chunks = (v.size + CHUNK - 1) // CHUNK
-    taken = np.zeros(chunks, dtype=np.int64)
-    done = np.zeros(chunks, dtype=np.int64)
-    for part in prange(parts):
-        low, high = part * table.size // parts, (part + 1) * table.size // parts
-        _feedback_accumulate_cells(table, low, high, u, v, gradient, momentum, start, hash, taken, done, 2 * parts)
-
-
-@njit(error_model="numpy")
-def _feedback_accumulate_cells(
     table: Array,
-    low: int,
-    high: int,
     u: Array,
     v: Array,
     gradient: Array,
@@ -420,8 +397,19 @@ def _feedback_accumulate_cells(
     hash: HashNumbers,
     taken: Array,
     done: Array,
-    pieces: int,
+    part: int,
+    parts: int,
 ) -> None:
+    """Chunk by chunk, so that v comes from the cache when it is added to the table: 24 instead of 31 on 2 threads.
+
+    At 100 million coordinates, with tables beyond the caches, it gains nothing (115 instead of 107 with 3 rows).
+
+    Whichever part comes first takes the next piece of a chunk's feedback, and waits only for pieces that others have
+    begun: parts may run one after the other. With a barrier after each chunk a call took 2,700 where other processes
+    wanted the cores. ``taken`` and ``done`` count each chunk's pieces: int64 [ceil(v.size / CHUNK)], zeros at first.
+    """
+    low, high = part * table.size // parts, (part + 1) * table.size // parts
+    pieces = 2 * parts
     for chunk in range(taken.size):
         first = chunk * CHUNK
         count = min(CHUNK, v.size - first)
@@ -529,31 +517,34 @@ def _add_lanes(
 # --- estimate ----------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def estimate(out: Array, table: Array, start: int, hash: HashNumbers, parts: int) -> None:
+@njit(nogil=True, cache=True, error_model="numpy")
+def estimate(out: Array, table: Array, start: int, hash: HashNumbers, part: int, parts: int) -> None:
     """Coordinates ``start …`` from a whole flat table."""
     block = hash[3]
     stop = start + out.size
     first = start // block
     blocks = (stop - 1) // block + 1 - first
-    for part in prange(parts):
-        begin, end = first + part * blocks // parts, first + (part + 1) * blocks // parts
-        _estimate_blocks(out, start, table, WHOLE_TABLE, start, stop, hash, begin, end)
+    begin, end = first + part * blocks // parts, first + (part + 1) * blocks // parts
+    _estimate_blocks(out, start, table, WHOLE_TABLE, start, stop, hash, begin, end)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def owned_histogram(
-    table: Array, shard: int, size: int, dim: int, hash: HashNumbers, start: int, shift: int, bins: int, parts: int
-) -> Array:
+    counts: Array,
+    table: Array,
+    shard: int,
+    size: int,
+    dim: int,
+    hash: HashNumbers,
+    start: int,
+    shift: int,
+    part: int,
+    parts: int,
+) -> None:
     """:func:`histogram` of a shard's ``size`` estimates from its part of the table, flat."""
-    counts = np.zeros((parts * SUBCOUNTS, bins + 1), dtype=np.int64)
-    block = hash[3]
-    blocks = (size + block - 1) // block
-    for part in prange(parts):
-        own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-        begin, end = part * blocks // parts, (part + 1) * blocks // parts
-        _count_owned(own, table, shard, size, dim, hash, start, shift, bins, begin, end)
-    return counts
+    own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
+    blocks = (size + hash[3] - 1) // hash[3]
+    _count_owned(own, table, shard, size, dim, hash, start, shift, part * blocks // parts, (part + 1) * blocks // parts)
 
 
 @njit(error_model="numpy")
@@ -566,7 +557,6 @@ def _count_owned(
     hash: HashNumbers,
     start: int,
     shift: int,
-    bins: int,
     begin: int,
     end: int,
 ) -> None:
@@ -575,11 +565,12 @@ def _count_owned(
     for first in range(begin, end, STRETCH):
         last = min(first + STRETCH, end)
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
-        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, start, shift, bins)
+        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, start, shift)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def owned_above(
+    spans: Array,
     positions: Array,
     values: Array,
     room: int,
@@ -590,25 +581,23 @@ def owned_above(
     hash: HashNumbers,
     threshold: int,
     limit: int,
+    part: int,
     parts: int,
-) -> Array:
+) -> None:
     """Estimates of magnitude bits above ``threshold``, each part's in ``room`` of its own.
 
     Even parts fill theirs from its end downwards, odd ones from the start: what two neighbours find lies together,
-    need not be moved, and touches no more memory than it takes. Returns where each part's begin and end: int64
-    [2, parts]. A part stops beyond ``limit``.
+    need not be moved, and touches no more memory than it takes. Where each part's begin and end goes to ``spans``,
+    int64 [2, parts]. A part stops beyond ``limit``.
     """
     block = hash[3]
     blocks = (size + block - 1) // block
-    spans = np.empty((2, parts), dtype=np.int64)
-    for part in prange(parts):
-        begin, end = part * blocks // parts, (part + 1) * blocks // parts
-        down = part % 2 == 0
-        start = (part + 1) * room if down else part * room
-        at = _keep_above(positions, values, start, down, table, shard, size, dim, hash, threshold, limit, begin, end)
-        spans[0, part] = min(start, at)
-        spans[1, part] = max(start, at)
-    return spans
+    begin, end = part * blocks // parts, (part + 1) * blocks // parts
+    down = part % 2 == 0
+    start = (part + 1) * room if down else part * room
+    at = _keep_above(positions, values, start, down, table, shard, size, dim, hash, threshold, limit, begin, end)
+    spans[0, part] = min(start, at)
+    spans[1, part] = max(start, at)
 
 
 @njit(error_model="numpy")
@@ -768,34 +757,22 @@ def _estimate_lanes(
 # --- single elements ---------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def gather(out: Array, values: Array, indices: Array, parts: int) -> None:
-    for part in prange(parts):
-        _gather_run(out, values, indices, part * indices.size // parts, (part + 1) * indices.size // parts)
-
-
-@njit
-def _gather_run(out: Array, values: Array, indices: Array, low: int, high: int) -> None:
-    for i in range(low, high):
+@njit(nogil=True, cache=True, error_model="numpy")
+def gather(out: Array, values: Array, indices: Array, part: int, parts: int) -> None:
+    for i in range(part * indices.size // parts, (part + 1) * indices.size // parts):
         out[i] = values[np.uint64(indices[i])]  # signed, each would be compared with 0: 11 instead of 6
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def clear(vector: Array, indices: Array, parts: int) -> None:
-    for part in prange(parts):
-        _clear_run(vector, indices, part * indices.size // parts, (part + 1) * indices.size // parts)
-
-
-@njit
-def _clear_run(vector: Array, indices: Array, low: int, high: int) -> None:
-    for i in range(low, high):
+@njit(nogil=True, cache=True, error_model="numpy")
+def clear(vector: Array, indices: Array, part: int, parts: int) -> None:
+    for i in range(part * indices.size // parts, (part + 1) * indices.size // parts):
         vector[np.uint64(indices[i])] = np.float32(0)
 
 
 # --- selection ---------------------------------------------------------------------------------------------
 
 
-@njit
+@njit(inline="always")  # called, it takes a million lanes 0.08 instead of 0.04
 def _matches(bits: Array, index: int, end: int, threshold: int, equal: bool) -> Any:
     """Which of the lanes ``index …`` below ``end``, at most MASK_LANES, lie above the threshold or on it: uint64."""
     if index + MASK_LANES <= end:
@@ -810,31 +787,29 @@ def _matches(bits: Array, index: int, end: int, threshold: int, equal: bool) -> 
     return mask
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def histogram(bits: Array, start: int, shift: int, bins: int, parts: int) -> Array:
-    """Counts int64 [parts * SUBCOUNTS, bins + 1], to be summed."""
-    counts = np.zeros((parts * SUBCOUNTS, bins + 1), dtype=np.int64)
-    for part in prange(parts):
-        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
-        own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-        _count(own, bits, low, high, start, shift, bins)
-    return counts
+@njit(nogil=True, cache=True, error_model="numpy")
+def histogram(counts: Array, bits: Array, start: int, shift: int, part: int, parts: int) -> None:
+    """Add to counts int64 [parts * SUBCOUNTS, bins + 1], which are to be summed."""
+    own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
+    _count(own, bits, part * bits.size // parts, (part + 1) * bits.size // parts, start, shift)
 
 
 @njit
-def _count(counts: Array, bits: Array, low: int, high: int, start: int, shift: int, bins: int) -> None:
+def _count(counts: Array, bits: Array, low: int, high: int, start: int, shift: int) -> None:
+    bins = counts.shape[1] - 1
     if start > 0:
-        _count_above(counts, bits, low, high, start, shift, bins)
+        _count_above(counts, bits, low, high, start, shift)
         return
-    for i in range(low, high):
+    for i in range(np.uint64(low), np.uint64(high)):  # signed, each would be compared with 0: 22 instead of 15
         value = np.int64(bits[i] & _MAGNITUDE)
         # Neighbours often share a bin: taking turns, an addition need not wait for the one before.
-        counts[i % SUBCOUNTS, min(value >> shift, np.int64(bins))] += value != 0
+        counts[i & np.uint64(SUBCOUNTS - 1), min(value >> shift, np.int64(bins))] += value != 0
 
 
 @njit
-def _count_above(counts: Array, bits: Array, low: int, high: int, start: int, shift: int, bins: int) -> None:
+def _count_above(counts: Array, bits: Array, low: int, high: int, start: int, shift: int) -> None:
     """Often few values are in the window, or all are: found 64 lanes at a time."""
+    bins = counts.shape[1] - 1
     for index in range(low, high, MASK_LANES):
         mask = _matches(bits, index, high, start - 1, False)
         if mask == ~np.uint64(0):
@@ -849,42 +824,37 @@ def _count_above(counts: Array, bits: Array, low: int, high: int, start: int, sh
             mask &= mask - _ONE
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def select(bits: Array, threshold: int, ties: int, parts: int) -> Array:
-    """Count per part, then write each part's positions where those of the parts before it end."""
-    starts, ties_before = _starts(bits, threshold, ties, parts)
-    out = np.empty(starts[parts], dtype=np.int64)
-    for part in prange(parts):
-        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
-        own_ties = ties_before[part + 1] - ties_before[part]
-        _write_positions(out, starts[part], bits, low, high, threshold, own_ties)
-    return out
+@njit(nogil=True, cache=True, error_model="numpy")
+def count_matches(chosen: Array, tied: Array, bits: Array, threshold: int, ties: int, part: int, parts: int) -> None:
+    """How many of each part lie above the threshold, and where ties count, how many on it: int64 [parts] each."""
+    low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+    chosen[part] = _count_matches(bits, low, high, threshold, False)
+    tied[part] = _count_matches(bits, low, high, threshold, True) if ties > 0 else 0
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def keep(positions: Array, bits: Array, threshold: int, ties: int, parts: int) -> tuple[Array, Array]:
+@njit(nogil=True, cache=True, error_model="numpy")
+def select(out: Array, starts: Array, ties: Array, bits: Array, threshold: int, part: int, parts: int) -> None:
+    """Positions of what lies above the threshold, and each part's first ``ties`` on it, from its ``starts`` on."""
+    low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+    _write_positions(out, starts[part], bits, low, high, threshold, ties[part])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def keep(
+    kept: Array,
+    kept_bits: Array,
+    starts: Array,
+    ties: Array,
+    positions: Array,
+    bits: Array,
+    threshold: int,
+    part: int,
+    parts: int,
+) -> None:
     """What :func:`select` chooses, of both arrays."""
-    starts, ties_before = _starts(bits, threshold, ties, parts)
-    kept, kept_bits = np.empty(starts[parts], dtype=np.int64), np.empty(starts[parts], dtype=np.uint32)
-    for part in prange(parts):
-        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
-        own_ties = ties_before[part + 1] - ties_before[part]
-        _write_kept(kept, kept_bits, starts[part], positions, bits, low, high, threshold, own_ties)
-    return kept, kept_bits
-
-
-@njit(parallel=True, nogil=True)
-def _starts(bits: Array, threshold: int, ties: int, parts: int) -> tuple[Array, Array]:
-    """How many are chosen before each part, and how many of them lie on the threshold: int64 [parts + 1] each."""
-    chosen, tied = np.zeros(parts + 1, dtype=np.int64), np.zeros(parts + 1, dtype=np.int64)
-    for part in prange(parts):
-        low, high = part * bits.size // parts, (part + 1) * bits.size // parts
-        chosen[part + 1] = _count_matches(bits, low, high, threshold, False)
-        tied[part + 1] = _count_matches(bits, low, high, threshold, True) if ties > 0 else 0
-    for part in range(parts):
-        tied[part + 1] = min(tied[part] + tied[part + 1], ties)
-        chosen[part + 1] += chosen[part] + tied[part + 1] - tied[part]
-    return chosen, tied
+    low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+    _write_positions(kept, starts[part], bits, low, high, threshold, ties[part])
+    _take(kept, kept_bits, starts[part], starts[part + 1], positions, bits)
 
 
 @njit
@@ -911,47 +881,44 @@ def select_upto(bits: Array, threshold: int) -> Array:
 
 
 @njit
-def _chosen(bits: Array, index: int, end: int, threshold: int, ties: int) -> Any:
-    """As :func:`_matches`: which are above the threshold or among the next ``ties`` on it; and the ties left."""
-    mask = _matches(bits, index, end, threshold, False)
-    if ties > 0:
-        equal = _matches(bits, index, end, threshold, True)
-        while ties > 0 and equal != 0:
-            mask |= equal & (~equal + _ONE)
-            equal &= equal - _ONE
-            ties -= 1
+def _with_ties(mask: Any, equal: Any, ties: int) -> Any:
+    """The mask and the lowest ``ties`` lanes of ``equal``; and the ties left."""
+    while ties > 0 and equal != 0:
+        mask |= equal & (~equal + _ONE)
+        equal &= equal - _ONE
+        ties -= 1
     return mask, ties
 
 
 @njit
 def _write_positions(out: Array, at: int, bits: Array, low: int, high: int, threshold: int, ties: int) -> None:
-    for index in range(low, high, MASK_LANES):
-        mask, ties = _chosen(bits, index, high, threshold, ties)
-        while mask != 0:
-            out[at] = index + lowest_bit(mask)
-            at += 1
-            mask &= mask - _ONE
+    """Whole groups of lanes in a loop of their own: with the last, cut one in it, a million took 0.18, not 0.06."""
+    full = high - (high - low) % MASK_LANES
+    for index in range(low, full, MASK_LANES):
+        mask = _match_above(bits, index, np.uint32(threshold))
+        if ties > 0:
+            mask, ties = _with_ties(mask, _match_equal(bits, index, np.uint32(threshold)), ties)
+        at = _write_lanes(out, at, index, mask)
+    mask = _matches(bits, full, high, threshold, False)
+    mask, _ = _with_ties(mask, _matches(bits, full, high, threshold, True), ties)
+    _write_lanes(out, at, full, mask)
 
 
 @njit
-def _write_kept(
-    kept: Array,
-    kept_bits: Array,
-    at: int,
-    positions: Array,
-    bits: Array,
-    low: int,
-    high: int,
-    threshold: int,
-    ties: int,
-) -> None:
-    for index in range(low, high, MASK_LANES):
-        mask, ties = _chosen(bits, index, high, threshold, ties)
-        while mask != 0:
-            i = index + lowest_bit(mask)
-            kept[at], kept_bits[at] = positions[i], bits[i]
-            at += 1
-            mask &= mask - _ONE
+def _write_lanes(out: Array, at: int, index: int, mask: Any) -> int:
+    while mask != 0:
+        out[np.uint64(at)] = index + lowest_bit(mask)
+        at += 1
+        mask &= mask - _ONE
+    return at
+
+
+@njit
+def _take(kept: Array, kept_bits: Array, begin: int, end: int, positions: Array, bits: Array) -> None:
+    """Replace numbers of elements, ``kept[begin:end]``, by their positions, and write their bits."""
+    for at in range(np.uint64(begin), np.uint64(end)):
+        i = np.uint64(kept[at])
+        kept[at], kept_bits[at] = positions[i], bits[i]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import numba
@@ -21,29 +18,29 @@ from torch import Tensor
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels.reference import scatter_ as scatter_  # of this backend, too
+from hvd_sketch.kernels.threads import run_parts
 
 ON_HOST = True
-MIN_PART = 1 << 15  # with fewer coordinates a part does not pay for its thread (a call takes 20 us and more)
+MIN_PART = 1 << 17  # coordinates below which a part does not pay for waking its thread (20 us; an estimate takes 40)
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 # How many ranks the launchers say there are on this node: Open MPI, MPICH and Intel MPI, horovodrun.
 LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
-_lock = threading.Lock()  # Numba's workqueue threading layer ends a process that enters it from two threads
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
     """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
-    with _parallel(v.numel()) as parts:
-        loops.feedback(_velocity(u), v.numpy(), gradient.numpy(), np.float32(momentum), parts)
+    arrays = _velocity(u), v.numpy(), gradient.numpy()
+    run_parts(_parts(v.numel()), loops.feedback, *arrays, np.float32(momentum))
 
 
 def feedback_accumulate_(
     hash: BlockHash, table: Tensor, u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float, start: int
 ) -> None:
     """See :func:`hvd_sketch.kernels.reference.feedback_accumulate_`; equal to the bit."""
-    cells, numbers = _flat(table), _hash_numbers(hash)
-    with _parallel(v.numel()) as parts:
-        velocity, factor = _velocity(u), np.float32(momentum)
-        loops.feedback_accumulate(cells, velocity, v.numpy(), gradient.numpy(), factor, start, numbers, parts)
+    arrays = _flat(table), _velocity(u), v.numpy(), gradient.numpy()
+    pieces = np.zeros((2, -(-v.numel() // loops.CHUNK)), dtype=np.int64)  # taken and done, of each chunk
+    numbers = np.float32(momentum), start, _hash_numbers(hash)
+    run_parts(_parts(v.numel()), loops.feedback_accumulate, *arrays, *numbers, *pieces)
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
@@ -52,9 +49,8 @@ def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows
         return
     row_cells = hash.shards * hash.shard_cols
     first, count = (rows.start, len(rows)) if rows is not None else (0, hash.rows)
-    with _parallel(values.numel()) as parts:
-        span = first * row_cells, count * row_cells
-        loops.accumulate(_flat(table), *span, values.numpy(), start, _hash_numbers(hash), parts)
+    cells = _flat(table), first * row_cells, count * row_cells
+    run_parts(_parts(values.numel()), loops.accumulate, *cells, values.numpy(), start, _hash_numbers(hash))
 
 
 def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
@@ -62,17 +58,17 @@ def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
     # NumPy asks for huge pages, torch does not: first writing 100 MB takes 10 instead of 37 ms.
     out = np.empty(stop - start, dtype=np.float32)
     if out.size:
-        with _parallel(out.size) as parts:
-            loops.estimate(out, _flat(table), start, _hash_numbers(hash), parts)
+        run_parts(_parts(out.size), loops.estimate, out, _flat(table), start, _hash_numbers(hash))
     return torch.from_numpy(out)
 
 
 def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
     size = hash.owned_size(shard)
-    with _parallel(size) as parts:
-        where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
-        counts = loops.owned_histogram(*where, start, shift, bins, parts)
+    parts = _parts(size)
+    counts = _no_counts(parts, bins)
+    where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
+    run_parts(parts, loops.owned_histogram, counts, *where, start, shift)
     return torch.from_numpy(counts.sum(axis=0))
 
 
@@ -100,16 +96,17 @@ def _owned_upto(
 ) -> tuple[Tensor, Tensor] | None:
     """Estimates of magnitude bits above ``threshold`` and where they are; None if there are more than ``limit``."""
     size = hash.owned_size(shard)
-    with _parallel(size) as parts:
-        room = min(-(-size // (hash.block * parts)) * hash.block, limit + loops.STRETCH * hash.block)
-        positions = _mapped(parts * room, np.int32 if size < 2**31 else np.int64)
-        values = _mapped(parts * room, np.float32)
-        where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
-        spans = loops.owned_above(positions, values, room, *where, max(threshold, 0), limit, parts).T.tolist()
-    if sum(end - begin for begin, end in spans) > limit:
+    parts = _parts(size)
+    room = min(-(-size // (hash.block * parts)) * hash.block, limit + loops.STRETCH * hash.block)
+    positions = _mapped(parts * room, np.int32 if size < 2**31 else np.int64)
+    values = _mapped(parts * room, np.float32)
+    spans = np.empty((2, parts), dtype=np.int64)
+    where = _flat(shard_table), shard, size, hash.dim, _hash_numbers(hash)
+    run_parts(parts, loops.owned_above, spans, positions, values, room, *where, max(threshold, 0), limit)
+    if int((spans[1] - spans[0]).sum()) > limit:
         return None
-    first = at = spans[0][0]
-    for begin, end in spans:
+    first = at = int(spans[0, 0])
+    for begin, end in spans.T.tolist():
         if begin > at:  # otherwise it lies where it belongs
             for found in (positions, values):
                 found[at : at + end - begin] = found[begin:end]
@@ -129,8 +126,9 @@ def _mapped(count: int, dtype: type) -> np.ndarray:
 
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`; equal to the bit."""
-    with _parallel(values.numel()) as parts:
-        counts = loops.histogram(values.numpy().view(np.uint32), start, shift, bins, parts)
+    parts = _parts(values.numel())
+    counts = _no_counts(parts, bins)
+    run_parts(parts, loops.histogram, counts, _bits(values), start, shift)
     return torch.from_numpy(counts.sum(axis=0))
 
 
@@ -138,8 +136,10 @@ def select_above(values: Tensor, threshold: int, ties: int, size: int | None = N
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
     if threshold <= 0:
         threshold, ties = 0, 0  # a tie would be a zero
-    with _parallel(values.numel()) as parts:
-        chosen = loops.select(values.numpy().view(np.uint32), threshold, ties, parts)
+    bits, parts = _bits(values), _parts(values.numel())
+    starts, own_ties = _starts(bits, threshold, ties, parts)
+    chosen = np.empty(starts[parts], dtype=np.int64)
+    run_parts(parts, loops.select, chosen, starts, own_ties, bits, threshold)
     return torch.from_numpy(chosen)
 
 
@@ -149,27 +149,39 @@ def keep_above(
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
     if threshold <= 0:
         threshold, ties = 0, 0  # a tie would be a zero
-    with _parallel(values.numel()) as parts:
-        kept = loops.keep(positions.numpy(), values.numpy().view(np.uint32), threshold, ties, parts)
-    return torch.from_numpy(kept[0]), torch.from_numpy(kept[1].view(np.float32))
+    bits, parts = _bits(values), _parts(values.numel())
+    starts, own_ties = _starts(bits, threshold, ties, parts)
+    kept, kept_values = np.empty(starts[parts], dtype=np.int64), np.empty(starts[parts], dtype=np.float32)
+    outputs = kept, kept_values.view(np.uint32)
+    run_parts(parts, loops.keep, *outputs, starts, own_ties, positions.numpy(), bits, threshold)
+    return torch.from_numpy(kept), torch.from_numpy(kept_values)
+
+
+def _starts(bits: np.ndarray, threshold: int, ties: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many are chosen before each part, int64 [parts + 1], and how many of its own on the threshold, [parts].
+
+    Counted first, so that each part writes where those of the parts before it end.
+    """
+    chosen, tied = np.zeros((2, parts + 1), dtype=np.int64)
+    run_parts(parts, loops.count_matches, chosen[1:], tied[1:], bits, threshold, ties)
+    ties_before = np.minimum(tied.cumsum(), ties)
+    return chosen.cumsum() + ties_before, np.diff(ties_before)
 
 
 def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_upto`."""
-    return torch.from_numpy(loops.select_upto(values.numpy().view(np.uint32), threshold))
+    return torch.from_numpy(loops.select_upto(_bits(values), threshold))
 
 
 def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.gather`."""
-    with _parallel(indices.numel()) as parts:
-        loops.gather(out.numpy(), values.numpy(), indices.numpy(), parts)
+    run_parts(_parts(indices.numel()), loops.gather, out.numpy(), values.numpy(), indices.numpy())
     return out
 
 
 def clear_(vector: Tensor, indices: Tensor) -> None:
     """See :func:`hvd_sketch.kernels.reference.clear_`."""
-    with _parallel(indices.numel()) as parts:
-        loops.clear(vector.numpy(), indices.numpy(), parts)
+    run_parts(_parts(indices.numel()), loops.clear, vector.numpy(), indices.numpy())
 
 
 def merge_owned(hash: BlockHash, positions: list[Tensor]) -> Tensor:
@@ -190,6 +202,14 @@ def _flat(table: Tensor) -> np.ndarray:
     return table.numpy().reshape(-1)
 
 
+def _bits(values: Tensor) -> np.ndarray:
+    return values.numpy().view(np.uint32)
+
+
+def _no_counts(parts: int, bins: int) -> np.ndarray:
+    return np.zeros((parts * loops.SUBCOUNTS, bins + 1), dtype=np.int64)
+
+
 def _velocity(u: Tensor | None) -> np.ndarray:
     return u.numpy() if u is not None else np.empty(0, dtype=np.float32)
 
@@ -208,18 +228,7 @@ def _share_of_cores() -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
-@contextmanager
-def _parallel(size: int) -> Iterator[int]:
-    """Admit one caller at a time to Numba's threads; yields how many of them ``size`` values are worth."""
+def _parts(size: int) -> int:
+    """How many threads ``size`` values are worth."""
     limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, _share_of_cores())
-    parts = max(1, min(limit, size // MIN_PART))
-    with _lock:
-        torch_before = torch.get_num_threads()
-        before = numba.get_num_threads()
-        numba.set_num_threads(parts)
-        try:
-            yield parts
-        finally:
-            numba.set_num_threads(before)
-            if torch.get_num_threads() != torch_before:  # when Numba starts, it sets OpenMP's, which are torch's, too
-                torch.set_num_threads(torch_before)
+    return max(1, min(limit, size // MIN_PART))
