@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -27,10 +28,8 @@ def checksums(parameters: Sequence[Tensor]) -> Tensor:
 
 def digest(sums: Tensor) -> int:
     """One number of ``DIGEST_BITS`` bits, not 0, for all checksums."""
-    mixed = 0
-    for value in sums.tolist():
-        mixed = (mixed * ODD + value) % (1 << 64)
-    return (mixed >> (64 - DIGEST_BITS)) or 1
+    hashed = blake2b(sums.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") % (1 << DIGEST_BITS) or 1
 
 
 def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tensor) -> str:
