@@ -252,9 +252,10 @@ class GradientExchange:
 
     def _refuse_drift(self, sums: Tensor) -> None:
         told = describe_drift(self._transport, self._named, sums)
+        step = self._lead.step_number - 1
         raise RuntimeError(
-            f"the parameters differ between the ranks (seen from rank {self._transport.rank}, before step "
-            f"{self._lead.step_number - 1}):{told}\nCall broadcast_parameters(model.state_dict(), 0, transport) before the "
+            f"the parameters differ between the ranks (seen from rank {self._transport.rank}, before step {step}):"
+            f"{told}\nCall broadcast_parameters(model.state_dict(), 0, transport) before the "
             "first step, load the same checkpoint on every rank, and change parameters, p.grad and learning rates "
             "alike on every rank. check_every=0 turns this check off."
         )

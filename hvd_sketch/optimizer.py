@@ -255,6 +255,8 @@ class DistributedOptimizer(_LocalState):
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
         else:
+            if found_inf is not None:
+                self._gradients.forgive_skip()
             is_taken = bool(self._exchanged) and self._is_usable(found_inf)
         self._start_over()
         if is_taken:
@@ -266,10 +268,7 @@ class DistributedOptimizer(_LocalState):
 
         What it found decides nothing by itself: it may have looked at this rank's gradients before they were averaged.
         """
-        if found_inf is None:
-            return True
-        self._gradients.forgive_skip()
-        if not float(found_inf):
+        if found_inf is None or not float(found_inf):
             return True
         gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
