@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_style import TorchStyle
 
 from hvd_sketch import SketchedAllreduce
+from hvd_sketch.drift import checksums
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import load_backend, reference
@@ -144,3 +145,13 @@ def _hash_only(
             for i in range(loops.GROUP):
                 loops._fill_words(words, 0, signs[row], numbers[i], block)
                 sums[part] += words[i % loops.WORDS] + columns[i]
+
+
+def wrong_checksum(values: Tensor) -> list[str]:
+    """Whether a checksum of parameters misses a change, or sees one where there is none."""
+    before = checksums([values])
+    changed = values.clone()
+    changed[-1] = torch.nextafter(changed[-1], torch.zeros_like(changed[-1]))
+    if torch.equal(checksums([values.clone()]), before) and not torch.equal(checksums([changed]), before):
+        return []
+    return ["the checksum does not tell the last coordinate's last bit"]

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvd_sketch.gradients import CHECK_EVERY
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -24,7 +26,15 @@ class Setting:
 
 # Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
 # What the GPU kernels must move beyond that, and through which memory, stands in hvd_sketch/kernels/gpu.py.
-BYTES_PER_COORDINATE = {"copy": 8, "finite": 4, "feedback": 20, "sketch": 4, "feedback + sketch": 20, "estimate": 4}
+BYTES_PER_COORDINATE = {
+    "copy": 8,
+    "finite": 4,
+    "feedback": 20,
+    "sketch": 4,
+    "feedback + sketch": 20,
+    "estimate": 4,
+    "checksum": 4,
+}
 TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
 C_PEERS = {"sketch": "C sketch", "feedback + sketch": "C feedback + sketch", "estimate": "C estimate"}
 PEER_OF_C = {peer: name for name, peer in C_PEERS.items()}
@@ -93,10 +103,12 @@ def print_table(report: dict) -> None:
 
 
 def print_shares(report: dict) -> None:
-    """The hash's share of what uses it, and a step's memory."""
+    """The hash's share of what uses it, what comparing the ranks' parameters adds to a step, and a step's memory."""
     medians = {line["operation"]: line["median_ms"] for line in report["lines"]}
     shares = (f"{medians['hash alone'] / medians[name]:.0%} of {name}" for name in C_PEERS)
     print("the hash alone takes as long as", ", ".join(shares))
+    added = medians["checksum"] / CHECK_EVERY / medians["step"]
+    print(f"a checksum of as many parameters in one of {CHECK_EVERY} steps adds {added:.2%} to a step")
     extra, allowed = report["step_extra_bytes"], 0.05 * 4 * report["dim"] + 24 * report["oversample"] * report["k"]
     if extra is not None:
         print(f"a step's peak memory beyond u, v, g and the table: {extra / 1e6:.1f} MB (goal {allowed / 1e6:.1f} MB)")

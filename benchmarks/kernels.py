@@ -29,13 +29,14 @@ from pathlib import Path
 
 import torch
 from c_peer import ROWS_OF_ESTIMATES, CPeer, load_library
-from kernel_checks import hash_only, recover, wrong_in_c, wrong_results, wrong_step
+from kernel_checks import hash_only, recover, wrong_checksum, wrong_in_c, wrong_results, wrong_step
 from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines, plot, print_table
 from machine import describe_machine, peak_memory_of
 from torch import Tensor
 from torch_style import TorchStyle
 
 from hvd_sketch import SketchConfig, SketchedAllreduce
+from hvd_sketch.drift import checksums
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.transport import local_transports
@@ -62,6 +63,7 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
         "feedback + sketch": lambda: kernels.feedback_accumulate_(hash, scratch, u, v, values, MOMENTUM, 0),
         "estimate": lambda: kernels.estimate(hash, table, 0, hash.dim),
         "recovery": lambda: recover(kernels, hash, own, count),
+        "checksum": lambda: checksums([values]),
     }
     if values.device.type == "cpu":
         operations["hash alone"] = lambda: hash_only(hash)
@@ -136,7 +138,7 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     hash = BlockHash(setting.dim, setting.rows, setting.cols)
     torch_style = TorchStyle(hash, device) if with_torch else None
     gradients = random_gradients(setting, device)
-    wrong = wrong_results(hash, torch_style, setting.candidates, device)
+    wrong = wrong_results(hash, torch_style, setting.candidates, device) + wrong_checksum(gradients[0])
     if device.type == "cpu" and (library := load_library()) is not None:
         wrong += wrong_in_c(library, hash)
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle

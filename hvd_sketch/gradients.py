@@ -19,6 +19,7 @@ from hvd_sketch.steps import Options, Ranges
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import CommLedger
 
+CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
 E = TypeVar("E", SketchedAllreduce, DenseAllreduce)
 
 
@@ -72,7 +73,7 @@ class GradientExchange:
         wire_dtype: torch.dtype | None = None,
         is_sum: bool = False,
         makes_sparse: bool = False,
-        check_every: int = 100,
+        check_every: int = CHECK_EVERY,
         max_skips: int = 25,
     ) -> None:
         self.ledger = CommLedger()

@@ -16,7 +16,7 @@ from hvd_sketch.backward import BackwardCounter
 from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import SketchedAllreduce
-from hvd_sketch.gradients import GradientExchange
+from hvd_sketch.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.packing import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.transport import HorovodTransport, Transport
 from hvd_sketch.volume import CommLedger
@@ -121,7 +121,7 @@ class DistributedOptimizer(_LocalState):
         groups: Any = None,
         sparse_as_dense: bool = False,
         process_set: Any = None,
-        check_every: int = 100,
+        check_every: int = CHECK_EVERY,
         max_skips: int = 25,
     ) -> None:
         # Not super().__init__: it would make param_groups, state and hooks of our own.
