@@ -23,7 +23,8 @@ class SketchConfig:
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
         seed: of the hashes; every step hashes afresh from ``(seed, step)``.
         selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
-        dense_below: tensors with fewer elements, and all with ``ndim <= 1``, are exchanged dense.
+        dense_below: tensors with fewer elements are exchanged dense, and those with ``ndim <= 1`` with fewer than 64
+            times as many: biases and norms. 0: all are sketched.
         deterministic: sum in rank order on every transport, so that all give equal bits. On a GPU also call
             ``torch.use_deterministic_algorithms(True)``, or the table is made by atomic additions in any order.
         sketch_in_backward: sketch every layer inside the backward pass, as soon as its gradient is ready. Pays where

@@ -153,8 +153,8 @@ def warn_about_settings(
     sketched = [(name, p) for name, p in named if not is_dense(p, sketch.dense_below)]
     if not sketched:
         logger.warning(
-            "all tensors have fewer than dense_below=%d elements (those of one dimension fewer than 64 times as many): "
-            "nothing is sketched, gradients are exchanged dense. Lower dense_below to sketch them.",
+            "all tensors have fewer than dense_below=%d elements, or 64 times as many and one dimension: nothing is "
+            "sketched, gradients are exchanged dense. Lower dense_below to sketch them.",
             sketch.dense_below,
         )
     doubles = [name for name, p in sketched if p.dtype == torch.float64]
