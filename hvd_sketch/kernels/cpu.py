@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
+from hvd_sketch.kernels.numba_exit import keep_exit_silent
 from hvd_sketch.kernels.reference import scatter_ as scatter_  # of this backend, too
 from hvd_sketch.kernels.threads import run_parts
 
@@ -25,6 +26,7 @@ MIN_PART = 1 << 17  # coordinates below which a part does not pay for waking its
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 # How many ranks the launchers say there are on this node: Open MPI, MPICH and Intel MPI, horovodrun.
 LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
+keep_exit_silent()
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:

@@ -1,0 +1,179 @@
+"""Compiling the CPU kernels once after an installation, by one process of a host, before a job needs them.
+
+Numba compiles a kernel in the first call and keeps the result in a folder (beside the package, or in NUMBA_CACHE_DIR).
+Without a warm-up every rank compiles the same kernels at the same time, inside the first step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding
+import numba
+import torch
+
+from hvd_sketch.coding import Shortlist, host
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import _cpu_loops as loops
+from hvd_sketch.kernels import cpu
+
+COMPILING_S = 20  # on one core of a 2.6 GHz Zen 4
+DIM = 300  # of the vectors that the kernels are called with
+MAGNITUDE_OF_ONE = 0x3F800000
+Tell = Callable[[str], None]
+
+
+def warm_up(tell: Tell | None = None) -> None:
+    """Compile what every CPU exchange calls and Numba's cache does not hold; returns at once where it holds all.
+
+    One process of a host compiles while others wait for it. Where files cannot be locked each compiles for itself.
+    Any number of threads may call this. Kernels in the cache are not loaded: a kernel's first call does that.
+
+    Args:
+        tell: is called with a sentence when this process begins to compile, and when it begins to wait for another.
+
+    Modifies: files in Numba's cache. Communication: none.
+    """
+    say = tell if tell is not None else _say_nothing
+    marker = _marker()
+    if marker.exists():
+        return
+    with _one_process(marker.parent, say):
+        if not marker.exists():
+            _compile(say)
+            _leave(marker)
+
+
+def _say_nothing(sentence: str) -> None:
+    pass
+
+
+def _compile(say: Tell) -> None:
+    before, told = _compiled(), False
+    for _ in _call_every_kernel():
+        if not told and _compiled() > before:
+            say(f"compiling the CPU kernels, once after an installation: about {COMPILING_S} s")
+            told = True
+
+
+def _compiled() -> int:
+    """How many kernels this process has compiled, because the cache did not hold them."""
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in cached_kernels())
+
+
+@cache
+def cached_kernels() -> list:
+    """Every compiled function that Numba keeps on disk, of the kernels and of the codes on the host."""
+    functions = [function for module in (loops, host) for function in vars(module).values()]
+    return list({id(f): f for f in functions if hasattr(f, "stats") and f.stats.cache_path is not None}.values())
+
+
+def _call_every_kernel() -> Iterator[None]:
+    """Call each kernel with each combination of types that an exchange has; the cheapest to compile comes first."""
+    hash = BlockHash(DIM, 3, 40, 2)
+    v, u, table = torch.ones(DIM), torch.ones(DIM), torch.zeros(hash.table_shape)
+    shard_table = table[:, 0].contiguous()
+    some = torch.arange(0, DIM, 3)
+    cpu.clear_(u, some)
+    yield
+    cpu.gather(v, some, out=torch.empty(len(some)))
+    yield
+    cpu.feedback_(u, v, v.clone(), 0.5)
+    yield
+    cpu.feedback_accumulate_(hash, table, u, v, v.clone(), 0.5, 0)
+    yield
+    cpu.accumulate_(hash, table, v, 0, range(1))  # row by row, as over MPI
+    yield
+    cpu.estimate(hash, table, 0, DIM)
+    yield
+    cpu.owned_histogram(hash, shard_table, 0, 0, 20, 2048)
+    yield
+    positions, _ = cpu.owned_above(hash, shard_table, 0, 0, 0)
+    yield
+    cpu.magnitude_histogram(v, 0, 20, 2048)
+    yield
+    cpu.select_above(v, MAGNITUDE_OF_ONE, 5)
+    cpu.select_upto(v, MAGNITUDE_OF_ONE)
+    yield
+    for indices in (some, some.to(positions.dtype)):
+        cpu.keep_above(indices, v[: len(some)], MAGNITUDE_OF_ONE, 5)
+        yield
+        _call_every_code(indices)
+        yield
+    cpu.merge_owned(hash, [some, some])
+    yield
+
+
+def _call_every_code(positions: torch.Tensor) -> None:
+    doubtful = torch.arange(2)
+    values = torch.ones(len(positions))
+    code = host.encode_shortlist(Shortlist(positions, doubtful, values[:2]))
+    host.decode_shortlists(code)
+    host.without(positions.clone(), doubtful)
+    host.without(values.clone(), doubtful)
+    chosen = host.encode_choice(doubtful, values)
+    host.decode_choices(chosen, 1, len(values), torch.device("cpu"))
+
+
+@contextmanager
+def _one_process(folder: Path, say: Tell) -> Iterator[None]:
+    """Admit one at a time to the block, of all threads and processes of a host; a process that dies lets others in."""
+    descriptor = _open_lock(folder)
+    if descriptor is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process of this host, which compiles the CPU kernels")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # the file system has no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def _open_lock(folder: Path) -> int | None:
+    """A lock file in Numba's cache, or where that cannot be written, in the folder for temporary files; or none."""
+    fallback = Path(tempfile.gettempdir()) / f"hvd_sketch_{os.getuid()}"
+    for place in (folder, fallback):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            return os.open(place / "hvd_sketch_warm_up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            continue
+    return None
+
+
+def _leave(marker: Path) -> None:
+    with suppress(OSError):  # then the next process calls every kernel to find out
+        marker.touch()
+
+
+@cache
+def _marker() -> Path:
+    """The file that says that the cache holds every kernel for this processor, this software and these sources."""
+    sources = [Path(module.__file__).stat() for module in (loops, host)]
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    described = [
+        platform.python_version(),
+        numba.__version__,
+        llvmlite.__version__,
+        llvmlite.binding.get_host_cpu_name(),
+        llvmlite.binding.get_host_cpu_features().flatten(),
+        *(f"{source.st_mtime_ns} {source.st_size}" for source in sources),
+        *(setting for setting in settings if not setting.startswith(("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"))),
+    ]
+    fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+    return Path(loops.accumulate.stats.cache_path) / f"hvd_sketch_warm_{fingerprint}"

@@ -1,0 +1,204 @@
+"""What using the CPU kernels does to the process around them: nothing that outlives a call but threads that wait."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import cpu
+from hvd_sketch.kernels.threads import run_parts
+from tests.harness import child_environment, run_command
+
+# torch's own OpenMP threads do not survive a fork either, so torch gets one; the kernels still get two.
+TWO_PARTS = """
+import os, sys, threading
+import torch
+torch.set_num_threads(1)
+from hvd_sketch.kernels import cpu
+cpu._parts = lambda size: 2
+values = torch.arange(1000.0)
+def count():
+    assert int(cpu.magnitude_histogram(values, 0, 21, 1024).sum()) == 999
+count()
+"""
+FORK = """
+def child_exits_with_0():
+    child = os.fork()
+    if child == 0:
+        count()
+        assert threading.active_count() == 2, "the child did not start a thread of its own"
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+child_exits_with_0()
+count()
+ended = threading.Event()
+def keep_busy():
+    while not ended.is_set():
+        count()
+busy = [threading.Thread(target=keep_busy) for _ in range(2)]
+[thread.start() for thread in busy]
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        count()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+ended.set()
+[thread.join() for thread in busy]
+"""
+WORKERS = """
+import numba, numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+@numba.njit(parallel=True)
+def double(x):
+    y = np.empty_like(x)
+    for i in numba.prange(x.size):
+        y[i] = 2 * x[i]
+    return y
+
+class Data(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return torch.from_numpy(double(np.full(32, i, dtype=np.float32)))
+
+for epoch in range(2):
+    batches = list(DataLoader(Data(), 2, num_workers=1, multiprocessing_context="fork", timeout=100))
+    assert float(sum(batch.sum() for batch in batches)) == 2 * 32 * 6
+    count()
+"""
+SIDE_EFFECTS = """
+import os, random, signal, sys, threading, warnings
+import numba, numpy as np, torch
+torch.set_num_threads(3)
+
+def state():
+    return dict(
+        signals={number: signal.getsignal(number) for number in signal.valid_signals()},
+        torch_threads=torch.get_num_threads(), interop_threads=torch.get_num_interop_threads(),
+        environment=dict(os.environ), warnings=list(warnings.filters),
+        hooks=(sys.excepthook, threading.excepthook, sys.unraisablehook), streams=(sys.stdout, sys.stderr),
+        random=random.getstate(), numpy=str(np.random.get_state()), torch=torch.get_rng_state().tolist(),
+        flags=(torch.is_grad_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+               torch.get_default_device(), torch.get_float32_matmul_precision()),
+        switch_interval=sys.getswitchinterval(), recursion=sys.getrecursionlimit(), path=list(sys.path),
+        folder=os.getcwd(), errors=np.geterr(),
+    )
+
+def same(before, after):
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, {name: (before[name], after[name]) for name in changed if name not in ("torch", "numpy")}
+
+before = state()
+import hvd_sketch, hvd_sketch.kernels.cpu
+same(before, state())
+gradient = torch.arange(600_000.0)
+for options in (dict(momentum=0.9), dict(momentum=0.0), dict(momentum=0.0, selection="heavymix")):
+    config = hvd_sketch.SketchConfig(cols=5000, k=300, **options)
+    exchange = hvd_sketch.SketchedAllreduce(config, len(gradient), hvd_sketch.local_transports(1)[0])
+    for _ in range(3):
+        assert len(exchange.step(gradient).indices) == 300
+same(before, state())
+try:  # Numba's threads, which asking for their number would start
+    sys.exit(f"Numba's threads were started: {numba.threading_layer()}")
+except ValueError:
+    assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+"""
+
+
+def run_program(program: str, timeout_s: float = 200) -> None:
+    status, output = run_command([sys.executable, "-c", program], timeout_s)
+    assert (status, output) == (0, ""), output
+
+
+def test_forked_children_use_kernels() -> None:
+    run_program(TWO_PARTS + FORK)
+
+
+def test_forked_workers_use_numba_threads() -> None:
+    run_program(TWO_PARTS + WORKERS)
+
+
+def test_kernels_leave_the_process_as_it_was() -> None:
+    """Nothing is written either."""
+    run_program(SIDE_EFFECTS)
+
+
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+def test_nothing_is_written_to_a_terminal(cache: str, tmp_path: Path) -> None:
+    """The ranks of mpirun have one; colorama writes to no other stdout."""
+    cold = {"NUMBA_CACHE_DIR": str(tmp_path)} if cache == "cold" else {}
+    ours, theirs = pty.openpty()
+    try:
+        command = [sys.executable, "-c", TWO_PARTS]
+        subprocess.run(command, env=child_environment() | cold, stdout=theirs, stderr=theirs, timeout=200, check=True)
+        os.set_blocking(ours, False)
+        with pytest.raises(BlockingIOError):
+            assert os.read(ours, 1000) == b""
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def results(hash: BlockHash, seed: int) -> list[Tensor]:
+    values = torch.randn(hash.dim, generator=torch.Generator().manual_seed(seed))
+    table, u, v = torch.zeros(hash.table_shape), torch.zeros(hash.dim), torch.zeros(hash.dim)
+    cpu.feedback_accumulate_(hash, table, u, v, values, 0.9, 0)
+    cpu.accumulate_(hash, table, values, 0)
+    estimates = cpu.estimate(hash, table, 0, hash.dim)
+    found = cpu.owned_above(hash, table[:, 0].contiguous(), 0, 0x3F800000, 3)
+    chosen = cpu.select_above(estimates, 0x3F800000, 5)
+    return [table, u, v, estimates, *found, chosen, cpu.magnitude_histogram(estimates, 0, 20, 2048)]
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_results_for_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hash = BlockHash(400_000, 3, 20_000, 2)  # several chunks
+    monkeypatch.setattr(cpu, "_parts", lambda size: 1)
+    alone = results(hash, 0)
+    monkeypatch.setattr(cpu, "_parts", lambda size: threads)
+    assert all(torch.equal(one, many) for one, many in zip(alone, results(hash, 0), strict=True))
+
+
+def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    hash = BlockHash(200_000, 3, 10_000, 2)
+    monkeypatch.setattr(cpu, "_parts", lambda size: 3)
+    alone = [results(hash, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(results, [hash] * 16, [*range(4)] * 4, timeout=100))
+    for number, result in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(alone[number % 4], result, strict=True))
+
+
+def test_what_a_part_raises_reaches_the_caller() -> None:
+    ended = []
+
+    def kernel(part: int, parts: int) -> None:
+        ended.append(part)
+        if part == 2:
+            raise MemoryError("part 2")
+
+    with pytest.raises(MemoryError, match="part 2"):
+        run_parts(4, kernel)
+    assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    ended: list[int] = []
+    run_parts(500, lambda part, parts: ended.append(part))
+    assert sorted(ended) == [*range(500)]
