@@ -16,6 +16,7 @@ from hvd_sketch.backward import BackwardCounter
 from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import SketchedAllreduce
+from hvd_sketch.forwarding import ForwardingOptimizer
 from hvd_sketch.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.packing import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.transport import HorovodTransport, Transport
@@ -30,30 +31,7 @@ REWRAP = (
 logger = logging.getLogger(__name__)
 
 
-def _of_inner(name: str) -> Any:
-    # Looked up each time: load_state_dict gives the inner optimizer new objects.
-    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
-
-
-class _LocalState(torch.optim.Optimizer):
-    """What ``hvd.broadcast_optimizer_state`` finds beneath an optimizer that it takes for Horovod's own."""
-
-    inner: torch.optim.Optimizer
-
-    def step(self, closure: Any = None) -> Any:
-        """Let the wrapped optimizer make its state, from gradients that Horovod has set to zero.
-
-        Parameters stay as they are, also where weight decay would change them. Communication: none.
-        """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        before = [p.detach().clone() for p in parameters]
-        self.inner.step()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-
-
-class DistributedOptimizer(_LocalState):
+class DistributedOptimizer(ForwardingOptimizer):
     """A torch optimizer whose ``step()`` first averages the gradients over all ranks, sketched.
 
     ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects, so
@@ -124,7 +102,6 @@ class DistributedOptimizer(_LocalState):
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
     ) -> None:
-        # Not super().__init__: it would make param_groups, state and hooks of our own.
         self._transport, sketch = transport_of(transport, process_set, sketch)
         horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
         counts = {
@@ -139,7 +116,7 @@ class DistributedOptimizer(_LocalState):
         equal = {name: value for name, (value, _) in counts.items()}
         as_horovod = {"compression": horovod.wire_dtype(), "op": horovod.is_sum(), "sparse_as_dense": sparse_as_dense}
         require_equal(self._transport, {**equal, **as_horovod})
-        self.inner = optimizer
+        super().__init__(optimizer)
         self._named = named
         self._gradients = GradientExchange(
             named,
@@ -158,22 +135,11 @@ class DistributedOptimizer(_LocalState):
         self._exchanged: bool | None = None  # of p.grad: None not yet, True averaged, False skipped
         self._skip_synchronize = False
         if isinstance(self._transport, HorovodTransport):
-            # hvd.broadcast_optimizer_state tells Horovod's own optimizers by their module. It calls step() of their
-            # base class, _LocalState here, on ranks that have no state yet; ours would wait for the other ranks.
+            # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
+            # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
             self.__dict__["__module__"] = "horovod.torch.optimizer"
         if sketch is not None and self._transport.rank == 0:
             warn_about_settings(optimizer, named, sketch)
-
-    param_groups = _of_inner("param_groups")
-    state = _of_inner("state")
-    defaults = _of_inner("defaults")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "inner" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        found = getattr(self.inner, name)
-        is_method = getattr(found, "__self__", None) is self.inner and not hasattr(torch.optim.Optimizer, name)
-        return self._watched(name, found) if is_method else found
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the wrapped optimizer that may not step with gradients that were not exchanged."""
@@ -431,12 +397,6 @@ class DistributedOptimizer(_LocalState):
                 self._transport.rank,
                 STATE_KEY,
             )
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "a DistributedOptimizer holds its rank's network and cannot be copied or pickled: save "
-            "state_dict() and load it into a new one"
-        )
 
     def __repr__(self) -> str:
         at = f"rank {self._transport.rank} of {self._transport.size}"

@@ -35,10 +35,11 @@ class HorovodArguments:
     def check(self) -> None:
         """Refuse what cannot be done. Raises ValueError or TypeError with the reason."""
         self.wire_dtype()
+        is_sum = self.is_sum()
         factor = self.gradient_predivide_factor
         if not 0 < factor < float("inf"):
             raise ValueError(f"gradient_predivide_factor must be positive and finite, got {factor!r}")
-        if factor != 1.0 and self.is_sum():
+        if factor != 1.0 and is_sum:
             raise ValueError(
                 "gradient_predivide_factor divides a mean and means nothing for a sum: leave it out, or op"
             )
