@@ -188,7 +188,6 @@ EOF
 
 # warm_up: the kernels lie in the checkout, and so does what is compiled of them.
 warm_up() {
-    [[ -e $checkout/hvd_sketch/kernels/warm_up.py ]] || return 0
     say "compiling the kernels"
     "$venv/bin/python" -m hvd_sketch warm-up
 }
