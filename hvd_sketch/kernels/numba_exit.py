@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 def keep_exit_silent() -> None:
     """Numba's coloured messages no longer make colorama write ``ESC[0m`` to a terminal's stdout as the process ends.
@@ -12,9 +15,8 @@ def keep_exit_silent() -> None:
     own works as before. Communication: none.
     """
     try:
-        from colorama import initialise
-        from numba.core import errors
-
+        initialise: Any = import_module("colorama.initialise")
+        errors: Any = import_module("numba.core.errors")
         init = errors.init
     except (ImportError, AttributeError):  # no colorama, or a Numba that does not call it
         return

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from inspect import getfile
 from pathlib import Path
 
 import llvmlite
@@ -164,7 +165,7 @@ def _leave(marker: Path) -> None:
 @cache
 def _marker() -> Path:
     """The file that says that the cache holds every kernel for this processor, this software and these sources."""
-    sources = [Path(module.__file__).stat() for module in (loops, host)]
+    sources = [Path(getfile(module)).stat() for module in (loops, host)]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [
         platform.python_version(),
@@ -176,4 +177,4 @@ def _marker() -> Path:
         *(setting for setting in settings if not setting.startswith(("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"))),
     ]
     fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
-    return Path(loops.accumulate.stats.cache_path) / f"hvd_sketch_warm_{fingerprint}"
+    return Path(str(loops.accumulate.stats.cache_path)) / f"hvd_sketch_warm_{fingerprint}"
