@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -29,6 +30,22 @@ REWRAP = (
     "them later, wrap it again"
 )
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Progress:
+    """What has been done for the next step.
+
+    An object of its own, because Lightning's wrapper inherits from the class of the optimizer it wraps: what methods
+    assign to ``self`` there, the wrapped optimizer does not see.
+
+    Attributes:
+        exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
+        skip_synchronize: inside of ``skip_synchronize()``.
+    """
+
+    exchanged: bool | None = None
+    skip_synchronize: bool = False
 
 
 class DistributedOptimizer(ForwardingOptimizer):
@@ -132,8 +149,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         ready = self._gradients.gradient_is_ready
         self._passes = BackwardCounter(named, backward_passes_per_step, ready, strict=sketches_ahead)
         self._known = {id(parameter) for _, parameter in named}
-        self._exchanged: bool | None = None  # of p.grad: None not yet, True averaged, False skipped
-        self._skip_synchronize = False
+        self._progress = _Progress()
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
@@ -146,7 +162,7 @@ class DistributedOptimizer(ForwardingOptimizer):
 
         @wraps(method)
         def call(*arguments: Any, **options: Any) -> Any:
-            if self._exchanged is False:
+            if self._progress.exchanged is False:
                 self.inner.zero_grad(set_to_none=True)  # NaN: not to be stepped with
             before = [parameter._version for _, parameter in self._named]
             result = method(*arguments, **options)
@@ -223,7 +239,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         else:
             if found_inf is not None:
                 self._gradients.forgive_skip()
-            is_taken = bool(self._exchanged) and self._is_usable(found_inf)
+            is_taken = bool(self._progress.exchanged) and self._is_usable(found_inf)
         self._start_over()
         if is_taken:
             self._step_inner(closure is not None)
@@ -272,18 +288,18 @@ class DistributedOptimizer(ForwardingOptimizer):
                 stacklevel=2,
             )
         else:
-            self._exchanged = self._exchange(None, True, scaled=False)
+            self._progress.exchanged = self._exchange(None, True, scaled=False)
             self._passes.reset()
-        return bool(self._exchanged)
+        return bool(self._progress.exchanged)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """Inside, ``step()`` takes the gradients as ``synchronize()`` left them."""
-        self._skip_synchronize = True
+        self._progress.skip_synchronize = True
         try:
             yield
         finally:
-            self._skip_synchronize = False
+            self._progress.skip_synchronize = False
 
     @contextmanager
     def join(self) -> Iterator[None]:
@@ -309,18 +325,18 @@ class DistributedOptimizer(ForwardingOptimizer):
         self.zero_grad()
 
     def _holds_exchanged(self) -> bool:
-        return self._exchanged is not None and not self._passes.any()
+        return self._progress.exchanged is not None and not self._passes.any()
 
     def _must_exchange(self) -> bool:
         if self._holds_exchanged():
-            if not self._skip_synchronize:
+            if not self._progress.skip_synchronize:
                 warnings.warn(
                     "optimizer.step() called without optimizer.skip_synchronize() context after "
                     "optimizer.synchronize(): the gradients are averaged already and are not exchanged again",
                     stacklevel=3,
                 )
             return False
-        if self._skip_synchronize:
+        if self._progress.skip_synchronize:
             raise RuntimeError(
                 "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
                 "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
@@ -328,7 +344,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         return True
 
     def _start_over(self) -> None:
-        self._exchanged = None
+        self._progress.exchanged = None
         self._passes.reset()
         self._gradients.gradients_are_void()
 
