@@ -207,15 +207,21 @@ def check_horovods_broadcast_of_a_fresh_optimizer(t: Transport) -> None:
             two_steps(t, model, optimizer)
 
 
-def check_horovods_broadcast_after_rank_0_has_loaded(t: Transport) -> None:
-    for make in (DECAYED["SGD"], DECAYED["AdamW"]):
+def check_broadcasts_after_rank_0_has_loaded(t: Transport) -> None:
+    ours = partial(broadcast_optimizer_state, transport=t)
+    horovods = hvd.broadcast_optimizer_state
+    for name, broadcast in (("SGD", horovods), ("AdamW", horovods), ("SGD", ours)):
         for sketch in sketches():
             for consolidated in (True, False):
-                resume_on_rank_0(t, make, sketch, consolidated)
+                resume_on_rank_0(t, DECAYED[name], broadcast, sketch, consolidated)
 
 
 def resume_on_rank_0(
-    t: Transport, make: Callable[..., torch.optim.Optimizer], sketch: SketchConfig | None, consolidated: bool
+    t: Transport,
+    make: Callable[..., torch.optim.Optimizer],
+    broadcast: Callable[..., None],
+    sketch: SketchConfig | None,
+    consolidated: bool,
 ) -> None:
     model = network()
     optimizer = DistributedOptimizer(make(model.parameters()), model.named_parameters(), sketch, t)
@@ -228,7 +234,7 @@ def resume_on_rank_0(
         resumed.load_state_dict(saved["model"])
         other.load_state_dict(copy.deepcopy(saved["optimizer"]))  # torch's state goes on in the tensors it is given
     hvd.broadcast_parameters(resumed.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(other, root_rank=0)
+    broadcast(other, root_rank=0)
     assert_same_parameters(resumed, model)
     assert all(map(torch.equal, _state_of(other), _state_of(optimizer)))
     two_steps(t, resumed, other)

@@ -153,7 +153,7 @@ def trainer_job(transport: Transport, folder: str) -> dict[str, Any]:
     def new_trainer() -> Trainer:
         torch.manual_seed(rank)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2))
-        broadcast_parameters(dict(model.named_parameters()))
+        broadcast_parameters(model.state_dict())
         return Trainer(model, arguments, train_dataset=share, optimizers=(sketched(model, lr=1.0), None))
 
     first, second = new_trainer(), new_trainer()
