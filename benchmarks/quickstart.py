@@ -33,10 +33,11 @@ class Method:
 
 
 # Chosen with --grid on digits and MNIST. Momentum and error feedback together go stale at high ratios: without
-# momentum and with a larger rate the sketch trains far better.
+# momentum and with a larger rate the sketch trains far better. At 0.4 and 0.5 it is a little better still, but on two
+# and three of six seeds the loss jumps above 1 in between; at 0.3 it never rises by more than 0.002 in an epoch.
 DENSE = Method("dense", None, 0.05, 0.9)
-SKETCHED = Method("sketched", 20.0, 0.5, 0.0)
-GRID = {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "momentum": (0.0, 0.9)}
+SKETCHED = Method("sketched", 20.0, 0.3, 0.0)
+GRID = {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0), "momentum": (0.0, 0.9)}
 
 
 @dataclass

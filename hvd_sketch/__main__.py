@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warm_up() -> int:
-    from hvd_sketch.kernels.warm_up import warm_up
+    from hvd_sketch.warm_up import warm_up
 
     warm_up(print)
     return 0

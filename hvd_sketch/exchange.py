@@ -25,6 +25,7 @@ from hvd_sketch.transport.base import Transport, in_equal_parts, mean_over_ranks
 from hvd_sketch.transport.local import local_transports
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.volume import RING_PASSES
+from hvd_sketch.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
@@ -65,6 +66,8 @@ class SketchedAllreduce(Exchange):
                 "candidate in every step, and the sketch is sent for nothing",
                 stacklevel=2,
             )
+        if self._device.type == "cpu":
+            warm_up(logger.warning if transport.rank == 0 else None)  # no rank compiles inside the first step
         self.config = config
         self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
         self._kernels = load_backend(None, self._device)

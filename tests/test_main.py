@@ -34,6 +34,6 @@ def test_bad_use_exits_with_2(capsys, arguments: list[str]) -> None:
 
 def test_warm_up_compiles_the_kernels_and_says_what(capsys, monkeypatch) -> None:
     kernels = SimpleNamespace(warm_up=lambda tell: tell("compiling sketch_row"))
-    monkeypatch.setitem(sys.modules, "hvd_sketch.kernels.warm_up", kernels)
+    monkeypatch.setitem(sys.modules, "hvd_sketch.warm_up", kernels)
     assert main(["warm-up"]) == 0
     assert capsys.readouterr().out == "compiling sketch_row\n"

@@ -16,16 +16,20 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import cpu
-from hvd_sketch.kernels.threads import run_parts
+from hvd_sketch.kernels.threads import _team, run_parts
 from tests.harness import child_environment, run_command
 
-# torch's own OpenMP threads do not survive a fork either, so torch gets one; the kernels still get two.
+# torch's own OpenMP threads do not survive a fork either, so torch gets one; the kernels still get two, of ours.
 TWO_PARTS = """
 import os, sys, threading
 import torch
 torch.set_num_threads(1)
-from hvd_sketch.kernels import cpu
+from hvd_sketch.kernels import cpu, threads
 cpu._parts = lambda size: 2
+on_torchs_threads = "torchs" in sys.argv
+assert threads._team.is_usable, "no OpenMP was found in torch"
+if not on_torchs_threads:
+    threads._team.forget()
 values = torch.arange(1000.0)
 def count():
     assert int(cpu.magnitude_histogram(values, 0, 21, 1024).sum()) == 999
@@ -117,13 +121,15 @@ except ValueError:
 """
 
 
-def run_program(program: str, timeout_s: float = 200) -> None:
-    status, output = run_command([sys.executable, "-c", program], timeout_s)
+def run_program(program: str, *arguments: str, timeout_s: float = 200) -> None:
+    status, output = run_command([sys.executable, "-c", program, *arguments], timeout_s)
     assert (status, output) == (0, ""), output
 
 
-def test_forked_children_use_kernels() -> None:
-    run_program(TWO_PARTS + FORK)
+@pytest.mark.parametrize("whose", ["ours", "torchs"])
+def test_forked_children_use_kernels(whose: str) -> None:
+    """A child has threads of ours in any case."""
+    run_program(TWO_PARTS + FORK, whose)
 
 
 def test_forked_workers_use_numba_threads() -> None:
@@ -162,6 +168,15 @@ def results(hash: BlockHash, seed: int) -> list[Tensor]:
     return [table, u, v, estimates, *found, chosen, cpu.magnitude_histogram(estimates, 0, 20, 2048)]
 
 
+@pytest.fixture(params=["ours", "torchs"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts run on threads of ours, or on torch's."""
+    if request.param == "ours":
+        monkeypatch.setattr(_team, "_parallel", None)
+    assert _team.is_usable == (request.param == "torchs")
+
+
+@pytest.mark.usefixtures("whose")
 @pytest.mark.parametrize("threads", [2, 5])
 def test_results_for_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hash = BlockHash(400_000, 3, 20_000, 2)  # several chunks
@@ -171,6 +186,7 @@ def test_results_for_any_number_of_threads(threads: int, monkeypatch: pytest.Mon
     assert all(torch.equal(one, many) for one, many in zip(alone, results(hash, 0), strict=True))
 
 
+@pytest.mark.usefixtures("whose")
 def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     hash = BlockHash(200_000, 3, 10_000, 2)
     monkeypatch.setattr(cpu, "_parts", lambda size: 3)
@@ -181,6 +197,7 @@ def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone[number % 4], result, strict=True))
 
 
+@pytest.mark.usefixtures("whose")
 def test_what_a_part_raises_reaches_the_caller() -> None:
     ended = []
 
@@ -198,6 +215,7 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    monkeypatch.setattr(_team, "_parallel", None)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     ended: list[int] = []
     run_parts(500, lambda part, parts: ended.append(part))

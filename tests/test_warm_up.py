@@ -56,7 +56,7 @@ sketch.accumulate_(torch.ones(4000), 1000)
 sketch.estimate(), sketch.top(10), sketch.heavymix(10, 0)
 """
 WARM_UP = """
-from hvd_sketch.kernels.warm_up import cached_kernels, warm_up
+from hvd_sketch.warm_up import cached_kernels, warm_up
 told = []
 warm_up(told.append)
 """
@@ -104,7 +104,7 @@ def test_runs_compile_nothing_after_a_warm_up(folder: Path, outputs: list[str]) 
 
 @pytest.mark.multiprocess
 def test_a_warm_cache_costs_nothing(folder: Path, outputs: list[str]) -> None:
-    timed = "import time, hvd_sketch.kernels.warm_up\nbegin = time.perf_counter()\n" + WARM_UP
+    timed = "import time, hvd_sketch.warm_up\nbegin = time.perf_counter()\n" + WARM_UP
     assert float(run_program(timed + "print(time.perf_counter() - begin)", folder)) < 0.5
 
 
@@ -118,7 +118,7 @@ def test_a_lost_marker_compiles_nothing(folder: Path, outputs: list[str]) -> Non
 
 @pytest.mark.multiprocess
 def test_a_process_that_dies_lets_others_in(tmp_path: Path) -> None:
-    lock = "from hvd_sketch.kernels.warm_up import _one_process\nfrom pathlib import Path\nimport sys, time\n"
+    lock = "from hvd_sketch.warm_up import _one_process\nfrom pathlib import Path\nimport sys, time\n"
     hold = lock + "with _one_process(Path(sys.argv[1]), print):\n    print('held', flush=True)\n    time.sleep(100)\n"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as first:
@@ -132,3 +132,23 @@ def test_a_process_that_dies_lets_others_in(tmp_path: Path) -> None:
                 printed[1] = second.stdout.readline()
             second.kill()
     assert "held\n" in printed
+
+
+@pytest.mark.multiprocess
+def test_a_job_on_an_empty_cache_says_once_that_it_compiles(tmp_path: Path) -> None:
+    """On rank 0 alone, before the first step, whichever rank it is that compiles."""
+    job = (
+        "import sys, hvd_sketch, torch\n"
+        "config = hvd_sketch.SketchConfig(cols=90, k=9)\n"
+        "exchange = hvd_sketch.SketchedAllreduce(config, 999, hvd_sketch.MPITransport())\n"
+        "print('constructed', file=sys.stderr, flush=True)\n"
+        "exchange.step(torch.ones(999))\n"
+    )
+    command = ["launch/mpirun.sh", "-n", "2", "--", sys.executable, "-c", job]
+    status, output = run_command(command, 200, NUMBA_CACHE_DIR=str(tmp_path))
+    assert status == 0, output
+    told = [line for line in output.splitlines() if "CPU kernels" in line]
+    assert len(told) == 1, output
+    assert output.index(told[0]) < output.index("constructed")
+    status, output = run_command(command, 200, NUMBA_CACHE_DIR=str(tmp_path))
+    assert status == 0 and "CPU kernels" not in output, output
