@@ -209,7 +209,7 @@ def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argp
         )
     lines += [
         "Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours;",
-        "paper ratio: 2d / (|S| + Pk + k), indices not counted. Rate and momentum: the best of a small grid (--grid).",
+        "paper ratio: 2d / (|S| + Pk + k), indices not counted. Rate and momentum: of a small grid (--grid).",
         "On one machine the network is free, so dense is faster here: the bytes are what a real network would carry.",
     ]
     return "\n".join(lines)
