@@ -79,13 +79,15 @@ class Agreed:
         goes_on: the step is taken; False: all ranks skip it, or all have run out of data.
         active: the ranks that still have data.
         used: for each parameter whether any rank has a gradient of it.
-        drifted: the digests of the parameters differ.
+        compared: every rank has made a digest of its parameters.
+        drifted: they differ.
         root: a rank that has loaded a state which the fresh ranks shall take over; None: no rank is fresh alone.
     """
 
     goes_on: bool
     active: tuple[int, ...]
     used: tuple[bool, ...]
+    compared: bool
     drifted: bool
     root: int | None
 
@@ -125,11 +127,13 @@ class StepAgreement:
         _check_joined(comm, every)
         root = _state_root(every)
         goes_on = self._judge(every)
+        digests = [word.digest for word in every]
         return Agreed(
             goes_on=goes_on,
             active=tuple(rank for rank, word in enumerate(every) if not word.flags & Flag.DONE),
             used=self._counters.read(sums[comm.size :]),
-            drifted=all(word.digest for word in every) and len({word.digest for word in every}) > 1,
+            compared=all(digests),
+            drifted=all(digests) and len(set(digests)) > 1,
             root=root,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,6 +21,7 @@ from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import CommLedger
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
+logger = logging.getLogger(__name__)
 E = TypeVar("E", SketchedAllreduce, DenseAllreduce)
 
 
@@ -85,6 +87,7 @@ class GradientExchange:
         self._makes_sparse = makes_sparse
         self._check_every = check_every
         self._begun = 0  # steps since construction or since a state was loaded
+        self._were_equal = False  # the parameters, whenever they were compared
         # Without a config everything goes dense.
         goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
         sketched = [i for i, dense in enumerate(goes_dense) if not dense]
@@ -186,7 +189,7 @@ class GradientExchange:
 
         Raises:
             RuntimeError: on every rank: see :meth:`hvd_sketch.agreement.StepAgreement.agree`; or the ranks' parameters
-                have drifted apart.
+                have drifted apart. Where they never were equal, rank 0 warns.
         """
         if done:
             for _, parameter in self._named:
@@ -202,8 +205,10 @@ class GradientExchange:
         own_digest = digest(sums) if sums is not None else 0
         report = Report(finite=finite, scaled=scaled, done=done, refusal=refusal, used=used, digest=own_digest)
         agreed = self._lead.begin_step(report)
-        if agreed.drifted and sums is not None:
-            self._refuse_drift(sums)
+        if agreed.compared and sums is not None:
+            if agreed.drifted:
+                self._tell_drift(sums)
+            self._were_equal = not agreed.drifted
         if agreed.active:
             self._take_step(agreed, packed)
         return agreed.goes_on
@@ -251,15 +256,23 @@ class GradientExchange:
             return False
         return self._begun == 1 or self._lead.step_number % self._check_every == 0
 
-    def _refuse_drift(self, sums: Tensor) -> None:
+    def _tell_drift(self, sums: Tensor) -> None:
+        """Name the parameters that differ: an error where they were equal before, a warning where they never were."""
         told = describe_drift(self._transport, self._named, sums)
-        step = self._lead.step_number - 1
-        raise RuntimeError(
-            f"the parameters differ between the ranks (seen from rank {self._transport.rank}, before step {step}):"
-            f"{told}\nCall broadcast_parameters(model.state_dict(), 0, transport) before the "
-            "first step, load the same checkpoint on every rank, and change parameters, p.grad and learning rates "
-            "alike on every rank. check_every=0 turns this check off."
-        )
+        rank, step = self._transport.rank, self._lead.step_number - 1
+        differ = f"the parameters differ between the ranks (seen from rank {rank}, before step {step}):{told}"
+        if self._were_equal:
+            raise RuntimeError(
+                f"{differ}\nThey were equal before: change parameters, p.grad and learning rates alike on every rank, "
+                "and load the same checkpoint. check_every=0 turns this check off."
+            )
+        self._check_every = 0  # they will not become equal
+        if rank == 0:
+            logger.warning(
+                "%s\nEvery rank trains a model of its own: call broadcast_parameters(model.state_dict(), 0, transport) "
+                "before the first step. From now on the ranks do not compare.",
+                differ,
+            )
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.steps.Exchange.take_over_state`. Communication: collective, all ranks."""

@@ -205,7 +205,8 @@ class Exchange:
             )
         self._step = state["step"]
         self.agreement.skipped_steps = state["skipped_steps"]
-        self._is_fresh, self._is_anyones = False, state["rank"] is None
+        self._is_fresh = self._is_fresh and state["step"] == 0  # its own, as Accelerate loads what it was given
+        self._is_anyones = state["rank"] is None
 
 
 def _require_equal_setup(
