@@ -194,7 +194,7 @@ class _Counters:
         self._mask = (1 << size.bit_length()) - 1
 
     def fill(self, words: Tensor, used: Sequence[bool]) -> None:
-        if not self.words:
+        if not used:
             return
         ones = torch.zeros(self.words * self._per_word, dtype=torch.int64)
         ones[: self._parameters] = torch.tensor(used, dtype=torch.int64)

@@ -150,7 +150,7 @@ class FlatParameters:
         self.dtype = dtype
         self.device = self.parameters[0].device
         self._names = [name for name, _ in named]
-        self._described = [_describe(p) for p in self.parameters]
+        self._kinds = [_kind(p) for p in self.parameters]
         self._starts = torch.tensor([0] + [p.numel() for p in self.parameters], device=self.device).cumsum(0)
         starts = self._starts.tolist()
         self._places = list(zip(self.parameters, starts, starts[1:], strict=False))
@@ -182,11 +182,12 @@ class FlatParameters:
         Raises:
             ValueError: the shape, dtype or device of one has changed.
         """
-        for name, parameter, before in zip(self._names, self.parameters, self._described, strict=True):
-            if _describe(parameter) != before:
+        for name, parameter, before in zip(self._names, self.parameters, self._kinds, strict=True):
+            now = _kind(parameter)
+            if now != before:
                 raise ValueError(
-                    f"parameter {name!r} was {before} when the optimizer was wrapped, and is {_describe(parameter)} "
-                    "now: change the model first, then make its optimizer and wrap it"
+                    f"parameter {name!r} was {_tell_kind(before)} when the optimizer was wrapped, and is "
+                    f"{_tell_kind(now)} now: change the model first, then make its optimizer and wrap it"
                 )
 
     def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> list[Tensor]:
@@ -294,8 +295,16 @@ class FlatParameters:
             yield start, first, last
 
 
-def _describe(parameter: Tensor) -> str:
-    return f"{str(parameter.dtype).removeprefix('torch.')} of {tuple(parameter.shape)} on {parameter.device}"
+Kind = tuple[torch.dtype, torch.Size, torch.device]
+
+
+def _kind(parameter: Tensor) -> Kind:
+    return parameter.dtype, parameter.shape, parameter.device
+
+
+def _tell_kind(kind: Kind) -> str:
+    dtype, shape, device = kind
+    return f"{str(dtype).removeprefix('torch.')} of {tuple(shape)} on {device}"
 
 
 def _in_parts(places: list[Place]) -> list[list[Place]]:

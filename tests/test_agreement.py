@@ -86,6 +86,12 @@ def test_a_wrong_gradient_on_one_rank_stops_all() -> None:
     run_local(3, main, LIMIT_S)
 
 
+def test_an_exchange_of_named_parameters_is_stepped_without_a_model() -> None:
+    named = [(f"layer {i}", (10,), "float32") for i in range(10)]
+    exchange = SketchedAllreduce(CONFIG, 100, local_transports(1)[0], parameters=named)
+    assert exchange.step(torch.ones(100)).indices.numel() == 5
+
+
 def test_a_rank_that_left_by_horovods_join_is_named() -> None:
     """It adds zeros to every sum."""
 
