@@ -183,6 +183,11 @@ class _Word:
         return cls(Flag(word & (1 << FLAG_BITS) - 1), step & (1 << STEP_BITS) - 1, step >> STEP_BITS)
 
 
+def agreement_bytes(size: int, parameters: int) -> int:
+    """How large the first collective of a step is, for so many ranks and parameters."""
+    return 8 * (size + _Counters(size, parameters).words)
+
+
 class _Counters:
     """One counter for each parameter, packed into int64 words: a sum over ranks overflows none."""
 

@@ -70,7 +70,7 @@ class SimulatedModelExchange:
         self._flats += [FlatParameters(beside)] if beside else []
         makes = [METHODS[method]] * bool(main) + [DenseWorkers] * bool(beside)
         self._exchanges = [
-            make(config, flat.dim, workers, flat.device, variant, self._ledger, begins_steps=number == 0)
+            make(config, flat.dim, workers, flat.device, variant, self._ledger, number == 0, len(named))
             for number, (make, flat) in enumerate(zip(makes, self._flats, strict=True))
         ]
 

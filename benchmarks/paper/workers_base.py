@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.paper.one_process import OneProcess
 from hvd_sketch import CommLedger, CountSketch, SketchConfig
-from hvd_sketch.agreement import all_finite
+from hvd_sketch.agreement import agreement_bytes, all_finite
 from hvd_sketch.feedback import Feedback
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.selection import VectorPart, select_largest
@@ -51,6 +51,7 @@ class Workers:
         variant: see :class:`Variant`.
         ledger: to share one with another exchange.
         begins_steps: False where an exchange that shares the ledger does.
+        parameters: of how many the ranks tell each other whether they have gradients.
 
     Attributes:
         updated: how many coordinates the last step agreed on.
@@ -65,6 +66,7 @@ class Workers:
         variant: Variant = PAPER,
         ledger: CommLedger | None = None,
         begins_steps: bool = True,
+        parameters: int = 0,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
@@ -74,7 +76,7 @@ class Workers:
         self._device = torch.device(device)
         self._kernels = load_backend(None, self._device)
         self._comm = MeteredTransport(OneProcess(workers), self.ledger)
-        self._begins_steps = begins_steps
+        self._begins_steps, self._parameters = begins_steps, parameters
         self._step, self._next = 0, 0  # the next worker to be added
         self._late_u = torch.zeros(dim if variant.momentum == "after" else 0, device=device)
 
@@ -107,7 +109,7 @@ class Workers:
             raise ValueError(f"{self.workers} workers take part, but only {self._next} were added")
         if self._begins_steps:
             self.ledger.begin_step()
-            self._record("agree", "allreduce", 8 * self.workers, torch.int64)
+            self._record("agree", "allreduce", agreement_bytes(self.workers, self._parameters), torch.int64)
         update = self._agree()
         self._step, self._next, self.updated = self._step + 1, 0, update.indices.numel()
         return self._with_late_momentum(update) if self.variant.momentum == "after" else update
