@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from math import ceil
 
 import numpy as np
@@ -19,9 +20,10 @@ from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import MeteredTransport
 
 # A rank's word in the first collective of a step: flags in the lowest bits, then the step, then the digest.
-FLAG_BITS = 6
-STEP_BITS = 30
-DIGEST_BITS = 27
+FLAG_BITS = 10
+STEP_BITS = 27
+DIGEST_BITS = 26
+LOADED_SHIFT = 8  # of a flag
 COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
 
 
@@ -34,6 +36,18 @@ class Flag(IntFlag):
     DONE = 8  # has run out of data and contributes nothing
     FRESH = 16  # has neither made a step nor loaded a state
     REFUSED = 32  # cannot take this step
+    HELD = 64  # its gradients are averaged already
+    FORGIVES = 128  # a GradScaler has judged the skipped step before
+    LOADED = 768  # two bits: what kind of state it has loaded since its last step
+
+
+class Loaded(IntEnum):
+    """What kind of state a rank has loaded since its last step."""
+
+    NOTHING = 0
+    OWN = 1
+    ANYONES = 2  # consolidated
+    PLAIN = 3  # of an optimizer without an exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,9 @@ class Report:
         done: this rank has run out of data.
         fresh: it has neither made a step nor loaded a state.
         refusal: what it raises because it cannot take this step; None: it can.
+        held: its gradients are averaged already: nothing is to be exchanged, if all ranks say so.
+        forgives: a ``GradScaler`` has judged the skipped step before.
+        loaded: what kind of state it has loaded since its last step.
         used: for each parameter whether it has a gradient here.
         digest: of its parameters' bits, ``DIGEST_BITS`` wide and not 0; 0: not made.
     """
@@ -55,17 +72,22 @@ class Report:
     done: bool = False
     fresh: bool = False
     refusal: Exception | None = None
+    held: bool = False
+    forgives: bool = False
+    loaded: Loaded = Loaded.NOTHING
     used: Sequence[bool] = ()
     digest: int = 0
 
     def flags(self) -> Flag:
-        flags = Flag.ARRIVED
+        flags = Flag.ARRIVED | Flag(self.loaded << LOADED_SHIFT)
         for is_set, flag in (
             (not self.finite, Flag.NOT_FINITE),
             (self.scaled, Flag.SCALED),
             (self.done, Flag.DONE),
             (self.fresh, Flag.FRESH),
             (self.refusal is not None, Flag.REFUSED),
+            (self.held, Flag.HELD),
+            (self.forgives, Flag.FORGIVES),
         ):
             flags |= flag if is_set else Flag(0)
         return flags
@@ -76,7 +98,8 @@ class Agreed:
     """What all ranks know before they go on with a step, equal on every rank.
 
     Attributes:
-        goes_on: the step is taken; False: all ranks skip it, or all have run out of data.
+        goes_on: the step is taken; False: all ranks skip it, hold averaged gradients, or have run out of data.
+        held: all ranks hold averaged gradients.
         active: the ranks that still have data.
         used: for each parameter whether any rank has a gradient of it.
         compared: every rank has made a digest of its parameters.
@@ -85,6 +108,7 @@ class Agreed:
     """
 
     goes_on: bool
+    held: bool
     active: tuple[int, ...]
     used: tuple[bool, ...]
     compared: bool
@@ -125,11 +149,15 @@ class StepAgreement:
         every = [_Word.read(word) for word in sums[: comm.size].tolist()]
         _refuse_together(comm, every, report.refusal)
         _check_joined(comm, every)
+        held = _all_hold(every)
         root = _state_root(every)
+        if any(word.flags & Flag.FORGIVES for word in every):
+            self._in_a_row = 0
         goes_on = self._judge(every)
         digests = [word.digest for word in every]
         return Agreed(
             goes_on=goes_on,
+            held=held,
             active=tuple(rank for rank, word in enumerate(every) if not word.flags & Flag.DONE),
             used=self._counters.read(sums[comm.size :]),
             compared=all(digests),
@@ -137,12 +165,8 @@ class StepAgreement:
             root=root,
         )
 
-    def forgive(self) -> None:
-        """The last skip belongs to a ``GradScaler``'s search for its scale. Communication: none."""
-        self._in_a_row = 0
-
     def _judge(self, every: Sequence[_Word]) -> bool:
-        if all(word.flags & Flag.DONE for word in every):
+        if all(word.flags & (Flag.DONE | Flag.HELD) for word in every):
             return False
         bad_ranks = [rank for rank, word in enumerate(every) if word.flags & Flag.NOT_FINITE]
         if bad_ranks:
@@ -163,12 +187,20 @@ class StepAgreement:
             )
         if not self._warned:
             warnings.warn(
-                f"all ranks skip this step: {reason}. u and v are as before. "
+                f"all ranks skip this step: {reason}. Parameters, momentum and residuals stay as they are. "
                 "Further skips are only counted (skipped_steps).",
                 RuntimeWarning,
-                stacklevel=8,  # whoever called step()
+                stacklevel=_users_level(),
             )
         self._warned = True
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` of the first caller outside of this package, for a warning by the caller of this function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__ or ""):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @dataclass(frozen=True)
@@ -231,6 +263,19 @@ def _check_joined(comm: Transport, every: Sequence[_Word]) -> None:
         )
 
 
+def _all_hold(every: Sequence[_Word]) -> bool:
+    """Whether all ranks that have data hold averaged gradients. Raises where some do."""
+    holding = [rank for rank, word in enumerate(every) if word.flags & Flag.HELD]
+    others = [rank for rank, word in enumerate(every) if not word.flags & (Flag.HELD | Flag.DONE)]
+    if holding and others:
+        raise RuntimeError(
+            f"{name_ranks(holding)} came to this exchange with gradients that synchronize() has averaged, "
+            f"{name_ranks(others)} with others: call synchronize(), zero_grad(), backward() and step() in the same "
+            "order on every rank, and step() inside skip_synchronize() after synchronize()"
+        )
+    return bool(holding)
+
+
 def _state_root(every: Sequence[_Word]) -> int | None:
     """The rank whose state the fresh ranks shall take over. Raises where no state fits all ranks."""
     is_fresh = [bool(word.flags & Flag.FRESH) for word in every]
@@ -240,6 +285,12 @@ def _state_root(every: Sequence[_Word]) -> int | None:
             f"the ranks are at different steps, in rank order {steps}: load checkpoints of the same step on "
             "every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops of "
             "unequal length go into 'with optimizer.join():')"
+        )
+    kinds = [Loaded((word.flags & Flag.LOADED) >> LOADED_SHIFT).name.lower() for word in every]
+    if len({kind for kind, fresh in zip(kinds, is_fresh, strict=True) if not fresh}) > 1:
+        raise RuntimeError(
+            f"the ranks have loaded different kinds of checkpoints before step {steps[0]}: {tell_values(kinds)}. Load "
+            "on every rank its own, on every rank a consolidated one, or on one rank and call broadcast_optimizer_state"
         )
     return None if all(is_fresh) or not any(is_fresh) else is_fresh.index(False)
 

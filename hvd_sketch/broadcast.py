@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import require_equal
+from hvd_sketch.agreement import refused_together, require_equal
 from hvd_sketch.transport import Transport, resolve_transport
 
 # Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.
@@ -24,6 +24,10 @@ class Wrapped(Protocol):
     @property
     def inner(self) -> torch.optim.Optimizer:
         """The optimizer that was wrapped."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
 
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone. Communication: collective, all ranks."""
@@ -81,6 +85,13 @@ def broadcast_optimizer_state(
     wrapped = optimizer if isinstance(optimizer, Wrapped) else None
     require_equal(comm, {"root_rank": root_rank, "is wrapped": wrapped is not None, **_optimizer_fields(optimizer)})
     _check_root(comm, root_rank)
+    with refused_together(comm):
+        if wrapped is not None and wrapped.place != (comm.rank, comm.size):
+            rank, size = wrapped.place
+            raise ValueError(
+                f"the optimizer is rank {rank} of {size} of its own transport, and rank {comm.rank} of {comm.size} of "
+                "this one: pass the transport of its process set or communicator, and the root_rank there"
+            )
     _broadcast_state(optimizer if wrapped is None else wrapped.inner, root_rank, comm)
     if wrapped is not None:
         wrapped.take_over_state(root_rank)

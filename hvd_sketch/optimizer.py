@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from hvd_sketch.agreement import all_finite, refused_together, require_equal
 from hvd_sketch.backward import BackwardCounter
 from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.drift import checksums
 from hvd_sketch.exchange import SketchedAllreduce
 from hvd_sketch.forwarding import ForwardingOptimizer
 from hvd_sketch.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.packing import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.transport import HorovodTransport, Transport
 from hvd_sketch.volume import CommLedger
-from hvd_sketch.wrapping import HorovodArguments, check_arguments, transport_of, warn_about_settings
+from hvd_sketch.wrapping import ALL_DENSE, HorovodArguments, check_arguments, transport_of, warn_about_settings
 
 STATE_KEY = "hvd_sketch"
 REWRAP = (
@@ -41,11 +44,45 @@ class _Progress:
 
     Attributes:
         exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
+        averaged: ``p.grad`` of every parameter as the last exchange left it; None where there was none.
         skip_synchronize: inside of ``skip_synchronize()``.
+        forgives: a ``GradScaler`` has judged the last step, too.
+        readers: methods of the wrapped optimizer that were seen to change no parameter.
     """
 
     exchanged: bool | None = None
+    averaged: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     skip_synchronize: bool = False
+    forgives: bool = False
+    readers: set[str] = field(default_factory=set)
+
+    def note(self, parameters: Sequence[Tensor]) -> None:
+        """The gradients of these are averaged. They are not kept alive."""
+        self.averaged = [None if p.grad is None else weakref.ref(p.grad) for p in parameters]
+
+    def unchanged(self, parameters: Sequence[Tensor]) -> list[bool]:
+        """For each parameter whether ``p.grad`` is the tensor that the last exchange left, or None as then."""
+        if len(self.averaged) != len(parameters):
+            return [False] * len(parameters)
+        kept = [None if reference is None else reference() for reference in self.averaged]
+        return [
+            parameter.grad is gradient and (reference is None or gradient is not None)
+            for parameter, gradient, reference in zip(parameters, kept, self.averaged, strict=True)
+        ]
+
+
+def _without_gradients(
+    parameters: Sequence[Tensor], method: Callable[..., Any], *arguments: Any, **options: Any
+) -> Any:
+    """Call a method while no parameter has a gradient."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        return method(*arguments, **options)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 class DistributedOptimizer(ForwardingOptimizer):
@@ -135,6 +172,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         require_equal(self._transport, {**equal, **as_horovod})
         super().__init__(optimizer)
         self._named = named
+        self._parameters = [parameter for _, parameter in named]
         self._gradients = GradientExchange(
             named,
             sketch,
@@ -154,24 +192,37 @@ class DistributedOptimizer(ForwardingOptimizer):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
             self.__dict__["__module__"] = "horovod.torch.optimizer"
-        if sketch is not None and self._transport.rank == 0:
+        if sketch is not None and sketch.dense_below < ALL_DENSE and self._transport.rank == 0:
             warn_about_settings(optimizer, named, sketch)
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of the wrapped optimizer that may not step with gradients that were not exchanged."""
+        """A method of the wrapped optimizer that may not step with gradients that were not exchanged.
+
+        A method that left the parameters as they were once is taken for one that only reads.
+        """
+        if name in self._progress.readers:
+            return method
 
         @wraps(method)
         def call(*arguments: Any, **options: Any) -> Any:
+            parameters = self._parameters
             if self._progress.exchanged is False:
-                self.inner.zero_grad(set_to_none=True)  # NaN: not to be stepped with
-            before = [parameter._version for _, parameter in self._named]
+                return _without_gradients(parameters, method, *arguments, **options)  # NaN: not to be stepped with
+            if not self._has_new_gradients():
+                versions = [parameter._version for parameter in parameters]
+                result = method(*arguments, **options)
+                if versions != [parameter._version for parameter in parameters]:
+                    self._start_over()  # the gradients have been used
+                return result
+            before = checksums(parameters)
             result = method(*arguments, **options)
-            if self._passes.any() and before != [parameter._version for _, parameter in self._named]:
+            if not torch.equal(before, checksums(parameters)):
                 raise RuntimeError(
                     f"{type(self.inner).__name__}.{name}() changed parameters by gradients that were not exchanged, "
                     f"and the ranks have drifted apart: call optimizer.synchronize() on every rank before {name}(), or "
                     "step by optimizer.step()"
                 )
+            self._progress.readers.add(name)
             return result
 
         return call
@@ -228,22 +279,29 @@ class DistributedOptimizer(ForwardingOptimizer):
                 loss = closure()
         # From our own attributes only: a fused inner optimizer may have such attributes for itself.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if self._must_exchange():
-            finite = found_inf is None or not float(found_inf)
-            is_taken = self._exchange(grad_scale, finite, scaled=found_inf is not None)
-        elif grad_scale is not None:
+        if self._progress.exchanged is not None and grad_scale is not None and not self._passes.any():
             raise RuntimeError(
                 "synchronize() averaged gradients that still carry the loss scale: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
+        if self._progress.skip_synchronize:
+            is_taken = self._take_averaged(found_inf)
         else:
-            if found_inf is not None:
-                self._gradients.forgive_skip()
-            is_taken = bool(self._progress.exchanged) and self._is_usable(found_inf)
+            is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
         self._start_over()
+        self._progress.forgives = found_inf is not None
         if is_taken:
             self._step_inner(closure is not None)
         return loss
+
+    def _take_averaged(self, found_inf: Any) -> bool:
+        """Whether ``synchronize()`` has left gradients that can be stepped with."""
+        if self._progress.exchanged is None or self._passes.any():
+            raise RuntimeError(
+                "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
+                "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
+            )
+        return self._progress.exchanged and self._is_usable(found_inf)
 
     def _is_usable(self, found_inf: Any) -> bool:
         """Whether averaged gradients can be stepped with, after a scaler has looked at them.
@@ -252,7 +310,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         """
         if found_inf is None or not float(found_inf):
             return True
-        gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
     def _step_inner(self, has_closure: bool) -> None:
@@ -282,15 +340,7 @@ class DistributedOptimizer(ForwardingOptimizer):
 
         Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
         """
-        if self._holds_exchanged():
-            warnings.warn(
-                "optimizer.synchronize() called twice for the same gradients, which are not exchanged again",
-                stacklevel=2,
-            )
-        else:
-            self._progress.exchanged = self._exchange(None, True, scaled=False)
-            self._passes.reset()
-        return bool(self._progress.exchanged)
+        return self._exchange(None, None)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -324,34 +374,44 @@ class DistributedOptimizer(ForwardingOptimizer):
             broadcast_optimizer_state(self.inner, active[0], self._transport)
         self.zero_grad()
 
-    def _holds_exchanged(self) -> bool:
-        return self._progress.exchanged is not None and not self._passes.any()
-
-    def _must_exchange(self) -> bool:
-        if self._holds_exchanged():
-            if not self._progress.skip_synchronize:
-                warnings.warn(
-                    "optimizer.step() called without optimizer.skip_synchronize() context after "
-                    "optimizer.synchronize(): the gradients are averaged already and are not exchanged again",
-                    stacklevel=3,
-                )
-            return False
-        if self._progress.skip_synchronize:
-            raise RuntimeError(
-                "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
-                "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
-            )
-        return True
+    def _has_new_gradients(self) -> bool:
+        """Whether this rank has gradients that were not averaged."""
+        pairs = zip(self._parameters, self._progress.unchanged(self._parameters), strict=True)
+        return self._passes.any() or any(p.grad is not None and not unchanged for p, unchanged in pairs)
 
     def _start_over(self) -> None:
         self._progress.exchanged = None
         self._passes.reset()
         self._gradients.gradients_are_void()
 
-    def _exchange(self, grad_scale: Any, finite: bool, scaled: bool) -> bool:
-        """Average all gradients into ``p.grad``; False when all ranks skip."""
-        inverse = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
-        return self._gradients.average(inverse, finite=finite, scaled=scaled, refusal=self._unregistered())
+    def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
+        """Average all gradients into ``p.grad``; False when all ranks skip.
+
+        Whether these are averaged already is not for one rank to decide: it says so, and all ranks hear it.
+        """
+        progress = self._progress
+        is_held = progress.exchanged is not None and not self._passes.any()
+        is_held = is_held and all(progress.unchanged(self._parameters))
+        if is_held:
+            warnings.warn(
+                "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(), "
+                "or synchronize() called twice: the gradients are averaged already and are not exchanged again",
+                stacklevel=3,
+            )
+        is_averaged = self._gradients.average(
+            None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float(),
+            finite=is_held or found_inf is None or not float(found_inf),
+            scaled=found_inf is not None,
+            forgives=progress.forgives,
+            held=is_held,
+            refusal=self._unregistered(),
+        )
+        progress.forgives = False
+        if not is_held:
+            progress.exchanged = is_averaged
+            progress.note(self._parameters)
+            self._passes.reset()
+        return bool(progress.exchanged)
 
     def _unregistered(self) -> RuntimeError | None:
         """What is wrong where parameters came later."""
@@ -371,6 +431,11 @@ class DistributedOptimizer(ForwardingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: residuals and buffers are laid out at construction."""
         raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
+        return self._transport.rank, self._transport.size
 
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.

@@ -329,7 +329,7 @@ def _plain_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _writable_gradient(parameter: Tensor) -> Tensor:
-    """``p.grad``, made anew where it is absent, sparse, or several of its elements share memory."""
+    """``p.grad``, a new one where it is absent, sparse, or several of its elements share memory."""
     gradient = parameter.grad
     if gradient is None or gradient.layout != torch.strided or _elements_share_memory(gradient):
         gradient = parameter.grad = torch.empty_like(parameter)

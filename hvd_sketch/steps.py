@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, Unpack
@@ -10,13 +10,14 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.agreement import Agreed, Report, StepAgreement, all_finite, require_equal
+from hvd_sketch.agreement import Agreed, Loaded, Report, StepAgreement, all_finite, require_equal
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.feedback import Limits, no_limits
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.volume import CommLedger, MeteredTransport
 
+logger = logging.getLogger(__name__)
 Parameters = Sequence[tuple[str, tuple[int, ...], str]]
 Ranges = Sequence[tuple[int, int]]  # coordinates from a start up to a stop; ascending, none of them empty
 
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
         name: tells the name of a coordinate, for messages.
         ledger: to share one with another exchange; default a new one.
         max_skips: more skipped steps in a row raise RuntimeError on every rank; default 25; 0: no limit.
+        flags: how many yes or no of its parameters every rank tells before a step; default one for each parameter.
     """
 
     parameters: Parameters
@@ -54,6 +56,7 @@ class Options(TypedDict, total=False):
     name: Callable[[int], str]
     ledger: CommLedger
     max_skips: int
+    flags: int
 
 
 class Exchange:
@@ -89,17 +92,27 @@ class Exchange:
         _require_equal_setup(transport, config, dim, parameters, max_skips)
         self.dim = dim
         self.ledger = options.get("ledger", CommLedger())
-        self.agreement = StepAgreement(transport.size, len(parameters), max_skips)
+        self.agreement = StepAgreement(transport.size, options.get("flags", len(parameters)), max_skips)
         self.reset_coordinates = 0
         self._step = 0
-        self._is_fresh = True
-        self._is_anyones = False  # the state was loaded, no step was made since, and it is not one rank's own
+        self._is_fresh = True  # has neither made a step nor loaded a state
+        self._loaded = Loaded.NOTHING
         self._device = torch.device(device)
         self._dense_bytes = options.get("dense_bytes", 4 * dim)
         self._limits = options.get("limits", no_limits(dim, device))
         self._name = options.get("name", "coordinate {}".format)
         self._transport = transport
         self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
+
+    @property
+    def residual(self) -> Tensor:
+        """What this rank produced and has not sent yet, [dim]."""
+        raise NotImplementedError
+
+    @property
+    def velocity(self) -> Tensor:
+        """The momentum, [dim]."""
+        raise NotImplementedError
 
     @property
     def step_number(self) -> int:
@@ -116,21 +129,23 @@ class Exchange:
 
         Communication: collective.
         """
-        if not report.done:
+        may_take_no_step = report.done or report.held
+        if not may_take_no_step:
             self.ledger.begin_step()
-        agreed = self.agreement.agree(self._comm, self._step, replace(report, fresh=self._is_fresh))
+        report = replace(report, fresh=self._is_fresh, loaded=self._loaded)
+        agreed = self.agreement.agree(self._comm, self._step, report)
         if agreed.root is not None:
             self.take_over_state(agreed.root)
-        if report.done and agreed.active:
-            self.ledger.begin_step()
-        if agreed.active:
+        if agreed.active and not agreed.held:
+            if may_take_no_step:
+                self.ledger.begin_step()
             self.count_step()
         return agreed
 
     def count_step(self) -> None:
         """A step has begun: the next one hashes afresh. Communication: none."""
         self._step += 1
-        self._is_fresh = self._is_anyones = False
+        self._is_fresh, self._loaded = False, Loaded.NOTHING
 
     def take_over_state(self, root: int) -> None:
         """Give all ranks the root's counters and what else a rank may take over from another.
@@ -141,12 +156,22 @@ class Exchange:
 
         Communication: collective, all ranks (not counted in the ledger).
         """
-        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._is_anyones, *self._thresholds()])
+        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._thresholds()])
         own_step = self._step
-        step, skipped, anyones, *thresholds = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
+        step, skipped, loaded, *thresholds = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
         self._step, self.agreement.skipped_steps = step, skipped
-        self._is_fresh, self._is_anyones = False, bool(anyones)
-        self._take_over(root, bool(anyones), own_step == step, thresholds)
+        self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
+        self._take_over(root, self._loaded == Loaded.ANYONES, own_step == step, thresholds)
+
+    def forget(self) -> None:
+        """Momentum and residuals start from zero, as after loading the state of an optimizer without an exchange.
+
+        Communication: none, but every rank forgets.
+        """
+        self.residual.zero_()
+        self.velocity.zero_()
+        if not self._is_fresh:
+            self._loaded = Loaded.PLAIN
 
     def _thresholds(self) -> list[int]:
         """What saves messages in the next step."""
@@ -178,13 +203,12 @@ class Exchange:
             return
         if not self.reset_coordinates:
             named = ", ".join(self._name(number) for number in coordinates[:5].tolist())
-            warnings.warn(
-                f"rank {self._comm.rank}: u or v was NaN or infinite at {coordinates.numel()} coordinates "
-                f"({named}{', …' if coordinates.numel() > 5 else ''}) and starts from zero there: the gradient "
-                "overflowed float32, or the loaded state was damaged. Further ones are only counted "
+            # No warning of Python's: one that is made an error would stop this rank in the middle of a step.
+            logger.warning(
+                "rank %d: momentum or residual was NaN or infinite at %d coordinates (%s) and starts from zero there: "
+                "the gradient overflowed float32, or the loaded state was damaged. Further ones are only counted "
                 "(reset_coordinates).",
-                RuntimeWarning,
-                stacklevel=2,
+                *(self._comm.rank, coordinates.numel(), named + ", …" * (coordinates.numel() > 5)),
             )
         self.reset_coordinates += coordinates.numel()
 
@@ -206,7 +230,7 @@ class Exchange:
         self._step = state["step"]
         self.agreement.skipped_steps = state["skipped_steps"]
         self._is_fresh = self._is_fresh and state["step"] == 0  # its own, as Accelerate loads what it was given
-        self._is_anyones = state["rank"] is None
+        self._loaded = Loaded.ANYONES if state["rank"] is None else Loaded.OWN
 
 
 def _require_equal_setup(

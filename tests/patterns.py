@@ -192,7 +192,7 @@ def check_drift_of_any_cause_is_refused(t: Transport) -> None:
         optimizer.step()
 
 
-def check_a_forgotten_broadcast_is_told_once_after_the_first_step(t: Transport) -> None:
+def check_a_forgotten_broadcast_is_told_once(t: Transport) -> None:
     """Every rank goes on with a model of its own, as under Horovod, where nobody would say so."""
     model = network()
     if t.rank == t.size - 1:
@@ -211,8 +211,93 @@ def check_a_forgotten_broadcast_is_told_once_after_the_first_step(t: Transport) 
         logger.removeHandler(listener)
         assert len(told) == (t.rank == 0 and settings["check_every"] > 0)
     for text in told:
-        assert "before step 1" in text and "'2.bias': checksum" in text and "'2.weight'" not in text
+        assert "before step 0" in text and "'2.bias': checksum" in text and "'2.weight'" not in text
         assert "call broadcast_parameters" in text
+
+
+# --- whether gradients are averaged already is not for one rank to decide
+
+
+def check_a_rank_without_a_backward_pass_still_exchanges(t: Transport) -> None:
+    """By synchronize() alone, without step(): as SAM, or after a skipped exchange."""
+    for sketch in sketches():
+        model = network()
+        optimizer = wrap(t, model, sketch)
+        for step in range(6):
+            model.zero_grad()
+            if step % 2 == 0 or t.rank != 0:
+                factor = float("nan") if step == 2 else 1.0
+                (loss(model, t.rank, step) * factor).backward()
+            if not optimizer.synchronize():
+                continue
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:  # alone in the job, this rank has none
+                        parameter -= 0.05 * parameter.grad
+        assert optimizer.ledger.totals().steps == 6 and optimizer.skipped_steps == 1
+        assert_equal_everywhere(t, model)
+
+
+def check_gradients_assigned_by_hand_are_exchanged(t: Transport) -> None:
+    """No hook sees them."""
+    for sketch in sketches():
+        model = network()
+        optimizer = wrap(t, model, sketch, SAM)
+        for step in range(4):
+            for by_sam in (True, False):
+                gradients = torch.autograd.grad(loss(model, t.rank, step), list(model.parameters()))
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.synchronize()
+                optimizer.first_step() if by_sam else optimizer.second_step()
+        assert optimizer.ledger.totals().steps == 8
+        assert_equal_everywhere(t, model)
+        parameter.grad = gradient.clone()  # and without an exchange they are refused, also where torch counts no change
+        with pytest.raises(RuntimeError, match=r"step_by_data\(\) changed parameters"):
+            optimizer.step_by_data()
+
+
+def check_a_rank_that_goes_its_own_way_after_synchronize_stops_all(t: Transport) -> None:
+    if t.size == 1:
+        return
+
+    def another_backward(model: nn.Module, optimizer: DistributedOptimizer) -> None:
+        loss(model, t.rank, 1).backward()
+
+    def clear(model: nn.Module, optimizer: DistributedOptimizer) -> None:
+        optimizer.zero_grad()
+
+    for own_way in (another_backward, clear):
+        model = network()
+        optimizer = wrap(t, model, None)
+        loss(model, t.rank, 0).backward()
+        optimizer.synchronize()
+        if t.rank == t.size - 1:
+            own_way(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(RuntimeError, match="gradients that synchronize\\(\\) has averaged, rank"):
+                optimizer.step()
+
+
+def check_different_kinds_of_checkpoints_stop_all(t: Transport) -> None:
+    if t.size == 1:
+        return
+    for sketch in sketches():
+        model = network()
+        optimizer = wrap(t, model, sketch)
+        loss(model, t.rank, 0).backward()
+        optimizer.step()
+        own, common = optimizer.state_dict(), optimizer.state_dict(consolidated=True)
+        if sketch is not None:
+            optimizer.load_state_dict(common if t.rank == 0 else own)
+            with pytest.raises(RuntimeError, match=r"different kinds of checkpoints.*anyones on rank 0; own on rank"):
+                optimizer.step()
+        optimizer.load_state_dict(common)
+        if t.rank == 0:
+            optimizer.load_state_dict({key: own[key] for key in ("state", "param_groups")})
+        with pytest.raises(RuntimeError, match=r"different kinds of checkpoints.*plain on rank 0"):
+            optimizer.step()
 
 
 # --- no gradient is not a gradient of zero
@@ -264,6 +349,11 @@ class SAM(torch.optim.SGD):
             p.sub_(self.state[p]["e"])
         torch.optim.SGD.step(self)
         self.zero_grad()
+
+    def step_by_data(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.data.add_(p.grad, alpha=-0.1)
 
     def rate(self) -> float:
         return self.param_groups[0]["lr"]
@@ -337,6 +427,27 @@ def check_training_goes_on_after_an_overflow(t: Transport) -> None:
 
 
 # --- ranks that run out of data
+
+
+def check_nobody_has_a_batch_after_rank_0_loaded(t: Transport) -> None:
+    """The dense exchange beside the sketched takes over the state as well."""
+    sketch = SketchConfig(cols=200, k=40, momentum=0.9, dense_below=100)
+    model = network()
+    optimizer = wrap(t, model, sketch)
+    loss(model, t.rank, 0).backward()
+    optimizer.step()
+    saved = saved_and_loaded({"model": model.state_dict(), "optimizer": optimizer.state_dict(consolidated=True)})
+    optimizer = wrap(t, model, sketch)
+    if t.rank == 0:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    with optimizer.join():
+        pass
+    for step in range(2):
+        optimizer.zero_grad()
+        loss(model, t.rank, step).backward()
+        optimizer.step()
+    assert_equal_everywhere(t, model)
 
 
 def check_ranks_with_different_numbers_of_batches(t: Transport) -> None:

@@ -59,3 +59,10 @@ def test_digests_differ_with_every_checksum_and_fit() -> None:
         digests.add(digest(changed))
     digests |= {digest(sums.flip(0)), digest(torch.zeros(3, dtype=torch.int64))}
     assert len(digests) == 6 and all(0 < d < 1 << DIGEST_BITS for d in digests)
+
+
+@pytest.mark.parametrize("width", [1, 64, 256, 512, 514, 768, 1024, 4096])
+def test_rows_that_changed_places_are_seen(width: int) -> None:
+    table = values(300 * width, torch.float32).view(300, width)
+    assert not torch.equal(checksums([table]), checksums([table[torch.randperm(300)]]))
+    assert not torch.equal(checksums([table]), checksums([table.roll(1, 0)]))
