@@ -12,8 +12,8 @@ from hvd_sketch.agreement import DIGEST_BITS, tell_values
 from hvd_sketch.packing import NamedParameter
 from hvd_sketch.transport.base import Transport
 
-# Int64 words are summed by columns, in blocks of rows: opposite changes at two places do not cancel, unless in one column
-# of one block. The number of columns is prime: rows of a matrix that changed places seldom meet their old columns.
+# Int64 words are summed by columns, in blocks of rows: opposite changes at two places do not cancel, unless in one
+# column of one block. The number of columns is prime: rows of a matrix that changed places seldom meet old columns.
 COLUMNS = 257
 BLOCKS = 16
 ODD = 0x1E3779B97F4A7C15

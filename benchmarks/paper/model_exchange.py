@@ -1,8 +1,7 @@
 """One model's gradients through a simulated or a real exchange, behind one interface.
 
 For every worker of this process: backward, then ``add(worker)``; then ``finish()``, and every ``p.grad`` is the mean
-update. Tensors of one dimension or fewer than ``config.dense_below`` elements are exchanged dense, as the library's
-optimizer does.
+update. Which tensors are exchanged dense ``config.dense_below`` says, as for the library's optimizer.
 """
 
 from __future__ import annotations
