@@ -180,3 +180,33 @@ def test_synchronize_tells_whether_the_average_is_there() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert optimizer.synchronize() is False
+
+
+@pytest.mark.parametrize("config", [everything(40, dense_below=0), None])
+def test_sparse_as_dense_leaves_dense_gradients_dense(config: SketchConfig | None) -> None:
+    """As scripts pass it with any optimizer; rank 0 does not use the embedding in the first step."""
+
+    def main(transport: LocalTransport) -> tuple[list[bool], torch.Tensor]:
+        table = nn.Embedding.from_pretrained(torch.ones(10, 4), freeze=False, sparse=True)
+        layer = nn.Linear(4, 1)
+        for parameter in layer.parameters():
+            nn.init.ones_(parameter)
+        model = nn.ModuleList([table, layer])
+        inner = SGD(model.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), config, transport, sparse_as_dense=True)
+        for step in range(2):
+            optimizer.zero_grad()
+            inputs = table(torch.tensor([1, 5])) if transport.rank or step else torch.ones(2, 4)
+            layer(inputs).sum().backward()
+            optimizer.synchronize()
+            nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        return [p.grad.is_sparse for p in model.parameters()], torch.cat(
+            [p.detach().flatten() for p in layer.parameters()]
+        )
+
+    results = run_local(2, main, LIMIT_S)
+    for kinds, parameters in results:
+        assert kinds == [True, False, False]
+        assert torch.equal(parameters, results[0][1])
