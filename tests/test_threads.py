@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,17 +20,17 @@ from hvd_sketch.kernels import cpu
 from hvd_sketch.kernels.threads import _team, run_parts
 from tests.harness import child_environment, run_command
 
-# torch's own OpenMP threads do not survive a fork either, so torch gets one; the kernels still get two, of ours.
+# With one thread of torch's, the kernels' two parts run on threads of ours. torch's do not survive a fork: a child of
+# a process that used them must not compute with torch.
 TWO_PARTS = """
 import os, sys, threading
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(2 if "torchs" in sys.argv else 1)
 from hvd_sketch.kernels import cpu, threads
 cpu._parts = lambda size: 2
-on_torchs_threads = "torchs" in sys.argv
 assert threads._team.is_usable, "no OpenMP was found in torch"
-if not on_torchs_threads:
-    threads._team.forget()
+assert threads._team.suits(2, torch.get_num_threads()) == ("torchs" in sys.argv)
+torch.ones(1_000_000).sum()
 values = torch.arange(1000.0)
 def count():
     assert int(cpu.magnitude_histogram(values, 0, 21, 1024).sum()) == 999
@@ -82,6 +83,85 @@ for epoch in range(2):
     assert float(sum(batch.sum() for batch in batches)) == 2 * 32 * 6
     count()
 """
+# A signal handler raises at some moment of most calls, in a kernel of Python code or in a compiled one.
+INTERRUPTS = """
+import random, signal, time
+from hvd_sketch.hashing import BlockHash
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+def kernel(begun, ended, part, parts):
+    begun.append(part)
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.0002)  # a caller that does not wait is noticed
+        ended.append(part)
+
+def call_python():
+    begun, ended = [], []
+    try:
+        threads.run_parts(2, kernel, begun, ended)
+        assert sorted(begun) == [0, 1], f"parts ran: {begun}"
+    finally:
+        calls.append((begun, ended, list(begun), list(ended)))
+
+hash = BlockHash(300_000, 3, 20_000, 2)
+gradient = torch.ones(hash.dim)
+expected = torch.zeros(hash.table_shape)
+cpu.feedback_accumulate_(hash, expected, None, torch.zeros(hash.dim), gradient, 0.0, 0)
+
+def call_compiled():
+    table, v = torch.zeros(hash.table_shape), torch.zeros(hash.dim)
+    try:
+        cpu.feedback_accumulate_(hash, table, None, v, gradient, 0.0, 0)
+        assert torch.equal(table, expected)
+    finally:
+        calls.append((table, v, table.clone(), v.clone()))
+
+def call_interrupted(call, after_s):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, after_s)
+        call()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return 0
+    except KeyboardInterrupt:
+        return 1
+
+signal.signal(signal.SIGALRM, interrupt)
+for call in call_python, call_compiled:
+    calls, started = [], time.perf_counter()
+    for _ in range(20):
+        call()
+    mean_s = (time.perf_counter() - started) / 20
+    interrupted = sum(call_interrupted(call, random.uniform(1e-6, 1.5 * mean_s)) for _ in range(300))
+    assert 0 < interrupted < 300
+    time.sleep(0.01)  # for helpers that come late
+    for now, now_too, then, then_too in calls:
+        if call is call_python:
+            assert (now, now_too) == (then, then_too), "a part ran after its call"
+            assert len(set(now)) == len(now), "a part ran twice"
+        else:
+            assert torch.equal(now, then) and torch.equal(now_too, then_too), "a part ran after its call"
+"""
+THREADS_STAY = """
+import os, torch
+from hvd_sketch.kernels import threads
+torch.set_num_threads(8)
+values = torch.ones(1_000_000)
+
+def compute():
+    for parts in 2, 4, 5, 8, 12:
+        ended = []
+        threads.run_parts(parts, lambda part, parts: ended.append(part))
+        assert sorted(ended) == [*range(parts)]
+        assert values.sum() == 1_000_000
+
+compute()
+before = os.listdir("/proc/self/task")
+for _ in range(20):
+    compute()
+    assert os.listdir("/proc/self/task") == before
+"""
 SIDE_EFFECTS = """
 import os, random, signal, sys, threading, warnings
 import numba, numpy as np, torch
@@ -132,6 +212,17 @@ def test_forked_children_use_kernels(whose: str) -> None:
     run_program(TWO_PARTS + FORK, whose)
 
 
+@pytest.mark.parametrize("whose", ["ours", "torchs"])
+def test_signal_handlers_that_raise(whose: str) -> None:
+    """A call returns what is right, or it raises and no thread of it is left."""
+    run_program(TWO_PARTS + INTERRUPTS, whose)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_calls_end_no_thread_of_torchs_and_start_none_again() -> None:
+    run_program(THREADS_STAY)
+
+
 def test_forked_workers_use_numba_threads() -> None:
     run_program(TWO_PARTS + WORKERS)
 
@@ -169,16 +260,23 @@ def results(hash: BlockHash, seed: int) -> list[Tensor]:
 
 
 @pytest.fixture(params=["ours", "torchs"])
-def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts run on threads of ours, or on torch's."""
-    if request.param == "ours":
-        monkeypatch.setattr(_team, "_parallel", None)
-    assert _team.is_usable == (request.param == "torchs")
+def run_on(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
+    """Have so many parts run on threads of ours, or on torch's."""
+    before = torch.get_num_threads()
+
+    def choose(parts: int) -> None:
+        torch.set_num_threads(parts if request.param == "torchs" else 1)
+        assert _team.suits(parts, torch.get_num_threads()) == (request.param == "torchs")
+
+    yield choose
+    torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("whose")
 @pytest.mark.parametrize("threads", [2, 5])
-def test_results_for_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_for_any_number_of_threads(
+    threads: int, run_on: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on(threads)
     hash = BlockHash(400_000, 3, 20_000, 2)  # several chunks
     monkeypatch.setattr(cpu, "_parts", lambda size: 1)
     alone = results(hash, 0)
@@ -186,8 +284,8 @@ def test_results_for_any_number_of_threads(threads: int, monkeypatch: pytest.Mon
     assert all(torch.equal(one, many) for one, many in zip(alone, results(hash, 0), strict=True))
 
 
-@pytest.mark.usefixtures("whose")
-def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_in_several_threads(run_on: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on(3)
     hash = BlockHash(200_000, 3, 10_000, 2)
     monkeypatch.setattr(cpu, "_parts", lambda size: 3)
     alone = [results(hash, seed) for seed in range(4)]
@@ -197,25 +295,29 @@ def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone[number % 4], result, strict=True))
 
 
-@pytest.mark.usefixtures("whose")
-def test_what_a_part_raises_reaches_the_caller() -> None:
-    ended = []
+def test_what_a_part_raises_reaches_the_caller(run_on: Callable[[int], None]) -> None:
+    run_on(4)
+    begun = []
 
     def kernel(part: int, parts: int) -> None:
-        ended.append(part)
+        begun.append(part)
         if part == 2:
             raise MemoryError("part 2")
 
     with pytest.raises(MemoryError, match="part 2"):
         run_parts(4, kernel)
-    assert sorted(ended) == [0, 1, 2, 3]
+    assert {0, 1, 2} <= set(begun) and len(set(begun)) == len(begun)
+
+
+def test_a_team_of_torchs_size_for_most_of_its_threads() -> None:
+    sizes = [threads for threads in range(1, 20) if _team.suits(4, threads)]
+    assert sizes == [4, 5, 6, 7]
 
 
 def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(_team, "_parallel", None)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     ended: list[int] = []
     run_parts(500, lambda part, parts: ended.append(part))
