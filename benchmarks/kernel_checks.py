@@ -13,12 +13,12 @@ from torch import Tensor
 from torch_style import TorchStyle
 
 from hvd_sketch import SketchedAllreduce
-from hvd_sketch.drift import checksums
+from hvd_sketch.exchange.threshold import OwnedEstimates, select_largest
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import load_backend, reference
 from hvd_sketch.kernels.threads import run_parts
-from hvd_sketch.selection import OwnedEstimates, select_largest
+from hvd_sketch.model.drift import checksums
 from hvd_sketch.transport import local_transports
 
 SMALL_DIMS = (1, 777, 100_003)

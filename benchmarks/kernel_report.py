@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvd_sketch.gradients import CHECK_EVERY
+from hvd_sketch.model.gradients import CHECK_EVERY
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from torch import Tensor
 from torch_style import TorchStyle
 
 from hvd_sketch import SketchConfig, SketchedAllreduce
-from hvd_sketch.drift import checksums
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.model.drift import checksums
 from hvd_sketch.transport import local_transports
 
 TORCH_ROUNDS = 3  # the torch style takes seconds

@@ -1,15 +1,15 @@
 """Sketched gradient exchange for data-parallel PyTorch over Horovod and MPI."""
 
-from hvd_sketch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.exchange.base import SparseUpdate
+from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.hashing import HASH_VERSION
-from hvd_sketch.optimizer import DistributedOptimizer
-from hvd_sketch.packing import sketched_dim
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch.model.optimizer import DistributedOptimizer
+from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.sketch import CountSketch
-from hvd_sketch.steps import SparseUpdate
 from hvd_sketch.transport import HorovodTransport, MPITransport, Transport, local_transports
-from hvd_sketch.volume import CommLedger
 
 __version__ = "0.1.0"
 

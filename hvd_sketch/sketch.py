@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_sketch.exchange.threshold import VectorPart, select_largest
 from hvd_sketch.hashing import BlockHash, Purpose, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import VectorPart, select_largest
 from hvd_sketch.transport.local import local_transports
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from benchmarks.paper.workers import METHODS, PAPER, Variant
 from hvd_sketch import SketchConfig
-from hvd_sketch.exchange import all_sums_travel
-from hvd_sketch.selection import histogram_bins
-from hvd_sketch.volume import RING_PASSES
+from hvd_sketch.exchange.sketched import all_sums_travel
+from hvd_sketch.exchange.threshold import histogram_bins
+from hvd_sketch.ledger import RING_PASSES
 
 RATIO = 40  # what the base aims at, in the paper's count
 OVERSAMPLE = 4

@@ -34,7 +34,7 @@ from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, Si
 from benchmarks.paper.rate_search import Search, search_rates
 from benchmarks.versus.models import MODELS
 from hvd_sketch import Transport, sketched_dim
-from hvd_sketch.packing import NamedParameter
+from hvd_sketch.model.parameters import NamedParameter
 
 STEPS = {"small": 180, "full": 2000}
 MODEL = {"mnist": ("mlp", 200), "cifar10": ("cnn", 64)}  # and its width, by data set

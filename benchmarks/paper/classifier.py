@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.image_data import Images
 from benchmarks.paper.experiment import Traffic
 from benchmarks.paper.model_exchange import ModelExchange
-from hvd_sketch.packing import NamedParameter
+from hvd_sketch.model.parameters import NamedParameter
 
 JUDGED_IMAGES = 5000  # of the training set: their loss is measured at every point of the curve
 EVALUATION_BATCH = 1000

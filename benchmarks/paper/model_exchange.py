@@ -14,8 +14,8 @@ from benchmarks.paper.exchanges import counts
 from benchmarks.paper.experiment import Traffic
 from benchmarks.paper.workers import METHODS, PAPER, DenseWorkers, Variant
 from hvd_sketch import CommLedger, SketchConfig, Transport
-from hvd_sketch.gradients import GradientExchange
-from hvd_sketch.packing import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
 
 ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hvd_sketch.coding import Shortlist
 from hvd_sketch.coding.host import encode_shortlist
+from hvd_sketch.exchange.threshold import Cut
 from hvd_sketch.hashing import BlockHash
-from hvd_sketch.selection import Cut
 from hvd_sketch.transport.base import Finished, Handle
 
 

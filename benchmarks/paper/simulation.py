@@ -2,7 +2,7 @@
 
 :class:`hvd_sketch.SketchedAllreduce` spends milliseconds per step in collectives and calls, whatever the dimension;
 a hundred thousand steps of ten problems of dimension 785 would take hours. Here one pass over arrays
-``[workers, problems, dim]`` does the same sums in the same order. tests/test_paper_mnist.py compares every step.
+``[workers, problems, dim]`` does the same sums in the same order. tests/paper/test_mnist.py compares every step.
 Per coordinate and row 12 bytes of hash are written out, so this is for small dimensions only.
 """
 

@@ -8,7 +8,7 @@ Gradients come one worker after the other, so that only one exists at a time::
 
 :class:`SketchedWorkers` and :class:`DenseWorkers` equal ``SketchedAllreduce`` and ``DenseAllreduce`` with
 ``deterministic=True`` on as many ranks to the bit, and write the same records into their ledger: every step is compared
-in tests/test_paper_workers.py. Kept are u and v of every worker (8 bytes per worker and coordinate), one table and one
+in tests/paper/test_workers.py. Kept are u and v of every worker (8 bytes per worker and coordinate), one table and one
 sum of tables.
 """
 
@@ -26,10 +26,10 @@ from benchmarks.paper.one_process import encoded_bytes, propose
 from benchmarks.paper.workers_base import PAPER, FeedbackWorkers, Variant, Workers
 from hvd_sketch import CountSketch
 from hvd_sketch.coding.host import without
-from hvd_sketch.exchange import all_sums_travel
-from hvd_sketch.selection import Cut, Expectation, VectorPart, find_cut
+from hvd_sketch.exchange.base import SparseUpdate
+from hvd_sketch.exchange.sketched import all_sums_travel
+from hvd_sketch.exchange.threshold import Cut, Expectation, VectorPart, find_cut
 from hvd_sketch.sketch import fill_at_random, heavy_threshold, row_energies
-from hvd_sketch.steps import SparseUpdate
 
 __all__ = ["METHODS", "PAPER", "DenseWorkers", "LocalTopK", "SketchedWorkers", "TrueTopK", "Variant", "Workers"]
 

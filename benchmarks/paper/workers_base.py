@@ -11,12 +11,12 @@ from torch import Tensor
 
 from benchmarks.paper.one_process import OneProcess
 from hvd_sketch import CommLedger, CountSketch, SketchConfig
-from hvd_sketch.agreement import agreement_bytes, all_finite
-from hvd_sketch.feedback import Feedback
+from hvd_sketch.exchange.agreement import agreement_bytes, all_finite
+from hvd_sketch.exchange.base import SparseUpdate
+from hvd_sketch.exchange.feedback import Feedback
+from hvd_sketch.exchange.threshold import VectorPart, select_largest
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import VectorPart, select_largest
-from hvd_sketch.steps import SparseUpdate
-from hvd_sketch.volume import MeteredTransport
+from hvd_sketch.transport.metered import MeteredTransport
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange import SparseUpdate
+from hvd_sketch.exchange.sketched import SparseUpdate
 from hvd_sketch.transport import Transport
 from versus.methods import Gradient, HalfPrecision, LocalTopK, Method
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
-from hvd_sketch.exchange import SparseUpdate
+from hvd_sketch.exchange.sketched import SparseUpdate
+from hvd_sketch.exchange.threshold import VectorPart, select_largest
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.selection import VectorPart, select_largest
+from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport, local_transports
-from hvd_sketch.volume import CommLedger, MeteredTransport
+from hvd_sketch.transport.metered import MeteredTransport
 from versus.powersgd import PowerSGD
 
 POWERSGD_RANK = 4

@@ -12,9 +12,9 @@ from image_data import Images
 from torch import Tensor, nn
 
 import hvd_sketch
-from hvd_sketch.exchange import SparseUpdate
+from hvd_sketch.exchange.sketched import SparseUpdate
+from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport
-from hvd_sketch.volume import CommLedger
 from versus.clock import read_sent
 from versus.methods import METHODS, Gradient
 

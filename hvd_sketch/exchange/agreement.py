@@ -1,0 +1,377 @@
+"""What all ranks must agree on: equal set-ups, and before each step whether and how all of them take it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.metered import MeteredTransport
+
+# A rank's word in the first collective of a step: flags in the lowest bits, then the step, then the digest.
+FLAG_BITS = 10
+STEP_BITS = 27
+DIGEST_BITS = 26
+LOADED_SHIFT = 8  # of a flag
+COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
+
+
+class Flag(IntFlag):
+    """What one rank says of itself before a step."""
+
+    ARRIVED = 1  # a rank that has left by hvd.join() adds zeros
+    NOT_FINITE = 2
+    SCALED = 4  # a GradScaler judges this step, too, and looks for its scale by overflows
+    DONE = 8  # has run out of data and contributes nothing
+    FRESH = 16  # has neither made a step nor loaded a state
+    REFUSED = 32  # cannot take this step
+    HELD = 64  # its gradients are averaged already
+    FORGIVES = 128  # a GradScaler has judged the skipped step before
+    LOADED = 768  # two bits: what kind of state it has loaded since its last step
+
+
+class Loaded(IntEnum):
+    """What kind of state a rank has loaded since its last step."""
+
+    NOTHING = 0
+    OWN = 1
+    ANYONES = 2  # consolidated
+    PLAIN = 3  # of an optimizer without an exchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank knows before a step that the others do not.
+
+    Attributes:
+        finite: nothing of its gradient is NaN or infinite.
+        scaled: a ``GradScaler`` judges this step, too.
+        done: this rank has run out of data.
+        fresh: it has neither made a step nor loaded a state.
+        refusal: what it raises because it cannot take this step; None: it can.
+        held: its gradients are averaged already: nothing is to be exchanged, if all ranks say so.
+        forgives: a ``GradScaler`` has judged the skipped step before.
+        loaded: what kind of state it has loaded since its last step.
+        used: for each parameter whether it has a gradient here.
+        digest: of its parameters' bits, ``DIGEST_BITS`` wide and not 0; 0: not made.
+    """
+
+    finite: bool = True
+    scaled: bool = False
+    done: bool = False
+    fresh: bool = False
+    refusal: Exception | None = None
+    held: bool = False
+    forgives: bool = False
+    loaded: Loaded = Loaded.NOTHING
+    used: Sequence[bool] = ()
+    digest: int = 0
+
+    def flags(self) -> Flag:
+        flags = Flag.ARRIVED | Flag(self.loaded << LOADED_SHIFT)
+        for is_set, flag in (
+            (not self.finite, Flag.NOT_FINITE),
+            (self.scaled, Flag.SCALED),
+            (self.done, Flag.DONE),
+            (self.fresh, Flag.FRESH),
+            (self.refusal is not None, Flag.REFUSED),
+            (self.held, Flag.HELD),
+            (self.forgives, Flag.FORGIVES),
+        ):
+            flags |= flag if is_set else Flag(0)
+        return flags
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know before they go on with a step, equal on every rank.
+
+    Attributes:
+        goes_on: the step is taken; False: all ranks skip it, hold averaged gradients, or have run out of data.
+        held: all ranks hold averaged gradients.
+        active: the ranks that still have data.
+        used: for each parameter whether any rank has a gradient of it.
+        compared: every rank has made a digest of its parameters.
+        drifted: they differ.
+        root: a rank that has loaded a state which the fresh ranks shall take over; None: no rank is fresh alone.
+    """
+
+    goes_on: bool
+    held: bool
+    active: tuple[int, ...]
+    used: tuple[bool, ...]
+    compared: bool
+    drifted: bool
+    root: int | None
+
+
+class StepAgreement:
+    """The first collective of every step.
+
+    Args:
+        size: how many ranks there are.
+        parameters: how many parameters a report tells of.
+        max_skips: more skipped steps in a row are an error; 0: never. Steps that a ``GradScaler`` judges do not count.
+    """
+
+    def __init__(self, size: int, parameters: int = 0, max_skips: int = 25) -> None:
+        self.skipped_steps = 0
+        self._max_skips = max_skips
+        self._in_a_row = 0
+        self._warned = False
+        self._counters = _Counters(size, parameters)
+
+    def agree(self, comm: MeteredTransport, step: int, report: Report) -> Agreed:
+        """Tell the others this rank's report and hear theirs.
+
+        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter.
+
+        Raises:
+            RuntimeError: on every rank: one refuses the step (and raises its refusal itself), has left by
+                ``hvd.join()``, or is at another step, whose hashes do not fit; too many steps in a row were skipped.
+        """
+        words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
+        words[comm.rank] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
+        self._counters.fill(words[comm.size :], report.used)
+        with comm.phase("agree"):
+            sums = comm.allreduce_(words)
+        every = [_Word.read(word) for word in sums[: comm.size].tolist()]
+        _refuse_together(comm, every, report.refusal)
+        _check_joined(comm, every)
+        held = _all_hold(every)
+        root = _state_root(every)
+        if any(word.flags & Flag.FORGIVES for word in every):
+            self._in_a_row = 0
+        goes_on = self._judge(every)
+        digests = [word.digest for word in every]
+        return Agreed(
+            goes_on=goes_on,
+            held=held,
+            active=tuple(rank for rank, word in enumerate(every) if not word.flags & Flag.DONE),
+            used=self._counters.read(sums[comm.size :]),
+            compared=all(digests),
+            drifted=all(digests) and len(set(digests)) > 1,
+            root=root,
+        )
+
+    def _judge(self, every: Sequence[_Word]) -> bool:
+        if all(word.flags & (Flag.DONE | Flag.HELD) for word in every):
+            return False
+        bad_ranks = [rank for rank, word in enumerate(every) if word.flags & Flag.NOT_FINITE]
+        if bad_ranks:
+            self._count_skip(bad_ranks, all(every[rank].flags & Flag.SCALED for rank in bad_ranks))
+            return False
+        self._in_a_row = 0
+        return True
+
+    def _count_skip(self, bad_ranks: list[int], scaled: bool) -> None:
+        reason = f"the gradient of {name_ranks(bad_ranks)} has NaN or Inf"
+        self.skipped_steps += 1
+        self._in_a_row = 0 if scaled else self._in_a_row + 1
+        if self._max_skips and self._in_a_row > self._max_skips:
+            raise RuntimeError(
+                f"all ranks skipped {self._in_a_row} steps in a row, the last because {reason}: the model has "
+                "diverged, or its data hold NaN. Lower the learning rate, go back to a checkpoint, or raise "
+                f"max_skips={self._max_skips} (0: no limit)"
+            )
+        if not self._warned:
+            warnings.warn(
+                f"all ranks skip this step: {reason}. Parameters, momentum and residuals stay as they are. "
+                "Further skips are only counted (skipped_steps).",
+                RuntimeWarning,
+                stacklevel=_users_level(),
+            )
+        self._warned = True
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` of the first caller outside of this package, for a warning by the caller of this function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__ or ""):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+@dataclass(frozen=True)
+class _Word:
+    flags: Flag
+    step: int
+    digest: int
+
+    @classmethod
+    def read(cls, word: int) -> _Word:
+        step = word >> FLAG_BITS
+        return cls(Flag(word & (1 << FLAG_BITS) - 1), step & (1 << STEP_BITS) - 1, step >> STEP_BITS)
+
+
+def agreement_bytes(size: int, parameters: int) -> int:
+    """How large the first collective of a step is, for so many ranks and parameters."""
+    return 8 * (size + _Counters(size, parameters).words)
+
+
+class _Counters:
+    """One counter for each parameter, packed into int64 words: a sum over ranks overflows none."""
+
+    def __init__(self, size: int, parameters: int) -> None:
+        self._parameters = parameters
+        self._per_word = COUNTER_BITS // size.bit_length()
+        self.words = ceil(parameters / self._per_word)
+        self._shifts = torch.arange(self._per_word) * size.bit_length()
+        self._mask = (1 << size.bit_length()) - 1
+
+    def fill(self, words: Tensor, used: Sequence[bool]) -> None:
+        if not used:
+            return
+        ones = torch.zeros(self.words * self._per_word, dtype=torch.int64)
+        ones[: self._parameters] = torch.tensor(used, dtype=torch.int64)
+        words.copy_((ones.view(self.words, -1) << self._shifts).sum(1))
+
+    def read(self, words: Tensor) -> tuple[bool, ...]:
+        counts = (words.unsqueeze(1) >> self._shifts) & self._mask
+        return tuple((counts.view(-1)[: self._parameters] > 0).tolist())
+
+
+def _refuse_together(comm: Transport, every: Sequence[_Word], refusal: Exception | None) -> None:
+    refusing = [rank for rank, word in enumerate(every) if word.flags & Flag.REFUSED]
+    if not refusing:
+        return
+    reasons = _gather_texts(comm, str(refusal or ""))
+    if refusal is not None:
+        raise refusal
+    raise RuntimeError(
+        f"{name_ranks(refusing)} of {comm.size} cannot take this step, so no rank does: {reasons[refusing[0]]}"
+    )
+
+
+def _check_joined(comm: Transport, every: Sequence[_Word]) -> None:
+    missing = [rank for rank, word in enumerate(every) if not word.flags & Flag.ARRIVED]
+    if missing:
+        raise RuntimeError(
+            f"{name_ranks(missing)} of {comm.size} left this step by hvd.join(), which cannot stand in for a sketched "
+            "exchange: put the training loop into 'with optimizer.join():' on every rank instead"
+        )
+
+
+def _all_hold(every: Sequence[_Word]) -> bool:
+    """Whether all ranks that have data hold averaged gradients. Raises where some do."""
+    holding = [rank for rank, word in enumerate(every) if word.flags & Flag.HELD]
+    others = [rank for rank, word in enumerate(every) if not word.flags & (Flag.HELD | Flag.DONE)]
+    if holding and others:
+        raise RuntimeError(
+            f"{name_ranks(holding)} came to this exchange with gradients that synchronize() has averaged, "
+            f"{name_ranks(others)} with others: call synchronize(), zero_grad(), backward() and step() in the same "
+            "order on every rank, and step() inside skip_synchronize() after synchronize()"
+        )
+    return bool(holding)
+
+
+def _state_root(every: Sequence[_Word]) -> int | None:
+    """The rank whose state the fresh ranks shall take over. Raises where no state fits all ranks."""
+    is_fresh = [bool(word.flags & Flag.FRESH) for word in every]
+    steps = [word.step for word in every]
+    if len({step for step, fresh in zip(steps, is_fresh, strict=True) if not fresh}) > 1:
+        raise RuntimeError(
+            f"the ranks are at different steps, in rank order {steps}: load checkpoints of the same step on "
+            "every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops of "
+            "unequal length go into 'with optimizer.join():')"
+        )
+    kinds = [Loaded((word.flags & Flag.LOADED) >> LOADED_SHIFT).name.lower() for word in every]
+    if len({kind for kind, fresh in zip(kinds, is_fresh, strict=True) if not fresh}) > 1:
+        raise RuntimeError(
+            f"the ranks have loaded different kinds of checkpoints before step {steps[0]}: {tell_values(kinds)}. Load "
+            "on every rank its own, on every rank a consolidated one, or on one rank and call broadcast_optimizer_state"
+        )
+    return None if all(is_fresh) or not any(is_fresh) else is_fresh.index(False)
+
+
+def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
+    """Compare named values over all ranks; only a digest travels while they are equal.
+
+    Communication: collective, all ranks, also when they then raise.
+
+    Raises:
+        ValueError: on every rank, naming the fields that differ, the ranks and their values.
+    """
+    text = json.dumps({name: str(value) for name, value in fields.items()})
+    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = comm.allgather(digest).view(comm.size, -1)
+    if bool((digests == digests[0]).all()):
+        return
+    every_rank = [json.loads(text) for text in _gather_texts(comm, text)]
+    differences = []
+    for name in dict.fromkeys(name for fields in every_rank for name in fields):
+        values = [fields.get(name, "missing") for fields in every_rank]
+        if len(set(values)) > 1:
+            differences.append(f"{name}: {tell_values(values)}")
+    shown = differences[:5] + [f"and {len(differences) - 5} more"] * (len(differences) > 5)
+    raise ValueError(
+        f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
+        + "\n  ".join(["", *shown])
+        + "\nBuild the exchange from the same configuration, model and software on every rank."
+    )
+
+
+@contextmanager
+def refused_together(comm: Transport) -> Iterator[None]:
+    """What one rank refuses inside, by a ValueError or TypeError, all ranks refuse: nobody is left waiting for it.
+
+    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
+
+    Raises:
+        ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
+    """
+    refusal: Exception | None = None
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        refusal = error
+    refusing = comm.allgather(torch.tensor([refusal is not None], dtype=torch.uint8)).nonzero().flatten().tolist()
+    if not refusing:
+        return
+    reasons = _gather_texts(comm, str(refusal))
+    if refusal is not None:
+        raise refusal
+    raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
+
+
+def all_finite(parts: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; waits for the device of the parts."""
+    return bool(finite_flag(parts))
+
+
+def finite_flag(parts: Sequence[Tensor]) -> Tensor:
+    """Whether no element is NaN or infinite: bool [], on the device of the parts, which is not waited for.
+
+    One pass, half the time of a copy; isfinite().all() takes four copies.
+    """
+    extremes = [torch.stack(torch.aminmax(part)) for part in parts if part.numel()]
+    return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
+
+
+def tell_values(values: Sequence[object]) -> str:
+    """Which values there are and on which ranks, in words."""
+    ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
+    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+
+
+def name_ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _gather_texts(comm: Transport, text: str) -> list[str]:
+    data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
+    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
+    gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
+    ends = np.cumsum(sizes).tolist()
+    return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]

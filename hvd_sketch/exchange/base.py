@@ -1,0 +1,245 @@
+"""What the sketched and the dense exchange share: an equal set-up, agreement before each step, what they count."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.agreement import Agreed, Loaded, Report, StepAgreement, all_finite, require_equal
+from hvd_sketch.exchange.feedback import Limits, no_limits
+from hvd_sketch.hashing import HASH_VERSION
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.metered import MeteredTransport
+
+logger = logging.getLogger(__name__)
+Parameters = Sequence[tuple[str, tuple[int, ...], str]]
+Ranges = Sequence[tuple[int, int]]  # coordinates from a start up to a stop; ascending, none of them empty
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """What a step agreed on, the same bits on every rank.
+
+    Attributes:
+        indices: int64 [n], ascending.
+        values: float32 [n], the mean over ranks at ``indices``; finite.
+        skipped: a rank's gradient was not finite: both tensors are empty.
+    """
+
+    indices: Tensor
+    values: Tensor
+    skipped: bool = False
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every exchange.
+
+    Keys:
+        parameters: ``(name, shape, dtype)`` of what the gradient is made of, compared over the ranks; default none.
+        dense_bytes: size of the gradient in its own dtypes, for the ratio; default 4 bytes a coordinate.
+        limits: how large an element of the mean may be; default: what float32 holds.
+        name: tells the name of a coordinate, for messages.
+        ledger: to share one with another exchange; default a new one.
+        max_skips: more skipped steps in a row raise RuntimeError on every rank; default 25; 0: no limit.
+        flags: how many yes or no of its parameters every rank tells before a step; default one for each parameter.
+    """
+
+    parameters: Parameters
+    dense_bytes: int
+    limits: Limits
+    name: Callable[[int], str]
+    ledger: CommLedger
+    max_skips: int
+    flags: int
+
+
+class Exchange:
+    """The base of the sketched and the dense exchange.
+
+    Communication: the constructor is collective; it compares config, dim, parameters, world size and hash version
+    over the ranks.
+
+    Args:
+        config: equal on all ranks.
+        dim: length of the gradient.
+        transport: this rank's end of the network.
+        device: where gradients and all that is kept lie.
+        **options: see :class:`Options`.
+
+    Attributes:
+        agreement: the first collective of every step.
+        reset_coordinates: how many of this rank's u and v were not finite and were set to zero.
+
+    Raises:
+        ValueError: on every rank: they were set up differently.
+    """
+
+    def __init__(
+        self,
+        config: SketchConfig | None,
+        dim: int,
+        transport: Transport,
+        device: torch.device | str,
+        **options: Unpack[Options],
+    ) -> None:
+        parameters, max_skips = options.get("parameters", ()), options.get("max_skips", 25)
+        _require_equal_setup(transport, config, dim, parameters, max_skips)
+        self.dim = dim
+        self.ledger = options.get("ledger", CommLedger())
+        self.agreement = StepAgreement(transport.size, options.get("flags", len(parameters)), max_skips)
+        self.reset_coordinates = 0
+        self._step = 0
+        self._is_fresh = True  # has neither made a step nor loaded a state
+        self._loaded = Loaded.NOTHING
+        self._device = torch.device(device)
+        self._dense_bytes = options.get("dense_bytes", 4 * dim)
+        self._limits = options.get("limits", no_limits(dim, device))
+        self._name = options.get("name", "coordinate {}".format)
+        self._transport = transport
+        self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
+
+    @property
+    def residual(self) -> Tensor:
+        """What this rank produced and has not sent yet, [dim]."""
+        raise NotImplementedError
+
+    @property
+    def velocity(self) -> Tensor:
+        """The momentum, [dim]."""
+        raise NotImplementedError
+
+    @property
+    def step_number(self) -> int:
+        """Number of the step that comes next, from 0."""
+        return self._step
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because something was not finite."""
+        return self.agreement.skipped_steps
+
+    def begin_step(self, report: Report) -> Agreed:
+        """Agree on a step: whether all take it, and from which state.
+
+        Communication: collective.
+        """
+        may_take_no_step = report.done or report.held
+        if not may_take_no_step:
+            self.ledger.begin_step()
+        report = replace(report, fresh=self._is_fresh, loaded=self._loaded)
+        agreed = self.agreement.agree(self._comm, self._step, report)
+        if agreed.root is not None:
+            self.take_over_state(agreed.root)
+        if agreed.active and not agreed.held:
+            if may_take_no_step:
+                self.ledger.begin_step()
+            self.count_step()
+        return agreed
+
+    def count_step(self) -> None:
+        """A step has begun: the next one hashes afresh. Communication: none."""
+        self._step += 1
+        self._is_fresh, self._loaded = False, Loaded.NOTHING
+
+    def take_over_state(self, root: int) -> None:
+        """Give all ranks the root's counters and what else a rank may take over from another.
+
+        Residuals belong to their rank. All get the root's only where it has just loaded those of a
+        ``state_dict(consolidated=True)``. Otherwise a rank keeps its own if it is at the root's step, and begins with
+        zeros if it is at another.
+
+        Communication: collective, all ranks (not counted in the ledger).
+        """
+        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._thresholds()])
+        own_step = self._step
+        step, skipped, loaded, *thresholds = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
+        self._step, self.agreement.skipped_steps = step, skipped
+        self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
+        self._take_over(root, self._loaded == Loaded.ANYONES, own_step == step, thresholds)
+
+    def forget(self) -> None:
+        """Momentum and residuals start from zero, as after loading the state of an optimizer without an exchange.
+
+        Communication: none, but every rank forgets.
+        """
+        self.residual.zero_()
+        self.velocity.zero_()
+        if not self._is_fresh:
+            self._loaded = Loaded.PLAIN
+
+    def _thresholds(self) -> list[int]:
+        """What saves messages in the next step."""
+        return []
+
+    def _take_over(self, root: int, anyones: bool, at_same_step: bool, thresholds: list[int]) -> None:
+        """What :meth:`take_over_state` does beside the counters. Communication: collective."""
+        raise NotImplementedError
+
+    def _report_of(self, gradient: Sequence[Tensor], dtype: torch.dtype, finite: bool) -> Report:
+        """What this rank can say of consecutive parts of its gradient."""
+        if all(part.dtype == dtype and part.ndim == 1 for part in gradient) and sum(map(len, gradient)) == self.dim:
+            return Report(finite=finite and all_finite(gradient))
+        arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in gradient[:5])
+        expected = str(dtype).removeprefix("torch.")
+        return Report(
+            refusal=ValueError(
+                f"the gradient must be {expected} of shape ({self.dim},), or such parts in order, got {arrived}"
+            )
+        )
+
+    def _nothing(self) -> SparseUpdate:
+        indices = torch.empty(0, dtype=torch.int64, device=self._device)
+        return SparseUpdate(indices, torch.empty(0, dtype=torch.float32, device=self._device), skipped=True)
+
+    def _count_reset(self, coordinates: Tensor) -> None:
+        """Count coordinates whose u or v was not finite, and name the first ones once."""
+        if not coordinates.numel():
+            return
+        if not self.reset_coordinates:
+            named = ", ".join(self._name(number) for number in coordinates[:5].tolist())
+            # No warning of Python's: one that is made an error would stop this rank in the middle of a step.
+            logger.warning(
+                "rank %d: momentum or residual was NaN or infinite at %d coordinates (%s) and starts from zero there: "
+                "the gradient overflowed float32, or the loaded state was damaged. Further ones are only counted "
+                "(reset_coordinates).",
+                *(self._comm.rank, coordinates.numel(), named + ", …" * (coordinates.numel() > 5)),
+            )
+        self.reset_coordinates += coordinates.numel()
+
+    def _counters(self, rank: int | None) -> dict[str, Any]:
+        """What every state holds; ``rank`` is None where any rank may load it."""
+        of = {"dim": self.dim, "rank": rank, "size": self._comm.size}
+        return {**of, "step": self._step, "skipped_steps": self.skipped_steps}
+
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another dim, or one rank's own on another rank or at another world size."""
+        if state["dim"] != self.dim:
+            raise ValueError(f"the saved state is of dim {state['dim']}, this exchange of dim {self.dim}")
+        rank, size = self._comm.rank, self._comm.size
+        if state["rank"] is not None and (state["rank"], state["size"]) != (rank, size):
+            raise ValueError(
+                f"the saved state is of rank {state['rank']} of {state['size']}, this is rank {rank} of {size}: load "
+                "each rank's own, or save with state_dict(consolidated=True) to change the world size"
+            )
+        self._step = state["step"]
+        self.agreement.skipped_steps = state["skipped_steps"]
+        self._is_fresh = self._is_fresh and state["step"] == 0  # its own, as Accelerate loads what it was given
+        self._loaded = Loaded.ANYONES if state["rank"] is None else Loaded.OWN
+
+
+def _require_equal_setup(
+    transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters, max_skips: int
+) -> None:
+    fields: dict[str, object] = {"hash version": HASH_VERSION, "world size": transport.size, "dim": dim}
+    settings = asdict(config) if config is not None else {"cols": "none: dense"}
+    fields |= {f"config.{name}": value for name, value in settings.items()}
+    fields["max_skips"] = max_skips
+    fields |= {f"parameter {i}": " ".join(map(str, parameter)) for i, parameter in enumerate(parameters)}
+    require_equal(transport, fields)

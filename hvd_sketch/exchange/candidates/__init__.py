@@ -1,0 +1,1 @@
+"""Which coordinates are worth an exact value: one file for each source."""

@@ -1,0 +1,153 @@
+"""Candidate finding: which coordinates are worth an exact value. One replaceable step of the exchange."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.coding import Shortlist, load_coding
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.feedback import Feedback
+from hvd_sketch.exchange.threshold import Cut, Expectation, Magnitudes, OwnedEstimates, VectorPart, find_cut
+from hvd_sketch.kernels import load_backend
+from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
+from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.transport.staging import one_behind
+
+# Estimates an owner may keep, in units of its share of the candidates; at the guess and above lie 1.1 to 1.6.
+KEPT_PER_CANDIDATE = 2
+KEPT_ALWAYS = 1 << 16
+
+
+class CandidateSource(Protocol):
+    """Takes in a gradient and names the coordinates whose exact sums are exchanged.
+
+    Attributes:
+        expected: what is known of the next step from those before. It saves messages and decides nothing.
+    """
+
+    expected: Expectation
+
+    def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+        """``u <- m * u + g``, ``v <- v + u``, then candidates for the summed v: int64, ascending, equal on all ranks.
+
+        Args:
+            feedback: this rank's u and v.
+            parts: all of this rank's gradient, as (start, float32 [n]), in the order to work in.
+            step: number of the step.
+
+        Communication: collective, all ranks in the same order.
+        """
+
+    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
+        """Do for a part what :meth:`find` can do before it writes u and v. Communication: none."""
+
+    def forget_ahead(self) -> None:
+        """Undo every :meth:`sketch_ahead` since the last :meth:`find`. Communication: none."""
+
+
+class SketchCandidates:
+    """Candidates from the summed Count Sketch (paper, Alg. 3, lines 1 to 4; Alg. 1 for HEAVYMIX).
+
+    The table is summed by reduce_scatter: each rank holds the sum of the columns of its own shard only, and
+    judges the coordinates that hash into them, alone. So no two ranks can disagree through rounding, and the
+    time to recover falls with the number of ranks.
+    """
+
+    def __init__(self, config: SketchConfig, dim: int, comm: MeteredTransport, device: torch.device | str) -> None:
+        self._config = config
+        self._comm = comm
+        self._device = torch.device(device)
+        self._kernels = load_backend(None, self._device)
+        self._coding = load_coding(self._kernels)
+        self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
+        self._ahead_from = dim  # coordinates from here on are in the table already
+        self.expected = Expectation()  # of the estimates chosen
+
+    def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+        summed = self._sum_sketches(feedback, parts, step)
+        return self._heavymix(summed, step) if self._config.selection == "heavymix" else self._top_candidates(summed)
+
+    def _sum_sketches(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+        """This rank's shard of the sum of all sketches: float32 [rows, cols // size]."""
+        self._begin(step)
+        row_by_row = self._comm.overlaps and self._comm.size > 1
+        for start, part in parts:
+            is_ahead = start >= self._ahead_from
+            feedback.add_(part, start, None if is_ahead or row_by_row else self._sketch)
+        # Each is sketched while the one before travels.
+        rows = self._rows_sketched(feedback.v, parts) if row_by_row else iter(self._sketch.table)
+        with self._comm.phase("sketch"):
+            handles = [self._comm.start_reduce_scatter(row) for row in one_behind(self._device, rows)]
+            self.forget_ahead()
+            # The table is of no more use: a row's sum takes the place of rows that have arrived.
+            summed = self._sketch.table.view(-1, self._sketch.hash.shard_cols)[: self._sketch.hash.rows]
+            for row, handle in zip(summed, handles, strict=True):
+                row.copy_(handle.wait())
+            return summed
+
+    def _rows_sketched(self, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        """The rows of the table, each when what is not in it yet has been added."""
+        hash, table = self._sketch.hash, self._sketch.table
+        for number, row in enumerate(table):
+            for start, part in parts:
+                if start < self._ahead_from:
+                    values = v[start : start + part.numel()]
+                    self._kernels.accumulate_(hash, table, values, start, range(number, number + 1))
+            yield row
+
+    def _begin(self, step: int) -> None:
+        if self._ahead_from == self._sketch.hash.dim:
+            self._sketch.zero_(step)
+
+    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
+        assert start + part.numel() == self._ahead_from, "parts come from the last to the first"
+        self._begin(step)
+        self._sketch.accumulate_(feedback.preview(part, start), start)
+        self._ahead_from = start
+
+    def forget_ahead(self) -> None:
+        self._ahead_from = self._sketch.hash.dim
+
+    def _top_candidates(self, summed: Tensor) -> Tensor:
+        count = self._config.candidates(self._sketch.hash.dim)
+        limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
+        estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
+        cut = self._cut(estimates, count, self.expected.floor())
+        self.expected.learn(cut)
+        return self._tell_all(*estimates.above(cut), cut)
+
+    def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
+        with self._comm.phase("select", self._device):
+            return find_cut(estimates, count, self._comm, floor)
+
+    def _tell_all(self, positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
+        """The coordinates that all owners chose together, from what this one takes, in its own order."""
+        hash, rank = self._sketch.hash, self._comm.rank
+        doubtful = cut.doubtful(values, cut.own_doubtful)
+        own = Shortlist(positions.to(torch.int64), doubtful, values.index_select(0, doubtful), hash.owned_size(rank))
+        encoded = self._coding.encode_shortlist(own)
+        with self._comm.phase("indices", self._device):
+            shortlists = self._coding.decode_shortlists(self._comm.allgather(encoded), (rank, encoded, own))
+        dropped = cut.dropped([shortlist.values for shortlist in shortlists])
+        return self._coding.merge(hash, shortlists, dropped, self._device)
+
+    def _heavymix(self, summed: Tensor, step: int) -> Tensor:
+        """H, the heavy coordinates, and others at random: k in all, the same on every rank."""
+        k, hash = self._config.k, self._sketch.hash
+        with self._comm.phase("norm"):
+            energies = self._comm.allgather(row_energies(summed).unsqueeze(0))  # [size, rows]
+        # fsum is exact, so that every rank has the same bits.
+        norm = math.sqrt(np.median([math.fsum(row) for row in energies.T.tolist()]))
+        where = hash, summed, self._comm.rank
+        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0)
+        heaviest = VectorPart(self._kernels, estimates)
+        cut = self._cut(heaviest, k)
+        chosen, values = heaviest.above(cut)
+        heavy = self._tell_all(positions[chosen], values, cut)
+        return fill_at_random(heavy, k, hash.dim, self._config.seed, step)

@@ -1,0 +1,122 @@
+"""Communication volume: one record for every collective, taken from the buffers handed to it."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. This is what the
+# transports really send (tests/netlab/test_wire.py), small allreduces apart: for flags and histograms Open MPI doubles
+# recursively, log2(W) times the payload, and for large ones at 3 ranks it sends 1.125 times the ring.
+RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One collective of one step.
+
+    Attributes:
+        step: number of the step, from 0; -1 before the first.
+        phase: which part of the algorithm asked for it ("agree", "sketch", "select", "indices", …).
+        collective: "allreduce", "reduce_scatter", "alltoall", "allgather" or "broadcast".
+        dtype: of the elements, as NumPy names it.
+        payload_bytes: the whole logical vector: a reduce_scatter's or alltoall's input, an allgather's output,
+            an allreduce's or broadcast's buffer.
+        wire_bytes: modelled from it: what one rank sends on average under the ring form,
+            ``passes * (W - 1) / W * payload_bytes``.
+        staged_bytes: copied between a device and the host for it, both ways, codes with the length they travel with;
+            0 where all is on the host, or the transport reads device memory itself.
+    """
+
+    step: int
+    phase: str
+    collective: str
+    dtype: str
+    payload_bytes: int
+    wire_bytes: int
+    staged_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over all steps so far, per rank: collectives, payload bytes, modelled wire bytes, staged bytes."""
+
+    steps: int
+    collectives: int
+    payload_bytes: int
+    wire_bytes: int
+    staged_bytes: int
+
+
+class CommLedger:
+    """What one rank's exchange handed to the network, and what a dense exchange would have.
+
+    Totals and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None: all).
+    """
+
+    def __init__(self, max_records: int | None = 100_000) -> None:
+        self.records: deque[Record] = deque(maxlen=max_records)
+        self._step = -1
+        self._collectives = 0
+        self._payload_bytes = 0
+        self._wire_bytes = 0
+        self._staged_bytes = 0
+        self._ring_bytes = 0  # passes * payload: the wire without its factor (W - 1) / W, which ratios do not need
+        self._dense_ring_bytes = 0
+        self._paper_floats = 0
+        self._dense_floats = 0
+
+    @property
+    def step(self) -> int:
+        """Number of the current step, from 0; -1 before the first."""
+        return self._step
+
+    def begin_step(self) -> None:
+        self._step += 1
+
+    def record(
+        self, phase: str, collective: str, dtype: torch.dtype, payload_bytes: int, size: int, staged_bytes: int = 0
+    ) -> None:
+        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload and as staged."""
+        ring_bytes = RING_PASSES[collective] * payload_bytes
+        wire_bytes = round(ring_bytes * (size - 1) / size)
+        name = str(dtype).removeprefix("torch.")
+        self.records.append(Record(self._step, phase, collective, name, payload_bytes, wire_bytes, staged_bytes))
+        self._collectives += 1
+        self._payload_bytes += payload_bytes
+        self._wire_bytes += wire_bytes
+        self._staged_bytes += staged_bytes
+        self._ring_bytes += ring_bytes
+
+    def compare_with_dense(self, elements: int, dense_bytes: int, paper_floats: int) -> None:
+        """Note what this step stood in for: a gradient of so many elements and bytes (in its own dtype).
+
+        ``paper_floats`` is what the paper counts for it, ``|S| + Pk + k``; ``2 * elements`` where it went dense.
+        """
+        self._dense_floats += 2 * elements
+        self._dense_ring_bytes += RING_PASSES["allreduce"] * dense_bytes
+        self._paper_floats += paper_floats
+
+    def totals(self) -> Totals:
+        return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes, self._staged_bytes)
+
+    def compression_ratio(self) -> float:
+        """Bytes a ring allreduce of the dense gradient would send over the bytes we send, both modelled.
+
+        Everything counts: indices, histograms, flags. The factor (W - 1) / W is in both and cancels, so the
+        ratio is defined on one rank too. NaN before the first step.
+        """
+        return self._dense_ring_bytes / self._ring_bytes if self._ring_bytes else float("nan")
+
+    def paper_compression_ratio(self) -> float:
+        """``2 * d / (|S| + Pk + k)`` as the paper counts, indices left out; NaN before the first step."""
+        return self._dense_floats / self._paper_floats if self._paper_floats else float("nan")
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Write the records kept, one JSON object per line. Communication: none."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record)) + "\n" for record in self.records)

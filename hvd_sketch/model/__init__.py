@@ -1,0 +1,1 @@
+"""The model side: parameters as one vector, their gradients, the optimizer around it."""

@@ -1,0 +1,197 @@
+"""Equal starting points: parameters and optimizer state from one rank to all, as bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.exchange.agreement import refused_together, require_equal
+from hvd_sketch.transport import Transport, resolve_transport
+
+# Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.
+BUCKET_BYTES = 64 * 2**20
+UNSAFE = -1
+
+
+@runtime_checkable
+class Wrapped(Protocol):
+    """An optimizer around another one, with a state of its own: a ``DistributedOptimizer``."""
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that was wrapped."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
+
+    def take_over_state(self, root_rank: int) -> None:
+        """Take over from the root what belongs to no rank alone. Communication: collective, all ranks."""
+
+
+def broadcast_parameters(
+    params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    root_rank: int = 0,
+    transport: str | Transport = "horovod",
+) -> None:
+    """Copy the root's tensors to all ranks, in place, in the order given.
+
+    Args:
+        params: ``model.state_dict()``, or pairs as from ``model.named_parameters()``; any dtype and strides.
+        root_rank: the rank whose values all get.
+        transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
+
+    Communication: collective, all ranks.
+
+    Raises:
+        ValueError: on every rank: names, shapes or dtypes differ between ranks; something is no dense tensor;
+            there is no rank ``root_rank``.
+    """
+    comm = resolve_transport(transport)
+    entries = list(params.items() if isinstance(params, Mapping) else params)
+    # Compared before anything is refused: what is refused is then refused on every rank.
+    described = {f"tensor {i}": _describe(entry) for i, entry in enumerate(entries)}
+    require_equal(comm, {"root_rank": root_rank, **described})
+    _check_root(comm, root_rank)
+    _check_tensors(entries)
+    for bucket in _buckets([tensor for _, tensor in entries]):
+        _broadcast_bucket(bucket, root_rank, comm)
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, transport: str | Transport = "horovod"
+) -> None:
+    """Give all ranks the root's optimizer state: learning rates, momenta, step counts.
+
+    Of a ``DistributedOptimizer`` also the exchange's: the number of the step, momentum that is equal on all ranks, and
+    the residuals that the root has loaded from a ``state_dict(consolidated=True)``. Other residuals belong to their
+    rank: one at the root's step keeps its own, one at another step begins with zeros.
+
+    Args:
+        optimizer: holding the same parameters on every rank. Modified, except on the root.
+        root_rank, transport: as for :func:`broadcast_parameters`.
+
+    Communication: collective, all ranks.
+
+    Raises:
+        ValueError: on every rank: the optimizers differ in kind, groups or shapes; the root's state holds
+            what ``torch.save`` or ``torch.load(weights_only=True)`` refuses; there is no rank ``root_rank``.
+    """
+    comm = resolve_transport(transport)
+    wrapped = optimizer if isinstance(optimizer, Wrapped) else None
+    require_equal(comm, {"root_rank": root_rank, "is wrapped": wrapped is not None, **_optimizer_fields(optimizer)})
+    _check_root(comm, root_rank)
+    with refused_together(comm):
+        if wrapped is not None and wrapped.place != (comm.rank, comm.size):
+            rank, size = wrapped.place
+            raise ValueError(
+                f"the optimizer is rank {rank} of {size} of its own transport, and rank {comm.rank} of {comm.size} of "
+                "this one: pass the transport of its process set or communicator, and the root_rank there"
+            )
+    _broadcast_state(optimizer if wrapped is None else wrapped.inner, root_rank, comm)
+    if wrapped is not None:
+        wrapped.take_over_state(root_rank)
+
+
+def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Transport) -> None:
+    is_root = comm.rank == root_rank
+    data = _serialized(optimizer.state_dict()) if is_root else None
+    length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
+    if length == UNSAFE:
+        raise ValueError(
+            f"the optimizer state of rank {root_rank} holds objects that torch.save or "
+            "torch.load(weights_only=True) refuses: keep to tensors, numbers, strings, lists and dicts in "
+            "param_groups and state"
+        )
+    if is_root and data is not None:
+        comm.broadcast_(data, root_rank)
+    else:
+        received = comm.broadcast_(torch.empty(length, dtype=torch.uint8), root_rank)
+        optimizer.load_state_dict(_deserialized(received))
+
+
+def _check_root(comm: Transport, root_rank: int) -> None:
+    if not 0 <= root_rank < comm.size:
+        raise ValueError(f"root_rank must be in 0 … {comm.size - 1}, the ranks there are, got {root_rank}")
+
+
+def _describe(entry: Any) -> str:
+    if not isinstance(entry, tuple) or len(entry) != 2:
+        return type(entry).__name__
+    name, tensor = entry
+    if not isinstance(tensor, Tensor):
+        return f"{name} {type(tensor).__name__}"
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout}"
+
+
+def _check_tensors(entries: list[Any]) -> None:
+    for entry in entries:
+        if not isinstance(entry, tuple) or len(entry) != 2:
+            raise ValueError(
+                f"params must be a state_dict or (name, tensor) pairs, got {type(entry).__name__}: pass "
+                "model.state_dict() or model.named_parameters()"
+            )
+        if not isinstance(entry[1], Tensor) or entry[1].layout != torch.strided:
+            raise ValueError(f"every value must be a dense tensor, got {_describe(entry)}: leave it out")
+
+
+def _optimizer_fields(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """What must be equal for one optimizer to take over the other's state."""
+    fields: dict[str, object] = {"optimizer": type(optimizer).__name__, "groups": len(optimizer.param_groups)}
+    for i, group in enumerate(optimizer.param_groups):
+        fields[f"parameters of group {i}"] = [(tuple(p.shape), str(p.dtype)) for p in group["params"]]
+    return fields
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of up to ``BUCKET_BYTES`` together, cut by sizes alone: equally on all ranks."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        size_bytes = tensor.numel() * tensor.element_size()
+        if bucket and filled + size_bytes > BUCKET_BYTES:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += size_bytes
+    if filled:
+        yield bucket
+
+
+@torch.no_grad()
+def _broadcast_bucket(tensors: list[Tensor], root_rank: int, comm: Transport) -> None:
+    device = tensors[0].device
+    data = torch.cat([_bytes_of(tensor.to(device)) for tensor in tensors])
+    comm.broadcast_(data, root_rank)
+    if comm.rank == root_rank:
+        return
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.numel() * tensor.element_size()
+        # A copy of its own: memory of a wider dtype must begin at a multiple of its size.
+        tensor.copy_(data[start:stop].clone().view(tensor.dtype).view(tensor.shape))
+        start = stop
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _serialized(state: dict[str, Any]) -> Tensor | None:
+    """The state as uint8 [n], or None if it cannot be saved, or others could not load it safely."""
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        _deserialized(data)
+    except Exception:  # picklers and unpicklers raise whatever they like
+        return None
+    return data
+
+
+def _deserialized(data: Tensor) -> dict[str, Any]:
+    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)

@@ -1,0 +1,387 @@
+"""One model's gradients through the sketched and the dense exchange, in one fixed order on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
+from hvd_sketch.exchange.base import Options, Ranges
+from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.drift import checksums, describe_drift, digest
+from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.transport.base import Transport
+
+CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
+logger = logging.getLogger(__name__)
+E = TypeVar("E", SketchedAllreduce, DenseAllreduce)
+
+
+@dataclass(frozen=True)
+class Way(Generic[E]):
+    """An exchange and those parameters of the model whose gradients go through it.
+
+    Attributes:
+        exchange: sketched or dense.
+        flat: the parameters as the vector it exchanges.
+        numbers: of the parameters among all of the model.
+    """
+
+    exchange: E
+    flat: FlatParameters
+    numbers: Sequence[int]
+
+    def used(self, used: Sequence[bool]) -> tuple[list[bool], Ranges]:
+        """Which of these parameters are used, of a list for all of the model, and the coordinates of the others."""
+        own = [used[number] for number in self.numbers]
+        return own, self.flat.unused(own)
+
+
+class GradientExchange:
+    """The sketched and the dense exchange of one model's gradients, in one fixed order on all ranks.
+
+    Args:
+        named: the parameters; equal on all ranks.
+        config: how to compress; None: everything goes dense, without momentum.
+        transport: this rank's end of the network.
+        wire_dtype: what the dense exchange sends; None: the dtype of its vector.
+        is_sum: the gradients become sums over the ranks, not means.
+        makes_sparse: where a rank's gradient is sparse, ``p.grad`` becomes a sparse tensor of rows on all ranks.
+        check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.
+        max_skips: see :class:`~hvd_sketch.exchange.base.Options`.
+
+    Attributes:
+        ledger: of both exchanges.
+        active: the ranks that had data in the last step.
+
+    Communication: the constructor, :meth:`average`, :meth:`take_over_state` and ``state_dict(consolidated=True)`` are
+    collective.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[NamedParameter],
+        config: SketchConfig | None,
+        transport: Transport,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        is_sum: bool = False,
+        makes_sparse: bool = False,
+        check_every: int = CHECK_EVERY,
+        max_skips: int = 25,
+    ) -> None:
+        self.ledger = CommLedger()
+        self.active: tuple[int, ...] = tuple(range(transport.size))
+        self._transport = transport
+        self._named = list(named)
+        self._weight_decay = config.weight_decay if config is not None else 0.0
+        self._scale = transport.size if is_sum else 1
+        self._makes_sparse = makes_sparse
+        self._check_every = check_every
+        self._begun = 0  # steps since construction or since a state was loaded
+        self._were_equal = False  # the parameters, when they were last compared
+        self._has_told = False  # that they never were
+        self._is_over = False  # all ranks have run out of data
+        # Without a config everything goes dense.
+        goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
+        sketched = [i for i, dense in enumerate(goes_dense) if not dense]
+        dense = [i for i, dense in enumerate(goes_dense) if dense]
+        ways = (("sketched", sketched), ("dense", dense))
+        self._layout = [[way, named[i][0], list(named[i][1].shape)] for way, numbers in ways for i in numbers]
+        # Both compare all parameters: then the first already finds a rank that would not build the second.
+        described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
+        self._options: Options = {
+            "parameters": described,
+            "ledger": self.ledger,
+            "max_skips": max_skips,
+            "flags": len(described) * (2 if makes_sparse else 1),
+        }
+        self._sketched = self._sketched_way(sketched, config) if sketched and config is not None else None
+        self._dense = self._dense_way(dense, config, wire_dtype) if dense else None
+        lead = self.sketched or self.dense
+        assert lead is not None, "there is a parameter"
+        self._lead = lead
+        self._ahead: Ahead | None = None
+        if self._sketched is not None and config is not None and config.sketch_in_backward:
+            self._ahead = Ahead(self._sketched.flat, self._sketched.exchange, self._weight_decay)
+
+    def _sketched_way(self, numbers: list[int], config: SketchConfig) -> Way[SketchedAllreduce]:
+        flat = FlatParameters([self._named[i] for i in numbers], apart=True)
+        exchange = SketchedAllreduce(config, flat.dim, self._transport, flat.device, **self._options_of(flat))
+        return Way(exchange, flat, numbers)
+
+    def _dense_way(
+        self, numbers: list[int], config: SketchConfig | None, wire_dtype: torch.dtype | None
+    ) -> Way[DenseAllreduce]:
+        pairs = [self._named[i] for i in numbers]
+        is_double = any(parameter.dtype == torch.float64 for _, parameter in pairs)
+        flat = FlatParameters(pairs, dtype=torch.float64 if is_double else torch.float32)
+        exchange = DenseAllreduce(
+            *(config, flat.dim, self._transport, flat.device),
+            dtype=flat.dtype,
+            wire_dtype=wire_dtype,
+            **self._options_of(flat),
+        )
+        return Way(exchange, flat, numbers)
+
+    def _options_of(self, flat: FlatParameters) -> Options:
+        own: Options = {"dense_bytes": flat.dense_bytes, "limits": flat.limits(self._scale), "name": flat.name}
+        return {**self._options, **own}
+
+    @property
+    def sketched(self) -> SketchedAllreduce | None:
+        """The sketched exchange; None where nothing is sketched."""
+        return self._sketched.exchange if self._sketched is not None else None
+
+    @property
+    def dense(self) -> DenseAllreduce | None:
+        """The dense exchange; None where nothing goes dense. With a sketched one beside, both take the same steps."""
+        return self._dense.exchange if self._dense is not None else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many calls of :meth:`average` all ranks skipped."""
+        return self._lead.skipped_steps
+
+    @property
+    def reset_coordinates(self) -> int:
+        """How many of this rank's u and v were not finite and were set to zero."""
+        return sum(way.exchange.reset_coordinates for way in self._ways())
+
+    def _ways(self) -> list[Way[Any]]:
+        return [way for way in (self._sketched, self._dense) if way is not None]
+
+    def gradient_is_ready(self, parameter: Tensor) -> None:
+        """To be told when the last backward pass of a step has reached a parameter. Communication: none."""
+        if self._ahead is not None:
+            self._ahead.add(parameter)
+
+    def gradients_are_void(self) -> None:
+        """To be told when the gradients made so far will not be averaged. Communication: none."""
+        if self._ahead is not None:
+            self._ahead.settle(usable=False)
+
+    def average(
+        self,
+        inverse_scale: Tensor | None = None,
+        *,
+        finite: bool = True,
+        scaled: bool = False,
+        forgives: bool = False,
+        held: bool = False,
+        done: bool = False,
+        refusal: Exception | None = None,
+    ) -> bool:
+        """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
+
+        A parameter of which no rank has a gradient has none afterwards. One of which any rank has a gradient has one on
+        all ranks. After a skip every ``p.grad`` is NaN on every rank, so that all who look at it see the same.
+
+        Args:
+            inverse_scale: see :meth:`FlatParameters.pack_part`; may differ between ranks.
+            finite: this rank's verdict on anything else; False on one rank makes all skip.
+            scaled: a ``GradScaler`` judges this step, too.
+            forgives: a ``GradScaler`` has judged the skipped step before.
+            held: ``p.grad`` is averaged already. If all ranks say so nothing is exchanged, and True is returned.
+            done: this rank has run out of data: of its own, only what is left in its residual takes part.
+            refusal: what this rank raises because it cannot take the step; None: it can.
+
+        Raises:
+            RuntimeError: on every rank: see ``StepAgreement.agree``; or the ranks' parameters have drifted apart. Where
+                they never were equal, rank 0 warns.
+        """
+        if done:
+            for _, parameter in self._named:
+                parameter.grad = None
+        packed: list[list[Tensor]] = []
+        own_digest, sums = 0, torch.empty(0)
+        try:
+            packed = [] if held else self._pack(inverse_scale, done)
+            finite = finite and all_finite([part for parts in packed for part in parts])
+            if self._check_is_due() and not (done or held):
+                sums = checksums([parameter for _, parameter in self._named])
+                own_digest = digest(sums)
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = refusal or error
+        agreed = self._lead.begin_step(
+            Report(
+                finite=finite,
+                scaled=scaled,
+                forgives=forgives,
+                held=held,
+                done=done,
+                refusal=refusal,
+                used=self._flags(),
+                digest=own_digest,
+            )
+        )
+        self._is_over = not agreed.active
+        if agreed.root is not None:
+            for way in self._others():
+                way.exchange.take_over_state(agreed.root)
+        if agreed.compared:
+            if agreed.drifted:
+                self._tell_drift(sums)
+            self._were_equal = not agreed.drifted
+        if agreed.active and not agreed.held:
+            self._take_step(agreed, packed)
+        return agreed.goes_on or agreed.held
+
+    def _flags(self) -> list[bool]:
+        """For each parameter whether it has a gradient here; then, where it matters, whether that is sparse."""
+        gradients = [parameter.grad for _, parameter in self._named]
+        used = [gradient is not None for gradient in gradients]
+        if self._makes_sparse:
+            used += [gradient is not None and gradient.layout != torch.strided for gradient in gradients]
+        return used
+
+    def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
+        """This rank's vector for each way, in parts."""
+        if self._ahead is not None:
+            self._ahead.settle(usable=inverse_scale is None and not done)
+        for way in self._ways():
+            way.flat.check_unchanged()
+        weight_decay = 0.0 if done else self._weight_decay
+        return [way.flat.pack(weight_decay, inverse_scale) for way in self._ways()]
+
+    def _others(self) -> list[Way[Any]]:
+        """All ways but the one whose exchange agrees on the step for all."""
+        return [way for way in self._ways() if way.exchange is not self._lead]
+
+    def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
+        self.active = agreed.active
+        self._begun += 1
+        for way in self._others():
+            way.exchange.count_step()
+        if agreed.goes_on:
+            self._exchange(packed, agreed.used)
+            return
+        for way in self._ways():
+            way.flat.fill_gradients(float("nan"), way.used(agreed.used)[0])
+
+    def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
+        if self._dense is not None:  # before the sketched, on every rank
+            own, unused = self._dense.used(used)
+            mean = self._dense.exchange.mean(packed[-1][0], unused)
+            self._dense.flat.unpack_dense(mean if self._scale == 1 else mean * self._scale, own)
+        if self._sketched is not None:
+            own, unused = self._sketched.used(used)
+            update = self._sketched.exchange.exchange(packed[0], unused)
+            values = update.values if self._scale == 1 else update.values * self._scale
+            self._sketched.flat.unpack_sparse(update.indices, values, own)
+        for (_, parameter), is_sparse in zip(self._named, used[len(self._named) :], strict=False):
+            if is_sparse and parameter.grad is not None:
+                parameter.grad = parameter.grad.to_sparse(1)
+
+    def _check_is_due(self) -> bool:
+        """Whether to compare parameters: around the first step since a start, then every ``check_every`` steps."""
+        if not self._check_every or self._transport.size == 1:
+            return False
+        return self._begun <= 1 or self._lead.step_number % self._check_every == 0
+
+    def _tell_drift(self, sums: Tensor) -> None:
+        """Name the parameters that differ: an error where they were equal before, a warning where they never were."""
+        told = describe_drift(self._transport, self._named, sums)
+        rank, step = self._transport.rank, self._lead.step_number - 1
+        differ = f"the parameters differ between the ranks (seen from rank {rank}, before step {step}):{told}"
+        if self._were_equal:
+            raise RuntimeError(
+                f"{differ}\nThey were equal before: change parameters, p.grad and learning rates alike on every rank, "
+                "and load the same checkpoint. check_every=0 turns this check off."
+            )
+        if rank == 0 and not self._has_told:
+            logger.warning(
+                "%s\nEvery rank trains a model of its own: call broadcast_parameters(model.state_dict(), 0, transport) "
+                "before the first step.",
+                differ,
+            )
+        self._has_told = True
+
+    def take_over_state(self, root: int) -> None:
+        """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""
+        for way in self._ways():
+            way.exchange.take_over_state(root)
+
+    def finish_without_data(self) -> tuple[int, ...]:
+        """Take part in the other ranks' steps until all have run out of data; the ranks that had data in the last one.
+
+        Communication: collective, all ranks.
+        """
+        while True:
+            self.average(done=True)
+            if self._is_over:
+                return self.active
+
+    def forget(self) -> None:
+        """Zero momentum and residuals. Communication: none."""
+        for way in self._ways():
+            way.exchange.forget()
+
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        """The states of both exchanges and the layout they belong to."""
+        states = {"sketched": self.sketched, "dense": self.dense}
+        saved = {way: part.state_dict(consolidated) if part else None for way, part in states.items()}
+        return {"layout": self._layout, **saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state. Raises ValueError where it was saved for other tensors."""
+        if state["layout"] != self._layout:
+            pairs = enumerate(zip_longest(state["layout"], self._layout))
+            at, (theirs, ours) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint was saved for other tensors: tensor {at} is {theirs} there and {ours} here. "
+                f"Build the optimizer with the same names, order and dense_below, or delete the checkpoint's "
+                f"'hvd_sketch' entry to go on without residuals"
+            )
+        self._begun = 0
+        for way, part in (("sketched", self.sketched), ("dense", self.dense)):
+            if part is not None:
+                part.load_state_dict(state[way])
+
+    def __repr__(self) -> str:
+        parts = (("sketched", self.sketched), ("dense", self.dense))
+        return ", ".join(f"{part.dim} coordinates {way}" for way, part in parts if part is not None)
+
+
+class Ahead:
+    """Sketches a part of the gradient as soon as its parameters are ready, from the last part to the first.
+
+    That is the order in which :meth:`SketchedAllreduce.exchange` would do it, so the sums have the same bits. A part
+    waits for those behind it. No u or v is written: the ranks have not agreed yet that the step is finite.
+    """
+
+    def __init__(self, flat: FlatParameters, sketched: SketchedAllreduce, weight_decay: float) -> None:
+        self._flat, self._sketched, self._weight_decay = flat, sketched, weight_decay
+        self._part_of = {parameter: i for i, places in enumerate(flat.parts) for parameter, _, _ in places}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waiting = [len(places) for places in self._flat.parts]  # parameters that are not ready
+        self._next = len(self._waiting) - 1
+        self._sketched_from: list[tuple[Tensor, Tensor, int]] = []  # parameter, its gradient, the gradient's version
+
+    def add(self, parameter: Tensor) -> None:
+        """A parameter is ready."""
+        if parameter not in self._part_of:
+            return
+        self._waiting[self._part_of[parameter]] -= 1
+        while self._next >= 0 and self._waiting[self._next] == 0:
+            places = self._flat.parts[self._next]
+            self._sketched.sketch_ahead(self._flat.pack_part(self._next, self._weight_decay), places[0][1])
+            self._sketched_from += [(p, p.grad, p.grad._version) for p, _, _ in places if p.grad is not None]
+            self._next -= 1
+
+    def settle(self, usable: bool) -> None:
+        """Before the exchange: forget what was sketched if it is not ``usable``, or gradients were changed since."""
+        unchanged = all(p.grad is grad and grad._version == version for p, grad, version in self._sketched_from)
+        if not (usable and unchanged):
+            self._sketched.forget_ahead()
+        self._begin()

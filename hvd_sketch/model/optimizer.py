@@ -1,0 +1,484 @@
+"""DistributedOptimizer: gradients in, sparse averaged gradients out, then the user's optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.agreement import all_finite, refused_together, require_equal
+from hvd_sketch.exchange.sketched import SketchedAllreduce
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.backward import BackwardCounter
+from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch.model.drift import checksums
+from hvd_sketch.model.forwarding import ForwardingOptimizer
+from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
+from hvd_sketch.model.wrapping import ALL_DENSE, HorovodArguments, check_arguments, transport_of, warn_about_settings
+from hvd_sketch.transport import HorovodTransport, Transport
+
+STATE_KEY = "hvd_sketch"
+REWRAP = (
+    "give the inner optimizer all its parameters first, with requires_grad set, and wrap it then; to change "
+    "them later, wrap it again"
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Progress:
+    """What has been done for the next step.
+
+    An object of its own, because Lightning's wrapper inherits from the class of the optimizer it wraps: what methods
+    assign to ``self`` there, the wrapped optimizer does not see.
+
+    Attributes:
+        exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
+        averaged: ``p.grad`` of every parameter as the last exchange left it; None where there was none.
+        skip_synchronize: inside of ``skip_synchronize()``.
+        forgives: a ``GradScaler`` has judged the last step, too.
+        readers: methods of the wrapped optimizer that were seen to change no parameter.
+    """
+
+    exchanged: bool | None = None
+    averaged: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    skip_synchronize: bool = False
+    forgives: bool = False
+    readers: set[str] = field(default_factory=set)
+
+    def note(self, parameters: Sequence[Tensor]) -> None:
+        """The gradients of these are averaged. They are not kept alive."""
+        self.averaged = [None if p.grad is None else weakref.ref(p.grad) for p in parameters]
+
+    def unchanged(self, parameters: Sequence[Tensor]) -> list[bool]:
+        """For each parameter whether ``p.grad`` is the tensor that the last exchange left, or None as then."""
+        if len(self.averaged) != len(parameters):
+            return [False] * len(parameters)
+        kept = [None if reference is None else reference() for reference in self.averaged]
+        return [
+            parameter.grad is gradient and (reference is None or gradient is not None)
+            for parameter, gradient, reference in zip(parameters, kept, self.averaged, strict=True)
+        ]
+
+
+def _without_gradients(
+    parameters: Sequence[Tensor], method: Callable[..., Any], *arguments: Any, **options: Any
+) -> Any:
+    """Call a method while no parameter has a gradient."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        return method(*arguments, **options)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+class DistributedOptimizer(ForwardingOptimizer):
+    """A torch optimizer whose ``step()`` first averages the gradients over all ranks, sketched.
+
+    ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects, so
+    learning-rate schedulers may be attached to either. Its other methods can be called, too, but not to change
+    parameters by gradients that were not exchanged: ``synchronize()`` first.
+
+    A parameter of which no rank has a gradient is left alone, as in torch; of which one rank has, all ranks update it.
+    Whether a rank has frozen it plays no part.
+
+    A step whose gradient is not finite on any rank is skipped on all: parameters, momentum and residuals stay as they
+    were, ``p.grad`` is NaN on every rank, and it is counted.
+
+    With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` on every rank; the scales may differ. To
+    clip averaged gradients, ``scaler.unscale_(optimizer)`` comes before ``synchronize()``.
+
+    Communication: the constructor, ``step``, ``synchronize``, the end of ``join`` and
+    ``state_dict(consolidated=True)`` are collective, all ranks in the same order. Everything else is local.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` that does not need a closure. Only parameters that require a
+            gradient now are exchanged.
+        named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: names
+            ``parameter.<group>.<index>``.
+        sketch: how to compress; None exchanges everything dense and adds no momentum.
+        transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
+        backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Enforced
+            only with ``sketch_in_backward``.
+        compression: ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
+        op: ``hvd.Average``, the default, or ``hvd.Sum``.
+        gradient_predivide_factor: taken and without effect: means are made in float32 and do not overflow.
+        num_groups, groups: taken and without effect: all tensors travel together.
+        sparse_as_dense: hand sparse gradients, of rows, to the wrapped optimizer. They are exchanged as dense ones
+            always.
+        process_set: an ``hvd.ProcessSet`` to average over; a rank outside of it steps alone.
+        check_every: steps after which the ranks compare a checksum of their parameters; also after the first step since
+            a start. 0: never.
+        max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
+
+    Attributes:
+        inner: the wrapped optimizer.
+
+    Raises:
+        ValueError: on every rank: an optimizer that cannot be wrapped, names that do not fit it, parameters that
+            cannot be exchanged, arguments that cannot be followed, on any of them; ranks that were set up differently.
+
+    Source: Ivkin et al., Communication-efficient Distributed SGD with Sketching, NeurIPS 2019, Alg. 3.
+    """
+
+    # GradScaler would call step() only on ranks without Inf, and the others would wait for ever. So it calls
+    # step() on all of them, with grad_scale and found_inf set as attributes.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[NamedParameter] | None = None,
+        sketch: SketchConfig | None = None,
+        transport: str | Transport = "horovod",
+        backward_passes_per_step: int = 1,
+        *,
+        compression: Any = None,
+        op: Any = None,
+        gradient_predivide_factor: float = 1.0,
+        num_groups: int = 0,
+        groups: Any = None,
+        sparse_as_dense: bool = False,
+        process_set: Any = None,
+        check_every: int = CHECK_EVERY,
+        max_skips: int = 25,
+    ) -> None:
+        self._transport, sketch = transport_of(transport, process_set, sketch)
+        horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
+        counts = {
+            "backward_passes_per_step": (backward_passes_per_step, 1),
+            "check_every": (check_every, 0),
+            "max_skips": (max_skips, 0),
+        }
+        with refused_together(self._transport):
+            check_arguments(optimizer, sketch, horovod, counts)
+            named = name_parameters(optimizer, named_parameters)
+            check_exchangeable(named)
+        equal = {name: value for name, (value, _) in counts.items()}
+        as_horovod = {"compression": horovod.wire_dtype(), "op": horovod.is_sum(), "sparse_as_dense": sparse_as_dense}
+        require_equal(self._transport, {**equal, **as_horovod})
+        super().__init__(optimizer)
+        self._named = named
+        self._parameters = [parameter for _, parameter in named]
+        self._gradients = GradientExchange(
+            named,
+            sketch,
+            self._transport,
+            wire_dtype=horovod.wire_dtype(),
+            is_sum=horovod.is_sum(),
+            makes_sparse=sparse_as_dense,
+            check_every=check_every,
+            max_skips=max_skips,
+        )
+        sketches_ahead = sketch is not None and sketch.sketch_in_backward
+        ready = self._gradients.gradient_is_ready
+        self._passes = BackwardCounter(named, backward_passes_per_step, ready, strict=sketches_ahead)
+        self._known = {id(parameter) for _, parameter in named}
+        self._progress = _Progress()
+        if isinstance(self._transport, HorovodTransport):
+            # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
+            # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
+            self.__dict__["__module__"] = "horovod.torch.optimizer"
+        if sketch is not None and sketch.dense_below < ALL_DENSE and self._transport.rank == 0:
+            warn_about_settings(optimizer, named, sketch)
+
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the wrapped optimizer that may not step with gradients that were not exchanged.
+
+        A method that left the parameters as they were once is taken for one that only reads.
+        """
+        if name in self._progress.readers:
+            return method
+
+        @wraps(method)
+        def call(*arguments: Any, **options: Any) -> Any:
+            parameters = self._parameters
+            if self._progress.exchanged is False:
+                return _without_gradients(parameters, method, *arguments, **options)  # NaN: not to be stepped with
+            if not self._has_new_gradients():
+                versions = [parameter._version for parameter in parameters]
+                result = method(*arguments, **options)
+                if versions != [parameter._version for parameter in parameters]:
+                    self._start_over()  # the gradients have been used
+                return result
+            before = checksums(parameters)
+            result = method(*arguments, **options)
+            if not torch.equal(before, checksums(parameters)):
+                raise RuntimeError(
+                    f"{type(self.inner).__name__}.{name}() changed parameters by gradients that were not exchanged, "
+                    f"and the ranks have drifted apart: call optimizer.synchronize() on every rank before {name}(), or "
+                    "step by optimizer.step()"
+                )
+            self._progress.readers.add(name)
+            return result
+
+        return call
+
+    @property
+    def exchange(self) -> SketchedAllreduce | None:
+        """The sketched exchange, with ``residual`` and ``velocity``; None where nothing is sketched."""
+        return self._gradients.sketched
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every byte that steps handed to the network, sketched and dense."""
+        return self._gradients.ledger
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many exchanges all ranks skipped because something was not finite."""
+        return self._gradients.skipped_steps
+
+    @property
+    def reset_coordinates(self) -> int:
+        """How many coordinates of this rank's momentum and residuals were not finite and were set to zero."""
+        return self._gradients.reset_coordinates
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """As Horovod's. Communication: none, but every rank sets the same."""
+        self._passes.passes = passes
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; also begins to count backward passes from zero. Communication: none."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+        self._start_over()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the gradients over all ranks, then step the wrapped optimizer, unless all ranks skip.
+
+        Args:
+            closure: evaluated once, with gradients enabled, before the exchange. The wrapped optimizer does not get it.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: inside ``skip_synchronize()`` with gradients that were not averaged before; with a
+                GradScaler that has not unscaled what ``synchronize()`` averaged; on every rank: one cannot take the
+                step, too many steps in a row were skipped, or parameters differ between ranks.
+
+        Communication: collective, all ranks, unless ``synchronize()`` has exchanged these gradients already.
+        Modifies ``p.grad`` (the averaged gradient), the residuals, the parameters.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # From our own attributes only: a fused inner optimizer may have such attributes for itself.
+        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if self._progress.exchanged is not None and grad_scale is not None and not self._passes.any():
+            raise RuntimeError(
+                "synchronize() averaged gradients that still carry the loss scale: call "
+                "scaler.unscale_(optimizer) before optimizer.synchronize()"
+            )
+        if self._progress.skip_synchronize:
+            is_taken = self._take_averaged(found_inf)
+        else:
+            is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
+        self._start_over()
+        self._progress.forgives = found_inf is not None
+        if is_taken:
+            self._step_inner(closure is not None)
+        return loss
+
+    def _take_averaged(self, found_inf: Any) -> bool:
+        """Whether ``synchronize()`` has left gradients that can be stepped with."""
+        if self._progress.exchanged is None or self._passes.any():
+            raise RuntimeError(
+                "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
+                "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
+            )
+        return self._progress.exchanged and self._is_usable(found_inf)
+
+    def _is_usable(self, found_inf: Any) -> bool:
+        """Whether averaged gradients can be stepped with, after a scaler has looked at them.
+
+        What it found decides nothing by itself: it may have looked at this rank's gradients before they were averaged.
+        """
+        if found_inf is None or not float(found_inf):
+            return True
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
+
+    def _step_inner(self, has_closure: bool) -> None:
+        try:
+            self.inner.step()
+        except Exception as error:
+            if has_closure:
+                error.add_note(
+                    "DistributedOptimizer evaluates the closure itself, once, before the exchange, and steps "
+                    f"{type(self.inner).__name__} without it: an optimizer that evaluates it by itself cannot be "
+                    "exchanged. Call its own methods, each after optimizer.synchronize()"
+                )
+            raise
+
+    def synchronize(self) -> bool:
+        """Average the gradients now, so that they can be clipped before ``step()``, as in Horovod::
+
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+
+        With a GradScaler, ``scaler.unscale_(optimizer)`` comes first: residuals outlive the loss scale.
+
+        Returns:
+            Whether ``p.grad`` is the average; False: all ranks skip, and it is NaN.
+
+        Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
+        """
+        return self._exchange(None, None)
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Inside, ``step()`` takes the gradients as ``synchronize()`` left them."""
+        self._progress.skip_synchronize = True
+        try:
+            yield
+        finally:
+            self._progress.skip_synchronize = False
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Ranks with different numbers of batches::
+
+            with optimizer.join():
+                for batch in loader:
+                    ...
+                    optimizer.step()
+
+        A rank that leaves the block goes on contributing gradients of zero, and what is left in its residual, until all
+        have left theirs. The mean is over all ranks throughout, as in Horovod and in torch's ``Join``. At the end the
+        ranks that left early get parameters and optimizer state from one that left last. Batches of a scheduler that is
+        stepped after every one are not made up for: step it once an epoch, or equally often on every rank.
+
+        Communication: collective at the end, all ranks. An exception inside leaves the other ranks to their launcher.
+        """
+        yield
+        active = self._gradients.finish_without_data()
+        if len(active) < self._transport.size:
+            broadcast_parameters(self._named, active[0], self._transport)
+            broadcast_optimizer_state(self.inner, active[0], self._transport)
+        self.zero_grad()
+
+    def _has_new_gradients(self) -> bool:
+        """Whether this rank has gradients that were not averaged."""
+        pairs = zip(self._parameters, self._progress.unchanged(self._parameters), strict=True)
+        return self._passes.any() or any(p.grad is not None and not unchanged for p, unchanged in pairs)
+
+    def _start_over(self) -> None:
+        self._progress.exchanged = None
+        self._passes.reset()
+        self._gradients.gradients_are_void()
+
+    def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
+        """Average all gradients into ``p.grad``; False when all ranks skip.
+
+        Whether these are averaged already is not for one rank to decide: it says so, and all ranks hear it.
+        """
+        progress = self._progress
+        is_held = progress.exchanged is not None and not self._passes.any()
+        is_held = is_held and all(progress.unchanged(self._parameters))
+        if is_held:
+            warnings.warn(
+                "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(), "
+                "or synchronize() called twice: the gradients are averaged already and are not exchanged again",
+                stacklevel=3,
+            )
+        is_averaged = self._gradients.average(
+            None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float(),
+            finite=is_held or found_inf is None or not float(found_inf),
+            scaled=found_inf is not None,
+            forgives=progress.forgives,
+            held=is_held,
+            refusal=self._unregistered(),
+        )
+        progress.forgives = False
+        if not is_held:
+            progress.exchanged = is_averaged
+            progress.note(self._parameters)
+            self._passes.reset()
+        return bool(progress.exchanged)
+
+    def _unregistered(self) -> RuntimeError | None:
+        """What is wrong where parameters came later."""
+        names = [
+            f"parameter.{i}.{j}"
+            for i, group in enumerate(self.param_groups)
+            for j, parameter in enumerate(group["params"])
+            if parameter.requires_grad and id(parameter) not in self._known
+        ]
+        if not names:
+            return None
+        return RuntimeError(
+            f"{', '.join(names[:5])} came to the optimizer, or began to require a gradient, after "
+            f"wrapping, and would drift apart between ranks: {REWRAP}"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
+        """Refused: residuals and buffers are laid out at construction."""
+        raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
+        return self._transport.rank, self._transport.size
+
+    def take_over_state(self, root_rank: int) -> None:
+        """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.
+
+        Communication: collective, all ranks.
+        """
+        self._gradients.take_over_state(root_rank)
+
+    def state_dict(self, *, consolidated: bool = False) -> dict[str, Any]:
+        """The wrapped optimizer's dict, plus ``"hvd_sketch"``: momentum and residuals.
+
+        Args:
+            consolidated: False: this rank's own, so every rank saves its file; going on from them is bitwise.
+                True: the mean over ranks, the same on each, to be loaded by every rank of a job of any size.
+
+        Communication: none; with ``consolidated`` collective, all ranks.
+        """
+        return {**self.inner.state_dict(), STATE_KEY: self._gradients.state_dict(consolidated)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load either kind of :meth:`state_dict`, or a plain one of the wrapped optimizer (with a warning).
+
+        Raises:
+            ValueError: saved for other parameters, or one rank's own loaded at another rank or world size.
+
+        Communication: none, but every rank loads the same kind.
+        """
+        if STATE_KEY in state_dict:
+            self._gradients.load_state_dict(state_dict[STATE_KEY])
+        else:
+            self._forget_residuals()
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self._start_over()
+
+    def _forget_residuals(self) -> None:
+        self._gradients.forget()
+        if self.exchange is not None:
+            logger.warning(
+                "rank %d: the checkpoint has no %r entry (of a plain optimizer?): residuals start from zero",
+                self._transport.rank,
+                STATE_KEY,
+            )
+
+    def __repr__(self) -> str:
+        at = f"rank {self._transport.rank} of {self._transport.size}"
+        return f"{type(self).__name__}({at}, {self._gradients!r},\n{self.inner!r})"

@@ -1,0 +1,184 @@
+"""What can be wrapped and how: the arguments of DistributedOptimizer, Horovod's own among them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
+
+ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
+WIRE_DTYPES = {"NoneCompressor": None, "none": None, "FP16Compressor": torch.float16, "fp16": torch.float16}
+OPERATIONS = {"average": False, "sum": True}  # whether gradients are summed
+HOROVOD_OPERATIONS = ("average", "sum", "adasum", "min", "max", "product")  # by the numbers of hvd.Average …
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HorovodArguments:
+    """The arguments of ``hvd.DistributedOptimizer`` that ours takes over, as given; see there for what each does."""
+
+    compression: Any = None
+    op: Any = None
+    gradient_predivide_factor: float = 1.0
+    num_groups: int = 0
+    groups: Any = None
+    sparse_as_dense: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be done. Raises ValueError or TypeError with the reason."""
+        self.wire_dtype()
+        is_sum = self.is_sum()
+        factor = self.gradient_predivide_factor
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"gradient_predivide_factor must be positive and finite, got {factor!r}")
+        if factor != 1.0 and is_sum:
+            raise ValueError(
+                "gradient_predivide_factor divides a mean and means nothing for a sum: leave it out, or op"
+            )
+        groups = self.groups if self.groups is not None else self.num_groups
+        if isinstance(groups, int):
+            if groups < 0:
+                raise ValueError(f"num_groups and groups must not be negative, got {groups}")
+            return
+        tensors = [tensor for group in groups for tensor in group]
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise ValueError("groups must be a number or lists of parameters")
+        if len({id(tensor) for tensor in tensors}) < len(tensors):
+            raise ValueError("groups holds a parameter twice: put each into one group")
+
+    def wire_dtype(self) -> torch.dtype | None:
+        """What the dense exchange sends; None: the gradients' own dtype."""
+        if self.compression is None:
+            return None
+        name = self.compression if isinstance(self.compression, str) else _class_name(self.compression)
+        if name not in WIRE_DTYPES:
+            raise ValueError(
+                f"compression must be hvd.Compression.none or fp16 ('none', 'fp16'), for the part that goes dense, got "
+                f"{name}: other compressors change what a sum of them means; compress with sketch= instead"
+            )
+        return WIRE_DTYPES[name]
+
+    def is_sum(self) -> bool:
+        """Whether gradients are summed over the ranks, not averaged."""
+        name = self.op if self.op is not None else "average"
+        if isinstance(name, int) and 0 <= name < len(HOROVOD_OPERATIONS):
+            name = HOROVOD_OPERATIONS[name]
+        if name not in OPERATIONS:
+            raise ValueError(
+                f"op must be hvd.Average or hvd.Sum ('average', 'sum'), got {name}: sketches can only be added, and "
+                "Adasum, Min, Max and Product are no additions"
+            )
+        return OPERATIONS[name]
+
+
+def transport_of(
+    transport: str | Transport, process_set: Any, sketch: SketchConfig | None
+) -> tuple[Transport, SketchConfig | None]:
+    """The transport to exchange over, and how to compress.
+
+    A rank outside of its process set steps alone, as in Horovod: with one rank, and nothing sketched.
+
+    Communication: see :func:`~hvd_sketch.transport.resolve_transport`.
+    """
+    if process_set is None:
+        return resolve_transport(transport), sketch
+    if transport != "horovod":
+        raise ValueError(
+            f"process_set is Horovod's and needs transport='horovod', got {transport!r}: with MPI give "
+            "MPITransport(comm) of a communicator that holds the ranks"
+        )
+    if not hasattr(process_set, "included") or process_set.included():
+        return HorovodTransport(process_set), sketch
+    alone = replace(sketch, dense_below=ALL_DENSE) if isinstance(sketch, SketchConfig) else sketch
+    return local_transports(1)[0], alone
+
+
+def check_arguments(
+    optimizer: object, sketch: object, horovod: HorovodArguments, counts: Mapping[str, tuple[object, int]]
+) -> None:
+    """Refuse arguments that cannot work. Raises ValueError or TypeError.
+
+    Args:
+        optimizer, sketch: as given to DistributedOptimizer.
+        horovod: what else was given.
+        counts: by name, integers and the least that each may be.
+    """
+    _check_wrappable(optimizer, horovod.sparse_as_dense)
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if sketch is not None and not isinstance(sketch, SketchConfig):
+        raise ValueError(
+            f"sketch must be a SketchConfig, or None for dense, got {_class_name(sketch)}: Horovod's other "
+            "arguments are taken by name (compression=…)"
+        )
+    horovod.check()
+
+
+def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise ValueError("the optimizer exchanges gradients already: wrap the plain torch optimizer, once")
+    if _needs_closure(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates its closure itself, perhaps several times per step, each with "
+            "gradients of its own to exchange, which one exchange cannot give: use a first-order optimizer such as SGD "
+            "or AdamW"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam) and not sparse_as_dense:
+        raise ValueError(
+            "SparseAdam takes sparse p.grad only, averaged gradients are dense: pass sparse_as_dense=True, which "
+            "exchanges them dense and makes them sparse again, or use Adam"
+        )
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` cannot be called without a closure, as that of LBFGS."""
+    parameters = inspect.signature(type(optimizer).step).parameters
+    return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
+
+
+def warn_about_settings(
+    optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: SketchConfig
+) -> None:
+    """Tell of settings that work, but hardly as they are meant."""
+    sketched = [(name, p) for name, p in named if not is_dense(p, sketch.dense_below)]
+    if not sketched:
+        logger.warning(
+            "all tensors have fewer than dense_below=%d elements, or 64 times as many and one dimension: nothing is "
+            "sketched, gradients are exchanged dense. Lower dense_below to sketch them.",
+            sketch.dense_below,
+        )
+    doubles = [name for name, p in sketched if p.dtype == torch.float64]
+    if doubles:
+        logger.warning(
+            "%d float64 parameters (%s, …) are sketched in float32: their gradients are rounded, and those below 1e-45 "
+            "are lost. sketch=None exchanges them in float64.",
+            *(len(doubles), doubles[0]),
+        )
+    groups = optimizer.param_groups
+    momentum = max(float(g.get("momentum") or g.get("betas", (0,))[0]) for g in groups)
+    if momentum > 0 and sketch.momentum > 0:
+        logger.warning(
+            "momentum is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
+            *(type(optimizer).__name__, momentum, sketch.momentum),
+        )
+    decay = max(float(g.get("weight_decay") or 0) for g in groups)
+    if decay > 0 and sketch.weight_decay > 0:
+        logger.warning(
+            "weight decay is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
+            *(type(optimizer).__name__, decay, sketch.weight_decay),
+        )
+
+
+def _class_name(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__

@@ -1,0 +1,90 @@
+"""A transport that writes every collective into a ledger, from the buffers handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.transport.base import Handle, Transport
+from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.stall import process_watch
+
+HOST = torch.device("cpu")
+
+
+class MeteredTransport(ForwardingTransport):
+    """Records every collective.
+
+    Args:
+        inner: the transport that carries the collectives.
+        ledger: where the records go.
+        deterministic: sums are made in rank order.
+    """
+
+    def __init__(self, inner: Transport, ledger: CommLedger, deterministic: bool = False) -> None:
+        super().__init__(inner)
+        self.ledger = ledger
+        self._deterministic = deterministic
+        self._phase, self._of_device = "start", False
+
+    @contextmanager
+    def phase(self, name: str, device: torch.device = HOST) -> Iterator[None]:
+        """Name the part of the algorithm that the collectives inside belong to.
+
+        Args:
+            name: of the part.
+            device: where host tensors that are given to the collectives were copied from, and will be needed.
+        """
+        outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
+        try:
+            if self.size == 1:
+                yield
+            else:
+                with process_watch().over(self.rank, self.size, self.ledger.step, name):
+                    yield
+        finally:
+            self._phase, self._of_device = outer
+
+    def allreduce_(self, tensor: Tensor) -> Tensor:
+        self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=8 * tensor.numel())
+        return super().allreduce_(tensor)
+
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
+        return super().reduce_scatter(tensor, ordered or self._deterministic)
+
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
+        return super().start_reduce_scatter(tensor, ordered or self._deterministic)
+
+    def alltoall(self, tensor: Tensor) -> Tensor:
+        self._record("alltoall", tensor, moved=2 * tensor.nbytes)
+        return super().alltoall(tensor)
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        gathered = super().allgather(tensor)
+        self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
+        return gathered
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        self._record("broadcast", tensor, moved=2 * tensor.nbytes)
+        return super().broadcast_(tensor, root)
+
+    def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
+        """Record a collective.
+
+        Args:
+            collective: its name.
+            payload: the whole logical vector.
+            moved: bytes that this rank reads and writes, staged by the transport if the device needs that.
+            copied: bytes that the caller copies between device and host where the payload is a host copy; default:
+                as moved. A histogram is copied one way, in int64: its sums stay on the host.
+        """
+        staged_bytes = moved if self._inner.stages(payload.device) else 0
+        if payload.device.type == "cpu" and self._of_device:
+            staged_bytes = moved if copied is None else copied
+        self.ledger.record(self._phase, collective, payload.dtype, payload.nbytes, self.size, staged_bytes)

@@ -1,0 +1,89 @@
+"""What is built on the Triton kernels against the reference: on a GPU, or under Triton's interpreter."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_sketch import CountSketch, SketchConfig, SketchedAllreduce
+from hvd_sketch import kernels as backends
+from hvd_sketch.kernels import gpu
+from hvd_sketch.model.parameters import FlatParameters
+from hvd_sketch.transport import LocalTransport, run_local
+from tests.gpu.test_kernels import DEVICE
+from tests.gpu.test_kernels import poisoned_outputs as poisoned_outputs  # for these tests, too
+from tests.unit.test_kernels import random_integers
+
+
+def test_count_sketch() -> None:
+    values = random_integers(2_000)
+    ours = CountSketch(2_000, 3, 700, seed=5, shards=2, device=DEVICE, backend="triton")
+    theirs = CountSketch(2_000, 3, 700, seed=5, shards=2, backend="reference")
+    for step in (0, 1):
+        ours.zero_(step).accumulate_(values[:900].to(DEVICE)).accumulate_(values[900:].to(DEVICE), 900).merge_(ours)
+        theirs.zero_(step).accumulate_(values).merge_(theirs)
+        assert torch.equal(ours.table.cpu(), theirs.table)
+        assert torch.equal(ours.estimate(13, 1999).cpu(), theirs.estimate(13, 1999))
+        assert torch.equal(ours.top(100).cpu(), theirs.top(100))
+        assert torch.equal(ours.heavymix(100, 7).cpu(), theirs.heavymix(100, 7))
+
+
+def test_an_update_reaches_all_kinds_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous ones by a launch for each dtype, others one by one; unused ones get none."""
+
+    def gradients(backend: str, device: torch.device) -> list[Tensor | None]:
+        monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, backend)
+        shapes = [(30, 40), (7, 3, 3, 3), (500,), (0, 4), (25, 60), (9, 9)]
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+        parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
+        parameters[5].data = parameters[5].data.double()
+        flat = FlatParameters([(str(i), p) for i, p in enumerate(parameters)])
+        indices = torch.arange(0, flat.dim, 2)
+        flat.unpack_sparse(indices.to(device), random_integers(len(indices)).to(device), [i != 2 for i in range(6)])
+        return [None if p.grad is None else p.grad.cpu() for p in parameters]
+
+    ours, theirs = gradients("triton", DEVICE), gradients("reference", torch.device("cpu"))
+    assert ours[2] is None and theirs[2] is None
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine is right or torch.equal(mine, right)
+    assert all(mine.any() for mine in ours if mine is not None and mine.numel())
+
+
+@pytest.mark.parametrize(
+    ("dim", "k", "ties"),
+    [
+        pytest.param(2_000, 20, False, id="every sum travels"),
+        pytest.param(6_000, 1_000, False, id="owners choose"),
+        pytest.param(6_000, 1_000, True, id="all are equal"),
+    ],
+)
+def test_exchange_selects_what_the_reference_selects(
+    dim: int, k: int, ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SketchConfig(rows=3, cols=400, k=k, deterministic=True)
+    gradients = [torch.ones(dim) if ties else random_integers(dim, seed) for seed in range(2)]
+    lock = threading.Lock()  # the interpreter patches modules while it runs
+    launch = gpu._launch
+
+    def launch_alone(*arguments: Any, **constants: Any) -> None:
+        with lock:
+            launch(*arguments, **constants)
+
+    monkeypatch.setattr(gpu, "_launch", launch_alone)
+
+    def two_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:
+        exchange = SketchedAllreduce(config, dim, transport, device)
+        steps = [exchange.step(gradients[transport.rank].to(device)) for _ in range(2)]
+        return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)]
+
+    updates = []
+    for name in ("triton", "reference"):
+        device = DEVICE if name == "triton" else torch.device("cpu")
+        monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, name)
+        updates += run_local(2, partial(two_steps, device))
+    assert all(torch.equal(a, b) for update in updates[1:] for a, b in zip(update, updates[0], strict=True))

@@ -1,0 +1,78 @@
+"""The quickstart end to end, shortened: both launchers, the JSON it promises, and the mistakes a user makes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from tests.support.harness import run_command
+
+pytestmark = pytest.mark.multiprocess
+
+
+def quickstart(*arguments: str) -> tuple[int, str]:
+    return run_command(["launch/quickstart.sh", "-n", "2", "--seeds", "1", "--epochs", "2", *arguments], timeout_s=240)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
+    figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
+    status, output = quickstart("--launcher", launcher, "--hidden", "256", "--json", str(figures), "--plot", str(plot))
+    assert status == 0, output
+    result = json.loads(figures.read_text())
+    assert result["ranks"] == 2
+    assert set(result["dense"]) == {"test_accuracy", "payload_bytes_per_step", "seconds"}
+    assert set(result["sketched"]) == set(result["dense"]) | {"compression_ratio", "paper_compression_ratio"}
+    for side in ("dense", "sketched"):
+        assert 0.5 < result[side]["test_accuracy"] <= 1, output
+    parameters = 64 * 256 + 256 * 256 + 256 * 10 + 256 + 256 + 10
+    assert result["dense"]["payload_bytes_per_step"] == pytest.approx(8 * parameters, rel=0.01)
+    assert result["sketched"]["paper_compression_ratio"] > 15
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "sketched" in output and "paper ratio" in output
+
+
+def test_sketched_is_within_a_point_of_dense_as_a_newcomer_runs_it(tmp_path) -> None:
+    """Every default: 4 ranks, three seeds, over 1 M parameters, 20x. 70 s on two cores."""
+    figures = tmp_path / "figures.json"
+    command = ["launch/quickstart.sh", "--json", str(figures), "--plot", str(tmp_path / "plot.png")]
+    status, output = run_command(command, timeout_s=400)
+    assert status == 0, output
+    result = json.loads(figures.read_text())
+    assert result["ranks"] == 4 and result["dense"]["payload_bytes_per_step"] > 8_000_000
+    assert result["sketched"]["paper_compression_ratio"] > 19
+    assert result["dense"]["test_accuracy"] > 0.95
+    assert result["sketched"]["test_accuracy"] > result["dense"]["test_accuracy"] - 0.01, output
+
+
+def test_reads_mnist_files(tmp_path) -> None:
+    """Idx files of noise, one gzipped: the loader is what is tested."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 256), ("t10k", 64)):
+        images = struct.pack(">4i", 0x0803, count, 28, 28) + rng.integers(0, 256, count * 784, dtype=np.uint8).tobytes()
+        labels = struct.pack(">2i", 0x0801, count) + rng.integers(0, 10, count, dtype=np.uint8).tobytes()
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
+        with gzip.open(tmp_path / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(labels)
+    status, output = quickstart("--hidden", "64", "--data-dir", str(tmp_path), "--plot", str(tmp_path / "p.png"))
+    assert status == 0, output
+    assert "mnist: 256 training and 64 test images" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data-dir", "/nowhere"), "train-images-idx3-ubyte"),
+        (("--epochs", "0"), "--epochs must be at least 1"),
+        (("--json", "/nowhere/figures.json"), "there is no directory /nowhere"),
+        (("--launcher", "slurm"), "mpirun or horovodrun"),
+        (("--batch", "5000"), "more than the training set holds"),
+    ],
+)
+def test_mistakes_are_explained(arguments: tuple[str, ...], message: str) -> None:
+    status, output = quickstart(*arguments)
+    assert status != 0 and message in output, output

@@ -1,0 +1,358 @@
+"""The benchmarks over an emulated network: what they compute from times, what they refuse to time, both end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_sketch.hashing import BlockHash, evaluate_cubic
+from hvd_sketch.kernels import reference
+from hvd_sketch.transport import LocalTransport, local_transports, run_local
+from tests.support.harness import FIRST_STEP_LIMIT_S, ROOT, run_command, started, wait_until
+from tests.support.labs import needs_lab
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from c_peer import CPeer, load_library
+from kernel_checks import c_against
+from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
+from time_to_accuracy import pending_over
+from versus import accuracy_report, bandwidth_report, methods
+from versus.break_even import break_even, fastest, name_bandwidth
+from versus.checks import WrongResult, check, project
+from versus.exchange_ranks import Inputs, matrices
+from versus.models import MODELS
+from versus.records import Records
+from versus.training import endless_batches
+
+INFINITE = float("inf")
+DIM = 20_000
+
+
+def test_break_even_is_exact_for_times_that_are_compute_plus_bytes_over_bandwidth() -> None:
+    def seconds(compute_s: float, bits: float) -> dict[float, float]:
+        return {bandwidth: compute_s + bits / bandwidth for bandwidth in (1e8, 1e9, 1e10, INFINITE)}
+
+    dense, ours = seconds(0.1, 1.2e9), seconds(0.4, 0.06e9)
+    assert break_even(ours, dense) == pytest.approx((1.2e9 - 0.06e9) / (0.4 - 0.1))
+    assert break_even(seconds(0.05, 0.06e9), dense) == INFINITE
+    assert break_even(seconds(0.05, 1.3e9), dense) == 0.0  # slower where it was measured at the least bandwidth
+    assert break_even(dense, dense) == break_even(ours, {}) == 0.0
+    assert fastest([dense, ours]) == {1e8: ours[1e8], 1e9: ours[1e9], 1e10: dense[1e10], INFINITE: 0.1}
+    assert [name_bandwidth(each) for each in (0.0, 6.31e8, 3.8e9, INFINITE)] == [
+        "at no rate measured",
+        "below 630 Mbit/s",
+        "below 3.8 Gbit/s",
+        "at every rate measured",
+    ]
+
+
+def test_records_grow_one_by_one_and_are_found_again(tmp_path) -> None:
+    records = Records(tmp_path / "records.json")
+    assert records.read() == [] and not records.has(method="dense")
+    for rate in ("1gbit", "none"):
+        records.append({"method": "dense", "rate": rate, "seconds": 1.0})
+        assert json.loads(records.path.read_text())[-1]["rate"] == rate
+    assert records.has(method="dense", rate="none") and not records.has(method="dense", rate="100mbit")
+    assert [path.name for path in tmp_path.iterdir()] == ["records.json"]
+
+
+@pytest.mark.parametrize("dim", [1, 999, 1000, 500_000, 1_000_000, 6_500_000])
+def test_matrices_make_up_the_vector(dim: int) -> None:
+    assert sum(rows * columns for rows, columns in matrices(dim)) == dim
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_passes_its_check(name: str) -> None:
+    if name == "fp16":
+        pytest.skip("threads have no sums in half precision; the benchmark checks it over Horovod")
+
+    def on_rank(transport: LocalTransport) -> None:
+        method = methods.METHODS[name](transport, DIM)
+        check(method, transport, Inputs(DIM, transport.rank))
+
+    run_local(1 if name == "powersgd" else 3, on_rank)
+
+
+class Forgetful(methods.LocalTopK):
+    """Loses a coordinate that it should have kept."""
+
+    def average(self, gradient):
+        mean = super().average(gradient)
+        self.residual[int(self.residual.abs().argmax())] = 0
+        return mean
+
+
+class Rounding(methods.Sketched):
+    """Sends values that one rank rounds."""
+
+    def average(self, gradient):
+        update = super().average(gradient)
+        if self._exchange._transport.rank == 1:
+            update.values[0] *= 1 + 2**-22
+        return update
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda transport: Forgetful(transport, DIM, 100), "do not add up"),
+        (lambda transport: Rounding(transport, DIM, 20.0), "same bits"),
+    ],
+)
+def test_the_check_sees_what_is_wrong(make, said: str) -> None:
+    def on_rank(transport: LocalTransport) -> None:
+        with pytest.raises(WrongResult, match=said):
+            check(make(transport), transport, Inputs(DIM, transport.rank))
+
+    run_local(2, on_rank)
+
+
+def test_projection_sees_every_coordinate() -> None:
+    vector = torch.zeros((1 << 20) + 3)
+    for at in (0, 1 << 20, (1 << 20) + 2):
+        vector[at] = 1
+        assert project(vector) != 0
+        vector[at] = 0
+    assert project(vector) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("features", [64, 784, 3072])
+def test_models_take_all_images(name: str, features: int) -> None:
+    model = MODELS[name](features, 16)
+    assert model(torch.zeros(2, features)).shape == (2, 10)
+    assert not list(model.buffers())
+
+
+def benchmark(name: str, *arguments: str, timeout_s: float = 120) -> tuple[int, str]:
+    return run_command([sys.executable, f"benchmarks/{name}", *arguments], timeout_s)
+
+
+def test_kernels_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    sizes = ["--dims", "2e4", "3e4", "--rows", "3", "--rounds", "1"]
+    status, output = benchmark("kernels.py", *sizes, "--json", str(figures), "--plot", str(picture))
+    assert status == 0, output
+    measured = json.loads(figures.read_text())
+    assert {"python", "torch", "numpy", "numba"} <= measured["versions"].keys() and measured["commit"]
+    assert "x torch" in output and "a step's peak memory" in output and "the hash alone" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("dim", "cols"),
+    [(1, 1), (777, 1), (777, 100), (4_096, 64), (50_000, 300), (100_003, 7), (100_003, 200), (100_003, 20_001)],
+)
+def test_c_equals_the_reference(dim: int, cols: int, rows: int, threads: int) -> None:
+    """Also of blocks of 1 to 256, fewer columns than a block's lanes, and more threads than there is work."""
+    library = load_library()
+    assert library is not None, "the C compiler refuses benchmarks/c_kernels.c"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert c_against(reference, library, BlockHash(dim, rows, cols, seed=rows)) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+def test_c_refuses_what_it_cannot_do() -> None:
+    library = load_library()
+    assert library is not None
+    with pytest.raises(ValueError, match="one shard and at most 64 rows, got 2 and 3"):
+        CPeer(library, BlockHash(100, 3, 20, 2))
+    with pytest.raises(ValueError, match="got 4"):
+        CPeer(library, BlockHash(100, 4, 20)).estimate(torch.zeros(4, 1, 20))
+
+
+def test_without_a_compiler_the_lines_in_c_are_left_out(monkeypatch) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    status, output = benchmark("kernels.py", "--dims", "2e4", "--rows", "3", "--rounds", "1", "--no-torch")
+    assert status == 0 and "no C compiler" in output
+    assert "C sketch" not in output and "over C" not in output and "the hash alone" in output
+
+
+@pytest.mark.parametrize(("dim", "cols"), [(777, 20), (5_000, 300), (5_003, 2_000)])
+def test_the_hash_alone_on_a_gpu_is_the_hash(dim: int, cols: int) -> None:
+    """Blocks of 4, 64 and 256; the last of each is cut short."""
+    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hash = BlockHash(dim, 3, cols)
+    sums = gpu_probes.hash_only(hash, device).cpu().numpy()
+    block, word = np.arange(hash.blocks), np.arange(0, dim, min(16, hash.block))
+    expected = np.zeros(len(sums), dtype=np.int64)
+    for row in range(hash.rows):
+        signs = evaluate_cubic(hash.sign_coefficients[row], word >> 4).astype(np.int64) & 0xFFFF
+        np.add.at(expected, word // gpu_probes.gpu.TILE, signs)
+        np.add.at(expected, block * hash.block // gpu_probes.gpu.TILE, hash.offsets(row, block))
+    assert sums.tolist() == expected.tolist()
+
+
+def test_probes_of_l2_read_and_add_to_every_cell() -> None:
+    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    buffer = torch.arange(3 * gpu_probes.gpu.TILE, device="cuda" if torch.cuda.is_available() else "cpu") % 7
+    buffer = buffer.float()
+    assert float(gpu_probes.walk(buffer, 2, adding=False).sum()) == 2 * float(buffer.sum())
+    added = buffer.clone()
+    gpu_probes.walk(added, 2, adding=True)
+    assert torch.equal(added, buffer + 2)
+
+
+def test_limits_take_the_slower_of_memory_and_l2() -> None:
+    """A copy of 1 M coordinates takes 1 ms: 8 GB/s. L2 is 4 times as fast."""
+    l2_ms = L2_BUFFER_BYTES * L2_PASSES / 32e6
+    elapsed = {"copy": [1.0], "sketch": [5.0], "feedback + sketch": [5.0], "estimate": [1.0], "L2 read": [l2_ms]}
+    elapsed["C sketch"] = [2.0]
+    setting = Setting(1_000_000, 5, 1_000, 10, 4)
+    by_name = {line["operation"]: line for line in lines(elapsed, setting, l2_bytes=40_000)}
+    assert by_name["sketch"]["limit"] == pytest.approx(4 * 5 / 32 / 5)  # L2's, 4 r / L
+    assert by_name["feedback + sketch"]["limit"] == pytest.approx(20 / 8 / 5)  # memory's, 20 / M
+    assert by_name["L2 read"]["bandwidth"] == pytest.approx(4)
+    assert by_name["sketch"]["times_c"] == 2.5 and by_name["estimate"]["times_c"] is None
+    assert all(line["limit"] is None for line in lines(elapsed, setting, l2_bytes=39_999))
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_bandwidth_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    small = ["--dims", "1e5", "--hosts", "2", "--rates", "none", "1gbit", "--repeats", "2"]
+    arguments = [*small, "--transports", "mpi", "--json", str(figures), "--plot", str(picture)]
+    status, output = benchmark("bandwidth.py", *arguments)
+    assert status == 0, output
+    records = json.loads(figures.read_text())
+    names = {"dense", "allreduce", "topk", "powersgd", "sketch20", "sketch100"}
+    assert {(r["method"], r["rate"]) for r in records} == {(name, rate) for name in names for rate in ("none", "1gbit")}
+    for record in records:
+        assert record["seconds"]["q10"] <= record["seconds"]["median"] <= record["seconds"]["q90"]
+        assert record["compute_s"] >= 0 and record["network_s"] > 0
+        if record["ledger_wire_bytes"] > 50_000:
+            payload = record["interface"]["mean_bytes"] - record["interface"]["header_bytes"]
+            assert payload == pytest.approx(record["ledger_wire_bytes"], rel=0.1)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "sketched 20×" in output
+    written = figures.stat().st_mtime_ns
+    status, output = benchmark("bandwidth.py", *arguments)  # all is measured: nothing is run again
+    assert status == 0 and figures.stat().st_mtime_ns == written and "netlab" not in output
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
+    records = Records(tmp_path / "figures.json")
+    endless = ["--dims", "1e5", "--hosts", "2", "--repeats", "1000000", "--budget-s", "1", "--rates", "none", "1gbit"]
+    command = [sys.executable, "benchmarks/bandwidth.py", *endless, "--json", str(records.path)]
+    with started(command, stderr=subprocess.PIPE) as run:
+        wait_until(lambda: len(records.read()) > 1, FIRST_STEP_LIMIT_S)
+        lab = f"bench-{run.pid}"
+        assert run_command(["launch/netlab", "kill", "--name", lab, f"{lab}-2"], 30)[0] == 0
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "the records up to then are in" in errors, errors
+    assert len(records.read()) > 1
+    assert not Path(f"/run/netlab/{lab}").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("bandwidth.py --rates fast", "expected a rate such as 100mbit, 2.5gbit or none, got 'fast'"),
+        ("bandwidth.py --hosts 1", "expected a whole number from 2 on, got '1'"),
+        ("bandwidth.py --dims many", "expected a whole number from 1 on, got 'many'"),
+        ("bandwidth.py --repeats 0", "expected a whole number from 2 on, got '0'"),
+        ("bandwidth.py --json nowhere/a.json", "in a folder that can be written to, got 'nowhere/a.json'"),
+        ("bandwidth.py --methods fp16 --transports mpi", "there is no fp16 over mpi"),
+        ("bandwidth.py --json {broken}", "Mend it, or name another --json"),
+        ("time_to_accuracy.py --target 95", "--target expects a fraction above 0, at most 1, got 95"),
+        ("time_to_accuracy.py --most-steps 0", "expected a whole number from 1 on, got '0'"),
+        ("time_to_accuracy.py --data-dir nowhere --json {fresh}", "--data-dir needs the four idx files of MNIST"),
+    ],
+)
+def test_mistakes_are_told_before_there_is_a_network(command: str, told: str, tmp_path: Path) -> None:
+    broken, fresh = tmp_path / "broken.json", tmp_path / "fresh.json"
+    broken.write_text("[{")
+    status, output = benchmark(*command.format(broken=broken, fresh=fresh).split())
+    assert status != 0 and told in output and "Traceback" not in output and "netlab" not in output
+
+
+def test_a_batch_larger_than_a_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="100 training images on 1 ranks have no batch of 128"):
+        next(endless_batches(100, 128, 0, local_transports(1)[0]))
+
+
+def test_other_settings_have_other_records(tmp_path: Path) -> None:
+    """Of one file; what differs in anything that decides is trained anew."""
+    records = Records(tmp_path / "figures.json")
+    common = {"data": "mnist", "seeds": 1, "learning_rates": [0.4]}
+    records.append(common | {"method": "topk", "transport": "mpi", "rate": "1gbit"})
+    asked = argparse.Namespace(methods=["topk"], rates=["1gbit"])
+    assert pending_over("mpi", asked, common, records) == []
+    for other in ({"data": "digits"}, {"seeds": 2}, {"learning_rates": [0.4, 0.2]}):
+        assert pending_over("mpi", asked, common | other, records) == [("topk", None, ["1gbit"])]
+
+
+@pytest.mark.multiprocess
+@needs_lab
+def test_time_to_accuracy_end_to_end(tmp_path) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
+    status, output = benchmark(
+        "time_to_accuracy.py",
+        *("--hosts", "2", "--rates", "1gbit", "--hidden", "128", "--batch", "32", "--target", "0.8"),
+        *("--most-steps", "100", "--learning-rates", "0.2", "0.4", "--transports", "mpi"),
+        *("--methods", "allreduce", "sketch20", "--json", str(figures), "--plot", str(picture)),
+    )
+    assert status == 0, output
+    records = json.loads(figures.read_text())
+    searches = [record for record in records if record.get("search")]
+    assert [len(record["tried"]) for record in searches] == [2, 2]
+    dense, sketched = (record for record in records if "rate" in record)
+    assert (dense["method"], sketched["method"]) == ("allreduce", "sketch20")
+    for record in (dense, sketched):
+        assert record["reached"] and record["accuracy"] >= 0.8 and record["steps"] <= 100
+        assert record["curve"][-1][2] == record["ledger_wire_bytes"] > 0 < record["interface"]["mean_bytes"]
+    assert sketched["ratio"] > 3 > dense["ratio"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| sketched 20×, mpi |" in output
+
+
+def test_tables_say_where_ours_loses() -> None:
+    def record(method: str, rate: str, seconds: float) -> dict:
+        return {
+            **{"method": method, "transport": "mpi", "dim": 1000, "hosts": 2, "rate": rate, "compute_s": 0.1},
+            **{"network_s": 0.2, "seconds": {"median": seconds}, "ledger_wire_bytes": 10**6, "learning_rate": 0.1},
+            **{"interface": {"mean_bytes": 10**6}, "reached": seconds < 9, "steps": 7, "ratio": 2.0, "accuracy": 0.5},
+        }
+
+    records = [record("allreduce", "1gbit", 1.0), record("powersgd", "1gbit", 0.5), record("sketch20", "1gbit", 9.0)]
+    text = bandwidth_report.tables(records)
+    assert "at no rate measured" in text and "at every rate measured" in text
+    assert "| PowerSGD, rank 4, mpi | 0.1 | 7 | **0.5** |" in accuracy_report.table(records)
+    assert "not reached (50.00%)" in accuracy_report.table(records)
+
+
+def test_cifar10_files_are_read(tmp_path: Path) -> None:
+    from image_data import load_images
+
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
+        images = rng.integers(0, 256, (4, 3073), dtype=np.uint8)
+        images[:, 0] %= 10
+        images.tofile(tmp_path / name)
+    data = load_images(tmp_path)
+    assert data.name == "cifar10" and data.train_images.shape == (20, 3072) and data.test_images.shape == (4, 3072)
+    assert data.test_labels.tolist() == images[:, 0].tolist()
+    os.remove(tmp_path / "test_batch.bin")
+    with pytest.raises(FileNotFoundError, match="test_batch"):
+        load_images(tmp_path)

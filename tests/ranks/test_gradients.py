@@ -1,0 +1,253 @@
+"""Gradients in parts, sketched inside backward passes, and sums that do not fit: nothing changes, nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from hvd_sketch.model import parameters as packing
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.candidates.sketch import SketchCandidates
+from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.model.optimizer import DistributedOptimizer
+from hvd_sketch.transport import LocalTransport, local_transports, run_local
+from tests.support.targets import float_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:all ranks skip this step")
+RANKS = [1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def small_parts() -> Iterator[None]:
+    """Parameters from 100 elements on are parts of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "MIN_ALONE", 100)
+        yield
+
+
+def make_model() -> nn.Sequential:
+    """Large and small parameters in turn, and one no backward pass reaches."""
+    model = nn.Sequential(nn.Linear(9, 30), nn.Tanh(), nn.Linear(30, 2), nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 8))
+    model.register_parameter("unused", nn.Parameter(torch.ones(6, 6)))
+    generator = torch.Generator().manual_seed(1)  # the ranks are threads and share torch's own generator
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+    return model
+
+
+def backward(model: nn.Module, rank: int, step: int) -> None:
+    inputs = torch.randn(5, 9, generator=torch.Generator().manual_seed(100 * rank + step))
+    model(inputs).square().sum().backward()
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+
+def poison_second(model: nn.Module, rank: int, step: int) -> None:
+    if rank == 0 and step == 1:
+        model.get_parameter("0.weight").grad.view(-1)[3] = float("nan")
+
+
+def train(
+    transport: LocalTransport,
+    in_backward: bool,
+    before_step: Callable[..., None] | None = None,
+    passes: int = 1,
+    set_to_none: bool = True,
+    **settings: Any,
+) -> tuple[list[Tensor], int, int]:
+    model = make_model()
+    settings = {"cols": 90, "k": 30, "momentum": 0.5, "dense_below": 8, **settings}
+    config = SketchConfig(**settings, sketch_in_backward=in_backward)
+    inner = SGD(model.parameters(), lr=0.05)
+    optimizer = DistributedOptimizer(inner, model.named_parameters(), config, transport, passes)
+    for step in range(4):
+        optimizer.zero_grad(set_to_none)
+        for i in range(passes):
+            backward(model, transport.rank, 10 * step + i)
+        if before_step is not None:
+            before_step(model, transport.rank, step)
+        optimizer.step()
+    assert optimizer.exchange is not None
+    kept = [optimizer.exchange.residual.clone(), optimizer.exchange.velocity.clone()]
+    return [p.detach().clone() for p in model.parameters()] + kept, optimizer.skipped_steps, optimizer.ledger.step
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"momentum": 0.0, "set_to_none": False},
+        {"passes": 2},
+        {"selection": "heavymix"},
+        {"before_step": lambda model, rank, step: clip(model)},
+        {"before_step": poison_second},
+    ],
+)
+def test_sketching_in_backward_changes_no_bit(options: dict[str, Any], ranks: int) -> None:
+    late = run_local(ranks, partial(train, in_backward=False, **options))
+    early = run_local(ranks, partial(train, in_backward=True, **options))
+    for (expected, *counts), (found, *found_counts) in zip(late, early, strict=True):
+        assert all(map(torch.equal, expected, found)) and counts == found_counts
+    assert late[0][1] == (1 if options.get("before_step") is poison_second else 0)
+
+
+def test_parts_are_sketched_inside_the_backward_pass() -> None:
+    """The last part at once; before a parameter that stays without a gradient, the others wait for the step."""
+    calls: list[int] = []
+    original = SketchCandidates.sketch_ahead
+
+    def note(self: SketchCandidates, feedback: Any, part: Tensor, start: int, step: int) -> None:
+        calls.append(start)
+        original(self, feedback, part, start, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SketchCandidates, "sketch_ahead", note)
+        model = nn.Sequential(nn.Linear(9, 30, bias=False), nn.Linear(30, 20, bias=False), nn.Linear(20, 7, bias=False))
+        config = SketchConfig(cols=90, k=30, dense_below=8, sketch_in_backward=True)
+        optimizer = DistributedOptimizer(
+            SGD(model.parameters(), lr=0.1), model.named_parameters(), config, local_transports(1)[0]
+        )
+        backward(model, 0, 0)
+        assert calls == [870, 270, 0]
+        assert not optimizer.exchange.residual.any() and not optimizer.exchange.velocity.any()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        calls.clear()
+        model[1](torch.ones(1, 30)).sum().backward()  # the last layer has no gradient
+        assert calls == []
+        optimizer.step()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_gradient_may_come_in_parts(ranks: int) -> None:
+    """Whole numbers: sums are exact, so that the parts' order does not show."""
+    dim, cuts = 3001, [0, 7, 1000, 1000, 2999]
+
+    def main(transport: LocalTransport, in_parts: bool) -> list[Tensor]:
+        exchange = SketchedAllreduce(SketchConfig(cols=300, k=50), dim, transport)
+        found = []
+        for step in range(3):
+            gradient = float_gradient(dim, transport.rank, step).mul(8).round()
+            parts = list(gradient.tensor_split(cuts[1:]))
+            update = exchange.step(parts if in_parts else gradient)
+            found += [update.indices, update.values]
+        return [*found, exchange.residual.clone(), exchange.velocity.clone()]
+
+    whole, parts = (run_local(ranks, partial(main, in_parts=in_parts)) for in_parts in (False, True))
+    assert all(map(torch.equal, whole[0], parts[0]))
+
+
+def test_a_large_plain_gradient_is_read_as_it_lies() -> None:
+    model = make_model()
+    backward(model, 0, 0)
+    flat = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1], apart=True)
+    assert [[p.numel() for p, _, _ in part] for part in flat.parts] == [[36], [270], [60, 40], [160]]
+    parts = flat.pack()
+    large = [p for p in model.parameters() if p.numel() >= 100]
+    assert [part.data_ptr() for part in parts if part.numel() in (270, 160)] == [p.grad.data_ptr() for p in large]
+    in_one = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1])
+    assert torch.equal(torch.cat(parts), in_one.pack()[0])
+    assert flat.pack(weight_decay=0.1)[1].data_ptr() != large[0].grad.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_plays_no_part(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for config in (SketchConfig(cols=90, k=30, dense_below=8), None):
+            model = make_model().float()
+            inner = SGD(model.parameters(), lr=0.1)
+            optimizer = DistributedOptimizer(inner, model.named_parameters(), config, local_transports(1)[0])
+            for _ in range(2):
+                model(torch.ones(1, 9, dtype=torch.float32)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert all(p.dtype == torch.float32 for p in model.parameters())
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_gradient_that_requires_a_gradient() -> None:
+    exchange = SketchedAllreduce(SketchConfig(cols=30, k=5), 100, local_transports(1)[0])
+    for _ in range(2):
+        update = exchange.step(torch.ones(100, requires_grad=True))
+    assert update.indices.numel() == 5 and not exchange.residual.requires_grad
+
+
+@pytest.mark.parametrize("saved", [0.0, 0.9])
+def test_dense_state_loads_under_another_momentum(saved: float) -> None:
+    def make(momentum: float) -> DenseAllreduce:
+        return DenseAllreduce(SketchConfig(cols=30, k=5, momentum=momentum), 100, local_transports(1)[0])
+
+    first, second = make(saved), make(0.9 - saved)
+    first.step(torch.ones(100))
+    second.load_state_dict(first.state_dict())
+    assert bool((second.velocity == 0).all())
+
+
+class Half(nn.Module):
+    """A sketched weight and a dense bias, whose gradients are what backward is told."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(4, dtype=dtype))
+
+    def backward(self, weight: float, bias: float) -> None:
+        (self.weight.sum() * weight + self.bias.sum() * bias).backward()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("config", [SketchConfig(cols=60, k=8, dense_below=8, momentum=0.0), None])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, 3e38), (torch.float16, 6e4)])
+def test_a_dense_sum_that_overflows_is_cut_to_what_fits(
+    dtype: torch.dtype, bias: float, config: SketchConfig | None, ranks: int
+) -> None:
+    """In float32 already, or in the parameter's own dtype after momentum: cut to what the dtype holds."""
+
+    def main(transport: LocalTransport) -> tuple[list[float], int]:
+        model = Half(dtype)
+        sketch = None if config is None else SketchConfig(**(vars(config) | {"momentum": 0.5}))
+        optimizer = DistributedOptimizer(SGD(model.parameters(), lr=1e-3), None, sketch, transport)
+        updates = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.backward(1.0, bias)
+            optimizer.step()
+            updates.append(float(model.bias.grad[0]))  # type: ignore[index]
+        return updates, optimizer.skipped_steps
+
+    largest = torch.finfo(dtype).max
+    second = min(1.5 * bias, largest) if config is not None else bias
+    for updates, skipped in run_local(ranks, main):
+        assert skipped == 0
+        assert updates == pytest.approx([bias, second], rel=1e-3)
+
+
+def test_an_update_too_large_for_its_dtype_stays_in_the_residual() -> None:
+    model = Half(torch.float16)
+    config = SketchConfig(cols=60, k=8, oversample=8, dense_below=8, momentum=0.0)
+    optimizer = DistributedOptimizer(SGD(model.parameters(), lr=1e-3), None, config, local_transports(1)[0])
+    produced, sent, largest = torch.zeros(64), torch.zeros(64), 0.0
+    for step in range(20):
+        optimizer.zero_grad()
+        model.backward(30000.0 if step < 4 else 0.0, 1.0)
+        produced += 30000.0 if step < 4 else 0.0
+        optimizer.step()
+        update = model.weight.grad.float().flatten()  # type: ignore[union-attr]
+        largest = max(largest, float(update.max()))
+        sent += update
+        assert torch.equal(sent + optimizer.exchange.residual, produced)  # type: ignore[union-attr]
+    assert largest == torch.finfo(torch.float16).max, "the test says nothing where everything fits"
+    assert optimizer.skipped_steps == 0 and not optimizer.exchange.residual.any()  # type: ignore[union-attr]

@@ -1,0 +1,167 @@
+"""Values that no float holds: what fits is sent, nothing else is lost, and training goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_sketch import DenseAllreduce, DistributedOptimizer, SketchConfig, SketchedAllreduce
+from hvd_sketch.exchange.feedback import Feedback, Limits
+from hvd_sketch.transport import LocalTransport, local_transports, run_local
+
+LIMIT_S = 60
+RANKS = [1, 2, 3, 4]
+SETTINGS: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"selection": "heavymix"}, {"deterministic": True}]
+
+
+def config(**settings: Any) -> SketchConfig:
+    return SketchConfig(**{"cols": 100, "k": 10, "momentum": 0.0, **settings})
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if "momentum" not in s])
+def test_nothing_is_lost_of_values_near_the_largest_float(ranks: int, settings: dict[str, Any]) -> None:
+    """Powers of two: their sums are exact. 40 coordinates at once, beyond every k."""
+
+    def main(transport: LocalTransport) -> torch.Tensor:
+        exchange = SketchedAllreduce(config(**settings), 1000, transport)
+        sent = torch.zeros(1000, dtype=torch.float64)
+        for step in range(400):
+            gradient = torch.zeros(1000)
+            if step == 0:
+                gradient[::25] = 2.0**127
+            update = exchange.step(gradient)
+            sent[update.indices] += update.values.double()
+            assert not update.skipped and bool(torch.isfinite(exchange.residual).all())
+        assert exchange.skipped_steps == exchange.reset_coordinates == 0
+        return sent + sum(transport.allgather(exchange.residual.double().unsqueeze(0))) / ranks
+
+    for produced in run_local(ranks, main, LIMIT_S):
+        expected = torch.zeros(1000, dtype=torch.float64)
+        expected[::25] = 2.0**127
+        torch.testing.assert_close(produced, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_what_overflows_in_the_residual_is_reset_counted_and_named_once(
+    ranks: int, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twice the largest float within one residual, on the last rank only."""
+
+    def main(transport: LocalTransport) -> tuple[int, float, torch.Tensor]:
+        exchange = SketchedAllreduce(config(**settings), 1000, transport)
+        is_last = transport.rank == ranks - 1
+        for step in range(30):
+            gradient = torch.zeros(1000)
+            gradient[500 + 3 * (step % 50)] = 1.0
+            if step < 2 and is_last:
+                gradient[:40] = 3e38
+            update = exchange.step(gradient)
+            assert not update.skipped and bool(torch.isfinite(update.values).all())
+        return exchange.reset_coordinates, float(exchange.residual.abs().max()), exchange.velocity
+
+    results = run_local(ranks, main, LIMIT_S)
+    if settings.get("selection") != "heavymix":  # which draws coordinates by chance: some leave before they overflow
+        assert [reset > 0 for reset, _, _ in results] == [rank == ranks - 1 for rank in range(ranks)]
+        (told,) = caplog.messages
+        assert f"rank {ranks - 1}: momentum or residual was NaN or infinite at " in told and "(coordinate " in told
+    for _, largest, velocity in results:
+        assert largest < float("inf") and bool(torch.isfinite(velocity).all())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), -float("inf")])
+def test_a_damaged_state_is_mended_where_it_is_loaded(
+    ranks: int, damage: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def main(transport: LocalTransport) -> None:
+        exchange = SketchedAllreduce(config(momentum=0.5), 1000, transport)
+        exchange.step(torch.arange(1000.0))
+        state = exchange.state_dict()
+        state["v"][7], state["u"][[8, 900]] = damage, damage
+        other = SketchedAllreduce(config(momentum=0.5), 1000, transport)
+        other.load_state_dict(state)
+        assert other.reset_coordinates == 3
+        kept = torch.ones(1000, dtype=torch.bool)
+        kept[[7, 8, 900]] = False
+        for ours, theirs in ((other.residual, exchange.residual), (other.velocity, exchange.velocity)):
+            assert torch.equal(ours[kept], theirs[kept]) and not ours[~kept].any()
+        assert not other.step(torch.ones(1000)).skipped
+        dense = DenseAllreduce(config(momentum=0.5), 10, transport)
+        dense.step(torch.ones(10))
+        state = dense.state_dict()
+        state["u"][3] = damage
+        dense.load_state_dict(state)
+        assert dense.reset_coordinates == 1 and dense.velocity.tolist() == [1.0] * 3 + [0.0] + [1.0] * 6
+
+    run_local(ranks, main, LIMIT_S)
+    assert len(caplog.messages) == 2 * ranks and "momentum or residual was NaN or infinite" in caplog.text
+
+
+def test_the_optimizer_names_the_parameter_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(50, 40)
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(), config(), local_transports(1)[0]
+    )
+    state = optimizer.state_dict()
+    state["hvd_sketch"]["sketched"]["v"][1234] = float("nan")
+    optimizer.load_state_dict(state)
+    assert "element 1234 of 'weight'" in caplog.text
+    assert optimizer.reset_coordinates == 1
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("operation", ["average", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_updates_fit_the_parameters_dtypes(dtype: torch.dtype, operation: str, ranks: int) -> None:
+    """Mixed with a float32 parameter; what does not fit float16 comes in later steps."""
+    value = 40_000.0 if dtype == torch.float16 else 2.0**126
+
+    def main(transport: LocalTransport) -> tuple[list[float], int]:
+        model = nn.ParameterList([torch.zeros(30, 40), torch.zeros(50, 40, dtype=dtype), torch.zeros(10, dtype=dtype)])
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            None,
+            config(dense_below=10, cols=300),
+            transport,
+            op=operation,
+        )
+        totals = torch.zeros(2, dtype=torch.float64)
+        for step in range(60):
+            optimizer.zero_grad()
+            for parameter in model:
+                parameter.grad = torch.zeros_like(parameter)
+                if step < 6:
+                    parameter.grad.view(-1)[:5] = value
+            optimizer.step()
+            for parameter in model:
+                assert bool(torch.isfinite(parameter.grad).all())
+            totals += torch.stack([model[i].grad.double().sum() for i in range(2)])
+        return totals.tolist(), optimizer.skipped_steps
+
+    scale = ranks if operation == "sum" else 1
+    for (wide, narrow), skipped in run_local(ranks, main, LIMIT_S):
+        assert skipped == 0
+        assert wide == pytest.approx(30 * value * scale, rel=1e-2)
+        assert narrow == pytest.approx(30 * value * scale, rel=2e-2)
+
+
+def test_an_offer_is_cut_and_what_is_cut_stays() -> None:
+    limits = Limits(torch.tensor([4, 10]), torch.tensor([100.0, 1e9]))
+    feedback = Feedback(10, 0.5, "cpu", size=2, limits=limits)
+    gradient = torch.tensor([150.0, -250.0, 50.0, 1.0, 150.0, 3e9, 0.0, 0.0, -2e9, 5.0])
+    feedback.add_(gradient)
+    indices = torch.tensor([0, 1, 4, 5, 8])
+    offered = torch.empty(5)
+    assert feedback.offer(indices, offered)
+    assert offered.tolist() == [100.0, -100.0, 150.0, 1e9, -1e9]
+    feedback.clear_(torch.tensor([1, 4, 8]))  # the others were not chosen
+    assert feedback.v.tolist() == [150.0, -150.0, 50.0, 1.0, 0.0, 3e9, 0.0, 0.0, -1e9, 5.0]
+    assert feedback.u[[1, 4, 8]].tolist() == [0.0] * 3
+    assert feedback.offer(torch.tensor([2]), torch.empty(1))
+    feedback.clear_(torch.tensor([2]))
+    assert feedback.v[2] == 0

@@ -1,0 +1,112 @@
+"""Transports of one process share a communicator and a hook; what cannot be a transport is refused with a reason."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from tests.support.harness import launch, run_command
+
+pytestmark = pytest.mark.multiprocess
+
+PLAIN_MPIRUN = [f"{sys.prefix}/bin/mpirun", "--oversubscribe"]
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+JOB_END_LIMIT_S = 60  # most of it starts and 1,100 broadcasts
+FAILING_JOB = """
+import sys
+
+import torch
+
+sys.excepthook = lambda *error: print("the user's hook saw", error[0].__name__, file=sys.stderr)
+from mpi4py import MPI
+
+import hvd_sketch
+
+model = torch.nn.Linear(4, 4)
+for epoch in range(1100):
+    hvd_sketch.broadcast_parameters(model.state_dict(), 0, "mpi")
+if MPI.COMM_WORLD.rank == 1:
+    raise RuntimeError("a bug of the user's")
+MPI.COMM_WORLD.Barrier()
+"""
+
+
+# Many transports
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_transports_on_one_communicator_share_its_duplicate(ranks: int) -> None:
+    shared = {"communicators": 1, "hooks": 1}
+    assert launch("mpi", ranks, "tests.support.setup_targets:many_transports", count=1100) == [shared] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_freeing_a_communicator_frees_ours(ranks: int) -> None:
+    nothing = {"communicators": 0, "threads": 0}
+    assert launch("mpi", ranks, "tests.support.setup_targets:freed_with_the_users", cycles=2000) == [nothing] * ranks
+
+
+def test_a_hook_set_later_is_the_users() -> None:
+    assert launch("mpi", 2, "tests.support.setup_targets:keeps_the_users_hook") == [True] * 2
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("launcher", [PLAIN_MPIRUN, ["launch/mpirun.sh"]], ids=["mpirun", "launch"])
+def test_a_failing_rank_ends_the_job_after_many_transports(launcher: list[str], ranks: int, tmp_path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(FAILING_JOB)
+    start_s = time.monotonic()
+    command = [*launcher, "-n", str(ranks), sys.executable, str(job)]
+    status, output = run_command(command, timeout_s=120, **AS_ROOT)
+    assert status != 0, output
+    assert time.monotonic() - start_s < JOB_END_LIMIT_S
+    if launcher is PLAIN_MPIRUN:  # mpi4py's runner shows the exception itself
+        assert output.count("the user's hook saw RuntimeError") == 1, output
+        assert output.count("hvd_sketch: rank 1 failed, ending the job on all ranks") == 1, output
+
+
+# What is refused
+
+
+def test_what_is_no_communicator_is_refused() -> None:
+    said = launch("mpi", 2, "tests.support.setup_targets:refused_communicators")
+    for rank, messages in enumerate(said):
+        for name in ("int", "module", "str"):
+            assert messages[name].startswith("TypeError: MPITransport expected a communicator such as MPI.COMM_WORLD")
+            assert f"({name}) on rank {rank} of" in messages[name]
+        assert messages["inter-communicator"].startswith("ValueError: ") and "Merge()" in messages["inter-communicator"]
+        assert messages["freed"].startswith("ValueError: ") and "before the communicator is freed" in messages["freed"]
+    assert "COMM_NULL" not in said[0]
+    assert said[1]["COMM_NULL"].startswith("ValueError: MPITransport expected a communicator with this rank in it")
+    assert "only where `comm != MPI.COMM_NULL`" in said[1]["COMM_NULL"]
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("mpi4py.rc.initialize = False; from mpi4py import MPI", "drop the line `mpi4py.rc.initialize = False`"),
+        ("from mpi4py import MPI; MPI.Finalize()", "MPI.Finalize() was called on this rank already"),
+    ],
+    ids=["not initialised", "finalised"],
+)
+def test_mpi_must_run(before: str, expected: str) -> None:
+    """Else the MPI library ends the process, and no Python error says why."""
+    program = f"import mpi4py; {before}; import hvd_sketch; hvd_sketch.MPITransport()"
+    status, output = run_command([sys.executable, "-c", program], timeout_s=60)
+    assert status == 1
+    assert "ValueError: transport 'mpi' expected" in output and expected in output
+
+
+def test_what_is_no_process_set_is_refused() -> None:
+    said = launch("horovod-gloo", 2, "tests.support.setup_targets:refused_process_sets")
+    for rank, messages in enumerate(said):
+        for name in ("int", "list"):
+            assert messages[name].startswith("TypeError: HorovodTransport expected an hvd.ProcessSet")
+            assert f"({name}) on rank {rank}" in messages[name]
+        for name in ("not registered", "registered before a shutdown"):
+            assert messages[name].startswith("ValueError: HorovodTransport expected a process set that Horovod knows")
+        assert messages["used after a shutdown"] == "ValueError: Horovod has not been initialized; use hvd.init()."
+    assert "not in it" not in said[0]
+    assert said[1]["not in it"].startswith("ValueError: rank 1 is not in the process set [0]")

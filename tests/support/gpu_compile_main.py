@@ -1,0 +1,114 @@
+"""Compile every GPU kernel for a Hopper GPU, which need not be there; print what the compiler says, as JSON.
+
+The functions of the backend run with launches replaced by compilations, so that what is compiled are the
+variants that they launch. To be run by itself: under Triton's interpreter nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import gpu
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu_probes
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def report(compiled: Any) -> dict[str, Any]:
+    """Bytes of stack and local memory, where spilled registers go, and the machine instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage", file.name))
+        instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
+        code = re.findall(instruction, cuobjdump("-sass", file.name), re.MULTILINE)
+    return {name: int(value) for name, value in usage} | {"instructions": code}
+
+
+def compile_all() -> list[dict[str, Any]]:
+    compiled: list[dict[str, Any]] = []
+
+    def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        result = kernel.warmup(*arguments, grid=(max(programs, 1),), **constants)
+        compiled.append({"name": kernel.fn.__name__, "constants": constants, **report(result)})
+
+    device = SimpleNamespace(
+        get_current_target=lambda: HOPPER, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    driver.set_active(device)
+    with mock.patch.object(gpu, "_launch", compile_only), mock.patch.object(torch, "empty", torch.zeros):
+        for hash in (
+            BlockHash(1 << 16, 3, 1 << 13),  # as in training: blocks of 256
+            BlockHash(100_003, 4, 5_001, 3),  # lengths that are multiples of nothing
+            BlockHash(1_000, 9, 70, 2),  # the most rows of a network; blocks of 8
+            BlockHash(100, 1, 1),  # blocks of 1
+        ):
+            launch_all(hash)
+        launch_with_numbers_on_the_device(BlockHash(1 << 16, 3, 1 << 13))
+        many_rows = BlockHash(1 << 16, 12, 1 << 13)
+        gpu.estimate(many_rows, torch.zeros(many_rows.table_shape), 0, many_rows.dim)
+        for dtype in gpu.DTYPES:
+            targets, starts, values = [torch.zeros(99, dtype=dtype)] * 3, torch.zeros(4).long(), torch.zeros(297)
+            gpu.scatter_(targets, starts, torch.arange(297), values)
+        far = BlockHash(1 << 34, 3, 1 << 13)
+        table, v, start = torch.zeros(far.table_shape), torch.zeros(1000), far.dim - 1000
+        gpu.accumulate_atomic_(far, table, v, start)
+        gpu.accumulate_gather_(far, table, v, start)
+        gpu.estimate(far, table, start, far.dim)
+        gpu_probes.hash_only(many_rows, table.device)
+        for adding in (False, True):
+            gpu_probes.walk(v, 2, adding)
+    return compiled
+
+
+def launch_all(hash: BlockHash) -> None:
+    """Every kernel; feedback in its variants."""
+    table, v = torch.zeros(hash.table_shape), torch.zeros(hash.dim)
+    shard_table = table[:, 0].contiguous()
+    gpu.feedback_(v, v, v, 0.9)
+    gpu.feedback_accumulate_(hash, table, v, v, v, 0.9, 0)
+    gpu.feedback_accumulate_(hash, table, None, v, v, 0.0, 0)
+    gpu.accumulate_atomic_(hash, table, v, 0)
+    gpu.accumulate_gather_(hash, table, v, 0, range(1))
+    gpu.estimate(hash, table, 0, hash.dim)
+    gpu.estimate_owned(hash, shard_table, 0)
+    gpu.owned_histogram(hash, shard_table, 0, 0, 21, 1024)
+    gpu.owned_above(hash, shard_table, 0, 1, 0)
+    gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
+    gpu.magnitude_histogram(v, 0, 0, 2048)
+    gpu.select_above(v, 1, 1)
+
+
+def launch_with_numbers_on_the_device(hash: BlockHash) -> None:
+    shard_table, values = torch.zeros(hash.table_shape)[:, 0].contiguous(), torch.zeros(hash.dim)
+    number = torch.ones(1, dtype=torch.int32)
+    gpu.owned_histogram_kept(hash, shard_table, 0, number, 12, 64, 100)
+    gpu.owned_histogram(hash, shard_table, 0, number, 12, 64)
+    gpu.owned_above(hash, shard_table, 0, number, number, 100)
+    gpu.keep_above(torch.arange(hash.dim), values, number, number, 100)
+
+
+if __name__ == "__main__":
+    json.dump(compile_all(), sys.stdout, default=str)  # of dtypes

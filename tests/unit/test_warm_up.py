@@ -1,0 +1,154 @@
+"""After a warm-up nothing is compiled any more, and of several processes one compiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import child_environment, run_command
+
+COMPILED = """
+from numba.core import event
+recorder = event.RecordingListener()
+event.register("numba:compile", recorder)
+def compiled():
+    return [e.data["dispatcher"].py_func.__name__ for _, e in recorder.buffer if e.is_start]
+"""
+RUNS = """
+from functools import partial
+import torch
+import hvd_sketch
+from hvd_sketch.transport import run_local
+
+def steps(transport, dim, k, options):
+    config = hvd_sketch.SketchConfig(cols=900, k=k, **options)
+    exchange = hvd_sketch.SketchedAllreduce(config, dim, transport)
+    random = torch.Generator().manual_seed(transport.rank)
+    for _ in range(4):
+        exchange.step(torch.randn(dim, generator=random) ** 3)
+
+def training(transport):
+    model = torch.nn.Linear(100, 50)
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    options = dict(momentum=0.0, dense_below=1, sketch_in_backward=True)
+    config = hvd_sketch.SketchConfig.for_compression(10, hvd_sketch.sketched_dim(model.parameters()), **options)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = hvd_sketch.DistributedOptimizer(inner, model.named_parameters(), config, transport)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 100)).square().mean().backward()
+        optimizer.step()
+
+for ranks in (1, 3):
+    for options in (dict(momentum=0.0), dict(momentum=0.9), dict(momentum=0.0, selection="heavymix"),
+                    dict(momentum=0.9, deterministic=True)):
+        for dim, k in ((785, 10), (20_011, 97), (100_003, 1500)):
+            run_local(ranks, partial(steps, dim=dim, k=k, options=options), 100)
+    run_local(ranks, training, 100)
+sketch = hvd_sketch.CountSketch(5000, 3, 500, shards=3)
+sketch._kernels.accumulate_(sketch.hash, sketch.table, torch.ones(5000), 0, range(1, 2))
+sketch.accumulate_(torch.ones(4000), 1000)
+sketch.estimate(), sketch.top(10), sketch.heavymix(10, 0)
+"""
+WARM_UP = """
+from hvd_sketch.warm_up import cached_kernels, warm_up
+told = []
+warm_up(told.append)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("numba_cache")
+
+
+@pytest.fixture(scope="module")
+def outputs(folder: Path) -> list[str]:
+    """Of two processes that warm up together from an empty cache: what each was told, whether it compiled."""
+    program = WARM_UP + "print(told, sum(sum(kernel.stats.cache_misses.values()) for kernel in cached_kernels()) > 0)"
+    environment = child_environment() | {"NUMBA_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", program]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        return [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run_program(program: str, folder: Path, timeout_s: float = 200) -> str:
+    status, output = run_command([sys.executable, "-c", program], timeout_s, NUMBA_CACHE_DIR=str(folder))
+    assert status == 0, output
+    return output
+
+
+@pytest.mark.multiprocess
+def test_one_of_two_processes_compiles(outputs: list[str]) -> None:
+    waited, compiled = sorted(outputs, key=lambda output: "True" in output)
+    assert "compiling the CPU kernels, once after an installation: about" in compiled and "True" in compiled
+    assert "False" in waited and (waited.startswith("['waiting for another process") or waited.startswith("[]"))
+
+
+@pytest.mark.multiprocess
+def test_runs_compile_nothing_after_a_warm_up(folder: Path, outputs: list[str]) -> None:
+    ours = (
+        "assert not [name for name in compiled() if name in {k.py_func.__name__ for k in cached_kernels()}], compiled()"
+    )
+    run_program(COMPILED + WARM_UP + "assert not told, told\n" + RUNS + ours, folder)
+
+
+@pytest.mark.multiprocess
+def test_a_warm_cache_costs_nothing(folder: Path, outputs: list[str]) -> None:
+    timed = "import time, hvd_sketch.warm_up\nbegin = time.perf_counter()\n" + WARM_UP
+    assert float(run_program(timed + "print(time.perf_counter() - begin)", folder)) < 0.5
+
+
+@pytest.mark.multiprocess
+def test_a_lost_marker_compiles_nothing(folder: Path, outputs: list[str]) -> None:
+    """Its kernels are still in the cache, whose own index says so."""
+    for marker in folder.rglob("hvd_sketch_warm_*[!k]"):
+        marker.unlink()
+    run_program(COMPILED + WARM_UP + "assert not told and not compiled(), compiled()", folder)
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_dies_lets_others_in(tmp_path: Path) -> None:
+    lock = "from hvd_sketch.warm_up import _one_process\nfrom pathlib import Path\nimport sys, time\n"
+    hold = lock + "with _one_process(Path(sys.argv[1]), print):\n    print('held', flush=True)\n    time.sleep(100)\n"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout is not None
+            time.sleep(0.1)
+            first.kill()
+            printed = [second.stdout.readline(), ""]
+            if "waiting" in printed[0]:
+                printed[1] = second.stdout.readline()
+            second.kill()
+    assert "held\n" in printed
+
+
+@pytest.mark.multiprocess
+def test_a_job_on_an_empty_cache_says_once_that_it_compiles(tmp_path: Path) -> None:
+    """On rank 0 alone, before the first step, whichever rank it is that compiles."""
+    job = (
+        "import sys, hvd_sketch, torch\n"
+        "config = hvd_sketch.SketchConfig(cols=90, k=9)\n"
+        "exchange = hvd_sketch.SketchedAllreduce(config, 999, hvd_sketch.MPITransport())\n"
+        "print('constructed', file=sys.stderr, flush=True)\n"
+        "exchange.step(torch.ones(999))\n"
+    )
+    command = ["launch/mpirun.sh", "-n", "2", "--", sys.executable, "-c", job]
+    status, output = run_command(command, 200, NUMBA_CACHE_DIR=str(tmp_path))
+    assert status == 0, output
+    told = [line for line in output.splitlines() if "CPU kernels" in line]
+    assert len(told) == 1, output
+    assert output.index(told[0]) < output.index("constructed")
+    status, output = run_command(command, 200, NUMBA_CACHE_DIR=str(tmp_path))
+    assert status == 0 and "CPU kernels" not in output, output
