@@ -184,7 +184,7 @@ def test_a_rank_that_comes_late_is_waited_for_with_a_word(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = StallWatch(stall_s=0.2)
-    monkeypatch.setattr("hvd_sketch.ledger.process_watch", lambda: watch)
+    monkeypatch.setattr("hvd_sketch.transport.metered.process_watch", lambda: watch)
 
     def main(transport: LocalTransport) -> Any:
         exchange = DenseAllreduce(None, 3, transport)
