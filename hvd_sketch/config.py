@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 Selection = Literal["topk", "heavymix"]
@@ -27,8 +28,7 @@ class SketchConfig:
             times as many: biases and norms. 0: all are sketched.
         deterministic: sum in rank order on every transport, so that all give equal bits. On a GPU also call
             ``torch.use_deterministic_algorithms(True)``, or the table is made by atomic additions in any order.
-        sketch_in_backward: sketch every layer inside the backward pass, as soon as its gradient is ready. Pays where
-            the device has time to spare then; the update is the same to the bit.
+        sketch_in_backward: deprecated, without effect.
 
     Raises:
         ValueError: a value out of range; the message says which and what is allowed.
@@ -44,9 +44,15 @@ class SketchConfig:
     selection: Selection = "topk"
     dense_below: int = 1024
     deterministic: bool = False
-    sketch_in_backward: bool = False
+    sketch_in_backward: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sketch_in_backward: bool | None) -> None:
+        if sketch_in_backward is not None:
+            warnings.warn(
+                "sketch_in_backward is deprecated and without effect: no benchmark showed that it pays. Leave it out",
+                DeprecationWarning,
+                stacklevel=3,
+            )
         for name in ("rows", "cols", "k", "oversample"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

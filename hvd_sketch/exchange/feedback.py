@@ -80,11 +80,6 @@ class Feedback:
         else:
             self._kernels.feedback_accumulate_(sketch.hash, sketch.table, u, v, part, self.momentum, start)
 
-    def preview(self, part: Tensor, start: int) -> Tensor:
-        """The v that :meth:`add_` would leave, to the bit; nothing is changed. float32 [n]."""
-        u, v = self._slices(part, start)
-        return v + (part if u is None else (u * self.momentum).add_(part))
-
     def _slices(self, part: Tensor, start: int) -> tuple[Tensor | None, Tensor]:
         stop = start + part.numel()
         return self._u[start:stop] if self.momentum else None, self.v[start:stop]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvd_sketch.coding import host, load_coding
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
+from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates.sketch import CandidateSource, SketchCandidates
 from hvd_sketch.exchange.feedback import Feedback
@@ -100,13 +100,6 @@ class SketchedAllreduce(Exchange):
         agreed = self.begin_step(self._report_of(parts, torch.float32, finite))
         return self.exchange(parts) if agreed.goes_on else self._nothing()
 
-    def begin_step(self, report: Report) -> Agreed:
-        """See :meth:`Exchange.begin_step`."""
-        agreed = super().begin_step(report)
-        if not agreed.goes_on:
-            self.forget_ahead()
-        return agreed
-
     def exchange(self, parts: Sequence[Tensor], unused: Ranges = ()) -> SparseUpdate:
         """The rest of a step that has begun.
 
@@ -117,8 +110,6 @@ class SketchedAllreduce(Exchange):
 
         Communication: collective.
         """
-        if unused:
-            self.forget_ahead()
         # u <- m u + g, v <- v + u, and the top-Pk of the summed sketches of v
         gradient = _from_the_last([part.detach().contiguous() for part in parts], unused)
         candidates = self._candidates.find(self._feedback, gradient, self._step - 1)
@@ -130,17 +121,6 @@ class SketchedAllreduce(Exchange):
         indices = candidates.index_select(0, to_device(positions, self._device))
         self._feedback.clear_(indices)  # zero u and v where they were sent
         return SparseUpdate(indices, to_device(sums, self._device) / self._comm.size)
-
-    def sketch_ahead(self, part: Tensor, start: int) -> None:
-        """Add coordinates ``start …`` of the coming step's gradient to its table now, from the last part to the first.
-
-        u and v are not changed. :meth:`exchange` must then get the same parts. Communication: none.
-        """
-        self._candidates.sketch_ahead(self._feedback, part, start, self._step)
-
-    def forget_ahead(self) -> None:
-        """Undo every :meth:`sketch_ahead` since the last step. Communication: none."""
-        self._candidates.forget_ahead()
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
         """Sums of v over ranks at this rank's part of the candidates: float32 [ceil(n / size)], zeros at the end.
@@ -209,7 +189,6 @@ class SketchedAllreduce(Exchange):
             ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
         """
         self._load_counters(state)
-        self.forget_ahead()
         self._feedback.load_state_dict(state)
         self._count_reset(self._feedback.reset_nonfinite_())
         thresholds = state.get("thresholds", ((0, 0), (0, 0)))
@@ -221,7 +200,6 @@ class SketchedAllreduce(Exchange):
     def _take_over(self, root: int, anyones: bool, at_same_step: bool, thresholds: list[int]) -> None:
         self._candidates.expected.thresholds = thresholds[0], thresholds[1]
         self._expected.thresholds = thresholds[2], thresholds[3]
-        self.forget_ahead()
         if anyones:
             for kept in self._feedback.tensors():
                 self._transport.broadcast_(kept, root)

@@ -109,9 +109,6 @@ class GradientExchange:
         lead = self.sketched or self.dense
         assert lead is not None, "there is a parameter"
         self._lead = lead
-        self._ahead: Ahead | None = None
-        if self._sketched is not None and config is not None and config.sketch_in_backward:
-            self._ahead = Ahead(self._sketched.flat, self._sketched.exchange, self._weight_decay)
 
     def _sketched_way(self, numbers: list[int], config: SketchConfig) -> Way[SketchedAllreduce]:
         flat = FlatParameters([self._named[i] for i in numbers], apart=True)
@@ -158,16 +155,6 @@ class GradientExchange:
 
     def _ways(self) -> list[Way[Any]]:
         return [way for way in (self._sketched, self._dense) if way is not None]
-
-    def gradient_is_ready(self, parameter: Tensor) -> None:
-        """To be told when the last backward pass of a step has reached a parameter. Communication: none."""
-        if self._ahead is not None:
-            self._ahead.add(parameter)
-
-    def gradients_are_void(self) -> None:
-        """To be told when the gradients made so far will not be averaged. Communication: none."""
-        if self._ahead is not None:
-            self._ahead.settle(usable=False)
 
     def average(
         self,
@@ -245,8 +232,6 @@ class GradientExchange:
 
     def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
         """This rank's vector for each way, in parts."""
-        if self._ahead is not None:
-            self._ahead.settle(usable=inverse_scale is None and not done)
         for way in self._ways():
             way.flat.check_unchanged()
         weight_decay = 0.0 if done else self._weight_decay
@@ -349,39 +334,3 @@ class GradientExchange:
     def __repr__(self) -> str:
         parts = (("sketched", self.sketched), ("dense", self.dense))
         return ", ".join(f"{part.dim} coordinates {way}" for way, part in parts if part is not None)
-
-
-class Ahead:
-    """Sketches a part of the gradient as soon as its parameters are ready, from the last part to the first.
-
-    That is the order in which :meth:`SketchedAllreduce.exchange` would do it, so the sums have the same bits. A part
-    waits for those behind it. No u or v is written: the ranks have not agreed yet that the step is finite.
-    """
-
-    def __init__(self, flat: FlatParameters, sketched: SketchedAllreduce, weight_decay: float) -> None:
-        self._flat, self._sketched, self._weight_decay = flat, sketched, weight_decay
-        self._part_of = {parameter: i for i, places in enumerate(flat.parts) for parameter, _, _ in places}
-        self._begin()
-
-    def _begin(self) -> None:
-        self._waiting = [len(places) for places in self._flat.parts]  # parameters that are not ready
-        self._next = len(self._waiting) - 1
-        self._sketched_from: list[tuple[Tensor, Tensor, int]] = []  # parameter, its gradient, the gradient's version
-
-    def add(self, parameter: Tensor) -> None:
-        """A parameter is ready."""
-        if parameter not in self._part_of:
-            return
-        self._waiting[self._part_of[parameter]] -= 1
-        while self._next >= 0 and self._waiting[self._next] == 0:
-            places = self._flat.parts[self._next]
-            self._sketched.sketch_ahead(self._flat.pack_part(self._next, self._weight_decay), places[0][1])
-            self._sketched_from += [(p, p.grad, p.grad._version) for p, _, _ in places if p.grad is not None]
-            self._next -= 1
-
-    def settle(self, usable: bool) -> None:
-        """Before the exchange: forget what was sketched if it is not ``usable``, or gradients were changed since."""
-        unchanged = all(p.grad is grad and grad._version == version for p, grad, version in self._sketched_from)
-        if not (usable and unchanged):
-            self._sketched.forget_ahead()
-        self._begin()

@@ -18,7 +18,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.agreement import all_finite, refused_together, require_equal
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.model.backward import BackwardCounter
+from hvd_sketch.model.backward import BackwardWatch
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.drift import checksums
 from hvd_sketch.model.forwarding import ForwardingOptimizer
@@ -111,8 +111,8 @@ class DistributedOptimizer(ForwardingOptimizer):
             ``parameter.<group>.<index>``.
         sketch: how to compress; None exchanges everything dense and adds no momentum.
         transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
-        backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Enforced
-            only with ``sketch_in_backward``.
+        backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Taken
+            and compared over the ranks; gradients add up until step() anyway.
         compression: ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
         op: ``hvd.Average``, the default, or ``hvd.Sum``.
         gradient_predivide_factor: taken and without effect: means are made in float32 and do not overflow.
@@ -183,9 +183,7 @@ class DistributedOptimizer(ForwardingOptimizer):
             check_every=check_every,
             max_skips=max_skips,
         )
-        sketches_ahead = sketch is not None and sketch.sketch_in_backward
-        ready = self._gradients.gradient_is_ready
-        self._passes = BackwardCounter(named, backward_passes_per_step, ready, strict=sketches_ahead)
+        self._backward = BackwardWatch(self._parameters)
         self._known = {id(parameter) for _, parameter in named}
         self._progress = _Progress()
         if isinstance(self._transport, HorovodTransport):
@@ -248,11 +246,10 @@ class DistributedOptimizer(ForwardingOptimizer):
         return self._gradients.reset_coordinates
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """As Horovod's. Communication: none, but every rank sets the same."""
-        self._passes.passes = passes
+        """As Horovod's; without effect: gradients add up until ``step()``. Communication: none."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; also begins to count backward passes from zero. Communication: none."""
+        """As torch's; also forgets backward passes since the last step. Communication: none."""
         self.inner.zero_grad(set_to_none=set_to_none)
         self._start_over()
 
@@ -279,7 +276,7 @@ class DistributedOptimizer(ForwardingOptimizer):
                 loss = closure()
         # From our own attributes only: a fused inner optimizer may have such attributes for itself.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if self._progress.exchanged is not None and grad_scale is not None and not self._passes.any():
+        if self._progress.exchanged is not None and grad_scale is not None and not self._backward.has_seen:
             raise RuntimeError(
                 "synchronize() averaged gradients that still carry the loss scale: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
@@ -296,7 +293,7 @@ class DistributedOptimizer(ForwardingOptimizer):
 
     def _take_averaged(self, found_inf: Any) -> bool:
         """Whether ``synchronize()`` has left gradients that can be stepped with."""
-        if self._progress.exchanged is None or self._passes.any():
+        if self._progress.exchanged is None or self._backward.has_seen:
             raise RuntimeError(
                 "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
                 "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
@@ -377,12 +374,11 @@ class DistributedOptimizer(ForwardingOptimizer):
     def _has_new_gradients(self) -> bool:
         """Whether this rank has gradients that were not averaged."""
         pairs = zip(self._parameters, self._progress.unchanged(self._parameters), strict=True)
-        return self._passes.any() or any(p.grad is not None and not unchanged for p, unchanged in pairs)
+        return self._backward.has_seen or any(p.grad is not None and not unchanged for p, unchanged in pairs)
 
     def _start_over(self) -> None:
         self._progress.exchanged = None
-        self._passes.reset()
-        self._gradients.gradients_are_void()
+        self._backward.has_seen = False
 
     def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip.
@@ -390,7 +386,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         Whether these are averaged already is not for one rank to decide: it says so, and all ranks hear it.
         """
         progress = self._progress
-        is_held = progress.exchanged is not None and not self._passes.any()
+        is_held = progress.exchanged is not None and not self._backward.has_seen
         is_held = is_held and all(progress.unchanged(self._parameters))
         if is_held:
             warnings.warn(
@@ -410,7 +406,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         if not is_held:
             progress.exchanged = is_averaged
             progress.note(self._parameters)
-            self._passes.reset()
+            self._backward.has_seen = False
         return bool(progress.exchanged)
 
     def _unregistered(self) -> RuntimeError | None:

@@ -1,20 +1,18 @@
-"""Gradients in parts, sketched inside backward passes, and sums that do not fit: nothing changes, nothing is lost."""
+"""Gradients in parts, and sums that do not fit: nothing changes, nothing is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from hvd_sketch.model import parameters as packing
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.candidates.sketch import SketchCandidates
 from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.model import parameters as packing
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.support.targets import float_gradient
@@ -44,88 +42,6 @@ def make_model() -> nn.Sequential:
 def backward(model: nn.Module, rank: int, step: int) -> None:
     inputs = torch.randn(5, 9, generator=torch.Generator().manual_seed(100 * rank + step))
     model(inputs).square().sum().backward()
-
-
-def clip(model: nn.Module) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-
-
-def poison_second(model: nn.Module, rank: int, step: int) -> None:
-    if rank == 0 and step == 1:
-        model.get_parameter("0.weight").grad.view(-1)[3] = float("nan")
-
-
-def train(
-    transport: LocalTransport,
-    in_backward: bool,
-    before_step: Callable[..., None] | None = None,
-    passes: int = 1,
-    set_to_none: bool = True,
-    **settings: Any,
-) -> tuple[list[Tensor], int, int]:
-    model = make_model()
-    settings = {"cols": 90, "k": 30, "momentum": 0.5, "dense_below": 8, **settings}
-    config = SketchConfig(**settings, sketch_in_backward=in_backward)
-    inner = SGD(model.parameters(), lr=0.05)
-    optimizer = DistributedOptimizer(inner, model.named_parameters(), config, transport, passes)
-    for step in range(4):
-        optimizer.zero_grad(set_to_none)
-        for i in range(passes):
-            backward(model, transport.rank, 10 * step + i)
-        if before_step is not None:
-            before_step(model, transport.rank, step)
-        optimizer.step()
-    assert optimizer.exchange is not None
-    kept = [optimizer.exchange.residual.clone(), optimizer.exchange.velocity.clone()]
-    return [p.detach().clone() for p in model.parameters()] + kept, optimizer.skipped_steps, optimizer.ledger.step
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.1},
-        {"momentum": 0.0, "set_to_none": False},
-        {"passes": 2},
-        {"selection": "heavymix"},
-        {"before_step": lambda model, rank, step: clip(model)},
-        {"before_step": poison_second},
-    ],
-)
-def test_sketching_in_backward_changes_no_bit(options: dict[str, Any], ranks: int) -> None:
-    late = run_local(ranks, partial(train, in_backward=False, **options))
-    early = run_local(ranks, partial(train, in_backward=True, **options))
-    for (expected, *counts), (found, *found_counts) in zip(late, early, strict=True):
-        assert all(map(torch.equal, expected, found)) and counts == found_counts
-    assert late[0][1] == (1 if options.get("before_step") is poison_second else 0)
-
-
-def test_parts_are_sketched_inside_the_backward_pass() -> None:
-    """The last part at once; before a parameter that stays without a gradient, the others wait for the step."""
-    calls: list[int] = []
-    original = SketchCandidates.sketch_ahead
-
-    def note(self: SketchCandidates, feedback: Any, part: Tensor, start: int, step: int) -> None:
-        calls.append(start)
-        original(self, feedback, part, start, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SketchCandidates, "sketch_ahead", note)
-        model = nn.Sequential(nn.Linear(9, 30, bias=False), nn.Linear(30, 20, bias=False), nn.Linear(20, 7, bias=False))
-        config = SketchConfig(cols=90, k=30, dense_below=8, sketch_in_backward=True)
-        optimizer = DistributedOptimizer(
-            SGD(model.parameters(), lr=0.1), model.named_parameters(), config, local_transports(1)[0]
-        )
-        backward(model, 0, 0)
-        assert calls == [870, 270, 0]
-        assert not optimizer.exchange.residual.any() and not optimizer.exchange.velocity.any()  # type: ignore[union-attr]
-        optimizer.step()
-        optimizer.zero_grad()
-        calls.clear()
-        model[1](torch.ones(1, 30)).sum().backward()  # the last layer has no gradient
-        assert calls == []
-        optimizer.step()
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -670,20 +670,6 @@ def test_backward_passes_add_up(ranks: int, config: SketchConfig | None, expecte
         assert_all_equal(gradients, [a + b for a, b in zip(mean_of(ranks, 2), mean_of(ranks, 3), strict=True)])
 
 
-@pytest.mark.parametrize("reset", ["step", "synchronize", "zero_grad"])
-def test_too_many_backward_passes_raise_where_the_first_are_sketched_already(reset: str) -> None:
-    model = Toy()
-    optimizer = wrap(alone(), model, everything(60, sketch_in_backward=True), backward_passes_per_step=2)
-    for _ in range(3):
-        model.backward(0, 0)
-        model.backward(0, 1)
-        getattr(optimizer, reset)()
-    model.backward(0, 0)
-    model.backward(0, 1)
-    with pytest.raises(RuntimeError, match=r"3 gradients reached .*backward_passes_per_step=2"):
-        model.backward(0, 2)
-
-
 def test_an_optimizer_that_is_gone_counts_no_more() -> None:
     model = Toy()
     wrap(alone(), model, None)

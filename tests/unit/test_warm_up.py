@@ -35,7 +35,7 @@ def training(transport):
     model = torch.nn.Linear(100, 50)
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)
-    options = dict(momentum=0.0, dense_below=1, sketch_in_backward=True)
+    options = dict(momentum=0.0, dense_below=1)
     config = hvd_sketch.SketchConfig.for_compression(10, hvd_sketch.sketched_dim(model.parameters()), **options)
     inner = torch.optim.SGD(model.parameters(), 0.1)
     optimizer = hvd_sketch.DistributedOptimizer(inner, model.named_parameters(), config, transport)

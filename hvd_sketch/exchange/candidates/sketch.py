@@ -44,12 +44,6 @@ class CandidateSource(Protocol):
         Communication: collective, all ranks in the same order.
         """
 
-    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
-        """Do for a part what :meth:`find` can do before it writes u and v. Communication: none."""
-
-    def forget_ahead(self) -> None:
-        """Undo every :meth:`sketch_ahead` since the last :meth:`find`. Communication: none."""
-
 
 class SketchCandidates:
     """Candidates from the summed Count Sketch (paper, Alg. 3, lines 1 to 4; Alg. 1 for HEAVYMIX).
@@ -66,7 +60,6 @@ class SketchCandidates:
         self._kernels = load_backend(None, self._device)
         self._coding = load_coding(self._kernels)
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
-        self._ahead_from = dim  # coordinates from here on are in the table already
         self.expected = Expectation()  # of the estimates chosen
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
@@ -75,16 +68,14 @@ class SketchCandidates:
 
     def _sum_sketches(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         """This rank's shard of the sum of all sketches: float32 [rows, cols // size]."""
-        self._begin(step)
+        self._sketch.zero_(step)
         row_by_row = self._comm.overlaps and self._comm.size > 1
         for start, part in parts:
-            is_ahead = start >= self._ahead_from
-            feedback.add_(part, start, None if is_ahead or row_by_row else self._sketch)
+            feedback.add_(part, start, None if row_by_row else self._sketch)
         # Each is sketched while the one before travels.
         rows = self._rows_sketched(feedback.v, parts) if row_by_row else iter(self._sketch.table)
         with self._comm.phase("sketch"):
             handles = [self._comm.start_reduce_scatter(row) for row in one_behind(self._device, rows)]
-            self.forget_ahead()
             # The table is of no more use: a row's sum takes the place of rows that have arrived.
             summed = self._sketch.table.view(-1, self._sketch.hash.shard_cols)[: self._sketch.hash.rows]
             for row, handle in zip(summed, handles, strict=True):
@@ -92,27 +83,13 @@ class SketchCandidates:
             return summed
 
     def _rows_sketched(self, v: Tensor, parts: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """The rows of the table, each when what is not in it yet has been added."""
+        """The rows of the table, each when all of v has been added."""
         hash, table = self._sketch.hash, self._sketch.table
         for number, row in enumerate(table):
             for start, part in parts:
-                if start < self._ahead_from:
-                    values = v[start : start + part.numel()]
-                    self._kernels.accumulate_(hash, table, values, start, range(number, number + 1))
+                values = v[start : start + part.numel()]
+                self._kernels.accumulate_(hash, table, values, start, range(number, number + 1))
             yield row
-
-    def _begin(self, step: int) -> None:
-        if self._ahead_from == self._sketch.hash.dim:
-            self._sketch.zero_(step)
-
-    def sketch_ahead(self, feedback: Feedback, part: Tensor, start: int, step: int) -> None:
-        assert start + part.numel() == self._ahead_from, "parts come from the last to the first"
-        self._begin(step)
-        self._sketch.accumulate_(feedback.preview(part, start), start)
-        self._ahead_from = start
-
-    def forget_ahead(self) -> None:
-        self._ahead_from = self._sketch.hash.dim
 
     def _top_candidates(self, summed: Tensor) -> Tensor:
         count = self._config.candidates(self._sketch.hash.dim)
