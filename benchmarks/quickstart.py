@@ -1,6 +1,6 @@
 """Train one classifier twice, with dense and with sketched gradient exchange, and compare accuracy and bytes.
 
-Run it on several ranks: ``launch/quickstart.sh``, or ``launch/mpirun.sh -n 4 -- python benchmarks/quickstart.py``.
+Run it on several ranks: ``launch/quickstart.sh``, or ``launch/mpirun.sh -n 4 -- python -m benchmarks.quickstart``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch
-from image_data import Images, load_images
 from torch import nn
 from tqdm import tqdm
 
 import hvd_sketch
+from benchmarks.image_data import Images, load_images
+from benchmarks.models import mlp
 from hvd_sketch.transport import Transport, resolve_transport
 
 
@@ -75,7 +76,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST's idx files; default: scikit-learn's digits")
     parser.add_argument("--transport", choices=("mpi", "horovod"), default="mpi")
     parser.add_argument("--epochs", type=int, help="default: 20 on digits, 2 on MNIST")
@@ -106,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(method: Method, data: Images, transport: Transport, seed: int, arguments: argparse.Namespace) -> Run:
     """One training of one side. Both sides see the same initial weights and batches."""
     torch.manual_seed(seed)
-    model = make_model(data, arguments.hidden)
+    model = mlp(data.train_images.shape[1], arguments.hidden)
     hvd_sketch.broadcast_parameters(model.named_parameters(), 0, transport)
     sketch = None
     dense_momentum = method.momentum
@@ -162,14 +167,6 @@ def train(method: Method, data: Images, transport: Transport, seed: int, argumen
     return run
 
 
-def make_model(data: Images, hidden: int) -> nn.Module:
-    """A multilayer perceptron: 1.1 M parameters on digits at the default width."""
-    features = data.train_images.shape[1]
-    widths = (features, hidden, hidden)
-    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(hidden, 10))
-
-
 def batches(images: int, epoch: int, steps: int, transport: Transport, seed: int, batch: int) -> list[torch.Tensor]:
     """This rank's share of one shuffle that all ranks know: ``steps`` batches of indices."""
     order = torch.randperm(images, generator=torch.Generator().manual_seed(1000 * seed + epoch))
@@ -190,7 +187,7 @@ def summary(runs: dict[str, list[Run]], ranks: int) -> dict:
 
 def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argparse.Namespace) -> str:
     """The table that a reader wants first."""
-    parameters = sum(p.numel() for p in make_model(data, arguments.hidden).parameters())
+    parameters = sum(p.numel() for p in mlp(data.train_images.shape[1], arguments.hidden).parameters())
     lines = [
         "",
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images, "

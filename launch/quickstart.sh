@@ -5,16 +5,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
     cat <<'EOF'
-usage: launch/quickstart.sh [options] [arguments of benchmarks/quickstart.py]
+usage: launch/quickstart.sh [options] [arguments of benchmarks.quickstart]
 
-Runs launch/setup.sh, then benchmarks/quickstart.py on several ranks of this machine.
+Runs launch/setup.sh, then 'python -m benchmarks.quickstart' on several ranks of this machine, from any directory.
 
   -n, --ranks N       number of ranks (default: 4)
   --launcher NAME     mpirun (default) or horovodrun, which also trains over Horovod
   --dry-run           print the command line and exit, without the set-up
   -h, --help          this text
 
-Everything else goes to the Python script: 'launch/quickstart.sh -n 1 -- --help' lists it.
+Everything else goes to the Python module: 'launch/quickstart.sh -n 1 -- --help' lists it.
 EOF
 }
 
@@ -37,8 +37,10 @@ main() {
         *) die "--launcher expects mpirun or horovodrun, got '$launcher'" ;;
     esac
     [[ -n $dry_run ]] || "$checkout/launch/setup.sh"
+    # -P: a folder "benchmarks" where the user stands is not ours.
+    export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
     exec "$checkout/launch/$launcher.sh" -n "$ranks" $dry_run -- \
-        python "$checkout/benchmarks/quickstart.py" --transport "$transport" "${arguments[@]}"
+        python -P -m benchmarks.quickstart --transport "$transport" "${arguments[@]}"
 }
 
 main "$@"

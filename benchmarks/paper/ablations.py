@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.image_data import Images, load_images
+from benchmarks.models import MODELS
 from benchmarks.paper.ablation_settings import GROUPS, Budget, Group, Setting
 from benchmarks.paper.classifier import ClassifierTraining, Task
 from benchmarks.paper.command_line import (
@@ -32,7 +33,6 @@ from benchmarks.paper.command_line import (
 from benchmarks.paper.experiment import Session
 from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
 from benchmarks.paper.rate_search import Search, search_rates
-from benchmarks.versus.models import MODELS
 from hvd_sketch import Transport, sketched_dim
 from hvd_sketch.model.parameters import NamedParameter
 

@@ -411,7 +411,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "count",
         "write_chosen",
         "scatter",
-        "hash_tiles",  # of benchmarks/gpu_probes.py, as is the next
+        "hash_tiles",  # of benchmarks/kernels/gpu_probes.py, as is the next
         "walk_tiles",
     }
     assert [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]] == []

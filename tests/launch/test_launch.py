@@ -194,21 +194,21 @@ def test_more_ranks_than_cores_is_only_a_note(bare):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ("", "launch/mpirun.sh -n 4 {script} --transport mpi"),
+        ("", "launch/mpirun.sh -n 4 {module} --transport mpi"),
         (
             "--ranks 2 --json out.json --seeds 1",
-            "launch/mpirun.sh -n 2 {script} --transport mpi --json out.json --seeds 1",
+            "launch/mpirun.sh -n 2 {module} --transport mpi --json out.json --seeds 1",
         ),
         (
             "--plot p.png --launcher horovodrun -- --ranks 9",
-            "launch/horovodrun.sh -n 4 {script} --transport horovod --plot p.png --ranks 9",
+            "launch/horovodrun.sh -n 4 {module} --transport horovod --plot p.png --ranks 9",
         ),
     ],
 )
 def test_quickstart_command_line(bare, arguments, expected):
-    launcher, *line = expected.format(script=f"python {ROOT}/benchmarks/quickstart.py").split()
-    expected_output = bare(launcher, "--dry-run", *line[:2], "--", *line[2:])[1]
-    assert "quickstart.py" in expected_output
+    launcher, *line = expected.format(module="python -P -m benchmarks.quickstart").split()
+    expected_output = bare(launcher, "--dry-run", *line[:2], "--", *line[2:], PYTHONPATH=str(ROOT))[1]
+    assert "benchmarks.quickstart" in expected_output
     assert bare("launch/quickstart.sh", "--dry-run", *arguments.split()) == (0, expected_output)
 
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.harness import run_command
+from tests.support.harness import ROOT, run_command
 
 pytestmark = pytest.mark.multiprocess
 
 
-def quickstart(*arguments: str) -> tuple[int, str]:
-    return run_command(["launch/quickstart.sh", "-n", "2", "--seeds", "1", "--epochs", "2", *arguments], timeout_s=240)
+def quickstart(*arguments: str, folder: Path = ROOT) -> tuple[int, str]:
+    command = [str(ROOT / "launch/quickstart.sh"), "-n", "2", "--seeds", "1", "--epochs", "2", *arguments]
+    return run_command(["env", "-u", "PYTHONPATH", "-C", str(folder), *command], timeout_s=240)
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
-    figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
-    status, output = quickstart("--launcher", launcher, "--hidden", "256", "--json", str(figures), "--plot", str(plot))
+    """From another folder, which has benchmarks of its own."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/__init__.py").touch()
+    small = ["--launcher", launcher, "--hidden", "256"]
+    status, output = quickstart(*small, "--json", "figures.json", "--plot", "plot.png", folder=tmp_path)
     assert status == 0, output
-    result = json.loads(figures.read_text())
+    result = json.loads((tmp_path / "figures.json").read_text())
     assert result["ranks"] == 2
     assert set(result["dense"]) == {"test_accuracy", "payload_bytes_per_step", "seconds"}
     assert set(result["sketched"]) == set(result["dense"]) | {"compression_ratio", "paper_compression_ratio"}
@@ -32,7 +37,7 @@ def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
     parameters = 64 * 256 + 256 * 256 + 256 * 10 + 256 + 256 + 10
     assert result["dense"]["payload_bytes_per_step"] == pytest.approx(8 * parameters, rel=0.01)
     assert result["sketched"]["paper_compression_ratio"] > 15
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "sketched" in output and "paper ratio" in output
 
 

@@ -14,25 +14,24 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.image_data import load_images
+from benchmarks.kernels.c_peer import CPeer, load_library
+from benchmarks.kernels.checks import c_against
+from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
+from benchmarks.methods import competitors
+from benchmarks.models import MODELS
+from benchmarks.network import accuracy_report, bandwidth_report
+from benchmarks.network.bandwidth_ranks import Inputs, matrices
+from benchmarks.network.break_even import break_even, fastest, name_bandwidth
+from benchmarks.network.checks import WrongResult, check, project
+from benchmarks.network.records import Records
+from benchmarks.network.time_to_accuracy import pending_over
+from benchmarks.network.training import endless_batches
 from hvd_sketch.hashing import BlockHash, evaluate_cubic
 from hvd_sketch.kernels import reference
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
-from tests.support.harness import FIRST_STEP_LIMIT_S, ROOT, run_command, started, wait_until
+from tests.support.harness import FIRST_STEP_LIMIT_S, run_command, started, wait_until
 from tests.support.labs import needs_lab
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from c_peer import CPeer, load_library
-from kernel_checks import c_against
-from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
-from time_to_accuracy import pending_over
-from versus import accuracy_report, bandwidth_report, methods
-from versus.break_even import break_even, fastest, name_bandwidth
-from versus.checks import WrongResult, check, project
-from versus.exchange_ranks import Inputs, matrices
-from versus.models import MODELS
-from versus.records import Records
-from versus.training import endless_batches
 
 INFINITE = float("inf")
 DIM = 20_000
@@ -71,19 +70,19 @@ def test_matrices_make_up_the_vector(dim: int) -> None:
     assert sum(rows * columns for rows, columns in matrices(dim)) == dim
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", competitors.METHODS)
 def test_every_method_passes_its_check(name: str) -> None:
     if name == "fp16":
         pytest.skip("threads have no sums in half precision; the benchmark checks it over Horovod")
 
     def on_rank(transport: LocalTransport) -> None:
-        method = methods.METHODS[name](transport, DIM)
+        method = competitors.METHODS[name](transport, DIM)
         check(method, transport, Inputs(DIM, transport.rank))
 
     run_local(1 if name == "powersgd" else 3, on_rank)
 
 
-class Forgetful(methods.LocalTopK):
+class Forgetful(competitors.LocalTopK):
     """Loses a coordinate that it should have kept."""
 
     def average(self, gradient):
@@ -92,7 +91,7 @@ class Forgetful(methods.LocalTopK):
         return mean
 
 
-class Rounding(methods.Sketched):
+class Rounding(competitors.Sketched):
     """Sends values that one rank rounds."""
 
     def average(self, gradient):
@@ -135,13 +134,13 @@ def test_models_take_all_images(name: str, features: int) -> None:
 
 
 def benchmark(name: str, *arguments: str, timeout_s: float = 120) -> tuple[int, str]:
-    return run_command([sys.executable, f"benchmarks/{name}", *arguments], timeout_s)
+    return run_command([sys.executable, "-m", f"benchmarks.{name}", *arguments], timeout_s)
 
 
 def test_kernels_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     sizes = ["--dims", "2e4", "3e4", "--rows", "3", "--rounds", "1"]
-    status, output = benchmark("kernels.py", *sizes, "--json", str(figures), "--plot", str(picture))
+    status, output = benchmark("kernels", *sizes, "--json", str(figures), "--plot", str(picture))
     assert status == 0, output
     measured = json.loads(figures.read_text())
     assert {"python", "torch", "numpy", "numba"} <= measured["versions"].keys() and measured["commit"]
@@ -159,7 +158,7 @@ def test_kernels_end_to_end(tmp_path) -> None:
 def test_c_equals_the_reference(dim: int, cols: int, rows: int, threads: int) -> None:
     """Also of blocks of 1 to 256, fewer columns than a block's lanes, and more threads than there is work."""
     library = load_library()
-    assert library is not None, "the C compiler refuses benchmarks/c_kernels.c"
+    assert library is not None, "the C compiler refuses benchmarks/kernels/c_kernels.c"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -180,7 +179,7 @@ def test_c_refuses_what_it_cannot_do() -> None:
 
 def test_without_a_compiler_the_lines_in_c_are_left_out(monkeypatch) -> None:
     monkeypatch.setenv("CC", "/no/such/compiler")
-    status, output = benchmark("kernels.py", "--dims", "2e4", "--rows", "3", "--rounds", "1", "--no-torch")
+    status, output = benchmark("kernels", "--dims", "2e4", "--rows", "3", "--rounds", "1", "--no-torch")
     assert status == 0 and "no C compiler" in output
     assert "C sketch" not in output and "over C" not in output and "the hash alone" in output
 
@@ -188,7 +187,7 @@ def test_without_a_compiler_the_lines_in_c_are_left_out(monkeypatch) -> None:
 @pytest.mark.parametrize(("dim", "cols"), [(777, 20), (5_000, 300), (5_003, 2_000)])
 def test_the_hash_alone_on_a_gpu_is_the_hash(dim: int, cols: int) -> None:
     """Blocks of 4, 64 and 256; the last of each is cut short."""
-    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    gpu_probes = pytest.importorskip("benchmarks.kernels.gpu_probes", reason="no Triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hash = BlockHash(dim, 3, cols)
     sums = gpu_probes.hash_only(hash, device).cpu().numpy()
@@ -202,7 +201,7 @@ def test_the_hash_alone_on_a_gpu_is_the_hash(dim: int, cols: int) -> None:
 
 
 def test_probes_of_l2_read_and_add_to_every_cell() -> None:
-    gpu_probes = pytest.importorskip("gpu_probes", reason="no Triton")
+    gpu_probes = pytest.importorskip("benchmarks.kernels.gpu_probes", reason="no Triton")
     buffer = torch.arange(3 * gpu_probes.gpu.TILE, device="cuda" if torch.cuda.is_available() else "cpu") % 7
     buffer = buffer.float()
     assert float(gpu_probes.walk(buffer, 2, adding=False).sum()) == 2 * float(buffer.sum())
@@ -231,7 +230,7 @@ def test_bandwidth_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     small = ["--dims", "1e5", "--hosts", "2", "--rates", "none", "1gbit", "--repeats", "2"]
     arguments = [*small, "--transports", "mpi", "--json", str(figures), "--plot", str(picture)]
-    status, output = benchmark("bandwidth.py", *arguments)
+    status, output = benchmark("network.bandwidth", *arguments)
     assert status == 0, output
     records = json.loads(figures.read_text())
     names = {"dense", "allreduce", "topk", "powersgd", "sketch20", "sketch100"}
@@ -245,7 +244,7 @@ def test_bandwidth_end_to_end(tmp_path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "sketched 20×" in output
     written = figures.stat().st_mtime_ns
-    status, output = benchmark("bandwidth.py", *arguments)  # all is measured: nothing is run again
+    status, output = benchmark("network.bandwidth", *arguments)  # all is measured: nothing is run again
     assert status == 0 and figures.stat().st_mtime_ns == written and "netlab" not in output
 
 
@@ -254,7 +253,7 @@ def test_bandwidth_end_to_end(tmp_path) -> None:
 def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
     records = Records(tmp_path / "figures.json")
     endless = ["--dims", "1e5", "--hosts", "2", "--repeats", "1000000", "--budget-s", "1", "--rates", "none", "1gbit"]
-    command = [sys.executable, "benchmarks/bandwidth.py", *endless, "--json", str(records.path)]
+    command = [sys.executable, "-m", "benchmarks.network.bandwidth", *endless, "--json", str(records.path)]
     with started(command, stderr=subprocess.PIPE) as run:
         wait_until(lambda: len(records.read()) > 1, FIRST_STEP_LIMIT_S)
         lab = f"bench-{run.pid}"
@@ -268,16 +267,16 @@ def test_a_lost_host_leaves_the_report_whole(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("bandwidth.py --rates fast", "expected a rate such as 100mbit, 2.5gbit or none, got 'fast'"),
-        ("bandwidth.py --hosts 1", "expected a whole number from 2 on, got '1'"),
-        ("bandwidth.py --dims many", "expected a whole number from 1 on, got 'many'"),
-        ("bandwidth.py --repeats 0", "expected a whole number from 2 on, got '0'"),
-        ("bandwidth.py --json nowhere/a.json", "in a folder that can be written to, got 'nowhere/a.json'"),
-        ("bandwidth.py --methods fp16 --transports mpi", "there is no fp16 over mpi"),
-        ("bandwidth.py --json {broken}", "Mend it, or name another --json"),
-        ("time_to_accuracy.py --target 95", "--target expects a fraction above 0, at most 1, got 95"),
-        ("time_to_accuracy.py --most-steps 0", "expected a whole number from 1 on, got '0'"),
-        ("time_to_accuracy.py --data-dir nowhere --json {fresh}", "--data-dir needs the four idx files of MNIST"),
+        ("network.bandwidth --rates fast", "expected a rate such as 100mbit, 2.5gbit or none, got 'fast'"),
+        ("network.bandwidth --hosts 1", "expected a whole number from 2 on, got '1'"),
+        ("network.bandwidth --dims many", "expected a whole number from 1 on, got 'many'"),
+        ("network.bandwidth --repeats 0", "expected a whole number from 2 on, got '0'"),
+        ("network.bandwidth --json nowhere/a.json", "in a folder that can be written to, got 'nowhere/a.json'"),
+        ("network.bandwidth --methods fp16 --transports mpi", "there is no fp16 over mpi"),
+        ("network.bandwidth --json {broken}", "Mend it, or name another --json"),
+        ("network.time_to_accuracy --target 95", "--target expects a fraction above 0, at most 1, got 95"),
+        ("network.time_to_accuracy --most-steps 0", "expected a whole number from 1 on, got '0'"),
+        ("network.time_to_accuracy --data-dir nowhere --json {fresh}", "--data-dir needs the four idx files of MNIST"),
     ],
 )
 def test_mistakes_are_told_before_there_is_a_network(command: str, told: str, tmp_path: Path) -> None:
@@ -308,7 +307,7 @@ def test_other_settings_have_other_records(tmp_path: Path) -> None:
 def test_time_to_accuracy_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     status, output = benchmark(
-        "time_to_accuracy.py",
+        "network.time_to_accuracy",
         *("--hosts", "2", "--rates", "1gbit", "--hidden", "128", "--batch", "32", "--target", "0.8"),
         *("--most-steps", "100", "--learning-rates", "0.2", "0.4", "--transports", "mpi"),
         *("--methods", "allreduce", "sketch20", "--json", str(figures), "--plot", str(picture)),
@@ -343,8 +342,6 @@ def test_tables_say_where_ours_loses() -> None:
 
 
 def test_cifar10_files_are_read(tmp_path: Path) -> None:
-    from image_data import load_images
-
     rng = np.random.default_rng(0)
     for name in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
         images = rng.integers(0, 256, (4, 3073), dtype=np.uint8)

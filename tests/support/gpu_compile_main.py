@@ -21,12 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.kernels import gpu_probes
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_probes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 

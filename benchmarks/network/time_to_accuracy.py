@@ -1,6 +1,6 @@
 """Wall time until a model is good enough, ours and what one would take instead, on an emulated cluster.
 
-    sudo -E python benchmarks/time_to_accuracy.py --data-dir MNIST --rates 1gbit 100mbit --json time_to_accuracy.json
+    sudo -E python -m benchmarks.network.time_to_accuracy --data-dir MNIST --rates 1gbit 100mbit --json accuracy.json
 
 Every method gets the learning rate of one small grid that reaches the target in the fewest steps, or comes nearest to
 it, judged on held-out training images over an unshaped network. Then it trains at each rate, and the clock stands
@@ -14,20 +14,24 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from image_data import load_images
-from versus.accuracy_report import plot, table
-from versus.lab import LAUNCHERS, LabFailed, at_least, file_type, lab, rate_type, run_ranks
-from versus.methods import METHODS, methods_over
-from versus.models import MODELS
-from versus.records import Record, Records
-from versus.training_ranks import Settings
+from benchmarks.image_data import load_images
+from benchmarks.methods.competitors import METHODS, methods_over
+from benchmarks.models import MODELS
+from benchmarks.network.accuracy_ranks import Settings
+from benchmarks.network.accuracy_report import plot, table
+from benchmarks.network.lab import LAUNCHERS, LabFailed, at_least, file_type, lab, rate_type, run_ranks
+from benchmarks.network.records import Record, Records
 
 SETTING = ("hosts", "model", "hidden", "target", "batch", "most_steps", "steps_between", "seeds", "learning_rates")
 DEFAULT_METHODS = ["allreduce", "fp16", "topk", "powersgd", "sketch20", "sketch100"]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.network.time_to_accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data-dir", type=Path, help="MNIST's or CIFAR-10's files; default: scikit-learn's digits")
     parser.add_argument("--model", choices=MODELS, default="mlp", help="default: %(default)s")
     parser.add_argument(
@@ -64,7 +68,7 @@ def run(arguments: argparse.Namespace, common: Record, records: Records) -> None
         for transport, pending in todo.items():
             if pending:
                 settings = Settings(name, pending, data_dir, str(records.path.absolute()), common)
-                run_ranks(name, transport, "versus.training_ranks", asdict(settings))
+                run_ranks(name, transport, "benchmarks.network.accuracy_ranks", asdict(settings))
 
 
 def pending_over(

@@ -1,4 +1,4 @@
-"""The models that time_to_accuracy.py trains. None keeps statistics of its batches: all ranks hold one model."""
+"""The models that the benchmarks train. None keeps statistics of its batches: all ranks hold one model."""
 
 from __future__ import annotations
 

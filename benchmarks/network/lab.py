@@ -60,10 +60,7 @@ def run_ranks(name: str, transport: str, module: str, settings: dict[str, Any]) 
     Raises:
         LabFailed: it did not end well on all.
     """
-    environment = {
-        "HVD_SKETCH_VENV": sys.prefix,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
-    }
+    environment = {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
     hosts = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
     ranks = [sys.executable, "-m", module, transport, json.dumps(settings)]
     _netlab("run", "--name", name, "--", str(ROOT / LAUNCHERS[transport]), *hosts, "--", *ranks, **environment)

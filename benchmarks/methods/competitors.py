@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.methods.powersgd import PowerSGD
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.exchange.sketched import SparseUpdate
 from hvd_sketch.exchange.threshold import VectorPart, select_largest
@@ -20,7 +21,6 @@ from hvd_sketch.kernels import load_backend
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport, local_transports
 from hvd_sketch.transport.metered import MeteredTransport
-from versus.powersgd import PowerSGD
 
 POWERSGD_RANK = 4
 TOPK_LIKE_RATIO = 20.0  # local top-k sends as many coordinates as a sketch of this ratio updates

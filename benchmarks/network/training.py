@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from image_data import Images
 from torch import Tensor, nn
 
 import hvd_sketch
+from benchmarks.image_data import Images
+from benchmarks.methods.competitors import METHODS, Gradient
+from benchmarks.network.clock import read_sent
 from hvd_sketch.exchange.sketched import SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport
-from versus.clock import read_sent
-from versus.methods import METHODS, Gradient
 
 SKETCH_RATIOS = {"sketch20": 20.0, "sketch100": 100.0}
 

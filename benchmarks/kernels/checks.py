@@ -1,4 +1,4 @@
-"""What kernels.py checks before it prints a time, and the hash on its own."""
+"""What is checked before any time is printed, and the hash on its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from c_peer import ROWS_OF_ESTIMATES, CPeer
 from numba import njit
 from torch import Tensor
-from torch_style import TorchStyle
 
+from benchmarks.kernels.c_peer import ROWS_OF_ESTIMATES, CPeer
+from benchmarks.kernels.torch_style import TorchStyle
 from hvd_sketch import SketchedAllreduce
 from hvd_sketch.exchange.threshold import OwnedEstimates, select_largest
 from hvd_sketch.hashing import BlockHash

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from image_data import Images, load_images
 
+from benchmarks.image_data import Images, load_images
+from benchmarks.models import MODELS
+from benchmarks.network.clock import over_hosts, quantiles, slowest
+from benchmarks.network.lab import UNSHAPED, shape_together
+from benchmarks.network.records import Record, Records, environment
+from benchmarks.network.training import Task, train
 from hvd_sketch.transport import Transport, resolve_transport
-from versus.clock import over_hosts, quantiles, slowest
-from versus.lab import UNSHAPED, shape_together
-from versus.models import MODELS
-from versus.records import Record, Records, environment
-from versus.training import Task, train
 
 HELD_OUT = 10  # one in so many training images judges learning rates
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from versus.bandwidth_report import LABELS
-from versus.lab import bits_per_s
-from versus.records import Record
+from benchmarks.network.bandwidth_report import LABELS
+from benchmarks.network.lab import bits_per_s
+from benchmarks.network.records import Record
 
 STYLES = {"mpi": "-", "horovod": "--"}
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from versus.break_even import DENSE, OURS, break_even, curve, fastest, name_bandwidth
-from versus.lab import bits_per_s
-from versus.records import Record
+from benchmarks.network.break_even import DENSE, OURS, break_even, curve, fastest, name_bandwidth
+from benchmarks.network.lab import bits_per_s
+from benchmarks.network.records import Record
 
 LABELS = {
     "dense": "dense, reduce_scatter + allgather",

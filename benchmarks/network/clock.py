@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.transport import Handle, Transport
+from hvd_sketch.transport.forwarding import ForwardingTransport
 
 INTERFACE = "eth0"
 HEADER_BYTES = 14 + 20 + 32  # of each packet: Ethernet, IPv4, and TCP with its timestamps
 T = TypeVar("T")
 
 
-class ClockedTransport:
+class ClockedTransport(ForwardingTransport):
     """A transport that can split time: what its collectives take goes into ``network_s``.
 
     While ``splits``, nothing is computed while anything travels, and every collective (of several started together
@@ -25,51 +26,37 @@ class ClockedTransport:
     not count as network. Otherwise all passes through untouched.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
         self.splits = False
         self.network_s = self.waiting_s = 0.0
         self._in_flight = 0
 
     @property
-    def rank(self) -> int:
-        return self._transport.rank
-
-    @property
-    def size(self) -> int:
-        return self._transport.size
-
-    @property
     def overlaps(self) -> bool:
-        return self._transport.overlaps and not self.splits
-
-    def stages(self, device: torch.device) -> bool:
-        return self._transport.stages(device)
+        return self._inner.overlaps and not self.splits
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        return self._clock(lambda: self._transport.allreduce_(tensor))
+        return self._clock(lambda: self._inner.allreduce_(tensor))
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
-        return self._clock(lambda: self._transport.reduce_scatter(tensor, ordered))
+        return self._clock(lambda: self._inner.reduce_scatter(tensor, ordered))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         if not self.splits:
-            return self._transport.start_reduce_scatter(tensor, ordered)
-        handle = self._clock(lambda: self._transport.start_reduce_scatter(tensor, ordered), meet=not self._in_flight)
+            return self._inner.start_reduce_scatter(tensor, ordered)
+        handle = self._clock(lambda: self._inner.start_reduce_scatter(tensor, ordered), meet=not self._in_flight)
         self._in_flight += 1
         return _ClockedHandle(self, handle)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        return self._clock(lambda: self._transport.alltoall(tensor))
+        return self._clock(lambda: self._inner.alltoall(tensor))
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        return self._clock(lambda: self._transport.allgather(tensor))
+        return self._clock(lambda: self._inner.allgather(tensor))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        return self._clock(lambda: self._transport.broadcast_(tensor, root))
-
-    def barrier(self) -> None:
-        self._transport.barrier()
+        return self._clock(lambda: self._inner.broadcast_(tensor, root))
 
     def finish(self, handle: Handle) -> Tensor:
         """Wait for what :meth:`start_reduce_scatter` started."""
@@ -81,7 +68,7 @@ class ClockedTransport:
             return collective()
         arrived_s = time.perf_counter()
         if meet:
-            self._transport.barrier()
+            self._inner.barrier()
         start_s = time.perf_counter()
         result = collective()
         self.network_s += time.perf_counter() - start_s

@@ -1,4 +1,4 @@
-"""From times to the table, the JSON and the plot of kernels.py."""
+"""From times to the table, the JSON and the plot of ``python -m benchmarks.kernels``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ L2_BUFFER_BYTES, L2_PASSES = 16 << 20, 32
 
 
 def lines(elapsed: dict[str, list[float]], setting: Setting, l2_bytes: int = 0) -> list[dict]:
-    """One record for each operation: its times and what they come to, as kernels.py says."""
+    """One record for each operation: its times and what they come to, as __main__.py says."""
     medians = {name: statistics.median(times) for name, times in elapsed.items()}
     copy_bytes_per_ms = BYTES_PER_COORDINATE["copy"] * setting.dim / medians["copy"]
     limits = limits_ms(medians, setting, l2_bytes)

@@ -1,4 +1,4 @@
-/* What the CPU kernels take in C: a yardstick for kernels.py. One shard, up to 64 rows; estimates of 1, 3 or 5.
+/* What the CPU kernels take in C: a yardstick for measure.py. One shard, up to 64 rows; estimates of 1, 3 or 5.
  *
  * The hash is that of hvd_sketch/hashing.py, but walked instead of evaluated: along equal steps a cubic's values follow
  * from three additions in the field. Each thread takes a run of coordinates, reads them once for all rows and adds them

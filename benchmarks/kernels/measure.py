@@ -1,40 +1,22 @@
-"""Check, then time, the sketch kernels and a whole local step against a copy of the vector and against torch.
-
-    python benchmarks/kernels.py                                   # dim 25 M, 3 and 5 rows, 500 k columns
-    python benchmarks/kernels.py --dims 1e6 6.5e6 25e6 100e6       # columns: a fiftieth of dim
-    python benchmarks/kernels.py --device cuda --dims 25e6 100e6 1e9 --no-torch
-
-"copies" is the time in units of a ``copy_`` of the vector into a touched buffer in the same run; "bandwidth" is the
-share of that copy's bandwidth that the bytes an operation must move through memory come to; "x torch" is how much
-faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py); "over C" is how many
-times as long as in C it takes (c_kernels.c, on the CPU where ``cc`` can compile it: the lines "C …"). "hash alone"
-evaluates signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probes of the level-2 cache, whose
-"bandwidth" is a multiple of the copy's, and "limit" is the share of the bound that hvd_sketch/kernels/gpu.py derives.
-
-Times are medians of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and
-times nothing when a result is wrong.
-"""
+"""What ``python -m benchmarks.kernels`` times: kernels one by one, whole steps, and the same in torch and in C."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
-from c_peer import ROWS_OF_ESTIMATES, CPeer, load_library
-from kernel_checks import hash_only, recover, wrong_checksum, wrong_in_c, wrong_results, wrong_step
-from kernel_report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines, plot, print_table
-from machine import describe_machine, peak_memory_of
 from torch import Tensor
-from torch_style import TorchStyle
 
+from benchmarks.kernels.c_peer import ROWS_OF_ESTIMATES, CPeer, load_library
+from benchmarks.kernels.checks import hash_only, recover, wrong_checksum, wrong_in_c, wrong_results, wrong_step
+from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
+from benchmarks.kernels.torch_style import TorchStyle
+from benchmarks.machine import peak_memory_of
 from hvd_sketch import SketchConfig, SketchedAllreduce
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend
@@ -75,7 +57,7 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
             if hash.rows in ROWS_OF_ESTIMATES:
                 operations["C estimate"] = lambda: peer.estimate(table)
     else:
-        import gpu_probes  # which imports Triton
+        from benchmarks.kernels import gpu_probes  # which imports Triton
 
         l2_buffer = torch.zeros(L2_BUFFER_BYTES // 4, device=values.device)
         operations["sketch, gathered"] = lambda: kernels.accumulate_gather_(hash, scratch, values, 0)
@@ -171,54 +153,3 @@ def step_extra_bytes(setting: Setting, device: torch.device) -> int | None:
 def _step_extra_bytes(setting: Setting, device: torch.device, threads: int) -> int | None:
     torch.set_num_threads(threads)
     return peak_memory_of(Steps(setting, random_gradients(setting, device)), device)
-
-
-def whole_number(text: str) -> int:
-    """25e6 as well as 25000000."""
-    return int(float(text))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dims", type=whole_number, nargs="+", default=[25_000_000])
-    parser.add_argument("--rows", type=int, nargs="+", default=[3, 5])
-    parser.add_argument("--cols", type=whole_number, nargs="+", help="default: dim / 50")
-    parser.add_argument("--k", type=whole_number, help="default: dim / 100")
-    parser.add_argument("--oversample", type=int, default=4, help="recover oversample * k coordinates")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-torch", action="store_true", help="leave out the torch style, 12 bytes per row and dim")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="settings, machine and all times")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of copies over dim")
-    return parser.parse_args()
-
-
-def settings_of(arguments: argparse.Namespace) -> Iterable[Setting]:
-    for dim in arguments.dims:
-        for rows in arguments.rows:
-            for cols in arguments.cols or [max(1, dim // 50)]:
-                yield Setting(dim, rows, cols, arguments.k or max(1, dim // 100), arguments.oversample)
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    machine = describe_machine(device) | {"threads": arguments.threads}
-    print(machine["device"], f"{arguments.threads} threads", machine["versions"], sep=", ")
-    if device.type == "cpu" and load_library() is None:
-        print("no C compiler here that knows OpenMP and -march=native: the lines in C are left out")
-    reports = []
-    for setting in settings_of(arguments):
-        reports.append(measure(setting, device, arguments.rounds, not arguments.no_torch))
-        print_table(reports[-1])
-        if arguments.json:  # after each setting: a long run that is ended leaves what it has
-            arguments.json.write_text(json.dumps(machine | {"settings": reports}, indent=1) + "\n")
-    if arguments.plot:
-        plot(reports, arguments.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.methods.competitors import METHODS, Gradient, Method
+from benchmarks.network.checks import check
+from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
+from benchmarks.network.lab import UNSHAPED, shape_together
+from benchmarks.network.records import Record, Records, environment
 from hvd_sketch.transport import Transport, resolve_transport
-from versus.checks import check
-from versus.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
-from versus.lab import UNSHAPED, shape_together
-from versus.methods import METHODS, Gradient, Method
-from versus.records import Record, Records, environment
 
 LEAST_REPEATS = 2
 MOST_SPLITS = 3  # splitting time takes exchanges of its own
@@ -83,12 +83,6 @@ def matrices(dim: int) -> list[tuple[int, int]]:
     rows = dim // columns
     whole, rest = divmod(rows, MOST_ROWS)
     return [(MOST_ROWS, columns)] * whole + [(rest, columns)] * (rest > 0)
-
-
-def copy_of(step: int, scratch: Gradient, inputs: tuple[Gradient, ...]) -> Gradient:
-    """A gradient that a method may overwrite."""
-    scratch.flat.copy_(inputs[step % len(inputs)].flat)
-    return scratch
 
 
 class Exchanges:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.methods.competitors import Gradient, HalfPrecision, LocalTopK, Method
 from hvd_sketch.exchange.sketched import SparseUpdate
 from hvd_sketch.transport import Transport
-from versus.methods import Gradient, HalfPrecision, LocalTopK, Method
 
 # Of the length of the vector. Rounding alone makes 5e-4 in half precision with 4 ranks (one standard deviation).
 FLOAT32_SLACK, FLOAT16_SLACK = 2e-6, 5e-3

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from versus.lab import bits_per_s
-from versus.records import Record
+from benchmarks.network.lab import bits_per_s
+from benchmarks.network.records import Record
 
 OURS = ("sketch20", "sketch100")
 DENSE = ("dense", "allreduce")

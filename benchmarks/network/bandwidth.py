@@ -1,6 +1,6 @@
 """Time per exchange against the network's bandwidth, ours and what one would take instead, on an emulated cluster.
 
-    sudo -E python benchmarks/bandwidth.py --hosts 4 --dims 25e6 --rates 1gbit 100mbit --json bandwidth.json
+    sudo -E python -m benchmarks.network.bandwidth --hosts 4 --dims 25e6 --rates 1gbit 100mbit --json bandwidth.json
 
 Makes the hosts with launch/netlab, checks every method, then times it. A setting that has its record in the JSON file
 is not measured again, so a run that was cut off goes on where it ended.
@@ -13,15 +13,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from versus.bandwidth_report import plot, tables
-from versus.exchange_ranks import Settings
-from versus.lab import LAUNCHERS, UNSHAPED, LabFailed, at_least, file_type, lab, rate_type, run_ranks
-from versus.methods import METHODS, methods_over
-from versus.records import Records
+from benchmarks.methods.competitors import METHODS, methods_over
+from benchmarks.network.bandwidth_ranks import Settings
+from benchmarks.network.bandwidth_report import plot, tables
+from benchmarks.network.lab import LAUNCHERS, UNSHAPED, LabFailed, at_least, file_type, lab, rate_type, run_ranks
+from benchmarks.network.records import Records
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.network.bandwidth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     many = {"nargs": "+", "metavar": "N"}
     parser.add_argument("--dims", type=at_least(1), default=[10**6, 6_500_000, 25 * 10**6], **many)
     parser.add_argument("--hosts", type=at_least(2), default=[2, 4, 8], **many)
@@ -51,7 +55,7 @@ def measure(arguments: argparse.Namespace, records: Records) -> None:
                 if wanted:
                     path = str(records.path.absolute())
                     settings = Settings(name, hosts, wanted, arguments.repeats, arguments.budget_s, path)
-                    run_ranks(name, transport, "versus.exchange_ranks", asdict(settings))
+                    run_ranks(name, transport, "benchmarks.network.bandwidth_ranks", asdict(settings))
 
 
 def pending(

@@ -1,0 +1,1 @@
+"""Exchanges and trainings on the hosts of an emulated network, ours and what one would take instead."""
