@@ -2,7 +2,7 @@
 
 A tile is TILE coordinates from a multiple of TILE on, a whole number of blocks, as a matrix [TILE // LANES, LANES]
 whose rows share a sign word. Block numbers, coordinates and shards' first cells are int64, columns int32, field
-elements uint32. :class:`hvd_sketch.kernels.gpu.DeviceHash` lays out ``coefficients``.
+elements uint32. :func:`hvd_sketch.kernels.gpu._coefficients` lays out ``coefficients``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.

@@ -167,18 +167,8 @@ def _tile_values(
 
 
 @triton.jit
-def _number(number):
-    """A number, or what a pointer to one says."""
-    if number.dtype.is_ptr():
-        return tl.load(number)
-    else:
-        return number
-
-
-@triton.jit
 def _compared(magnitude, threshold):
     """Which magnitudes lie above the threshold, and which on it; zeros never do."""
-    threshold = _number(threshold)
     return magnitude > tl.maximum(threshold, 0), (magnitude == threshold) & (magnitude != 0)
 
 
@@ -201,7 +191,7 @@ def histogram(
 ):  # fmt: skip
     """Add a tile to a histogram."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
-    _add_to_histogram(counts, _magnitudes(values), _number(edge), SHIFT, BINS, COPIES)
+    _add_to_histogram(counts, _magnitudes(values), edge, SHIFT, BINS, COPIES)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -230,10 +220,9 @@ def write_chosen(
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     magnitude = _magnitudes(values)
     if counts is not None:
-        _add_to_histogram(counts, magnitude, _number(threshold) + 1, SHIFT, BINS, COPIES)
+        _add_to_histogram(counts, magnitude, threshold + 1, SHIFT, BINS, COPIES)
     tile = tl.program_id(0).to(tl.int64)
     above, equal = _compared(magnitude, threshold)
-    ties = _number(ties)
     above_before = tl.load(found + tile) - tl.sum(above.to(tl.int32), 0)
     equal_before = tl.load(found + tl.num_programs(0) + tile) - tl.sum(equal.to(tl.int32), 0)
     chosen = above | (equal & (equal_before + tl.cumsum(equal.to(tl.int32), 0) <= ties))

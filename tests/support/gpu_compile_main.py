@@ -63,7 +63,6 @@ def compile_all() -> list[dict[str, Any]]:
             BlockHash(100, 1, 1),  # blocks of 1
         ):
             launch_all(hash)
-        launch_with_numbers_on_the_device(BlockHash(1 << 16, 3, 1 << 13))
         many_rows = BlockHash(1 << 16, 12, 1 << 13)
         gpu.estimate(many_rows, torch.zeros(many_rows.table_shape), 0, many_rows.dim)
         for dtype in gpu.DTYPES:
@@ -96,15 +95,6 @@ def launch_all(hash: BlockHash) -> None:
     gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
     gpu.magnitude_histogram(v, 0, 0, 2048)
     gpu.select_above(v, 1, 1)
-
-
-def launch_with_numbers_on_the_device(hash: BlockHash) -> None:
-    shard_table, values = torch.zeros(hash.table_shape)[:, 0].contiguous(), torch.zeros(hash.dim)
-    number = torch.ones(1, dtype=torch.int32)
-    gpu.owned_histogram_kept(hash, shard_table, 0, number, 12, 64, 100)
-    gpu.owned_histogram(hash, shard_table, 0, number, 12, 64)
-    gpu.owned_above(hash, shard_table, 0, number, number, 100)
-    gpu.keep_above(torch.arange(hash.dim), values, number, number, 100)
 
 
 if __name__ == "__main__":
