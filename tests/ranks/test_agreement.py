@@ -138,7 +138,7 @@ def test_too_many_skips_in_a_row_raise_on_every_rank(limit: int) -> None:
 @pytest.mark.parametrize("order", ["step", "synchronize"])
 def test_a_gradient_scalers_search_is_no_such_series(order: str) -> None:
     """From 2^60 to where nothing overflows float16 takes 40 and more skips."""
-    from tests.ranks.test_optimizer import Toy, wrap
+    from tests.support.toy import Toy, wrap
 
     def main(transport: LocalTransport) -> int:
         model = Toy()

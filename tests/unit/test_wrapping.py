@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD, SparseAdam
 
 from hvd_sketch import DistributedOptimizer, SketchConfig, sketched_dim
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
-from tests.ranks.test_optimizer import Toy, alone, everything, integers, little, mean_of, wrap
+from tests.support.toy import Toy, alone, everything, integers, little, mean_of, wrap
 
 LIMIT_S = 60
 

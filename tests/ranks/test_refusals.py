@@ -1,0 +1,167 @@
+"""What DistributedOptimizer refuses, on every rank where one rank is wrong, and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.model.optimizer import DistributedOptimizer
+from hvd_sketch.transport import LocalTransport, run_local
+from tests.support.toy import LIMIT_S, Toy, alone, little, wrap
+
+
+def test_optimizers_that_cannot_be_wrapped() -> None:
+    parameters = list(Toy().parameters())
+    with pytest.raises(ValueError, match=r"LBFGS.*use a first-order optimizer"):
+        DistributedOptimizer(torch.optim.LBFGS(parameters), None, None, alone())
+    with pytest.raises(ValueError, match=r"SparseAdam.*use Adam"):
+        DistributedOptimizer(torch.optim.SparseAdam(parameters), None, None, alone())
+    with pytest.raises(ValueError, match="already"):
+        DistributedOptimizer(DistributedOptimizer(SGD(parameters), None, None, alone()), None, None, alone())
+    with pytest.raises(TypeError, match="got Toy"):
+        DistributedOptimizer(Toy(), None, None, alone())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="SketchConfig, or None for dense, got int"):
+        DistributedOptimizer(SGD(parameters), None, 20, alone())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="transport must be"):
+        DistributedOptimizer(SGD(parameters), None, None, "gloo")
+
+
+def test_parameters_that_cannot_be_exchanged() -> None:
+    def wrapping(*tensors: Tensor) -> None:
+        DistributedOptimizer(SGD(list(tensors)), None, None, alone())
+
+    frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        wrapping(frozen)
+    with pytest.raises(ValueError, match=r"'parameter\.0\.1' is torch\.complex64"):
+        wrapping(nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
+    with pytest.raises(ValueError, match=r"'parameter\.0\.1' is on the meta device.*to_empty"):
+        wrapping(nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta")))
+    with pytest.raises(ValueError, match=r"'parameter\.0\.0' has no shape yet: run one forward pass"):
+        wrapping(*nn.LazyLinear(3).parameters())
+
+
+def test_named_parameters_must_fit_the_optimizer() -> None:
+    model = Toy()
+
+    def wrapping(named: Any) -> DistributedOptimizer:
+        return DistributedOptimizer(SGD(model.parameters()), named, None, alone())
+
+    with pytest.raises(ValueError, match="more than one parameter named 'a'"):
+        wrapping([("a", model.weight), ("a", model.bias), ("b", model.other)])
+    with pytest.raises(ValueError, match=r"lacks 1 .*parameter\.0\.1 \(shape \(3,\)\)"):
+        wrapping([("weight", model.weight), ("other", model.other)])
+    with pytest.raises(ValueError, match=r"model\.named_parameters\(\)"):
+        wrapping(model.parameters())
+    # Tied weights have several names, and a model may hold more than the optimizer: both are fine.
+    extra = nn.Parameter(torch.zeros(2))
+    optimizer = wrapping([*model.named_parameters(), ("tied", model.weight), ("extra", extra)])
+    layout = optimizer.state_dict()["hvd_sketch"]["layout"]
+    assert [name for _, name, _ in layout] == ["weight", "bias", "other"]
+    assert [name for _, name, _ in wrapping(None).state_dict()["hvd_sketch"]["layout"]] == [
+        "parameter.0.0", "parameter.0.1", "parameter.0.2",
+    ]  # fmt: skip
+
+
+def test_parameters_that_come_later_are_refused() -> None:
+    model, late = Toy(), nn.Parameter(torch.zeros(4))
+    model.other.requires_grad_(False)
+    optimizer = wrap(alone(), model, little())
+    with pytest.raises(RuntimeError, match="wrap it again"):
+        optimizer.add_param_group({"params": [late]})
+    model.other.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"parameter\.0\.2 .*began to require a gradient"):
+        optimizer.step()
+    model.other.requires_grad_(False)
+    optimizer.inner.add_param_group({"params": [late]})
+    with pytest.raises(RuntimeError, match=r"parameter\.1\.0"):
+        optimizer.step()
+    late.requires_grad_(False)
+    model.weight.grad = torch.ones(5, 8)
+    optimizer.step()
+    assert model.weight.grad is not None and model.other.grad is None and model.bias.grad is None
+
+
+@pytest.mark.parametrize(
+    ("differ", "field"),
+    [
+        (lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(8, 5))), "weight"),
+        (lambda m: setattr(m, "bias", nn.Parameter(torch.zeros(4))), "bias"),
+        (lambda m: setattr(m, "other", nn.Parameter(torch.zeros(2, 2, 5).double())), "float64"),
+        (lambda m: delattr(m, "bias"), "bias"),
+    ],
+)
+@pytest.mark.parametrize("config", [little(), None])
+def test_ranks_with_different_parameters_all_raise(
+    differ: Callable[[Toy], None], field: str, config: SketchConfig | None
+) -> None:
+    def rank_main(transport: LocalTransport) -> str:
+        model = Toy()
+        if transport.rank == 1:
+            differ(model)
+        with pytest.raises(ValueError) as caught:
+            wrap(transport, model, config)
+        return str(caught.value)
+
+    for message in run_local(3, rank_main, LIMIT_S):
+        assert field in message and "on rank 1" in message and "ranks 0, 2" in message
+
+
+@pytest.mark.parametrize(
+    ("differ", "told"),
+    [
+        (lambda m: {"sketch": None}, "config.cols: 40 on ranks 0, 2; none: dense on rank 1"),
+        (lambda m: {"backward_passes_per_step": 2}, "backward_passes_per_step: 1 on ranks 0, 2; 2 on rank 1"),
+        (lambda m: {"backward_passes_per_step": 0}, "at least 1, got 0"),
+        (lambda m: {"named_parameters": [("a", p) for p in m.parameters()]}, "more than one parameter named 'a'"),
+        (lambda m: {"optimizer": torch.optim.LBFGS(m.parameters())}, "LBFGS"),
+        (lambda m: m.requires_grad_(False) and {}, "no parameter that requires a gradient"),
+    ],
+)
+def test_what_one_rank_refuses_all_refuse(differ: Callable[[Toy], dict[str, Any]], told: str) -> None:
+    """Nobody waits for a rank that will not come."""
+
+    def rank_main(transport: LocalTransport) -> str:
+        model = Toy()
+        arguments = {"optimizer": SGD(model.parameters()), "sketch": little(), "transport": transport}
+        with pytest.raises(ValueError) as caught:
+            DistributedOptimizer(**arguments | (differ(model) if transport.rank == 1 else {}))
+        return str(caught.value)
+
+    for rank, message in enumerate(run_local(3, rank_main, timeout_s=20)):
+        assert told in message
+        assert rank == 1 or "rank 1" in message
+
+
+def test_ranks_that_split_parameters_differently_all_raise() -> None:
+    def rank_main(transport: LocalTransport) -> str:
+        with pytest.raises(ValueError) as caught:
+            wrap(transport, Toy(), little(dense_below=8 if transport.rank else 100))
+        return str(caught.value)
+
+    assert all("dense_below" in message for message in run_local(2, rank_main, LIMIT_S))
+
+
+@pytest.mark.parametrize(
+    ("inner", "sketch", "message"),
+    [
+        (lambda p: SGD(p, momentum=0.9), {"momentum": 0.5}, "momentum is applied twice: SGD has 0.9"),
+        (lambda p: Adam(p), {"momentum": 0.5}, "momentum is applied twice: Adam has 0.9"),
+        (lambda p: SGD(p, weight_decay=0.1), {"weight_decay": 0.2}, "weight decay is applied twice: SGD has 0.1"),
+        (lambda p: SGD(p), {"momentum": 0.5, "weight_decay": 0.1}, None),
+        (lambda p: Adam(p, betas=(0.0, 0.9)), {"momentum": 0.5}, None),
+        (lambda p: AdamW(p, weight_decay=0.1), {}, None),
+    ],
+)
+def test_warns_of_momentum_and_weight_decay_applied_twice(
+    inner: Callable[..., Optimizer], sketch: dict[str, Any], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_local(2, lambda t: DistributedOptimizer(inner(Toy().parameters()), None, little(**sketch), t) and None, LIMIT_S)
+    assert len(caplog.messages) == (message is not None)  # rank 0 speaks for all
+    assert message is None or message in caplog.text
