@@ -185,17 +185,17 @@ def noisy(dim: int, heavy: torch.Tensor, size: float, seed: int) -> torch.Tensor
 def test_recall_equals_an_ideal_hash_wherever_the_heavy_lie() -> None:
     """A [2048, 1024] weight at 4 shards: a heavy column (its stride is 4 blocks), clusters, and spread out.
 
-    Ours gets more seeds: it takes a quarter of the ideal's time, and clusters collide whole, which spreads its recall.
-    The fewer the clusters, the less evenly they load the shards: 8 of 256 cost 0.0075, 16 of 128 cost 0.0035.
+    Clusters collide whole, which spreads the recall of ours: it gets more seeds. The fewer the clusters, the less
+    evenly they load the shards: 8 of 256 cost 0.0075, 16 of 128 cost 0.0035.
     """
-    dim, k, cols, seeds, ideal_seeds = 2048 * 1024, 2048, 60_000, 96, 48
+    dim, k, cols, seeds, ideal_seeds = 2048 * 1024, 2048, 60_000, 32, 28
     layouts = {
         "column": torch.arange(2048) * 1024 + 137,
         "clustered": (torch.arange(16)[:, None] * 131_072 + 1000 + torch.arange(128)).flatten(),
         "spread": torch.randperm(dim, generator=torch.Generator().manual_seed(0))[:k].sort().values,
     }
     size = 2.2 * math.sqrt(dim / cols)
-    all_rows = range(1, 8)
+    all_rows = range(1, 6)  # 7 in the next test
     ideal = np.empty((len(all_rows), ideal_seeds))
     for seed in range(ideal_seeds):
         values = noisy(dim, layouts["spread"], size, seed)
@@ -204,9 +204,11 @@ def test_recall_equals_an_ideal_hash_wherever_the_heavy_lie() -> None:
     ours = np.empty((len(layouts), len(all_rows), seeds))
     for seed in range(seeds):
         for j, heavy in enumerate(layouts.values()):
-            values = noisy(dim, heavy, size, seed)
+            most = CountSketch(dim, max(all_rows), cols, seed=seed, shards=4)
+            most.accumulate_(noisy(dim, heavy, size, seed))
             for i, rows in enumerate(all_rows):
-                sketch = CountSketch(dim, rows, cols, seed=seed, shards=4).accumulate_(values)
+                sketch = CountSketch(dim, rows, cols, seed=seed, shards=4)
+                sketch.table = most.table[:rows]  # more rows keep the first ones
                 ours[j, i, seed] = float(torch.isin(sketch.top(k), heavy).to(torch.float64).mean())
     check_recall(ours, ideal)
 
