@@ -98,15 +98,14 @@ def _call_every_kernel() -> Iterator[None]:
     yield
     cpu.owned_histogram(hash, shard_table, 0, 0, 20, 2048)
     yield
-    positions, _ = cpu.owned_above(hash, shard_table, 0, 0, 0)
+    positions, _ = cpu.owned_above(hash, shard_table, 0, 0)
     yield
     cpu.magnitude_histogram(v, 0, 20, 2048)
     yield
-    cpu.select_above(v, MAGNITUDE_OF_ONE, 5)
-    cpu.select_upto(v, MAGNITUDE_OF_ONE)
+    cpu.select_above(v, MAGNITUDE_OF_ONE)
     yield
     for indices in (some, some.to(positions.dtype)):
-        cpu.keep_above(indices, v[: len(some)], MAGNITUDE_OF_ONE, 5)
+        cpu.keep_above(indices, v[: len(some)], MAGNITUDE_OF_ONE)
         yield
         _call_every_code(indices)
         yield

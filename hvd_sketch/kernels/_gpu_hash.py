@@ -26,7 +26,6 @@ VARYING = [
     "momentum",
     "edge",
     "threshold",
-    "ties",
     "room",
     "targets",
 ]

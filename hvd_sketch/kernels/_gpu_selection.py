@@ -167,12 +167,6 @@ def _tile_values(
 
 
 @triton.jit
-def _compared(magnitude, threshold):
-    """Which magnitudes lie above the threshold, and which on it; zeros never do."""
-    return magnitude > tl.maximum(threshold, 0), (magnitude == threshold) & (magnitude != 0)
-
-
-@triton.jit
 def _add_to_histogram(
     counts, magnitude, edge, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr
 ):  # fmt: skip
@@ -199,34 +193,30 @@ def count(
     source, coefficients, shard, size, cols, found, threshold,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """How many magnitudes of each tile lie above the threshold, and how many on it: int64 [2, programs]."""
+    """How many magnitudes of each tile are above the threshold: int64 [programs]."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
-    above, equal = _compared(_magnitudes(values), threshold)
-    found += tl.program_id(0)
-    tl.store(found, tl.sum(above.to(tl.int32), 0))
-    tl.store(found + tl.num_programs(0), tl.sum(equal.to(tl.int32), 0))
+    above = _magnitudes(values) > tl.maximum(threshold, 0)  # zeros never are
+    tl.store(found + tl.program_id(0), tl.sum(above.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def write_chosen(
-    source, coefficients, shard, size, cols, positions, out, room, found, threshold, ties, counts,
+    source, coefficients, shard, size, cols, positions, out, room, found, threshold, counts,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     SHIFT: tl.constexpr = 0, BINS: tl.constexpr = 0, COPIES: tl.constexpr = 1,
 ):  # fmt: skip
-    """Positions and values of the first ``room`` chosen; with ``counts``, also a histogram of all above the threshold.
+    """Positions and values of the first ``room`` above the threshold; with ``counts``, also a histogram of all.
 
-    ``found`` is what :func:`count` found, summed up to each tile.
+    ``found`` is what :func:`count` found, summed up to each tile, the tile's own count included.
     """
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     magnitude = _magnitudes(values)
     if counts is not None:
         _add_to_histogram(counts, magnitude, threshold + 1, SHIFT, BINS, COPIES)
     tile = tl.program_id(0).to(tl.int64)
-    above, equal = _compared(magnitude, threshold)
-    above_before = tl.load(found + tile) - tl.sum(above.to(tl.int32), 0)
-    equal_before = tl.load(found + tl.num_programs(0) + tile) - tl.sum(equal.to(tl.int32), 0)
-    chosen = above | (equal & (equal_before + tl.cumsum(equal.to(tl.int32), 0) <= ties))
-    at = above_before + tl.minimum(equal_before, ties) + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    chosen = chosen & (at < room)
+    above = magnitude > tl.maximum(threshold, 0)
+    before = tl.load(found + tile) - tl.sum(above.to(tl.int32), 0)
+    at = before + tl.cumsum(above.to(tl.int32), 0) - 1
+    chosen = above & (at < room)
     tl.store(positions + at, tile * TILE + tl.arange(0, TILE), mask=chosen)
     tl.store(out + at, values, mask=chosen)

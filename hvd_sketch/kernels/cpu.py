@@ -85,12 +85,12 @@ def owned_histogram_kept(
 
 
 def owned_above(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, size: int | None = None
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.owned_above`."""
-    found = _owned_upto(hash.owned_size(shard), hash, shard_table, shard, threshold - 1 if ties else threshold)
+    found = _owned_upto(hash.owned_size(shard), hash, shard_table, shard, threshold)
     assert found is not None
-    return keep_above(*found, threshold, ties) if ties else found
+    return found
 
 
 def _owned_upto(
@@ -134,45 +134,31 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     return torch.from_numpy(counts.sum(axis=0))
 
 
-def select_above(values: Tensor, threshold: int, ties: int, size: int | None = None) -> Tensor:
+def select_above(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
-    if threshold <= 0:
-        threshold, ties = 0, 0  # a tie would be a zero
-    bits, parts = _bits(values), _parts(values.numel())
-    starts, own_ties = _starts(bits, threshold, ties, parts)
-    chosen = np.empty(starts[parts], dtype=np.int64)
-    run_parts(parts, loops.select, chosen, starts, own_ties, bits, threshold)
+    bits, threshold = _bits(values), max(threshold, 0)
+    starts = _starts(bits, threshold)
+    chosen = np.empty(starts[-1], dtype=np.int64)
+    run_parts(len(starts) - 1, loops.select_above, chosen, starts, bits, threshold)
     return torch.from_numpy(chosen)
 
 
-def keep_above(
-    positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """See :func:`hvd_sketch.kernels.reference.keep_above`."""
-    if threshold <= 0:
-        threshold, ties = 0, 0  # a tie would be a zero
-    bits, parts = _bits(values), _parts(values.numel())
-    starts, own_ties = _starts(bits, threshold, ties, parts)
-    kept, kept_values = np.empty(starts[parts], dtype=np.int64), np.empty(starts[parts], dtype=np.float32)
+def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`hvd_sketch.kernels.reference.keep_above`; the positions returned are int64."""
+    bits, threshold = _bits(values), max(threshold, 0)
+    starts = _starts(bits, threshold)
+    kept, kept_values = np.empty(starts[-1], dtype=np.int64), np.empty(starts[-1], dtype=np.float32)
     outputs = kept, kept_values.view(np.uint32)
-    run_parts(parts, loops.keep, *outputs, starts, own_ties, positions.numpy(), bits, threshold)
+    run_parts(len(starts) - 1, loops.keep_above, *outputs, starts, positions.numpy(), bits, threshold)
     return torch.from_numpy(kept), torch.from_numpy(kept_values)
 
 
-def _starts(bits: np.ndarray, threshold: int, ties: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many are chosen before each part, int64 [parts + 1], and how many of its own on the threshold, [parts].
-
-    Counted first, so that each part writes where those of the parts before it end.
-    """
-    chosen, tied = np.zeros((2, parts + 1), dtype=np.int64)
-    run_parts(parts, loops.count_matches, chosen[1:], tied[1:], bits, threshold, ties)
-    ties_before = np.minimum(tied.cumsum(), ties)
-    return chosen.cumsum() + ties_before, np.diff(ties_before)
-
-
-def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
-    """See :func:`hvd_sketch.kernels.reference.select_upto`."""
-    return torch.from_numpy(loops.select_upto(_bits(values), threshold))
+def _starts(bits: np.ndarray, threshold: int) -> np.ndarray:
+    """How many are above the threshold before each part, where that part writes, and in all: int64 [parts + 1]."""
+    parts = _parts(bits.size)
+    counts = np.zeros(parts + 1, dtype=np.int64)
+    run_parts(parts, loops.count_above, counts[1:], bits, threshold)
+    return counts.cumsum()
 
 
 def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ from torch import Tensor
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
 from hvd_sketch.kernels import _gpu_selection as selection
 from hvd_sketch.kernels import _gpu_sums as sums
-from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
 
@@ -138,15 +137,15 @@ def owned_histogram_kept(
     """See :func:`hvd_sketch.kernels.reference.owned_histogram_kept`; what is kept is ``limit`` long."""
     source = _owned_estimates(hash, shard_table, shard)
     counts = _empty_histograms(source, bins)
-    kept = _above(source, start - 1, 0, limit, counts, SHIFT=shift, BINS=bins, COPIES=COPIES)
+    kept = _above(source, start - 1, limit, counts, SHIFT=shift, BINS=bins, COPIES=COPIES)
     return counts.sum(dim=0), kept
 
 
 def owned_above(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, size: int | None = None
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.owned_above`."""
-    return _above(_owned_estimates(hash, shard_table, shard), threshold, ties, size)
+    return _above(_owned_estimates(hash, shard_table, shard), threshold, size)
 
 
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
@@ -154,22 +153,14 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     return _histogram(_elements(values), start, shift, bins)
 
 
-def select_above(values: Tensor, threshold: int, ties: int, size: int | None = None) -> Tensor:
+def select_above(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
-    return _above(_elements(values), threshold, ties, size)[0]
+    return _above(_elements(values), threshold, size)[0]
 
 
-def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
-    """See :func:`hvd_sketch.kernels.reference.select_upto`."""
-    above = (values.view(torch.int32) & MAGNITUDE_MASK) > threshold
-    return torch.nonzero(~above).flatten() if size is None else above.to(torch.uint8).argsort(stable=True)[:size]
-
-
-def keep_above(
-    positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
-    chosen, kept = _above(_elements(values), threshold, ties, size)
+    chosen, kept = _above(_elements(values), threshold, size)
     return positions[chosen], kept
 
 
@@ -227,28 +218,22 @@ def _empty_histograms(source: _Source, bins: int) -> Tensor:
 
 
 def _above(
-    source: _Source,
-    threshold: int,
-    ties: int,
-    size: int | None,
-    counts: Tensor | None = None,
-    **window: int,
+    source: _Source, threshold: int, size: int | None, counts: Tensor | None = None, **window: int
 ) -> tuple[Tensor, Tensor]:
-    """The first ``size`` positions and values above the threshold or of the first ``ties`` on it, and then zeros.
+    """Positions and values above the threshold: the first ``size`` of them, filled up with zeros.
 
-    With ``counts`` also their histogram, of all of them. Every tile counts; the sums up to each tile say where it
-    writes. Without a size the host waits for the last two of them.
+    With ``counts``, a histogram of all of them is added there. Every tile counts its own; the sum up to a tile says
+    where the tile writes. Without a size the host waits for the last sum.
     """
     device = source.tensor.device
-    found = torch.empty((2, source.tiles), dtype=torch.int64, device=device)
+    found = torch.empty(source.tiles, dtype=torch.int64, device=device)
     source.launch(selection.count, found, threshold)
-    found = found.cumsum(dim=1)
+    found = found.cumsum(dim=0)
     if size is None:
-        above, equal = found[:, -1].tolist() if source.tiles else (0, 0)
-        size = above + min(equal, ties)
+        size = int(found[-1]) if source.tiles else 0
     positions = torch.zeros(size, dtype=torch.int64, device=device)
     values = torch.zeros(size, dtype=torch.float32, device=device)
-    source.launch(selection.write_chosen, positions, values, size, found, threshold, ties, counts, **window)
+    source.launch(selection.write_chosen, positions, values, size, found, threshold, counts, **window)
     return positions, values
 
 

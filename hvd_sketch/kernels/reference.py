@@ -89,19 +89,19 @@ def owned_histogram_kept(
     What is kept is not all, or None, where more than ``limit`` are counted.
     """
     estimates = estimate_owned(hash, shard_table, shard)
-    positions = select_above(estimates, start - 1, 0)[:limit]
+    positions = select_above(estimates, start - 1)[:limit]
     return magnitude_histogram(estimates, start, shift, bins), (positions, estimates[positions])
 
 
 def owned_above(
-    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, ties: int, size: int | None = None
+    hash: BlockHash, shard_table: Tensor, shard: int, threshold: int, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`select_above` of :func:`estimate_owned`, which other backends do not write to memory.
 
     Returns positions, int64 (or int32 where the shard's size fits) ascending, and the estimates there, float32.
     """
     estimates = estimate_owned(hash, shard_table, shard)
-    positions = select_above(estimates, threshold, ties, size)
+    positions = select_above(estimates, threshold, size)
     return positions, estimates[positions]
 
 
@@ -117,28 +117,20 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
     return torch.from_numpy(counts.astype(np.int64))
 
 
-def select_above(values: Tensor, threshold: int, ties: int, size: int | None = None) -> Tensor:
-    """Positions with magnitude bits above ``threshold``, and the first ``ties`` of those equal to it.
+def select_above(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
+    """Positions with magnitude bits above ``threshold``: int64, ascending.
 
-    Zeros are never selected. Returns int64, ascending.
+    Zeros are never selected: a threshold below 0 counts as 0.
     """
-    magnitude = _magnitude(values)
-    above = magnitude > max(threshold, 0)
-    equal = np.flatnonzero((magnitude == threshold) & (magnitude != 0))[:ties]
-    above[equal] = True
-    return _of_size(torch.from_numpy(np.flatnonzero(above).astype(np.int64)), size)
+    chosen = np.flatnonzero(_magnitude(values) > max(threshold, 0)).astype(np.int64)
+    # A device that relied on a wrong size would return too much or too little.
+    assert size in (None, len(chosen)), f"{len(chosen)} are chosen, {size} were expected"
+    return torch.from_numpy(chosen)
 
 
-def select_upto(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
-    """Positions with magnitude bits of at most ``threshold``, zeros too: int64, ascending."""
-    return _of_size(torch.nonzero((values.view(torch.int32) & MAGNITUDE_MASK) <= threshold).flatten(), size)
-
-
-def keep_above(
-    positions: Tensor, values: Tensor, threshold: int, ties: int, size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
-    chosen = select_above(values, threshold, ties, size)
+    chosen = select_above(values, threshold, size)
     return positions[chosen], values[chosen]
 
 
@@ -164,12 +156,6 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
         if target is not None and first < last:
             target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
-
-
-def _of_size(chosen: Tensor, size: int | None) -> Tensor:
-    """What was chosen; a device that trusted another size would return too much or too little."""
-    assert size in (None, chosen.numel()), f"{chosen.numel()} are chosen, {size} were expected"
-    return chosen
 
 
 def _median(votes: np.ndarray) -> np.ndarray:

@@ -219,10 +219,10 @@ def test_selection_from_estimates_equals_the_reference(data: st.DataObject, hash
             _, expected = reference.owned_histogram_kept(hash, table, shard, *window, limit)
             assert torch.equal(counts.cpu(), expected_counts)
             assert expected is not None and same_chosen(kept, expected)
-    threshold, ties = magnitude(value), data.draw(st.integers(0, 3))
-    expected = reference.owned_above(hash, table, shard, threshold, ties)
+    threshold = magnitude(value) + data.draw(st.integers(-1, 0))
+    expected = reference.owned_above(hash, table, shard, threshold)
     for size in (None, expected[0].numel(), expected[0].numel() + 3):
-        assert same_chosen(gpu.owned_above(hash, ours, shard, threshold, ties, size), expected)
+        assert same_chosen(gpu.owned_above(hash, ours, shard, threshold, size), expected)
 
 
 @some_examples
@@ -234,17 +234,13 @@ def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, value
         counts = gpu.magnitude_histogram(ours, *window)
         assert torch.equal(counts.cpu(), reference.magnitude_histogram(values, *window))
     threshold = magnitude(value) + data.draw(st.integers(-1, 0))
-    ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
-    expected = reference.select_above(values, threshold, ties)
+    expected = reference.select_above(values, threshold)
     positions = torch.arange(values.numel(), dtype=torch.int32) * 3
     for size in (None, expected.numel()):
-        assert torch.equal(gpu.select_above(ours, threshold, ties, size).cpu(), expected)
-        kept = gpu.keep_above(*on_device(positions), ours, threshold, ties, size)
-        for got, right in zip(kept, reference.keep_above(positions, values, threshold, ties), strict=True):
+        assert torch.equal(gpu.select_above(ours, threshold, size).cpu(), expected)
+        kept = gpu.keep_above(*on_device(positions), ours, threshold, size)
+        for got, right in zip(kept, reference.keep_above(positions, values, threshold), strict=True):
             assert torch.equal(got.cpu().view(torch.int32), right.view(torch.int32))
-    upto = reference.select_upto(values, threshold)
-    for size in (None, upto.numel()):
-        assert torch.equal(gpu.select_upto(ours, threshold, size).cpu(), upto)
 
 
 @pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])
@@ -273,11 +269,11 @@ def test_nothing_to_do() -> None:
     tiny = BlockHash(1, 1, 7, 7)
     (cell,) = on_device(torch.ones(1, 1))
     assert sorted(gpu.estimate_owned(tiny, cell, shard).numel() for shard in range(7)) == [0] * 6 + [1]
-    chosen = [gpu.owned_above(tiny, cell, shard, 1, 0) for shard in range(7)]
+    chosen = [gpu.owned_above(tiny, cell, shard, 1) for shard in range(7)]
     assert sorted(pair[0].numel() for pair in chosen) == [0] * 6 + [1]
     kept = [gpu.owned_histogram_kept(tiny, cell, shard, 1, 21, 16, 2) for shard in range(7)]
     assert sorted(int(counts.sum()) for counts, _ in kept) == [0] * 6 + [1]
-    assert gpu.select_above(nothing, 0, 3).numel() == 0
+    assert gpu.select_above(nothing, 0).numel() == 0
     assert int(gpu.magnitude_histogram(nothing, 0, 21, 1024).sum()) == 0
 
 

@@ -91,10 +91,10 @@ def launch_all(hash: BlockHash) -> None:
     gpu.estimate(hash, table, 0, hash.dim)
     gpu.estimate_owned(hash, shard_table, 0)
     gpu.owned_histogram(hash, shard_table, 0, 0, 21, 1024)
-    gpu.owned_above(hash, shard_table, 0, 1, 0)
+    gpu.owned_above(hash, shard_table, 0, 1)
     gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
     gpu.magnitude_histogram(v, 0, 0, 2048)
-    gpu.select_above(v, 1, 1)
+    gpu.select_above(v, 1)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, par
 
 
 def every_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> tuple[Tensor, Tensor]:
-    return cpu.owned_above(hash, shard_table, shard, 0, 0)
+    return cpu.owned_above(hash, shard_table, shard, 0)
 
 
 @few_examples
@@ -152,10 +152,10 @@ def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHas
         assert own.numel() == hash.owned_size(shard)
         assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
         value = data.draw(st.sampled_from([0.0, 1e30, *own[:20].tolist()]))
-        ties = data.draw(st.sampled_from([0, 1, 50]))
+        threshold = magnitude(value) + data.draw(st.integers(-1, 0))
         with split_into(parts):
-            found = cpu.owned_above(hash, own_table, shard, magnitude(value), ties)
-        expected = reference.owned_above(hash, own_table, shard, magnitude(value), ties)
+            found = cpu.owned_above(hash, own_table, shard, threshold)
+        expected = reference.owned_above(hash, own_table, shard, threshold)
         assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
         for window, limit in product(windows(value), (hash.dim, 10)):
             expected_counts = reference.owned_histogram(hash, own_table, shard, *window)
@@ -259,7 +259,7 @@ def test_nothing_to_do() -> None:
     sizes = [every_owned(tiny, torch.ones(1, 1), shard)[0].numel() for shard in range(7)]
     assert sizes == [int(cpu.owned_histogram(tiny, torch.ones(1, 1), shard, 0, 20, 2048).sum()) for shard in range(7)]
     assert sorted(sizes) == [0] * 6 + [1]
-    assert cpu.select_above(torch.empty(0), 0, 3).numel() == 0
+    assert cpu.select_above(torch.empty(0), 0).numel() == 0
     assert int(cpu.magnitude_histogram(torch.empty(0), 0, 21, 1024).sum()) == 0
 
 
@@ -270,7 +270,7 @@ def test_tables_that_are_not_finite(poison: float) -> None:
     table[1, 0, ::3] = poison
     estimates = cpu.estimate(hash, table, 0, hash.dim)
     assert estimates.shape == (hash.dim,)
-    chosen = cpu.select_above(torch.full((100,), poison), 0x3F800000, 0)
+    chosen = cpu.select_above(torch.full((100,), poison), 0x3F800000)
     assert torch.equal(chosen, torch.arange(100))
 
 
@@ -309,16 +309,15 @@ def test_histogram_equals_the_reference(data: st.DataObject, values: Tensor, par
 @given(st.data(), vectors(), st.integers(1, 5))
 def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
     value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
-    threshold = max(0, magnitude(value) + data.draw(st.integers(-1, 0)))
-    ties = data.draw(st.one_of(st.integers(0, 5), st.integers(0, values.numel())))
+    threshold = magnitude(value) + data.draw(st.integers(-1, 0))
     with split_into(parts):
-        chosen = cpu.select_above(values, threshold, ties)
-    assert torch.equal(chosen, reference.select_above(values, threshold, ties))
+        chosen = cpu.select_above(values, threshold)
+    assert torch.equal(chosen, reference.select_above(values, threshold))
     assert bool((values[chosen] != 0).all())
     for dtype in (torch.int32, torch.int64):
         positions = 3 * torch.arange(values.numel(), dtype=dtype)
         with split_into(parts):
-            kept, kept_values = cpu.keep_above(positions.clone(), values.clone(), threshold, ties)
+            kept, kept_values = cpu.keep_above(positions.clone(), values.clone(), threshold)
         assert torch.equal(kept, positions[chosen])
         assert torch.equal(kept_values.view(torch.int32), values[chosen].view(torch.int32))
 
@@ -326,8 +325,6 @@ def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, par
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
 def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
-    upto = magnitude(data.draw(st.sampled_from([*SPECIAL, *values.tolist()])))
-    assert torch.equal(cpu.select_upto(values, upto), reference.select_upto(values, upto))
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
     indices = torch.from_numpy(np.flatnonzero(random.random(values.numel()) < data.draw(st.floats(0, 1))))
     cleared = values.clone()
@@ -342,7 +339,7 @@ def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor
 @pytest.mark.parametrize("threshold", [-1, 0])
 def test_zeros_are_never_selected(threshold: int) -> None:
     values = torch.tensor([0.0, 1e-45, -0.0, -3.0] * 40)
-    assert torch.equal(cpu.select_above(values, threshold, 9), values.nonzero().flatten())
+    assert torch.equal(cpu.select_above(values, threshold), values.nonzero().flatten())
 
 
 def test_thread_count_changes_no_bit() -> None:
@@ -355,7 +352,7 @@ def test_thread_count_changes_no_bit() -> None:
             estimates = cpu.estimate(hash, table, 0, hash.dim)
             counts = cpu.magnitude_histogram(estimates, 0, 21, 1024)
             positions, kept = every_owned(hash, table[:, 1].contiguous(), 1)
-            chosen = cpu.select_above(estimates, 0x3F800000, 0)
+            chosen = cpu.select_above(estimates, 0x3F800000)
             results.append((table, estimates, counts.int(), chosen.int(), positions, kept))
     assert all(same_bits(one, two) for one, two in zip(*results, strict=True))
     assert same_bits(results[0][0], sketched(reference, hash, values))
@@ -390,7 +387,7 @@ def test_callers_in_several_python_threads() -> None:
     def work(seed: int) -> list[Tensor]:
         table = sketched(cpu, hash, random_values(hash.dim, seed))
         estimates = cpu.estimate(hash, table, 0, hash.dim)
-        return [table, estimates, cpu.select_above(estimates, magnitude(2.0), 5).int()]
+        return [table, estimates, cpu.select_above(estimates, magnitude(2.0)).int()]
 
     alone = [work(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -404,7 +401,7 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
         "import torch\n"
         "torch.set_num_threads(3)\n"
         "from hvd_sketch.kernels import _cpu_loops, cpu\n"
-        "names = 'accumulate', 'feedback_accumulate', 'estimate', 'owned_above', 'histogram', 'select'\n"
+        "names = 'accumulate', 'feedback_accumulate', 'estimate', 'owned_above', 'histogram', 'select_above'\n"
         "assert not any(getattr(_cpu_loops, name).signatures for name in names), 'compiled at import'\n"
         "assert int(cpu.magnitude_histogram(torch.ones(1000), 0, 21, 1024).sum()) == 1000\n"
         "assert len(_cpu_loops.histogram.signatures) == 1\n"
