@@ -17,9 +17,9 @@ PLAIN_MPIRUN = ["bash", "-c", 'source launch/env.sh && exec mpirun --oversubscri
 @pytest.mark.parametrize(
     ("launcher", "transport", "ranks", "fault"),
     [
-        (PLAIN_MPIRUN, "mpi", 3, "raise"),
+        (PLAIN_MPIRUN, "mpi", 2, "raise"),
         (PLAIN_MPIRUN, "mpi", 3, "kill"),
-        (LAUNCHERS["mpi"], "mpi", 4, "exit"),
+        (LAUNCHERS["mpi"], "mpi", 2, "exit"),
         (LAUNCHERS["mpi"], "mpi", 2, "kill"),
         (LAUNCHERS["horovod-gloo"], "horovod", 2, "raise"),
         (LAUNCHERS["horovod-gloo"], "horovod", 3, "kill"),

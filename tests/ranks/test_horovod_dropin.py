@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.harness import launch
+from tests.support.worlds import register
 
 pytestmark = [
     pytest.mark.multiprocess,
@@ -15,9 +16,11 @@ pytestmark = [
 ]
 
 
+CHECKS = register("horovod-gloo", 2, "tests.support.dropin:check_all")
+
+
 def test_all_checks_under_horovodrun() -> None:
-    """The checks are in tests/support/dropin.py; starting processes is slow, so that one launch runs all."""
-    ran = launch("horovod-gloo", 2, "tests.support.dropin:check_all", timeout_s=240)
+    ran = CHECKS.results()
     assert ran[0] == ran[1] > 10, "so many checks"
 
 

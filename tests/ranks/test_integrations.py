@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support.harness import launch
 from tests.support.integrations import STEPS
+from tests.support.worlds import Job, register
 
 pytestmark = pytest.mark.multiprocess
-LIMIT_S = 240  # importing a framework on two ranks takes up to 20 s
 
 
 def needs(*modules: str) -> pytest.MarkDecorator:
@@ -22,19 +22,25 @@ def needs(*modules: str) -> pytest.MarkDecorator:
     )
 
 
+def job(name: str, steps: int, *modules: str) -> Any:
+    """A job and how many steps its optimizer counts."""
+    marks, job = needs(*modules, "horovod"), None
+    if not marks.args[0]:
+        job = register("horovod-gloo", 2, "tests.support.integrations:in_own_folder", is_last=True, job=name)
+    return pytest.param(job, steps, marks=marks, id=name)
+
+
 @pytest.mark.parametrize(
     ("job", "steps"),
     [
         # Accelerate goes on with the same optimizer, which counts the steps of both halves.
-        pytest.param("accelerate_job", STEPS + STEPS // 2, marks=needs("accelerate", "horovod")),
-        pytest.param("trainer_job", STEPS, marks=needs("transformers", "accelerate", "horovod")),
-        pytest.param("lightning_job", STEPS, marks=needs("lightning", "horovod")),
+        job("accelerate_job", STEPS + STEPS // 2, "accelerate"),
+        job("trainer_job", STEPS, "transformers", "accelerate"),
+        job("lightning_job", STEPS, "lightning"),
     ],
 )
-def test_trains_saves_and_resumes(job: str, steps: int, tmp_path: Path) -> None:
-    first, second = launch(
-        "horovod-gloo", 2, f"tests.support.integrations:{job}", timeout_s=LIMIT_S, folder=str(tmp_path)
-    )
+def test_trains_saves_and_resumes(job: Job, steps: int) -> None:
+    first, second = job.results()
     for rank in (first, second):
         assert torch.equal(rank["parameters"], first["parameters"]), "ranks hold equal bits"
         assert torch.equal(rank["resumed"], first["parameters"]), "going on from a checkpoint is bitwise"

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support import patterns
 from tests.support.harness import launch
+from tests.support.patterns import CHECKS
+from tests.support.worlds import Job, register
 
-CHECKS = [value for name, value in vars(patterns).items() if name.startswith("check_") and name != "check_all"]
+WORLDS = [("mpi", 3), ("horovod-gloo", 3), ("horovod-mpi", 2)]
+ON_PROCESSES = [
+    pytest.param(register(kind, ranks, "tests.support.patterns:check_all"), id=f"{kind}-{ranks}")
+    for kind, ranks in WORLDS
+]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.filterwarnings("ignore:all ranks skip this step")
 def test_on_threads(check, ranks: int) -> None:
     needs_others = "drift" in check.__name__ or "forgotten" in check.__name__
     if ranks > 1 or not needs_others:  # one rank differs from nobody
-        launch("local", ranks, f"tests.support.patterns:{check.__name__}", timeout_s=60)
+        launch("local", ranks, f"{check.__module__}:{check.__name__}", timeout_s=60)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("kind", "ranks"), [("mpi", 2), ("mpi", 3), ("horovod-gloo", 2), ("horovod-gloo", 3), ("horovod-mpi", 2)]
-)
-def test_on_processes(kind: str, ranks: int) -> None:
-    assert launch(kind, ranks, "tests.support.patterns:check_all", timeout_s=300) == [len(CHECKS)] * ranks
+@pytest.mark.parametrize("job", ON_PROCESSES)
+def test_on_processes(job: Job) -> None:
+    assert job.results() == [len(CHECKS)] * job.world.ranks

@@ -12,6 +12,7 @@ from hvd_sketch.config import SketchConfig
 from tests.support.harness import launch
 from tests.support.plain import PlainSketchedSGD
 from tests.support.targets import integer_gradient
+from tests.support.worlds import register
 
 pytestmark = pytest.mark.multiprocess
 
@@ -27,15 +28,18 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+TARGET = "tests.support.targets:everything"
+JOBS = {world: register(*world, TARGET, cases=CASES) for world in WORLDS}
+
+
 @cache
-def results(kind: str, ranks: int) -> list[dict[str, Any]]:
-    """One launch serves all tests of a world: starting processes is slow."""
-    return launch(kind, ranks, "tests.support.targets:everything", timeout_s=240, cases=CASES)
+def on_threads(ranks: int) -> list[dict[str, Any]]:
+    return launch("local", ranks, TARGET, timeout_s=240, cases=CASES)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 def test_after_fifty_steps_all_ranks_hold_the_same_bits(kind: str, ranks: int) -> None:
-    parameters = [result["parameters"] for result in results(kind, ranks)]
+    parameters = [result["parameters"] for result in JOBS[kind, ranks].results()]
     assert torch.isfinite(parameters[0]).all()
     assert all(torch.equal(parameters[0], other) for other in parameters[1:])
 
@@ -43,7 +47,7 @@ def test_after_fifty_steps_all_ranks_hold_the_same_bits(kind: str, ranks: int) -
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 @pytest.mark.parametrize("case", range(3))
 def test_deterministic_sums_give_the_bits_of_threads(kind: str, ranks: int, case: int) -> None:
-    for ours, local in zip(results(kind, ranks), results("local", ranks), strict=True):
+    for ours, local in zip(JOBS[kind, ranks].results(), on_threads(ranks), strict=True):
         ours, local = ours["cases"][case], local["cases"][case]
         for name in ("indices", "values"):
             assert all(map(torch.equal, ours[name], local[name]))
@@ -56,6 +60,6 @@ def test_whole_numbers_agree_with_the_plain_algorithm(kind: str, ranks: int) -> 
     plain = PlainSketchedSGD(SketchConfig(**INTEGERS), DIM, ranks)
     for step in range(STEPS):
         expected = plain.step([integer_gradient(DIM, rank, step).tolist() for rank in range(ranks)])
-        for result in results(kind, ranks):
+        for result in JOBS[kind, ranks].results():
             assert result["cases"][3]["indices"][step].tolist() == list(expected)
             assert result["cases"][3]["values"][step].tolist() == torch.tensor(list(expected.values())).tolist()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.support.harness import launch, run_command
+from tests.support.worlds import register
 
 pytestmark = pytest.mark.multiprocess
 
@@ -33,27 +34,31 @@ MPI.COMM_WORLD.Barrier()
 """
 
 
+TARGETS = "tests.support.setup_targets"
+MANY = register("mpi", 2, f"{TARGETS}:many_transports", count=1100)
+FREED = register("mpi", 3, f"{TARGETS}:freed_with_the_users", cycles=2000)
+KEEPS_HOOK = register("mpi", 2, f"{TARGETS}:keeps_the_users_hook", is_last=True)
+REFUSED_COMMUNICATORS = register("mpi", 2, f"{TARGETS}:refused_communicators")
+
+
 # Many transports
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_transports_on_one_communicator_share_its_duplicate(ranks: int) -> None:
-    shared = {"communicators": 1, "hooks": 1}
-    assert launch("mpi", ranks, "tests.support.setup_targets:many_transports", count=1100) == [shared] * ranks
+def test_transports_on_one_communicator_share_its_duplicate() -> None:
+    assert MANY.results() == [{"communicators": 1, "hooks": 1}] * 2
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_freeing_a_communicator_frees_ours(ranks: int) -> None:
-    nothing = {"communicators": 0, "threads": 0}
-    assert launch("mpi", ranks, "tests.support.setup_targets:freed_with_the_users", cycles=2000) == [nothing] * ranks
+def test_freeing_a_communicator_frees_ours() -> None:
+    assert FREED.results() == [{"communicators": 0, "threads": 0}] * 3
 
 
 def test_a_hook_set_later_is_the_users() -> None:
-    assert launch("mpi", 2, "tests.support.setup_targets:keeps_the_users_hook") == [True] * 2
+    assert KEEPS_HOOK.results() == [True] * 2
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("launcher", [PLAIN_MPIRUN, ["launch/mpirun.sh"]], ids=["mpirun", "launch"])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [(PLAIN_MPIRUN, 3), (["launch/mpirun.sh"], 2)], ids=["mpirun", "launch"]
+)
 def test_a_failing_rank_ends_the_job_after_many_transports(launcher: list[str], ranks: int, tmp_path) -> None:
     job = tmp_path / "job.py"
     job.write_text(FAILING_JOB)
@@ -71,7 +76,7 @@ def test_a_failing_rank_ends_the_job_after_many_transports(launcher: list[str], 
 
 
 def test_what_is_no_communicator_is_refused() -> None:
-    said = launch("mpi", 2, "tests.support.setup_targets:refused_communicators")
+    said = REFUSED_COMMUNICATORS.results()
     for rank, messages in enumerate(said):
         for name in ("int", "module", "str"):
             assert messages[name].startswith("TypeError: MPITransport expected a communicator such as MPI.COMM_WORLD")

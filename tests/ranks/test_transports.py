@@ -3,61 +3,57 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 from hvd_sketch.transport import local_transports, resolve_transport, run_local
 from tests.support.harness import launch
+from tests.support.worlds import Job, register
 
 CHECKS = 9  # in tests/support/contract.py
-WORLDS = [("local", 1), ("local", 2), ("local", 3), ("local", 4)]
-PROCESS_WORLDS = [
-    ("mpi", 1),
-    ("mpi", 2),
-    ("mpi", 3),
-    ("mpi", 4),
-    ("horovod-gloo", 2),
-    ("horovod-gloo", 3),
-    ("horovod-mpi", 2),
+CONTRACT = "tests.support.contract:check_all"
+# Where, and how: in chunks, as for vectors longer than MPI's counts allow, with the limit lowered; through the copies
+# on the host that a device would need (pinned memory and streams take a GPU).
+WORLDS: list[tuple[str, int, dict[str, Any]]] = [
+    *(("mpi", ranks, {}) for ranks in (1, 2, 3, 4)),
+    ("mpi", 3, {"max_count": 50}),
+    ("mpi", 3, {"max_count": 999}),
+    ("mpi", 2, {"staged": True}),
+    ("horovod-gloo", 2, {}),
+    ("horovod-gloo", 2, {"staged": True}),
+    ("horovod-gloo", 3, {}),
+    ("horovod-mpi", 2, {}),
 ]
+CONTRACTS = [
+    pytest.param(register(kind, ranks, CONTRACT, **how), id=f"{kind}-{ranks}-{how}") for kind, ranks, how in WORLDS
+]
+MESSAGE_BEYOND_2_GIB = register("mpi", 1, "tests.support.contract:length_of_a_message_beyond_2_gib")
+ARRIVES_BY_ITSELF = register("mpi", 2, "tests.support.contract:arrives_by_itself")
 
 
-@pytest.mark.parametrize(("kind", "ranks"), WORLDS)
-def test_contract_between_threads(kind: str, ranks: int) -> None:
-    assert launch(kind, ranks, "tests.support.contract:check_all") == [CHECKS] * ranks
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_contract_between_threads(ranks: int) -> None:
+    assert launch("local", ranks, CONTRACT) == [CHECKS] * ranks
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("kind", "ranks"), PROCESS_WORLDS)
-def test_contract_between_processes(kind: str, ranks: int) -> None:
-    assert launch(kind, ranks, "tests.support.contract:check_all") == [CHECKS] * ranks
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("max_count", [50, 999])
-def test_mpi_in_chunks(max_count: int) -> None:
-    """Vectors longer than MPI's counts allow, with the limit lowered."""
-    assert launch("mpi", 3, "tests.support.contract:check_all", max_count=max_count) == [CHECKS] * 3
+@pytest.mark.parametrize("job", CONTRACTS)
+def test_contract_between_processes(job: Job) -> None:
+    assert job.results() == [CHECKS] * job.world.ranks
 
 
 @pytest.mark.multiprocess
 def test_mpi_messages_may_exceed_2_gib() -> None:
     """Fewer elements than MPI's counts allow may be more bytes."""
-    assert launch("mpi", 1, "tests.support.contract:length_of_a_message_beyond_2_gib") == [2**29]
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["mpi", "horovod-gloo"])
-def test_staged_through_host_copies(kind: str) -> None:
-    """The copies a device would need, made of tensors on the host; pinned memory and streams take a GPU."""
-    assert launch(kind, 2, "tests.support.contract:check_all", staged=True) == [CHECKS] * 2
+    assert MESSAGE_BEYOND_2_GIB.results() == [2**29]
 
 
 @pytest.mark.multiprocess
 def test_messages_of_mpi_travel_while_a_rank_computes() -> None:
     """Over TCP nothing larger than 64 KiB arrives unless somebody calls MPI."""
-    assert launch("mpi", 2, "tests.support.contract:arrives_by_itself") == [True, True]
+    assert ARRIVES_BY_ITSELF.results() == [True, True]
 
 
 def test_a_failing_thread_releases_the_others() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hvd_sketch import DistributedOptimizer, SketchConfig, broadcast_optimizer_state
 from hvd_sketch.transport import Transport
-from tests.support.patterns import assert_equal_everywhere, loss, network, saved_and_loaded, sketches, wrap
+from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, sketches, wrap
 
 SKETCH = SketchConfig(cols=200, k=40, momentum=0.0, dense_below=100)
 DECAYED: dict[str, Callable[..., torch.optim.Optimizer]] = {

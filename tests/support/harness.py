@@ -42,7 +42,7 @@ def launch(
     With the name of a ``lab`` (see labs.py) the ranks run on its hosts, not on this machine.
     """
     if kind == "local":
-        return run_local(ranks, partial(_resolve(target), **kwargs), timeout_s)
+        return run_local(ranks, partial(resolve(target), **kwargs), timeout_s)
     with tempfile.TemporaryDirectory() as folder:
         rank_main = [sys.executable, "-m", "tests.support.harness", kind, target, json.dumps(kwargs), folder]
         launcher = on_lab(lab, LAUNCHERS[kind]) if lab else LAUNCHERS[kind]
@@ -102,7 +102,8 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
 
 
-def _resolve(target: str) -> Callable[..., Any]:
+def resolve(target: str) -> Callable[..., Any]:
+    """The function that ``"module:function"`` names."""
     module, function = target.split(":")
     return getattr(import_module(module), function)
 
@@ -111,7 +112,7 @@ def _rank_main(kind: str, target: str, kwargs: str, folder: str) -> None:
     from hvd_sketch.transport import resolve_transport
 
     transport = resolve_transport("mpi" if kind == "mpi" else "horovod")
-    result = _resolve(target)(transport, **json.loads(kwargs))
+    result = resolve(target)(transport, **json.loads(kwargs))
     torch.save(result, Path(folder) / f"{transport.rank}.pt")
     transport.barrier()
 

@@ -9,6 +9,7 @@ Every job trains, saves in the middle, goes on to the end, and trains the second
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def result(
     }
 
 
+def in_own_folder(transport: Transport, job: str) -> dict[str, Any]:
+    """What a job returns that saves into a folder of its rank's own."""
+    with TemporaryDirectory() as folder:
+        return globals()[job](transport, folder)
+
+
 # --- Accelerate
 
 
@@ -86,7 +93,7 @@ def accelerate_job(transport: Transport, folder: str) -> dict[str, Any]:
     optimizer = sketched(model, lr=1.0)
     # Accelerate's own wrapper is stepped; synchronize() is ours.
     model, stepped, loader = accelerator.prepare(model, optimizer, DataLoader(data, BATCH, sampler=sampler))
-    checkpoint = Path(folder) / f"rank{transport.rank}"
+    checkpoint = Path(folder) / "checkpoint"
     losses: list[float] = []
 
     def train(start: int, save_at: int) -> None:
@@ -138,7 +145,7 @@ def trainer_job(transport: Transport, folder: str) -> dict[str, Any]:
     data = Counting(STEPS * BATCH * size)
     share = Subset(data, range(rank, len(data), size))
     arguments = TrainingArguments(
-        output_dir=f"{folder}/rank{rank}",
+        output_dir=folder,
         use_cpu=True,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
@@ -158,7 +165,7 @@ def trainer_job(transport: Transport, folder: str) -> dict[str, Any]:
 
     first, second = new_trainer(), new_trainer()
     first.train()
-    second.train(resume_from_checkpoint=f"{folder}/rank{rank}/checkpoint-{STEPS // 2}")
+    second.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}")
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     return result(first.model, second.model, losses, first.optimizer.optimizer)
 
@@ -209,7 +216,7 @@ def lightning_job(transport: Transport, folder: str) -> dict[str, Any]:
         return lightning.Trainer(
             max_epochs=epochs,
             gradient_clip_val=1.0,
-            default_root_dir=f"{folder}/rank{rank}",
+            default_root_dir=folder,
             use_distributed_sampler=False,
             **QUIET,
         )
@@ -217,7 +224,7 @@ def lightning_job(transport: Transport, folder: str) -> dict[str, Any]:
     first, second = Module(), Module()
     half = new_trainer(1)
     half.fit(first, new_loader())
-    checkpoint = f"{folder}/rank{rank}/half.ckpt"
+    checkpoint = f"{folder}/half.ckpt"
     half.save_checkpoint(checkpoint)
     whole = new_trainer(2)
     whole.fit(first, new_loader(), ckpt_path=checkpoint)
