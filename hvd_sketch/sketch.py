@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.threshold import VectorPart, select_largest
 from hvd_sketch.hashing import BlockHash, Purpose, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.transport.local import local_transports
+from hvd_sketch.kernels.selection import top_k
 
 
 class CountSketch:
@@ -99,7 +98,7 @@ class CountSketch:
         """
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        return self._largest(self.estimate(), count)
+        return top_k(self.estimate(), count)
 
     def heavymix(self, k: int, seed: int) -> Tensor:
         """HEAVYMIX (paper, Alg. 1): the heavy coordinates, filled up at random to k: int64 [k], ascending.
@@ -113,12 +112,9 @@ class CountSketch:
         if not 1 <= k <= self.hash.dim:
             raise ValueError(f"k must be between 1 and dim {self.hash.dim}, got {k}")
         estimates = self.estimate()
-        heavy = self._kernels.select_above(estimates, heavy_threshold(self.norm(), k), 0)
-        heavy = heavy[self._largest(estimates[heavy], k)]
+        heavy = self._kernels.select_above(estimates, heavy_threshold(self.norm(), k))
+        heavy = heavy[top_k(estimates[heavy], k)]
         return fill_at_random(heavy, k, self.hash.dim, seed, self.hash.step)
-
-    def _largest(self, estimates: Tensor, count: int) -> Tensor:
-        return select_largest(VectorPart(self._kernels, estimates), count, local_transports(1)[0])
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.hash.dim:

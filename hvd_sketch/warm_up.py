@@ -22,7 +22,7 @@ import llvmlite.binding
 import numba
 import torch
 
-from hvd_sketch.coding import Shortlist, host
+from hvd_sketch.coding import host
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu
@@ -114,13 +114,10 @@ def _call_every_kernel() -> Iterator[None]:
 
 
 def _call_every_code(positions: torch.Tensor) -> None:
-    doubtful = torch.arange(2)
     values = torch.ones(len(positions))
-    code = host.encode_shortlist(Shortlist(positions, doubtful, values[:2]))
-    host.decode_shortlists(code)
-    host.without(positions.clone(), doubtful)
-    host.without(values.clone(), doubtful)
-    chosen = host.encode_choice(doubtful, values)
+    code = host.encode_positions(positions, DIM)
+    host.decode_owned(BlockHash(DIM, 3, 40), code, torch.device("cpu"))
+    chosen = host.encode_choice(torch.arange(2), values)
     host.decode_choices(chosen, 1, len(values), torch.device("cpu"))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.kernels.c_peer import ROWS_OF_ESTIMATES, CPeer
 from benchmarks.kernels.torch_style import TorchStyle
 from hvd_sketch import SketchedAllreduce
-from hvd_sketch.exchange.threshold import OwnedEstimates, select_largest
+from hvd_sketch.exchange.threshold import ShardEstimates, find_threshold
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import load_backend, reference
@@ -25,9 +25,12 @@ SMALL_DIMS = (1, 777, 100_003)
 
 
 def recover(kernels: ModuleType, hash: BlockHash, table: Tensor, count: int) -> Tensor:
-    """Coordinates of the ``count`` largest estimates, without a guess at the threshold."""
-    part = OwnedEstimates(kernels, hash, table, 0, 2 * count)
-    return select_largest(part, count, local_transports(1)[0])
+    """Coordinates of the ``count`` largest estimates and some more, as a step takes them: int64, ascending.
+
+    Without a prediction of the threshold.
+    """
+    estimates = ShardEstimates(kernels, hash, table, 0, 2 * count)
+    return estimates.above(find_threshold(estimates, count, local_transports(1)[0]))[0]
 
 
 def wrong_results(hash: BlockHash, torch_style: TorchStyle | None, count: int, device: torch.device) -> list[str]:
@@ -96,17 +99,26 @@ def _against_torch(hash: BlockHash, torch_style: TorchStyle, count: int, device:
     if not torch.equal(estimates, _middle(torch_style.votes(table.reshape(hash.rows, -1)))):
         wrong.append("estimate: differs from the torch style's")
     chosen = recover(kernels, hash, table[:, 0].contiguous(), count).long()
-    least = estimates.abs().topk(count).values[-1]
+    largest_left = estimates.abs().index_fill(0, chosen, 0).max()
     expected = min(count, int(estimates.count_nonzero()))
-    if chosen.numel() != expected or bool((estimates[chosen].abs() < least).any()) or bool((chosen.diff() <= 0).any()):
+    is_largest = chosen.numel() >= expected and bool((estimates[chosen].abs() > largest_left).all())
+    if not is_largest or bool((chosen.diff() <= 0).any()):
         wrong.append(f"recovery: {chosen.numel()} of {expected}, or not the largest, or not ascending")
     return wrong
 
 
 def wrong_step(
-    torch_style: TorchStyle, exchange: SketchedAllreduce, gradient: Tensor, momentum: float, candidates: int
+    hash: BlockHash,
+    torch_style: TorchStyle,
+    exchange: SketchedAllreduce,
+    gradient: Tensor,
+    momentum: float,
+    candidates: int,
 ) -> list[str]:
     """One whole step from nothing against the torch style's: the same choice, but for estimates that rounding swaps."""
+    kernels, table = load_backend(None, gradient.device), torch.zeros(hash.table_shape, device=gradient.device)
+    kernels.accumulate_(hash, table, gradient, 0)
+    candidates = recover(kernels, hash, table[:, 0].contiguous(), candidates).numel()  # a step takes some more
     u, v = torch.zeros_like(gradient), torch.zeros_like(gradient)
     theirs = torch_style.step(u, v, gradient, momentum, candidates, exchange.config.k)
     ours = exchange.step(gradient).indices

@@ -124,7 +124,7 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     if device.type == "cpu" and (library := load_library()) is not None:
         wrong += wrong_in_c(library, hash)
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
-        wrong += wrong_step(torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
+        wrong += wrong_step(hash, torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
     if wrong:
         sys.exit("\n".join(wrong))
     elapsed = time_ms(kernel_operations(hash, gradients[0], setting.candidates), rounds, device)

@@ -16,10 +16,9 @@ from torch import Tensor
 from benchmarks.methods.powersgd import PowerSGD
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.exchange.sketched import SparseUpdate
-from hvd_sketch.exchange.threshold import VectorPart, select_largest
-from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels.selection import top_k
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.transport import Transport, local_transports
+from hvd_sketch.transport import Transport
 from hvd_sketch.transport.metered import MeteredTransport
 
 POWERSGD_RANK = 4
@@ -121,12 +120,11 @@ class LocalTopK(_Metered):
         super().__init__(transport, dim)
         self.k = k
         self.residual: Tensor = torch.zeros(dim)
-        self._kernels = load_backend(None, self.residual.device)
 
     def average(self, gradient: Gradient) -> Tensor:
         self._begin_step()
         self.residual += gradient.flat
-        chosen = select_largest(VectorPart(self._kernels, self.residual), self.k, local_transports(1)[0])
+        chosen = top_k(self.residual, self.k)
         indices = self._comm.allgather(chosen.to(torch.int32))
         values = self._comm.allgather(self.residual[chosen])
         self.residual.index_fill_(0, chosen, 0)

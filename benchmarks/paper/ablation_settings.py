@@ -10,7 +10,7 @@ from typing import Any, Literal
 from benchmarks.paper.workers import METHODS, PAPER, Variant
 from hvd_sketch import SketchConfig
 from hvd_sketch.exchange.sketched import all_sums_travel
-from hvd_sketch.exchange.threshold import histogram_bins
+from hvd_sketch.kernels.selection import histogram_bins
 from hvd_sketch.ledger import RING_PASSES
 
 RATIO = 40  # what the base aims at, in the paper's count

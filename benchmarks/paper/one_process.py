@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import Shortlist
-from hvd_sketch.coding.host import encode_shortlist
-from hvd_sketch.exchange.threshold import Cut
+from hvd_sketch.coding.host import encode_positions
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.transport.base import Finished, Handle
 
@@ -53,30 +48,17 @@ class OneProcess:
         pass
 
 
-def propose(kernels: ModuleType, hash: BlockHash, estimates: Tensor, cut: Cut) -> list[Shortlist]:
-    """What each owner takes of the estimates of all coordinates, float32 [dim]: coordinates instead of positions."""
-    taken = kernels.select_above(estimates, cut.threshold, 0)
-    if cut.ties:
-        at_least = kernels.select_above(estimates, cut.threshold - 1, 0)
-        is_tie = torch.ones_like(at_least, dtype=torch.bool)
-        is_tie[torch.searchsorted(at_least, taken)] = False
-        ties = at_least[is_tie]
-        dealt = ties[torch.argsort(_owners(hash, ties), stable=True)[: cut.ties]]
-        taken = torch.cat([taken, dealt]).sort().values
-    owners = _owners(hash, taken)
+def split_by_owner(hash: BlockHash, coordinates: Tensor) -> list[Tensor]:
+    """Ascending coordinates, int64, of every owner apart."""
+    owners = _owners(hash, coordinates)
     counts = torch.bincount(owners, minlength=hash.shards).tolist()
-    by_owner = taken[torch.argsort(owners, stable=True)].split(counts)
-    return [_shortlist(own.cpu(), estimates[own].cpu(), cut) for own in by_owner]
+    return list(coordinates[torch.argsort(owners, stable=True)].split(counts))
 
 
-def _shortlist(coordinates: Tensor, values: Tensor, cut: Cut) -> Shortlist:
-    doubtful = cut.doubtful(values)
-    return Shortlist(coordinates, doubtful, values[doubtful])
-
-
-def encoded_bytes(hash: BlockHash, shortlist: Shortlist) -> int:
-    """The length of what an owner sends."""
-    return encode_shortlist(replace(shortlist, positions=in_own_order(hash, shortlist.positions))).numel()
+def encoded_bytes(hash: BlockHash, coordinates: Tensor) -> int:
+    """How many bytes all owners send to name ascending coordinates, int64."""
+    owned = enumerate(split_by_owner(hash, coordinates.cpu()))
+    return sum(encode_positions(in_own_order(hash, own), hash.owned_size(owner)).numel() for owner, own in owned)
 
 
 def in_own_order(hash: BlockHash, coordinates: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.paper.one_process import encoded_bytes, propose
+from benchmarks.paper.one_process import encoded_bytes
 from benchmarks.paper.workers_base import PAPER, FeedbackWorkers, Variant, Workers
 from hvd_sketch import CountSketch
-from hvd_sketch.coding.host import without
 from hvd_sketch.exchange.base import SparseUpdate
 from hvd_sketch.exchange.sketched import all_sums_travel
-from hvd_sketch.exchange.threshold import Cut, Expectation, VectorPart, find_cut
+from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
+from hvd_sketch.kernels.selection import Threshold, top_k
 from hvd_sketch.sketch import fill_at_random, heavy_threshold, row_energies
 
 __all__ = ["METHODS", "PAPER", "DenseWorkers", "LocalTopK", "SketchedWorkers", "TrueTopK", "Variant", "Workers"]
@@ -77,7 +77,10 @@ class SketchedWorkers(FeedbackWorkers):
         c = self.config
         self._sketch = CountSketch(self.dim, c.rows, c.cols, c.seed, shards=self.workers, device=self._device)
         self._summed = torch.zeros_like(self._sketch.table)
-        self._expected = Expectation(), Expectation()  # of estimates and of sums: how often histograms travel
+        self._predictors = (
+            ThresholdPredictor(),
+            ThresholdPredictor(),
+        )  # of estimates and of sums: how often histograms travel
 
     def _take_in(self, worker: int, parts: list[Tensor]) -> None:
         self._sketch.zero_(self._step if self.variant.fresh_hashes else 0)
@@ -101,14 +104,14 @@ class SketchedWorkers(FeedbackWorkers):
         return self._kernels.estimate(self._sketch.hash, self._summed, 0, self.dim)
 
     def _top_candidates(self) -> Tensor:
-        estimates, expected = self._estimates(), self._expected[0]
-        cut = self._cut("select", estimates, self.config.candidates(self.dim), expected.floor())
-        expected.learn(cut)
-        return self._tell_all(estimates, cut)
+        estimates, predictor = self._estimates(), self._predictors[0]
+        threshold = self._find("select", estimates, self.config.candidates(self.dim), predictor.lower_bound())
+        predictor.update(threshold)
+        return self._tell_all(self._kernels.select_above(estimates, threshold.edge - 1))
 
-    def _cut(self, phase: str, values: Tensor, count: int, floor: int = 0) -> Cut:
+    def _find(self, phase: str, values: Tensor, count: int, lower_bound: int = 0) -> Threshold:
         with self._comm.phase(phase):
-            return find_cut(VectorPart(self._kernels, values), count, self._comm, floor)
+            return find_threshold(LocalValues(self._kernels, values), count, self._comm, lower_bound)
 
     def _heavymix(self) -> Tensor:
         k = self.config.k
@@ -116,20 +119,15 @@ class SketchedWorkers(FeedbackWorkers):
         self._record_allgather("norm", 8 * self.workers * self.config.rows, torch.float64)
         norm = math.sqrt(np.median([math.fsum(row) for row in zip(*by_shard, strict=True)]))
         estimates = self._estimates()
-        above = self._kernels.select_above(estimates, heavy_threshold(norm, k), 0)
-        estimates = torch.zeros_like(estimates).index_copy_(0, above, estimates[above])
-        heavy = self._tell_all(estimates, self._cut("select", estimates, k))
+        above = self._kernels.select_above(estimates, heavy_threshold(norm, k))
+        threshold = self._find("select", estimates[above], k)
+        edge = threshold.upper if threshold.excess else threshold.edge
+        heavy = self._tell_all(above[self._kernels.select_above(estimates[above], edge - 1)])
         return fill_at_random(heavy, k, self.dim, self.config.seed, self._step)
 
-    def _tell_all(self, estimates: Tensor, cut: Cut) -> Tensor:
-        """The coordinates chosen: int64, ascending."""
-        shortlists = propose(self._kernels, self._sketch.hash, estimates, cut)
-        sent_bytes = sum(encoded_bytes(self._sketch.hash, shortlist) for shortlist in shortlists)
-        self._record_allgather("indices", sent_bytes, torch.uint8)
-        dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        pairs = zip(shortlists, dropped, strict=True)
-        chosen = [without(shortlist.positions, shortlist.doubtful[drop]) for shortlist, drop in pairs]
-        return torch.cat(chosen).sort().values.to(self._device)
+    def _tell_all(self, chosen: Tensor) -> Tensor:
+        self._record_allgather("indices", encoded_bytes(self._sketch.hash, chosen), torch.uint8)
+        return chosen
 
     def _sum_exactly(self, candidates: Tensor) -> Tensor:
         """Sums of v over the workers in rank order at the candidates."""
@@ -147,21 +145,20 @@ class SketchedWorkers(FeedbackWorkers):
         k, count, part = self.config.k, sums.numel(), self._part(sums)
         if all_sums_travel(count, k):
             self._record_allgather("values", 4 * self.workers * part)
-            return self._largest(sums)
-        expected = self._expected[1]
-        cut = self._cut("choose", sums, k, expected.floor())
-        expected.learn(cut)
-        sent, values = VectorPart(self._kernels, sums).above(cut)
-        self._record_allgather("values", self.workers * -(-part // 8) + 4 * sent.numel(), torch.uint8)
-        return without(sent.cpu(), cut.unwanted(values.cpu())).to(self._device)
+            return top_k(sums, k)
+        predictor = self._predictors[1]
+        threshold = self._find("choose", sums, k, predictor.lower_bound())
+        predictor.update(threshold)
+        self._record_allgather("values", self.workers * -(-part // 8) + 4 * threshold.own, torch.uint8)
+        return top_k(sums, k)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "thresholds": [expected.thresholds for expected in self._expected]}
+        return {**super().state_dict(), "thresholds": [predictor.edges for predictor in self._predictors]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for expected, saved in zip(self._expected, state["thresholds"], strict=True):
-            expected.thresholds = saved
+        for predictor, saved in zip(self._predictors, state["thresholds"], strict=True):
+            predictor.edges = saved
 
 
 class TrueTopK(FeedbackWorkers):

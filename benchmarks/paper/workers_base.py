@@ -14,8 +14,8 @@ from hvd_sketch import CommLedger, CountSketch, SketchConfig
 from hvd_sketch.exchange.agreement import agreement_bytes, all_finite
 from hvd_sketch.exchange.base import SparseUpdate
 from hvd_sketch.exchange.feedback import Feedback
-from hvd_sketch.exchange.threshold import VectorPart, select_largest
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels.selection import top_k
 from hvd_sketch.transport.metered import MeteredTransport
 
 
@@ -166,7 +166,7 @@ class FeedbackWorkers(Workers):
 
     def _largest(self, values: Tensor) -> Tensor:
         """The k largest by magnitude, fewer where fewer are not zero: int64, ascending; ties to the lower index."""
-        return select_largest(VectorPart(self._kernels, values), self.config.k, OneProcess(1))
+        return top_k(values, self.config.k)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "feedbacks": [_on_cpu(feedback.state_dict()) for feedback in self._feedbacks]}

@@ -1,9 +1,8 @@
 """The codes of :mod:`hvd_sketch.coding`, made and read where the positions lie, in torch operations of any device.
 
-Only codes are copied to the host, a byte or two for a position. The host waits for the device once in what encodes,
-for the code itself, and not at all in what decodes: how many positions there are, and which of them are not wanted,
-it reads from the codes, which have come over the network to it. A step takes some hundred operations for any number of
-ranks: below 100,000 positions it is launching them, not their work, that takes the time.
+Only codes are copied to the host, a byte or two for a position. Encoding waits for the device once, for the code.
+Decoding does not wait: the number of positions is in the codes, which came over the network to the host. A step takes
+some hundred operations for any number of ranks: below 100,000 positions launching them takes longer than their work.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Shortlist, Words, padded
-from hvd_sketch.coding.host import decode_doubtful, encode_doubtful
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words, ceil_div
 from hvd_sketch.hashing import PRIME, BlockHash
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels._cpu_loops import count_ones
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 
-LAST = torch.iinfo(torch.int64).max  # a position behind all others
 # Of the unary stream, for a position: at the least b tried, the high part of the mean gap is below 6.
 MOST_UNARY_BITS = 7
 
@@ -38,50 +35,30 @@ class Stream(NamedTuple):
     unary: Words
 
 
-def encode_shortlist(shortlist: Shortlist) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.encode_shortlist`; uint8, on the CPU."""
-    words = _encode(shortlist.positions, shortlist.span)
-    # Only the last copy waits for the device: then all have arrived.
-    doubtful, values = (tensor.to("cpu", non_blocking=True) for tensor in (shortlist.doubtful, shortlist.values))
-    hosted = to_host(words)
-    used = int(np.flatnonzero(hosted.numpy())[-1]) + 1 if shortlist.positions.numel() else 1
-    return torch.cat([hosted[:used].view(torch.uint8), encode_doubtful(doubtful, values)])
+def encode_positions(positions: Tensor, span: int) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.encode_positions`; the positions are on any device."""
+    hosted = to_host(_encode(positions, span))
+    used = int(np.flatnonzero(hosted.numpy())[-1]) + 1 if positions.numel() else 1
+    return hosted[:used].view(torch.uint8)
 
 
-def decode_shortlists(encoded: Tensor, known: object = None) -> list[Shortlist]:
-    """See :func:`hvd_sketch.coding.host.decode_shortlists`; nothing needs be known, for all are decoded together."""
+def decode_owned(hash: BlockHash, encoded: Tensor, device: torch.device, known: object = None) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.decode_owned`; nothing needs be known, for all are decoded together."""
     words = encoded.numpy().view(np.uint64)
-    found: list[Shortlist] = []
+    streams: list[Stream] = []
     start = 0
     while start < len(words):
         count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
-        unary_start = start + 1 + padded(count * low_bits, 64)
+        unary_start = start + 1 + ceil_div(count * low_bits, 64)
         unary_end = unary_start + _words_of_ones(words[unary_start:], count)
-        stream = Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end])
-        doubtful, values, start = decode_doubtful(words, unary_end)
-        found.append(Shortlist(stream, doubtful, values))
-    return found
-
-
-def merge(hash: BlockHash, shortlists: list[Shortlist], dropped: list[Tensor], device: torch.device) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.merge`."""
-    streams = [shortlist.positions for shortlist in shortlists]
-    firsts = list(accumulate((stream.length for stream in streams), initial=0))
-    lists = zip(firsts, shortlists, dropped, strict=False)
-    unwanted = torch.cat([first + shortlist.doubtful[drop] for first, shortlist, drop in lists])
-    owners, positions = _decode(streams, firsts, device)
-    return without(_coordinates(hash, owners, positions), unwanted)
-
-
-def without(positions: Tensor, unwanted: Tensor) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.without`; sorts them, and writes to ``positions``."""
-    positions.index_fill_(0, to_device(unwanted, positions.device), LAST)
-    return positions.sort().values[: len(positions) - len(unwanted)]
+        streams.append(Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end]))
+        start = unary_end
+    return _coordinates(hash, *_decode(streams, device)).sort().values
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """See :func:`hvd_sketch.coding.host.encode_choice`; uint8, on the CPU."""
-    chosen = torch.zeros((padded(len(values), 8), 8), dtype=torch.uint8, device=values.device)
+    chosen = torch.zeros((ceil_div(len(values), 8), 8), dtype=torch.uint8, device=values.device)
     chosen.view(-1).index_fill_(0, positions, 1)
     bitmap = (chosen << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)
     return to_host(torch.cat([bitmap, values.index_select(0, positions).view(torch.uint8)]))
@@ -89,7 +66,7 @@ def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
 
 def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.coding.host.decode_choices`."""
-    bitmap_bytes = padded(part_length, 8)
+    bitmap_bytes = ceil_div(part_length, 8)
     total = (len(encoded) - parts * bitmap_bytes) // 4
     bitmaps = empty_on_host((parts, bitmap_bytes), torch.uint8, device)
     values = empty_on_host((total,), torch.float32, device)
@@ -105,12 +82,12 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
     return _places_of_ones(bits, total), values
 
 
-def _encode(positions: Tensor, span: int | None) -> Tensor:
+def _encode(positions: Tensor, span: int) -> Tensor:
     """A stream, and zeros behind it: int64 words."""
     count, device = len(positions), positions.device
-    mean_gap_bits = (span // count).bit_length() if span is not None and count else MOST_LOW_BITS
-    most_bits = count * (min(mean_gap_bits, MOST_LOW_BITS) + MOST_UNARY_BITS) + ((span or 0) >> MOST_LOW_BITS)
-    words = torch.zeros(4 + padded(most_bits, 64), dtype=torch.int64, device=device)
+    mean_gap_bits = (span // count).bit_length() if count else 0
+    most_bits = count * (min(mean_gap_bits, MOST_LOW_BITS) + MOST_UNARY_BITS) + (span >> MOST_LOW_BITS)
+    words = torch.zeros(4 + ceil_div(most_bits, 64), dtype=torch.int64, device=device)
     if count == 0:
         return words
     gaps = positions.to(torch.int64).diff(prepend=torch.full((1,), -1, device=device)) - 1
@@ -134,8 +111,9 @@ def _fewest_bits(gaps: Tensor, last: Tensor) -> Tensor:
     return least + torch.stack(bits).argmin()
 
 
-def _decode(streams: list[Stream], firsts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _decode(streams: list[Stream], device: torch.device) -> tuple[Tensor, Tensor]:
     """Who sent each position, and all positions, in the order of the streams: int64 [n] each."""
+    firsts = list(accumulate((stream.length for stream in streams), initial=0))
     total = firsts[-1]
     low_starts = list(accumulate((64 * len(stream.low) for stream in streams), initial=0))
     unary_starts = list(accumulate((64 * len(stream.unary) for stream in streams), initial=0))
@@ -177,7 +155,7 @@ def _unpack(data: Tensor) -> Tensor:
 
 def _places_of_ones(bits: Tensor, count: int) -> Tensor:
     """Where in ``bits``, flattened, the ``count`` elements lie that are not zero: int64, ascending."""
-    return load_backend(None, bits.device).select_above(bits.reshape(-1), 0, 0, count)
+    return load_backend(None, bits.device).select_above(bits.reshape(-1), 0, count)
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:

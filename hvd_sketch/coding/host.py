@@ -11,7 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Shortlist, Words, padded
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words, ceil_div
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels._cpu_loops import lowest_bit
 from hvd_sketch.kernels.cpu import merge_owned
@@ -22,79 +22,57 @@ Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
 
-def encode_shortlist(shortlist: Shortlist) -> Tensor:
-    """The positions in a Rice code, the doubtful ones among them in another, and their values: uint8, on the CPU."""
-    return torch.cat([encode_positions(shortlist.positions), encode_doubtful(shortlist.doubtful, shortlist.values)])
-
-
-def encode_doubtful(doubtful: Tensor, values: Tensor) -> Tensor:
-    """What stands behind the positions in a shortlist's code."""
-    data = np.zeros(padded(len(values), 2) * 2, dtype=np.float32)
-    data[: len(values)] = values.numpy()
-    return torch.cat([encode_positions(doubtful), torch.from_numpy(data.view(np.uint8))])
-
-
-def decode_doubtful(words: Words, start: int) -> tuple[Tensor, Tensor, int]:
-    """What stands behind the positions from a word on, and where it ends."""
-    doubtful, start = _decode_stream(words, start)
-    values = torch.from_numpy(words[start:].view(np.float32)[: doubtful.numel()])
-    return doubtful, values, start + padded(doubtful.numel(), 2)
-
-
-def decode_shortlists(encoded: Tensor, known: tuple[int, Tensor, Shortlist] | None = None) -> list[Shortlist]:
-    """Of a concatenation: a list, on the CPU.
+def encode_positions(positions: Tensor, span: int) -> Tensor:
+    """The code of ascending, distinct positions.
 
     Args:
-        encoded: uint8.
-        known: which of the list need not be decoded, its code and what it says, e.g. a rank's own.
+        positions: int64 or int32 [n], on the CPU.
+        span: all of them are below.
+
+    Returns:
+        uint8, on the CPU.
     """
-    words = encoded.numpy().view(np.uint64)
-    decoded: list[Shortlist] = []
-    start = 0
-    while start < len(words):
-        if known and len(decoded) == known[0]:
-            start += known[1].numel() // words.itemsize
-            decoded.append(known[2])
-            continue
-        positions, start = _decode_stream(words, start)
-        doubtful, values, start = decode_doubtful(words, start)
-        decoded.append(Shortlist(positions, doubtful, values))
-    return decoded
-
-
-def merge(hash: BlockHash, shortlists: list[Shortlist], dropped: list[Tensor], device: torch.device) -> Tensor:
-    """The coordinates that all owners, in rank order, propose: int64, ascending, on ``device``.
-
-    Args:
-        dropped: which of each one's doubtful are not wanted, bool [m]; the positions are closed up in place.
-    """
-    pairs = zip(shortlists, dropped, strict=True)
-    return merge_owned(hash, [without(own.positions, own.doubtful[drop]) for own, drop in pairs]).to(device)
-
-
-def without(elements: Tensor, unwanted: Tensor) -> Tensor:
-    """All but elements number ``unwanted``, int64 [n], ascending; in the memory of all of them."""
-    if len(unwanted):
-        _close_up(elements.numpy(), unwanted.numpy())
-    return elements[: len(elements) - len(unwanted)]
-
-
-def encode_positions(positions: Tensor) -> Tensor:
-    """Encode ascending, distinct, non-negative int64 or int32 positions [n] as uint8, on the CPU."""
     ascending = positions.numpy()
     low_bits = _fewest_bits(ascending)
-    unary_start = 1 + padded(len(ascending) * low_bits, 64)
+    unary_start = 1 + ceil_div(len(ascending) * low_bits, 64)
     most_unary_bits = len(ascending) + (int(ascending[-1]) >> low_bits if len(ascending) else 0)
-    words = np.zeros(unary_start + padded(most_unary_bits, 64), dtype=np.uint64)
+    words = np.zeros(unary_start + ceil_div(most_unary_bits, 64), dtype=np.uint64)
     words[0] = len(ascending) << COUNT_SHIFT | low_bits
     unary_words = _encode(ascending, low_bits, words[1:unary_start], words[unary_start:])
     return torch.from_numpy(words[: unary_start + unary_words].view(np.uint8))
 
 
+def decode_owned(
+    hash: BlockHash, encoded: Tensor, device: torch.device, known: tuple[int, Tensor, Tensor] | None = None
+) -> Tensor:
+    """The coordinates behind the positions of all owners.
+
+    Args:
+        hash: says which coordinate a position in an owner's order is.
+        encoded: uint8, on the CPU: the code of every owner, in rank order.
+        device: where the result is wanted.
+        known: the number of an owner whose positions are known, their code, and the positions, to save time.
+
+    Returns:
+        int64, ascending, on ``device``.
+    """
+    words = encoded.numpy().view(np.uint64)
+    owned: list[Tensor] = []
+    start = 0
+    while start < len(words):
+        if known and len(owned) == known[0]:
+            start += known[1].numel() // words.itemsize
+            owned.append(known[2].to(torch.int64))
+            continue
+        positions, start = _decode_stream(words, start)
+        owned.append(positions)
+    return merge_owned(hash, owned).to(device)
+
+
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
     """The positions of the stream that begins at a word, int64 [n], and where it ends."""
     count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
-    unary_start = start + 1 + padded(count * low_bits, 64)
+    unary_start = start + 1 + ceil_div(count * low_bits, 64)
     positions = np.empty(count, dtype=np.int64)
     unary_words = _decode(words[start + 1 : unary_start], words[unary_start:], low_bits, positions)
     return torch.from_numpy(positions), unary_start + unary_words
@@ -103,7 +81,7 @@ def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """Which of ``values`` (float32 [n]) are chosen, ``positions`` (int64), one bit each, then their values: uint8."""
     chosen = values.index_select(0, positions)
-    bitmap_bytes = padded(values.numel(), 8)
+    bitmap_bytes = ceil_div(values.numel(), 8)
     out = np.zeros(bitmap_bytes + chosen.nbytes, dtype=np.uint8)
     _set_bits(positions.numpy(), out[:bitmap_bytes])
     out[bitmap_bytes:].view(np.float32)[:] = chosen.numpy()
@@ -117,7 +95,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
         Positions in the whole, int64, ascending, on ``device``, and the values, float32, on the CPU.
     """
     data = encoded.numpy()
-    bitmap_bytes = padded(part_length, 8)
+    bitmap_bytes = ceil_div(part_length, 8)
     total = (len(data) - parts * bitmap_bytes) // 4
     positions, values = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32)
     start = at = 0
@@ -215,17 +193,6 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int
         position += ((high << low_bits) | np.int64(value & mask)) + 1
         positions[i] = position
     return at
-
-
-@njit(cache=True, nogil=True)
-def _close_up(positions: npt.NDArray[np.generic], unwanted: IntArray) -> None:
-    """Close the gaps left by elements number ``unwanted``, ascending, at least one."""
-    at = unwanted[0]
-    for number in range(len(unwanted)):
-        stop = unwanted[number + 1] if number + 1 < len(unwanted) else len(positions)
-        for i in range(unwanted[number] + 1, stop):
-            positions[at] = positions[i]
-            at += 1
 
 
 @njit(cache=True, nogil=True)

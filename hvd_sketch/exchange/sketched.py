@@ -13,17 +13,17 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import host, load_coding
+from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates.sketch import CandidateSource, SketchCandidates
 from hvd_sketch.exchange.feedback import Feedback
-from hvd_sketch.exchange.threshold import Expectation, VectorPart, find_cut, histogram_bins, select_largest
+from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels.selection import histogram_bins, top_k
 from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.transport.base import Transport, in_equal_parts, mean_over_ranks, sum_in_rank_order
-from hvd_sketch.transport.local import local_transports
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.warm_up import warm_up
 
@@ -72,7 +72,7 @@ class SketchedAllreduce(Exchange):
         self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
         self._kernels = load_backend(None, self._device)
         self._coding = load_coding(self._kernels)
-        self._expected = Expectation()  # of the exact sums kept
+        self._predictor = ThresholdPredictor()  # of the exact sums kept
         self._candidates: CandidateSource = SketchCandidates(config, dim, self._comm, device)
 
     @property
@@ -148,21 +148,23 @@ class SketchedAllreduce(Exchange):
         if all_sums_travel(candidates, k):
             with self._comm.phase("values", self._device):
                 sums = self._comm.allgather(own_sums.cpu())  # so few that the host picks
-            positions = select_largest(VectorPart(load_backend(None, sums.device), sums), k, local_transports(1)[0])
+            positions = top_k(sums, k)
             return positions, sums.index_select(0, positions)
         return self._choose_together(own_sums)
 
     def _choose_together(self, own_sums: Tensor) -> tuple[Tensor, Tensor]:
-        part = VectorPart(self._kernels, own_sums)
+        values = LocalValues(self._kernels, own_sums)
         with self._comm.phase("choose", self._device):
-            cut = find_cut(part, self.config.k, self._comm, self._expected.floor())
-        self._expected.learn(cut)
-        own_positions, _ = part.above(cut)
+            threshold = find_threshold(values, self.config.k, self._comm, self._predictor.lower_bound())
+        self._predictor.update(threshold)
+        own_positions, _ = values.above(threshold)
         with self._comm.phase("values", self._device):
             gathered = self._comm.allgather(self._coding.encode_choice(own_positions, own_sums))
         positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
-        unwanted = cut.unwanted(sums)
-        return self._coding.without(positions, unwanted), host.without(sums, unwanted)
+        if not threshold.excess:
+            return positions, sums
+        chosen = top_k(sums, self.config.k)
+        return positions.index_select(0, to_device(chosen, self._device)), sums.index_select(0, chosen)
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on: step number, u and v, and the last thresholds, which save messages.
@@ -178,7 +180,7 @@ class SketchedAllreduce(Exchange):
         if consolidated:  # without the thresholds: sums over more ranks are larger
             saved = {name: mean_over_ranks(self._transport, kept) for name, kept in saved.items()}
         else:
-            saved["thresholds"] = self._candidates.expected.thresholds, self._expected.thresholds
+            saved["thresholds"] = self._candidates.predictor.edges, self._predictor.edges
         counters = self._counters(None if consolidated else self._comm.rank)
         return {**counters, "config": asdict(self.config), **saved}
 
@@ -192,14 +194,14 @@ class SketchedAllreduce(Exchange):
         self._feedback.load_state_dict(state)
         self._count_reset(self._feedback.reset_nonfinite_())
         thresholds = state.get("thresholds", ((0, 0), (0, 0)))
-        self._candidates.expected.thresholds, self._expected.thresholds = map(tuple, thresholds)
+        self._candidates.predictor.edges, self._predictor.edges = map(tuple, thresholds)
 
     def _thresholds(self) -> list[int]:
-        return [*self._candidates.expected.thresholds, *self._expected.thresholds]
+        return [*self._candidates.predictor.edges, *self._predictor.edges]
 
     def _take_over(self, root: int, anyones: bool, at_same_step: bool, thresholds: list[int]) -> None:
-        self._candidates.expected.thresholds = thresholds[0], thresholds[1]
-        self._expected.thresholds = thresholds[2], thresholds[3]
+        self._candidates.predictor.edges = thresholds[0], thresholds[1]
+        self._predictor.edges = thresholds[2], thresholds[3]
         if anyones:
             for kept in self._feedback.tensors():
                 self._transport.broadcast_(kept, root)

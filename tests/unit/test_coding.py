@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hvd_sketch.coding import Shortlist, device, host
+from hvd_sketch.coding import device, host
 from hvd_sketch.hashing import MAX_DIM, BlockHash
 
 CODINGS = [host, device]
@@ -22,57 +22,42 @@ both = pytest.mark.parametrize("coding", CODINGS, ids=["host", "device"])
 
 
 @st.composite
-def proposals(draw: st.DrawFn) -> tuple[BlockHash, list[Shortlist], list[Tensor]]:
-    """A hash, a shortlist of every shard, and which of their doubtful positions are dropped."""
+def owned_positions(draw: st.DrawFn) -> tuple[BlockHash, list[Tensor]]:
+    """A hash, and some positions of every shard."""
     shards = draw(st.integers(1, 5))
     hash = BlockHash(
         draw(st.integers(1, 3000)), 3, draw(st.integers(shards, 800)), shards, seed=draw(st.integers(0, 9))
     )
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    shortlists, dropped = [], []
-    for shard in range(shards):
-        size = hash.owned_size(shard)
-        taken = random.random(size) < draw(st.sampled_from([0, 0.01, 0.2, 1]))
-        positions = torch.from_numpy(np.flatnonzero(taken))
-        is_doubtful = torch.from_numpy(random.random(len(positions)) < draw(st.sampled_from([0, 0.1, 1])))
-        doubtful = is_doubtful.nonzero().flatten()
-        values = torch.from_numpy(random.standard_normal(len(doubtful)).astype(np.float32))
-        shortlists.append(Shortlist(positions, doubtful, values, size))
-        dropped.append(torch.from_numpy(random.random(len(doubtful)) < 0.5))
-    return hash, shortlists, dropped
+    shares = draw(st.lists(st.sampled_from([0, 0.01, 0.2, 1]), min_size=shards, max_size=shards))
+    chosen = [random.random(hash.owned_size(shard)) < share for shard, share in enumerate(shares)]
+    return hash, [torch.from_numpy(np.flatnonzero(is_chosen)) for is_chosen in chosen]
 
 
 @both
-@given(proposals())
+@given(owned_positions(), st.sampled_from([torch.int32, torch.int64]))
 @settings(max_examples=150, deadline=None)
-def test_shortlists_survive_the_code(coding: ModuleType, proposed: tuple[BlockHash, list[Shortlist], list[Tensor]]):
-    hash, shortlists, dropped = proposed
-    expected = []
-    for shard, (own, drop) in enumerate(zip(shortlists, dropped, strict=True)):
-        left = np.delete(own.positions.numpy(), own.doubtful[drop].numpy())
-        expected += hash.owned_to_global(shard, left).tolist()
-    codes = [coding.encode_shortlist(own) for own in shortlists]
+def test_positions_survive_the_code(
+    coding: ModuleType, chosen: tuple[BlockHash, list[Tensor]], dtype: torch.dtype
+) -> None:
+    hash, owned = chosen
+    expected = sorted(c for shard, own in enumerate(owned) for c in hash.owned_to_global(shard, own.numpy()).tolist())
+    codes = [coding.encode_positions(own.to(dtype), hash.owned_size(shard)) for shard, own in enumerate(owned)]
     for reader in CODINGS:
-        for known in (None, (0, codes[0], shortlists[0])):
-            decoded = reader.decode_shortlists(torch.cat(codes), known)
-            for got, sent in zip(decoded, shortlists, strict=True):
-                assert torch.equal(got.doubtful, sent.doubtful) and torch.equal(got.values, sent.values)
-            if known:  # what it says is closed up in place
-                decoded[0] = reader.decode_shortlists(torch.cat(codes))[0]
-            assert reader.merge(hash, decoded, dropped, CPU).tolist() == sorted(expected)
+        for known in (None, (0, codes[0], owned[0].to(dtype))):
+            decoded = reader.decode_owned(hash, torch.cat(codes), CPU, known)
+            assert decoded.dtype == torch.int64 and decoded.tolist() == expected
 
 
 @both
-@given(st.lists(st.integers(0, MAX_DIM - 1), unique=True, max_size=200), st.booleans())
+@given(st.lists(st.integers(0, MAX_DIM - 1), unique=True, max_size=200))
 @settings(max_examples=150, deadline=None)
-def test_positions_far_apart_survive_the_code(coding: ModuleType, chosen: list[int], is_span_known: bool) -> None:
+def test_positions_far_apart_survive_the_code(coding: ModuleType, chosen: list[int]) -> None:
     positions = torch.tensor(sorted(chosen), dtype=torch.int64)
-    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    code = coding.encode_shortlist(Shortlist(positions, *nothing, MAX_DIM if is_span_known else None))
-    (on_host,) = host.decode_shortlists(code)
-    assert torch.equal(on_host.positions, positions)
-    (on_device,) = device.decode_shortlists(code)
-    assert torch.equal(device._decode([on_device.positions], [0, len(positions)], CPU)[1], positions)
+    code = coding.encode_positions(positions, MAX_DIM)
+    hash = BlockHash(MAX_DIM, 1, 5000, 1)  # whose owner's order is the vector's
+    for reader in CODINGS:
+        assert torch.equal(reader.decode_owned(hash, code, CPU), positions)
 
 
 @both
@@ -82,8 +67,7 @@ def test_the_code_is_within_a_tenth_of_a_bit_of_the_entropy(
 ) -> None:
     gaps = np.random.default_rng(0).geometric(1 / mean_gap, 20_000)
     positions = torch.from_numpy(np.cumsum(gaps) - 1)
-    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    encoded = coding.encode_shortlist(Shortlist(positions, *nothing, int(positions[-1]) + 1))
+    encoded = coding.encode_positions(positions, int(positions[-1]) + 1)
     p = 1 / mean_gap
     entropy_bits = (-p * np.log2(p) - (1 - p) * np.log2(1 - p)) / p
     assert 8 * encoded.numel() / len(gaps) < entropy_bits + 0.1
@@ -104,9 +88,6 @@ def test_choices_survive_the_code(coding: ModuleType, parts: int, length: int, r
     for reader in CODINGS:
         got_positions, got_values = reader.decode_choices(torch.cat(messages), parts, length, CPU)
         assert torch.equal(got_positions, torch.cat(positions)) and torch.equal(got_values, torch.cat(values))
-        unwanted = torch.arange(0, len(got_positions), 3)
-        left = [p for i, p in enumerate(torch.cat(positions).tolist()) if i % 3]
-        assert reader.without(got_positions, unwanted).tolist() == left
 
 
 class NoWaiting(TorchDispatchMode):
@@ -121,10 +102,9 @@ class NoWaiting(TorchDispatchMode):
         return operation(*args, **kwargs or {})
 
 
-def test_what_lies_on_a_device_is_not_waited_for() -> None:
+def test_a_device_is_not_waited_for() -> None:
     hash = BlockHash(3000, 3, 600, shards=3)
     positions = torch.arange(0, 900, 7)
-    unwanted = torch.arange(0, len(positions), 5)
     with NoWaiting():
         words = device._encode(positions, 1000)
     used = int(words.numpy().nonzero()[0][-1]) + 1
@@ -133,8 +113,8 @@ def test_what_lies_on_a_device_is_not_waited_for() -> None:
     low, unary = words[1:unary_start].numpy(), words[unary_start:used].numpy()
     stream = device.Stream(len(positions), low_bits, low.view(np.uint64), unary.view(np.uint64))
     with NoWaiting():
-        owners, decoded = device._decode([stream] * 3, [n * len(positions) for n in range(4)], CPU)
-        device.without(device._coordinates(hash, owners, decoded.clone()), unwanted)
+        owners, decoded = device._decode([stream] * 3, CPU)
+        device._coordinates(hash, owners, decoded.clone()).sort()
     assert decoded.tolist() == 3 * positions.tolist()
     with NoWaiting(), pytest.raises(AssertionError, match="waits"):
         positions.max().item()

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.coding import Shortlist, load_coding
+from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.feedback import Feedback
-from hvd_sketch.exchange.threshold import Cut, Expectation, Magnitudes, OwnedEstimates, VectorPart, find_cut
+from hvd_sketch.exchange.threshold import LocalValues, Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels.selection import Threshold
 from hvd_sketch.sketch import CountSketch, fill_at_random, heavy_threshold, row_energies
 from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.transport.staging import one_behind
@@ -28,10 +29,10 @@ class CandidateSource(Protocol):
     """Takes in a gradient and names the coordinates whose exact sums are exchanged.
 
     Attributes:
-        expected: what is known of the next step from those before. It saves messages and decides nothing.
+        predictor: bounds the next step's threshold by those before. It saves messages and decides nothing.
     """
 
-    expected: Expectation
+    predictor: ThresholdPredictor
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         """``u <- m * u + g``, ``v <- v + u``, then candidates for the summed v: int64, ascending, equal on all ranks.
@@ -60,7 +61,7 @@ class SketchCandidates:
         self._kernels = load_backend(None, self._device)
         self._coding = load_coding(self._kernels)
         self._sketch = CountSketch(dim, config.rows, config.cols, config.seed, shards=comm.size, device=device)
-        self.expected = Expectation()  # of the estimates chosen
+        self.predictor = ThresholdPredictor()  # of the estimates chosen
 
     def find(self, feedback: Feedback, parts: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
         summed = self._sum_sketches(feedback, parts, step)
@@ -94,25 +95,22 @@ class SketchCandidates:
     def _top_candidates(self, summed: Tensor) -> Tensor:
         count = self._config.candidates(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
-        estimates = OwnedEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
-        cut = self._cut(estimates, count, self.expected.floor())
-        self.expected.learn(cut)
-        return self._tell_all(*estimates.above(cut), cut)
+        estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
+        threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
+        self.predictor.update(threshold)
+        return self._allgather_candidates(estimates.above(threshold)[0])
 
-    def _cut(self, estimates: Magnitudes, count: int, floor: int = 0) -> Cut:
+    def _find_threshold(self, estimates: Magnitudes, count: int, lower_bound: int = 0) -> Threshold:
         with self._comm.phase("select", self._device):
-            return find_cut(estimates, count, self._comm, floor)
+            return find_threshold(estimates, count, self._comm, lower_bound)
 
-    def _tell_all(self, positions: Tensor, values: Tensor, cut: Cut) -> Tensor:
-        """The coordinates that all owners chose together, from what this one takes, in its own order."""
+    def _allgather_candidates(self, positions: Tensor) -> Tensor:
+        """The coordinates that all owners chose, from the positions that this one chose in its own order."""
         hash, rank = self._sketch.hash, self._comm.rank
-        doubtful = cut.doubtful(values, cut.own_doubtful)
-        own = Shortlist(positions.to(torch.int64), doubtful, values.index_select(0, doubtful), hash.owned_size(rank))
-        encoded = self._coding.encode_shortlist(own)
+        encoded = self._coding.encode_positions(positions, hash.owned_size(rank))
         with self._comm.phase("indices", self._device):
-            shortlists = self._coding.decode_shortlists(self._comm.allgather(encoded), (rank, encoded, own))
-        dropped = cut.dropped([shortlist.values for shortlist in shortlists])
-        return self._coding.merge(hash, shortlists, dropped, self._device)
+            gathered = self._comm.allgather(encoded)
+            return self._coding.decode_owned(hash, gathered, self._device, (rank, encoded, positions))
 
     def _heavymix(self, summed: Tensor, step: int) -> Tensor:
         """H, the heavy coordinates, and others at random: k in all, the same on every rank."""
@@ -122,9 +120,8 @@ class SketchCandidates:
         # fsum is exact, so that every rank has the same bits.
         norm = math.sqrt(np.median([math.fsum(row) for row in energies.T.tolist()]))
         where = hash, summed, self._comm.rank
-        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k), 0)
-        heaviest = VectorPart(self._kernels, estimates)
-        cut = self._cut(heaviest, k)
-        chosen, values = heaviest.above(cut)
-        heavy = self._tell_all(positions[chosen], values, cut)
+        positions, estimates = self._kernels.owned_above(*where, heavy_threshold(norm, k))
+        threshold = self._find_threshold(LocalValues(self._kernels, estimates), k)
+        edge = threshold.upper if threshold.excess else threshold.edge  # at most k are heavy
+        heavy = self._allgather_candidates(positions[self._kernels.select_above(estimates, edge - 1)])
         return fill_at_random(heavy, k, hash.dim, self._config.seed, step)

@@ -1,0 +1,117 @@
+"""Where the ``count`` largest magnitudes end: a search by histograms, for a vector in memory or in shares of ranks.
+
+Magnitudes are a float32's bits without the sign, which are ordered as the magnitudes are. Thresholds lie on a fixed
+grid of 16 to 2,048 bins per power of two: all from the edge upwards is taken, a few per cent more than ``count``, or
+less where the grid is fine. One histogram is enough where a lower bound on the threshold is known from the step before,
+two or three are otherwise. The result does not depend on that bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.kernels import load_backend
+from hvd_sketch.kernels.reference import MAGNITUDE_MASK
+
+MAGNITUDE_BITS = 31
+OCTAVE = 1 << 23  # magnitude bits from one power of two to the next
+# More values in the boundary bin make the grid finer there: many equal ones would all be taken. In units of
+# ``count / bins`` a bin holds four to six of normal noise at 2 to 3 deviations, up to twelve of estimates that are noise.
+ALWAYS_IN_BOUNDARY_BIN = 64
+IN_BOUNDARY_BIN_PER_BIN = 4
+
+# From (start, shift, bins) to two histograms, of this rank and summed over all; see reference.magnitude_histogram.
+Look = Callable[[int, int, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where the ``count`` largest magnitudes end; equal on all ranks, but for ``own``.
+
+    Attributes:
+        edge: magnitude bits; everything from there upwards is taken, zeros never.
+        upper: magnitude bits where the boundary bin ends, in which the ``count``-th largest lies.
+        excess: how many more than ``count`` are taken over all ranks, all of them in the boundary bin.
+        own: how many this rank takes.
+    """
+
+    edge: int
+    upper: int
+    excess: int
+    own: int
+
+
+def histogram_bins(count: int) -> int:
+    """How many bins per power of two: near twice the root of ``count``.
+
+    A histogram of twice as many bins costs as many bytes more as it saves in values beyond ``count``.
+    """
+    return 1 << min(max((count.bit_length() + 3) // 2, 4), 11)
+
+
+def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
+    """The highest edge of the grid from which at least ``count`` non-zero values lie upwards; 0 if there are fewer.
+
+    Infinities and NaN count as the largest.
+
+    Args:
+        look: makes the histograms.
+        count: how many values, at least 0.
+        lower_bound: magnitude bits below which the threshold hardly lies; equal on all ranks. A wrong one costs
+            further looks.
+    """
+    if count == 0:
+        return Threshold(MAGNITUDE_MASK + 1, MAGNITUDE_MASK + 1, excess=0, own=0)
+    bins = histogram_bins(count)
+    bin_bits = bins.bit_length() - 1
+    grid = (OCTAVE // bins).bit_length() - 1
+    coarse = MAGNITUDE_BITS - bin_bits
+    start, shift = (lower_bound >> grid << grid, grid) if lower_bound else (0, coarse)
+    while True:
+        own, total = look(start, shift, bins)
+        at_least = total.flip(0).cumsum(0).flip(0).tolist()  # values from each bin's edge upwards
+        if start == 0 and at_least[0] <= count:
+            return Threshold(0, 0, excess=0, own=int(own.sum()))
+        if at_least[0] < count:
+            start, shift = 0, coarse  # the lower bound was too high
+            continue
+        bin = sum(number >= count for number in at_least) - 1
+        edge, excess = start + (bin << shift), at_least[bin] - count
+        if bin == bins:  # the lower bound was too low
+            start, shift = edge, coarse
+            continue
+        is_crowded = at_least[bin] - at_least[bin + 1] > ALWAYS_IN_BOUNDARY_BIN + bins * IN_BOUNDARY_BIN_PER_BIN
+        if shift <= grid and (shift == 0 or excess == 0 or not is_crowded):
+            return Threshold(edge, edge + (1 << shift), excess, own=int(own[bin:].sum()))
+        start, shift = edge, max(shift - bin_bits, grid if shift > grid else 0)
+
+
+def top_k(values: Tensor, k: int) -> Tensor:
+    """Positions of exactly the k largest magnitudes, ``min(k, number of non-zero values)``: int64, ascending.
+
+    Of equal magnitudes the lower position is chosen. Infinities and NaN count as the largest. Communication: none.
+
+    Args:
+        values: float32 [n], contiguous, on any device; the result is on the same.
+        k: how many, at least 0.
+    """
+    kernels = load_backend(None, values.device)
+
+    def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
+        counts = kernels.magnitude_histogram(values, start, shift, bins).cpu()
+        return counts, counts
+
+    threshold = search(look, k)
+    positions = kernels.select_above(values, threshold.edge - 1, threshold.own)
+    if not threshold.excess:
+        return positions
+    magnitudes = values.index_select(0, positions).view(torch.int32) & MAGNITUDE_MASK
+    boundary = (magnitudes < threshold.upper).nonzero().flatten()  # few: sorting all would take as long as a step
+    order = magnitudes[boundary].sort(descending=True, stable=True).indices
+    keep = torch.ones_like(positions, dtype=torch.bool)
+    keep[boundary[order[len(order) - threshold.excess :]]] = False
+    return positions[keep]
