@@ -1,13 +1,13 @@
 """Sketched gradient exchange for data-parallel PyTorch over Horovod and MPI."""
 
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.base import SparseUpdate
-from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce, SparseUpdate
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
+from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport import HorovodTransport, MPITransport, Transport, local_transports
 
@@ -21,6 +21,7 @@ __all__ = [
     "DistributedOptimizer",
     "HorovodTransport",
     "MPITransport",
+    "Simulation",
     "SketchConfig",
     "SketchedAllreduce",
     "SparseUpdate",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal
+from typing import Any
 
-Selection = Literal["topk", "heavymix"]
+ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
+# Where the candidates come from, by the names that ``selection`` takes.
+SOURCES = {
+    "topk": "hvd_sketch.exchange.candidates.sketch.SketchCandidates",
+    "heavymix": "hvd_sketch.exchange.candidates.heavymix.HeavymixCandidates",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class SketchConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     seed: int = 0
-    selection: Selection = "topk"
+    selection: str = "topk"
     dense_below: int = 1024
     deterministic: bool = False
     sketch_in_backward: InitVar[bool | None] = None
@@ -63,8 +68,8 @@ class SketchConfig:
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.selection not in ("topk", "heavymix"):
-            raise ValueError(f"selection must be 'topk' or 'heavymix', got {self.selection!r}")
+        if self.selection not in SOURCES:
+            raise ValueError(f"selection must be one of {', '.join(map(repr, SOURCES))}, got {self.selection!r}")
         if not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise ValueError(f"dense_below must be an integer of at least 0, got {self.dense_below!r}")
 

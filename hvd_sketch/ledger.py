@@ -116,6 +116,14 @@ class CommLedger:
         """``2 * d / (|S| + Pk + k)`` as the paper counts, indices left out; NaN before the first step."""
         return self._dense_floats / self._paper_floats if self._paper_floats else float("nan")
 
+    def state_dict(self) -> dict[str, int]:
+        """All that was counted, without the records: so that totals of a resumed run are those of the whole."""
+        return {name: count for name, count in vars(self).items() if isinstance(count, int)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting from a :meth:`state_dict`."""
+        vars(self).update(state)
+
     def write_jsonl(self, path: str | Path) -> None:
         """Write the records kept, one JSON object per line. Communication: none."""
         with open(path, "w", encoding="utf-8") as file:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from hvd_sketch.transport import Transport
+from benchmarks.methods.base import WholeGradient
+from hvd_sketch import SketchConfig, Transport
+from hvd_sketch.exchange.base import Options
+
+RANK = 4  # of the matrices; higher => closer to dense, more bytes
 
 
 class TransportGroup(dist.ProcessGroup):
@@ -44,24 +49,24 @@ class Bucket:
         return True
 
 
-class PowerSGD:
-    """Averages a gradient in place, by matrices of low rank.
+class PowerSGD(WholeGradient):
+    """Averages a gradient in place, by matrices of rank ``RANK``.
 
-    Args:
-        transport: this rank's end of the network.
-        rank: of the matrices. Higher => closer to dense, more bytes.
+    Args: as for an exchange; ``parameters`` say where the matrices are in the gradient.
     """
 
-    def __init__(self, transport: Transport, rank: int) -> None:
-        group = TransportGroup(transport)
-        self._state = PowerSGDState(group, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+    def __init__(self, config: SketchConfig | None, dim: int, transport: Transport, **options: Unpack[Options]) -> None:
+        super().__init__(config, dim, transport, **options)
+        self._shapes = [shape for _, shape, _ in options.get("parameters", [("all", (dim,), "float32")])]
+        self._state = PowerSGDState(TransportGroup(self._comm), matrix_approximation_rank=RANK, start_powerSGD_iter=2)
         self._state.iter = self._state.start_powerSGD_iter  # compress from the first step on, as the others do
-
-    def average_(self, flat: Tensor, parts: list[Tensor]) -> Tensor:
-        """``flat``, which ``parts`` are views of, becomes the mean over ranks. Communication: collective."""
-        return powerSGD_hook(self._state, Bucket(flat, parts)).wait()
 
     @property
     def residual(self) -> Tensor:
         """float32 [dim]: what this rank produced and has not sent yet."""
-        return self._state.error_dict[0]
+        return self._state.error_dict[0] if self._state.error_dict else super().residual
+
+    def _mean_(self, gradient: Tensor) -> Tensor:
+        pieces = gradient.split([prod(shape) for shape in self._shapes])
+        parts = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        return powerSGD_hook(self._state, Bucket(gradient, parts)).wait()

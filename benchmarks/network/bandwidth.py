@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.methods.competitors import METHODS, methods_over
+from benchmarks.methods import METHODS, methods_over
 from benchmarks.network.bandwidth_ranks import Settings
 from benchmarks.network.bandwidth_report import plot, tables
 from benchmarks.network.lab import LAUNCHERS, UNSHAPED, LabFailed, at_least, file_type, lab, rate_type, run_ranks

@@ -12,12 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks.methods.competitors import METHODS, Gradient, Method
+from benchmarks.methods import METHODS
 from benchmarks.network.checks import check
 from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together
 from benchmarks.network.records import Record, Records, environment
+from hvd_sketch.exchange.base import Exchange, Parameters
 from hvd_sketch.transport import Transport, resolve_transport
 
 LEAST_REPEATS = 2
@@ -44,7 +46,7 @@ def main(transport_name: str, settings: Settings) -> None:
     for name, dim, rates in settings.pending:
         inputs = inputs_of(dim, transport.rank)
         clocked = ClockedTransport(transport)
-        method = METHODS[name](clocked, dim)
+        method = METHODS[name](clocked, dim, matrices(dim))
         shape_together(transport, settings.lab, UNSHAPED)
         check(method, transport, inputs)
         exchanges = Exchanges(method, clocked, transport, inputs)
@@ -69,27 +71,26 @@ class Inputs:
     def __init__(self, dim: int, rank: int) -> None:
         generator = torch.Generator().manual_seed(rank)
         self._vectors = torch.randn(2, dim, generator=generator).pow_(3)
-        self._scratch = Gradient.over(torch.empty(dim), matrices(dim))
+        self._scratch = torch.empty(dim)
 
-    def __call__(self, step: int) -> Gradient:
+    def __call__(self, step: int) -> Tensor:
         """This step's, to be overwritten at will."""
-        self._scratch.flat.copy_(self._vectors[step % 2])
-        return self._scratch
+        return self._scratch.copy_(self._vectors[step % 2])
 
 
-def matrices(dim: int) -> list[tuple[int, int]]:
-    """Shapes of so many elements in all."""
+def matrices(dim: int) -> Parameters:
+    """What a gradient of so many elements is made of."""
     columns = COLUMNS if dim % COLUMNS == 0 else 1
-    rows = dim // columns
-    whole, rest = divmod(rows, MOST_ROWS)
-    return [(MOST_ROWS, columns)] * whole + [(rest, columns)] * (rest > 0)
+    whole, rest = divmod(dim // columns, MOST_ROWS)
+    rows = [MOST_ROWS] * whole + [rest] * (rest > 0)
+    return [(f"matrix {number}", (count, columns), "float32") for number, count in enumerate(rows)]
 
 
 class Exchanges:
     """Times exchanges of one method at one rate. Every measurement is collective."""
 
     def __init__(
-        self, method: Method, clocked: ClockedTransport, transport: Transport, inputs: Callable[[int], Gradient]
+        self, method: Exchange, clocked: ClockedTransport, transport: Transport, inputs: Callable[[int], Tensor]
     ) -> None:
         self._method, self._clocked, self._transport, self._inputs = method, clocked, transport, inputs
         self._done = 0
@@ -122,7 +123,7 @@ class Exchanges:
         self._done += 1
         self._transport.barrier()
         start_s = time.perf_counter()
-        self._method.average(gradient)
+        self._method.step(gradient)
         return time.perf_counter() - start_s
 
     def split(self) -> tuple[float, float]:

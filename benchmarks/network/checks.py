@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.methods.competitors import Gradient, HalfPrecision, LocalTopK, Method
-from hvd_sketch.exchange.sketched import SparseUpdate
+from benchmarks.methods.allreduce import HalfPrecision
+from benchmarks.methods.top_k import LocalTopK
+from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.transport import Transport
 
 # Of the length of the vector. Rounding alone makes 5e-4 in half precision with 4 ranks (one standard deviation).
@@ -26,7 +27,7 @@ class WrongResult(Exception):
     """A method's result is not what it promises; the same on all ranks."""
 
 
-def check(method: Method, transport: Transport, make: Callable[[int], Gradient]) -> None:
+def check(method: Exchange, transport: Transport, make: Callable[[int], Tensor]) -> None:
     """Run a method for two steps on ``make(0)`` and ``make(1)``: from nothing kept, and with what it kept then.
 
     Raises:
@@ -35,24 +36,21 @@ def check(method: Method, transport: Transport, make: Callable[[int], Gradient])
     Communication: collective.
     """
     for step in range(2):
-        produced = make(step).flat.clone()
-        if method.residual is not None:
-            produced += method.residual
-        update = method.average(make(step))
+        produced = make(step) + method.residual
+        update = method.step(make(step))
         wrong = _nothing_lost(method, transport, produced, update)
-        if isinstance(update, SparseUpdate):
+        if update.values.numel() < method.dim:
             wrong += _exact_at_indices(transport, produced, update) + _same_bits(transport, update)
         if isinstance(method, LocalTopK):
-            wrong += _largest(method.k, produced, method.residual)
+            wrong += _largest(method.config.k, produced, method.residual)
         _raise_together(transport, wrong, step)
 
 
-def _nothing_lost(method: Method, transport: Transport, produced: Tensor, update: Tensor | SparseUpdate) -> list[str]:
-    residual = method.residual
-    kept = project(residual) if residual is not None else 0.0
-    own = [project(produced), kept, float(produced.norm()) ** 2]
+def _nothing_lost(method: Exchange, transport: Transport, produced: Tensor, update: SparseUpdate) -> list[str]:
+    own = [project(produced), project(method.residual), float(produced.norm()) ** 2]
     made, stays, square = transport.allgather(torch.tensor([own], dtype=torch.float64)).sum(0).tolist()
-    sent = _project_update(update) * transport.size
+    is_sparse = update.values.numel() < method.dim
+    sent = (_project_update(update) if is_sparse else project(update.values)) * transport.size
     slack = FLOAT16_SLACK if isinstance(method, HalfPrecision) else FLOAT32_SLACK
     if abs(sent + stays - made) <= slack * square**0.5:
         return []
@@ -64,9 +62,7 @@ def project(vector: Tensor) -> float:
     return sum(float(chunk.double() @ _direction(i, len(chunk))) for i, chunk in enumerate(vector.split(CHUNK)))
 
 
-def _project_update(update: Tensor | SparseUpdate) -> float:
-    if isinstance(update, Tensor):
-        return project(update)
+def _project_update(update: SparseUpdate) -> float:
     chunks = torch.bucketize(update.indices, torch.arange(0, int(update.indices[-1]) + CHUNK, CHUNK), right=True) - 1
     total = 0.0
     for chunk in chunks.unique().tolist():

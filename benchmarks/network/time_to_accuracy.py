@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.image_data import load_images
-from benchmarks.methods.competitors import METHODS, methods_over
+from benchmarks.methods import METHODS, methods_over
 from benchmarks.models import MODELS
 from benchmarks.network.accuracy_ranks import Settings
 from benchmarks.network.accuracy_report import plot, table

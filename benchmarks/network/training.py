@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import hvd_sketch
 from benchmarks.image_data import Images
-from benchmarks.methods.competitors import METHODS, Gradient
+from benchmarks.methods import METHODS
 from benchmarks.network.clock import read_sent
-from hvd_sketch.exchange.sketched import SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport
 
@@ -61,10 +60,12 @@ class MethodOptimizer:
     def __init__(self, method: str, model: nn.Module, transport: Transport, learning_rate: float) -> None:
         parameters = list(model.parameters())
         dim = sum(parameter.numel() for parameter in parameters)
-        self._gradient = Gradient.over(torch.zeros(dim), [tuple(parameter.shape) for parameter in parameters])
-        for parameter, part in zip(parameters, self._gradient.parts, strict=True):
-            parameter.grad = part  # backward adds to it in place
-        self._method = METHODS[method](transport, dim)
+        self._gradient = torch.zeros(dim)
+        pieces = self._gradient.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view(parameter.shape)  # backward adds to it in place
+        described = [(name, tuple(parameter.shape), "float32") for name, parameter in model.named_parameters()]
+        self._method = METHODS[method](transport, dim, described)
         self._inner = torch.optim.SGD(parameters, lr=learning_rate)
 
     @property
@@ -72,13 +73,12 @@ class MethodOptimizer:
         return self._method.ledger
 
     def zero_grad(self) -> None:
-        self._gradient.flat.zero_()
+        self._gradient.zero_()
 
     def step(self) -> None:
-        mean = self._method.average(self._gradient)
-        assert not isinstance(mean, SparseUpdate)
-        if mean is not self._gradient.flat:
-            self._gradient.flat.copy_(mean)
+        mean = self._method.step(self._gradient).values
+        if mean is not self._gradient:
+            self._gradient.copy_(mean)
         self._inner.step()
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from math import lcm
 from typing import Any, Literal
 
-from benchmarks.paper.workers import METHODS, PAPER, Variant
+from benchmarks.paper.model_exchange import METHODS
+from benchmarks.paper.variants import PAPER, Variant
 from hvd_sketch import SketchConfig
 from hvd_sketch.exchange.sketched import all_sums_travel
 from hvd_sketch.kernels.selection import histogram_bins
@@ -31,7 +32,7 @@ class Setting:
     Attributes:
         config: ``momentum`` is the factor, wherever the variant applies it; the seed is that of the run.
         variant: departures from the paper's algorithm; their default in the ablations is no momentum.
-        method: a key of :data:`benchmarks.paper.workers.METHODS`.
+        method: one of :data:`benchmarks.paper.model_exchange.METHODS`.
     """
 
     config: SketchConfig

@@ -25,8 +25,8 @@ from benchmarks.paper.command_line import (
     says_plainly,
 )
 from benchmarks.paper.experiment import Labels, Session
+from benchmarks.paper.model_exchange import METHODS
 from benchmarks.paper.resnet9 import SIDE, ResNet9
-from benchmarks.paper.workers import METHODS
 from hvd_sketch import SketchConfig, sketched_dim
 
 POINTS = 4  # of a run's curve; measuring one takes as long as 70 steps at small scale

@@ -83,7 +83,7 @@ class Cifar10Training:
         images = images[epoch_step * task.batch : (epoch_step + 1) * task.batch]
         changes = Augmentation.draw(np.random.default_rng([task.seed, self._done, 1]), task.batch)
         losses = [self._backward(worker, images, changes) for worker in self._exchange.workers]
-        self._exchange.finish()
+        self._exchange.agree()
         self._optimizer.param_groups[0]["lr"] = task.rate_at(self._done)
         self._optimizer.step()
         self._done += 1
@@ -98,7 +98,7 @@ class Cifar10Training:
         batch = changes.part(start, stop).apply(data.train_images, own).contiguous(memory_format=torch.channels_last)
         loss = cross_entropy(self.model(batch), data.train_labels[own.to(batch.device)])
         loss.backward()
-        self._exchange.add(worker)
+        self._exchange.accumulate(worker)
         return loss.detach()
 
     @torch.no_grad()

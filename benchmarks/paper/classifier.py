@@ -71,7 +71,7 @@ class ClassifierTraining:
             return LOSS_CAP
         try:
             losses = [self._backward(worker) for worker in self._exchange.workers]
-            self._exchange.finish()
+            self._exchange.agree()
         except FloatingPointError:  # from the exchange, on all ranks
             self._diverged = True
             return LOSS_CAP
@@ -87,7 +87,7 @@ class ClassifierTraining:
         self._optimizer.zero_grad()
         loss = cross_entropy(self.model(data.train_images[batch]), data.train_labels[batch])
         loss.backward()
-        self._exchange.add(worker)
+        self._exchange.accumulate(worker)
         return float(loss.detach())
 
     def measure(self) -> dict[str, float]:

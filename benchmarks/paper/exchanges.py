@@ -58,14 +58,12 @@ class RealExchanges:
         return Traffic(totals.wire_bytes / steps, ledger.compression_ratio(), ledger.paper_compression_ratio())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"problems": [exchange.state_dict() for exchange in self._exchanges], "ledger": counts(self._ledger)}
+        return {
+            "problems": [exchange.state_dict() for exchange in self._exchanges],
+            "ledger": self._ledger.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for exchange, saved in zip(self._exchanges, state["problems"], strict=True):
             exchange.load_state_dict(saved)
-        vars(self._ledger).update(state["ledger"])
-
-
-def counts(ledger: CommLedger) -> dict[str, int]:
-    """What a ledger has counted, so that means after a resumption are those of the whole run."""
-    return {name: count for name, count in vars(ledger).items() if isinstance(count, int)}
+        self._ledger.load_state_dict(state["ledger"])

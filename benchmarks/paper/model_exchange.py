@@ -1,23 +1,26 @@
 """One model's gradients through a simulated or a real exchange, behind one interface.
 
-For every worker of this process: backward, then ``add(worker)``; then ``finish()``, and every ``p.grad`` is the mean
-update. Which tensors are exchanged dense ``config.dense_below`` says, as for the library's optimizer.
+For every worker of this process: backward, then ``accumulate(worker)``; then ``agree()``, and every ``p.grad`` is the
+mean update. Which tensors are exchanged dense ``config.dense_below`` says, as for the library's optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-from benchmarks.paper.exchanges import counts
+from benchmarks.methods.top_k import CountedTopK, TrueTopK
 from benchmarks.paper.experiment import Traffic
-from benchmarks.paper.workers import METHODS, PAPER, DenseWorkers, Variant
+from benchmarks.paper.variants import PAPER, Variant, VariantAllreduce
 from hvd_sketch import CommLedger, SketchConfig, Transport
+from hvd_sketch.config import ALL_DENSE
 from hvd_sketch.model.gradients import GradientExchange
-from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.simulate import Simulation
 
-ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
+METHODS = ("dense", "true_topk", "sketched", "local_topk")
 
 
 class ModelExchange(Protocol):
@@ -28,14 +31,25 @@ class ModelExchange(Protocol):
         updated: coordinates of the model that the last step updated.
     """
 
-    workers: Sequence[int]
-    updated: int
+    @property
+    def workers(self) -> Sequence[int]: ...
 
-    def add(self, worker: int) -> None:
-        """Take in ``p.grad`` of all parameters, from the backward pass of one of this process' workers."""
+    @property
+    def updated(self) -> int: ...
 
-    def finish(self) -> None:
-        """Make every ``p.grad`` the mean update. Communication: collective."""
+    def accumulate(self, worker: int) -> None:
+        """Take in ``p.grad`` of all parameters, from the backward pass of one of this process' workers.
+
+        Raises:
+            FloatingPointError: it is not finite, in a simulation.
+        """
+
+    def agree(self) -> None:
+        """Make every ``p.grad`` the mean update. Communication: collective.
+
+        Raises:
+            FloatingPointError: a gradient was not finite, on all real ranks.
+        """
 
     def traffic(self) -> Traffic:
         """Of the steps so far. Communication: none."""
@@ -45,11 +59,11 @@ class ModelExchange(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class SimulatedModelExchange:
+class SimulatedModelExchange(Simulation):
     """All workers in this process.
 
     Args:
-        method: a key of :data:`benchmarks.paper.workers.METHODS`; "dense" sends all tensors dense.
+        method: one of :data:`METHODS`; "dense" sends all tensors dense.
         named: the model's parameters.
         config: of the exchange.
         workers: how many.
@@ -59,48 +73,20 @@ class SimulatedModelExchange:
     def __init__(
         self, method: str, named: Sequence[NamedParameter], config: SketchConfig, workers: int, variant: Variant = PAPER
     ) -> None:
-        dense_below = ALL_DENSE if method == "dense" else config.dense_below
-        main = [(name, p) for name, p in named if not is_dense(p, dense_below)]
-        beside = [(name, p) for name, p in named if is_dense(p, dense_below)]
-        self.workers, self.updated = range(workers), 0
-        self._method, self._weight_decay = method, config.weight_decay
-        self._ledger = CommLedger(max_records=0)
-        self._flats = [FlatParameters(main, apart=True)] if main else []
-        self._flats += [FlatParameters(beside)] if beside else []
-        makes = [METHODS[method]] * bool(main) + [DenseWorkers] * bool(beside)
-        self._exchanges = [
-            make(config, flat.dim, workers, flat.device, variant, self._ledger, number == 0, len(named))
-            for number, (make, flat) in enumerate(zip(makes, self._flats, strict=True))
-        ]
+        make = {"true_topk": TrueTopK, "local_topk": CountedTopK}.get(method, partial(VariantAllreduce, variant))
+        super().__init__(named, _config_of(method, config), workers, make)
+        self._method = method
 
-    def add(self, worker: int) -> None:
-        for flat, exchange in zip(self._flats, self._exchanges, strict=True):
-            exchange.add(worker, flat.pack(self._weight_decay))
-
-    def finish(self) -> None:
-        for flat, exchange in zip(self._flats, self._exchanges, strict=True):
-            update = exchange.finish()
-            if update.indices.numel() == flat.dim:
-                flat.unpack_dense(update.values)
-            else:
-                flat.unpack_sparse(update.indices, update.values)
-        self.updated = sum(exchange.updated for exchange in self._exchanges)
+    @property
+    def workers(self) -> Sequence[int]:
+        return range(self.ranks)
 
     def traffic(self) -> Traffic:
         """True top-k has the paper's ratio only: it cannot be had without sending everything."""
-        known = _traffic(self._ledger)
+        known = _traffic(self.ledger)
         if self._method == "true_topk":
             return replace(known, wire_bytes_per_step=None, compression_ratio=None)
         return known
-
-    def state_dict(self) -> dict[str, Any]:
-        saved = [exchange.state_dict() for exchange in self._exchanges]
-        return {"exchanges": saved, "ledger": counts(self._ledger)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for exchange, saved in zip(self._exchanges, state["exchanges"], strict=True):
-            exchange.load_state_dict(saved)
-        vars(self._ledger).update(state["ledger"])
 
 
 class RealModelExchange:
@@ -109,17 +95,16 @@ class RealModelExchange:
     def __init__(
         self, method: str, named: Sequence[NamedParameter], config: SketchConfig, transport: Transport
     ) -> None:
-        if method == "dense":
-            config = replace(config, dense_below=ALL_DENSE)
+        config = _config_of(method, config)
         self.workers, self.updated = [transport.rank], 0
         self._parameters = [p for _, p in named]
         self._exchange = GradientExchange(named, config, transport)
         self._dense_below = config.dense_below
 
-    def add(self, worker: int) -> None:
+    def accumulate(self, worker: int) -> None:
         assert worker in self.workers, "every rank has one worker, itself"
 
-    def finish(self) -> None:
+    def agree(self) -> None:
         if not self._exchange.average():
             raise FloatingPointError("a gradient is not finite: lower the learning rate")
         self.updated = sum(self._updated_in(parameter) for parameter in self._parameters)
@@ -131,11 +116,15 @@ class RealModelExchange:
         return _traffic(self._exchange.ledger)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"exchange": self._exchange.state_dict(), "ledger": counts(self._exchange.ledger)}
+        return {"exchange": self._exchange.state_dict(), "ledger": self._exchange.ledger.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._exchange.load_state_dict(state["exchange"])
-        vars(self._exchange.ledger).update(state["ledger"])
+        self._exchange.ledger.load_state_dict(state["ledger"])
+
+
+def _config_of(method: str, config: SketchConfig) -> SketchConfig:
+    return replace(config, dense_below=ALL_DENSE) if method == "dense" else config
 
 
 def _traffic(ledger: CommLedger) -> Traffic:

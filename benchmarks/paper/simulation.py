@@ -17,11 +17,15 @@ from numba import njit
 from torch import Tensor
 
 from hvd_sketch import SketchConfig
+from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
+from hvd_sketch.kernels.selection import Threshold, search
 from hvd_sketch.sketch import fill_at_random, heavy_threshold
 from hvd_sketch.transport.base import sum_in_rank_order
 
+KERNELS = load_backend(None, torch.device("cpu"))
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -37,6 +41,7 @@ class SimulatedAllreduce:
         self._step = 0
         self._v = np.zeros((workers, problems, dim), dtype=np.float32)
         self._u = np.zeros_like(self._v) if config.momentum else None
+        self._predictors = [ThresholdPredictor() for _ in range(problems)]
 
     def step(self, gradients: Tensor) -> Tensor:
         """See :class:`benchmarks.paper.exchanges.Exchange`; all workers are in this process."""
@@ -53,7 +58,7 @@ class SimulatedAllreduce:
         tables = _summed_sketches(self._v, places.cells, places.signs, c.cols // workers * workers)
         estimates = _medians(tables, places.cells, places.signs)
         update = np.zeros((problems, self._dim), dtype=np.float32)
-        for problem, candidates in enumerate(self._candidates(tables, estimates, places)):
+        for problem, candidates in enumerate(self._candidates(tables, estimates)):
             sums = sum_in_rank_order(list(torch.from_numpy(self._v[:, problem, candidates]))).numpy()
             largest = np.argsort(-np.abs(sums), kind="stable")[: c.k]
             chosen = candidates[largest[sums[largest] != 0]]
@@ -63,15 +68,31 @@ class SimulatedAllreduce:
         self._step += 1
         return update
 
-    def _candidates(self, tables: Floats, estimates: Floats, places: _Places) -> list[Ints]:
+    def _candidates(self, tables: Floats, estimates: Floats) -> list[Ints]:
         """The coordinates of each problem that get exact sums: int64, ascending."""
         c = self._config
         if c.selection == "topk":
-            count = c.candidates(self._dim)
-            return [np.sort(order) for order in places.largest(estimates, [0] * len(estimates), count)]
-        thresholds = [max(heavy_threshold(norm, c.k), 0) for norm in _norms(tables, len(self._v))]
-        heavy = [torch.from_numpy(np.sort(order)) for order in places.largest(estimates, thresholds, c.k)]
-        return [fill_at_random(h, c.k, self._dim, c.seed, self._step).numpy() for h in heavy]
+            return [self._select(number, own, c.candidates(self._dim))[0] for number, own in enumerate(estimates)]
+        chosen = []
+        for number, (own, norm) in enumerate(zip(estimates, _norms(tables, len(self._v)), strict=True)):
+            own[(own.view(np.int32) & MAGNITUDE_MASK) <= heavy_threshold(norm, c.k)] = 0
+            heavy, threshold = self._select(number, own, c.k)
+            if threshold.excess:
+                heavy = heavy[(own[heavy].view(np.int32) & MAGNITUDE_MASK) >= threshold.upper]
+            chosen.append(fill_at_random(torch.from_numpy(heavy), c.k, self._dim, c.seed, self._step).numpy())
+        return chosen
+
+    def _select(self, problem: int, values: Floats, count: int) -> tuple[Ints, Threshold]:
+        """At least the ``count`` largest of one problem's estimates, as a rank that had them all would choose them."""
+        tensor = torch.from_numpy(values)
+
+        def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
+            counts = KERNELS.magnitude_histogram(tensor, start, shift, bins)
+            return counts, counts
+
+        threshold = search(look, count, self._predictors[problem].lower_bound())
+        self._predictors[problem].update(threshold)
+        return KERNELS.select_above(tensor, threshold.edge - 1).numpy(), threshold
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on to the bit."""
@@ -110,7 +131,6 @@ class _Places:
     Attributes:
         cells: int64 [rows, dim], where in its row of the table each coordinate lies.
         signs: float32 [rows, dim].
-        by_owner: int64 [dim], the coordinates of rank 0, then of rank 1, ...: the order in which ties are dealt out.
     """
 
     def __init__(self, hash: BlockHash) -> None:
@@ -120,14 +140,6 @@ class _Places:
         offsets = np.stack([hash.offsets(row, np.arange(hash.blocks)) for row in range(hash.rows)])
         self.cells = owner * hash.shard_cols + (offsets[:, block] + lane) % hash.shard_cols
         self.signs = np.stack([hash.signs(row, index) for row in range(hash.rows)])
-        self.by_owner = np.argsort(owner, kind="stable")
-
-    def largest(self, estimates: Floats, thresholds: list[int], count: int) -> list[Ints]:
-        """Of each problem's coordinates with magnitude bits above its threshold, the ``count`` largest."""
-        magnitudes = estimates[:, self.by_owner].view(np.int32) & MAGNITUDE_MASK
-        order = np.argsort(-magnitudes, axis=1, kind="stable")[:, :count]
-        above = [magnitude[o] > limit for magnitude, o, limit in zip(magnitudes, order, thresholds, strict=True)]
-        return [self.by_owner[o[mask]] for o, mask in zip(order, above, strict=True)]
 
 
 def _norms(tables: Floats, shards: int) -> list[float]:

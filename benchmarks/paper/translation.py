@@ -94,8 +94,8 @@ class TranslationTraining:
         losses = []
         for worker in self._exchange.workers:
             losses.append(self._gradient(worker, batches[worker * accumulate : (worker + 1) * accumulate]))
-            self._exchange.add(worker)
-        self._exchange.finish()
+            self._exchange.accumulate(worker)
+        self._exchange.agree()
         self._done += 1
         rate = self._task.recipe.rate(self._done)
         with torch.no_grad():

@@ -17,7 +17,7 @@ class Method:
     """An exchange and the paper's compression ratio that it is set up for.
 
     Attributes:
-        exchange: of :data:`benchmarks.paper.workers.METHODS`.
+        exchange: of :data:`benchmarks.paper.model_exchange.METHODS`.
         ratio: of what is sketched; true top-k takes its k from it, and without compression it means nothing.
     """
 

@@ -1,11 +1,11 @@
-"""What the sketched and the dense exchange share: an equal set-up, agreement before each step, what they count."""
+"""What every exchange shares: an equal set-up, agreement before each step, the two halves of a step, its counters."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ class SparseUpdate:
     """What a step agreed on, the same bits on every rank.
 
     Attributes:
-        indices: int64 [n], ascending.
+        indices: int64 [n], ascending. None: every coordinate, in order.
         values: float32 [n], the mean over ranks at ``indices``; finite.
         skipped: a rank's gradient was not finite: both tensors are empty.
     """
 
-    indices: Tensor
+    indices: Tensor | None
     values: Tensor
     skipped: bool = False
 
@@ -61,7 +61,15 @@ class Options(TypedDict, total=False):
 
 
 class Exchange:
-    """The base of the sketched and the dense exchange.
+    """Averages gradients over the ranks. The base of the sketched, the dense and any other exchange.
+
+    A step has three parts::
+
+        begin_step(report) -> goes on?   collective: is any gradient not finite? then all ranks skip the step
+        accumulate(gradient)             local: momentum, residual, sketch
+        agree() -> SparseUpdate          collective: the update, equal on all ranks
+
+    Subclasses implement the last two, ``residual`` and ``velocity``, the state, and :meth:`_take_over`.
 
     Communication: the constructor is collective; it compares config, dim, parameters, world size and hash version
     over the ranks.
@@ -70,10 +78,12 @@ class Exchange:
         config: equal on all ranks.
         dim: length of the gradient.
         transport: this rank's end of the network.
-        device: where gradients and all that is kept lie.
+        device: of the gradients and of all that is kept.
         **options: see :class:`Options`.
 
     Attributes:
+        holds_gradient: ``accumulate`` keeps the gradient itself until ``agree``: it must stay untouched until then.
+        dtype: of the gradient.
         agreement: the first collective of every step.
         reset_coordinates: how many of this rank's u and v were not finite and were set to zero.
 
@@ -81,17 +91,20 @@ class Exchange:
         ValueError: on every rank: they were set up differently.
     """
 
+    holds_gradient: ClassVar[bool] = False
+
     def __init__(
         self,
         config: SketchConfig | None,
         dim: int,
         transport: Transport,
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
         **options: Unpack[Options],
     ) -> None:
         parameters, max_skips = options.get("parameters", ()), options.get("max_skips", 25)
         _require_equal_setup(transport, config, dim, parameters, max_skips)
         self.dim = dim
+        self.dtype = torch.float32
         self.ledger = options.get("ledger", CommLedger())
         self.agreement = StepAgreement(transport.size, options.get("flags", len(parameters)), max_skips)
         self.reset_coordinates = 0
@@ -125,6 +138,25 @@ class Exchange:
         """How many steps were skipped because something was not finite."""
         return self.agreement.skipped_steps
 
+    def step(self, gradient: Tensor | Sequence[Tensor], finite: bool = True) -> SparseUpdate:
+        """Exchange one gradient: :meth:`begin_step`, :meth:`accumulate`, :meth:`agree`.
+
+        Args:
+            gradient: ``dtype`` [dim], this rank's, or consecutive slices of it; not modified.
+            finite: False if this rank found anything else not finite that belongs to the step.
+
+        Returns:
+            The mean over ranks at the coordinates that were exchanged.
+
+        Communication: collective.
+        """
+        slices = [gradient] if isinstance(gradient, Tensor) else list(gradient)
+        if not self.begin_step(self._report_of(slices, finite)).goes_on:
+            self.count_step()
+            return self._nothing()
+        self.accumulate(slices)
+        return self.agree()
+
     def begin_step(self, report: Report) -> Agreed:
         """Agree on a step: whether all take it, and from which state.
 
@@ -137,14 +169,28 @@ class Exchange:
         agreed = self.agreement.agree(self._comm, self._step, report)
         if agreed.root is not None:
             self.take_over_state(agreed.root)
-        if agreed.active and not agreed.held:
-            if may_take_no_step:
-                self.ledger.begin_step()
-            self.count_step()
+        if may_take_no_step and agreed.active and not agreed.held:
+            self.ledger.begin_step()
         return agreed
 
+    def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
+        """The local half of a step: take this rank's gradient in.
+
+        Args:
+            gradient: ``dtype``, consecutive slices of [dim]; not modified. Finite on every rank.
+            unused: coordinates that no rank has a gradient of, equal on all ranks. Their u and v stay as they are, and
+                nothing of them is sent.
+
+        Communication: none.
+        """
+        raise NotImplementedError
+
+    def agree(self) -> SparseUpdate:
+        """The collective half of a step: the update, equal on all ranks. Communication: collective."""
+        raise NotImplementedError
+
     def count_step(self) -> None:
-        """A step has begun: the next one hashes afresh. Communication: none."""
+        """A step is over, taken or skipped: the next one hashes afresh. Communication: none."""
         self._step += 1
         self._is_fresh, self._loaded = False, Loaded.NOTHING
 
@@ -157,12 +203,12 @@ class Exchange:
 
         Communication: collective, all ranks (not counted in the ledger).
         """
-        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._thresholds()])
+        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._predictions()])
         own_step = self._step
-        step, skipped, loaded, *thresholds = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
+        step, skipped, loaded, *predictions = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
         self._step, self.agreement.skipped_steps = step, skipped
         self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
-        self._take_over(root, self._loaded == Loaded.ANYONES, own_step == step, thresholds)
+        self._take_over(root, self._loaded == Loaded.ANYONES, own_step == step, predictions)
 
     def forget(self) -> None:
         """Momentum and residuals start from zero, as after loading the state of an optimizer without an exchange.
@@ -174,20 +220,41 @@ class Exchange:
         if not self._is_fresh:
             self._loaded = Loaded.PLAIN
 
-    def _thresholds(self) -> list[int]:
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        """What is needed to go on.
+
+        Args:
+            consolidated: False: this rank's own, to be loaded by the same rank of a job of the same size; going
+                on from it is bitwise. True: the mean of u and v over ranks, equal everywhere, to be loaded by
+                every rank of a job of any size; the averaged update that is still to come stays the same.
+
+        Communication: none, or collective with ``consolidated`` (not counted in the ledger).
+        """
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; every rank must load the same kind. Communication: none.
+
+        Raises:
+            ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
+        """
+        raise NotImplementedError
+
+    def _predictions(self) -> list[int]:
         """What saves messages in the next step."""
         return []
 
-    def _take_over(self, root: int, anyones: bool, at_same_step: bool, thresholds: list[int]) -> None:
+    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
         """What :meth:`take_over_state` does beside the counters. Communication: collective."""
         raise NotImplementedError
 
-    def _report_of(self, gradient: Sequence[Tensor], dtype: torch.dtype, finite: bool) -> Report:
-        """What this rank can say of consecutive parts of its gradient."""
-        if all(part.dtype == dtype and part.ndim == 1 for part in gradient) and sum(map(len, gradient)) == self.dim:
+    def _report_of(self, gradient: Sequence[Tensor], finite: bool) -> Report:
+        """What this rank can say of consecutive slices of its gradient."""
+        fits = all(values.dtype == self.dtype and values.ndim == 1 for values in gradient)
+        if fits and sum(map(len, gradient)) == self.dim:
             return Report(finite=finite and all_finite(gradient))
-        arrived = ", ".join(f"{part.dtype} of {tuple(part.shape)}" for part in gradient[:5])
-        expected = str(dtype).removeprefix("torch.")
+        arrived = ", ".join(f"{values.dtype} of {tuple(values.shape)}" for values in gradient[:5])
+        expected = str(self.dtype).removeprefix("torch.")
         return Report(
             refusal=ValueError(
                 f"the gradient must be {expected} of shape ({self.dim},), or such parts in order, got {arrived}"

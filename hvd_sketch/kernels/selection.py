@@ -20,7 +20,7 @@ from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 MAGNITUDE_BITS = 31
 OCTAVE = 1 << 23  # magnitude bits from one power of two to the next
 # More values in the boundary bin make the grid finer there: many equal ones would all be taken. In units of
-# ``count / bins`` a bin holds four to six of normal noise at 2 to 3 deviations, up to twelve of estimates that are noise.
+# ``count / bins`` a bin holds four to six of normal noise at 2 to 3 deviations, up to twelve of noisy estimates.
 ALWAYS_IN_BOUNDARY_BIN = 64
 IN_BOUNDARY_BIN_PER_BIN = 4
 

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
-from hvd_sketch.exchange.base import Options, Ranges
-from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.exchange.base import Exchange, Options
+from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
-from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.model.parameters import NamedParameter
+from hvd_sketch.model.routes import routes_of
 from hvd_sketch.transport.base import Transport
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
 logger = logging.getLogger(__name__)
-E = TypeVar("E", SketchedAllreduce, DenseAllreduce)
 
 
-@dataclass(frozen=True)
-class Way(Generic[E]):
-    """An exchange and those parameters of the model whose gradients go through it.
+def shared_options(named: Sequence[NamedParameter], max_skips: int = 25, flags_per_parameter: int = 1) -> Options:
+    """What the exchanges of one model have in common, with a new ledger.
 
-    Attributes:
-        exchange: sketched or dense.
-        flat: the parameters as the vector it exchanges.
-        numbers: of the parameters among all of the model.
+    Each compares all parameters: then the first already finds a rank that would not build the second.
     """
-
-    exchange: E
-    flat: FlatParameters
-    numbers: Sequence[int]
-
-    def used(self, used: Sequence[bool]) -> tuple[list[bool], Ranges]:
-        """Which of these parameters are used, of a list for all of the model, and the coordinates of the others."""
-        own = [used[number] for number in self.numbers]
-        return own, self.flat.unused(own)
+    described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
+    return {
+        "parameters": described,
+        "ledger": CommLedger(),
+        "max_skips": max_skips,
+        "flags": len(described) * flags_per_parameter,
+    }
 
 
 class GradientExchange:
@@ -78,7 +71,6 @@ class GradientExchange:
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
     ) -> None:
-        self.ledger = CommLedger()
         self.active: tuple[int, ...] = tuple(range(transport.size))
         self._transport = transport
         self._named = list(named)
@@ -90,58 +82,18 @@ class GradientExchange:
         self._were_equal = False  # the parameters, when they were last compared
         self._has_told = False  # that they never were
         self._is_over = False  # all ranks have run out of data
-        # Without a config everything goes dense.
-        goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
-        sketched = [i for i, dense in enumerate(goes_dense) if not dense]
-        dense = [i for i, dense in enumerate(goes_dense) if dense]
-        ways = (("sketched", sketched), ("dense", dense))
-        self._layout = [[way, named[i][0], list(named[i][1].shape)] for way, numbers in ways for i in numbers]
-        # Both compare all parameters: then the first already finds a rank that would not build the second.
-        described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
-        self._options: Options = {
-            "parameters": described,
-            "ledger": self.ledger,
-            "max_skips": max_skips,
-            "flags": len(described) * (2 if makes_sparse else 1),
-        }
-        self._sketched = self._sketched_way(sketched, config) if sketched and config is not None else None
-        self._dense = self._dense_way(dense, config, wire_dtype) if dense else None
-        lead = self.sketched or self.dense
-        assert lead is not None, "there is a parameter"
-        self._lead = lead
-
-    def _sketched_way(self, numbers: list[int], config: SketchConfig) -> Way[SketchedAllreduce]:
-        flat = FlatParameters([self._named[i] for i in numbers], apart=True)
-        exchange = SketchedAllreduce(config, flat.dim, self._transport, flat.device, **self._options_of(flat))
-        return Way(exchange, flat, numbers)
-
-    def _dense_way(
-        self, numbers: list[int], config: SketchConfig | None, wire_dtype: torch.dtype | None
-    ) -> Way[DenseAllreduce]:
-        pairs = [self._named[i] for i in numbers]
-        is_double = any(parameter.dtype == torch.float64 for _, parameter in pairs)
-        flat = FlatParameters(pairs, dtype=torch.float64 if is_double else torch.float32)
-        exchange = DenseAllreduce(
-            *(config, flat.dim, self._transport, flat.device),
-            dtype=flat.dtype,
-            wire_dtype=wire_dtype,
-            **self._options_of(flat),
-        )
-        return Way(exchange, flat, numbers)
-
-    def _options_of(self, flat: FlatParameters) -> Options:
-        own: Options = {"dense_bytes": flat.dense_bytes, "limits": flat.limits(self._scale), "name": flat.name}
-        return {**self._options, **own}
+        options = shared_options(self._named, max_skips, 2 if makes_sparse else 1)
+        self.ledger = options["ledger"]
+        self._routes = routes_of(self._named, config)
+        self._exchanges = [
+            route.build(config, transport, options, scale=self._scale, wire_dtype=wire_dtype) for route in self._routes
+        ]
+        self._lead = self._exchanges[0]  # agrees on every step for both
 
     @property
     def sketched(self) -> SketchedAllreduce | None:
         """The sketched exchange; None where nothing is sketched."""
-        return self._sketched.exchange if self._sketched is not None else None
-
-    @property
-    def dense(self) -> DenseAllreduce | None:
-        """The dense exchange; None where nothing goes dense. With a sketched one beside, both take the same steps."""
-        return self._dense.exchange if self._dense is not None else None
+        return next((exchange for exchange in self._exchanges if isinstance(exchange, SketchedAllreduce)), None)
 
     @property
     def skipped_steps(self) -> int:
@@ -151,10 +103,7 @@ class GradientExchange:
     @property
     def reset_coordinates(self) -> int:
         """How many of this rank's u and v were not finite and were set to zero."""
-        return sum(way.exchange.reset_coordinates for way in self._ways())
-
-    def _ways(self) -> list[Way[Any]]:
-        return [way for way in (self._sketched, self._dense) if way is not None]
+        return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
     def average(
         self,
@@ -173,7 +122,7 @@ class GradientExchange:
         all ranks. After a skip every ``p.grad`` is NaN on every rank, so that all who look at it see the same.
 
         Args:
-            inverse_scale: see :meth:`FlatParameters.pack_part`; may differ between ranks.
+            inverse_scale: see :meth:`FlatParameters.pack`; may differ between ranks.
             finite: this rank's verdict on anything else; False on one rank makes all skip.
             scaled: a ``GradScaler`` judges this step, too.
             forgives: a ``GradScaler`` has judged the skipped step before.
@@ -192,7 +141,7 @@ class GradientExchange:
         own_digest, sums = 0, torch.empty(0)
         try:
             packed = [] if held else self._pack(inverse_scale, done)
-            finite = finite and all_finite([part for parts in packed for part in parts])
+            finite = finite and all_finite([values for slices in packed for values in slices])
             if self._check_is_due() and not (done or held):
                 sums = checksums([parameter for _, parameter in self._named])
                 own_digest = digest(sums)
@@ -212,8 +161,8 @@ class GradientExchange:
         )
         self._is_over = not agreed.active
         if agreed.root is not None:
-            for way in self._others():
-                way.exchange.take_over_state(agreed.root)
+            for exchange in self._exchanges[1:]:
+                exchange.take_over_state(agreed.root)
         if agreed.compared:
             if agreed.drifted:
                 self._tell_drift(sums)
@@ -231,37 +180,28 @@ class GradientExchange:
         return used
 
     def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
-        """This rank's vector for each way, in parts."""
-        for way in self._ways():
-            way.flat.check_unchanged()
+        """This rank's vector for each route, in slices."""
+        for route in self._routes:
+            route.flat.check_unchanged()
         weight_decay = 0.0 if done else self._weight_decay
-        return [way.flat.pack(weight_decay, inverse_scale) for way in self._ways()]
-
-    def _others(self) -> list[Way[Any]]:
-        """All ways but the one whose exchange agrees on the step for all."""
-        return [way for way in self._ways() if way.exchange is not self._lead]
+        return [route.flat.pack(weight_decay, inverse_scale) for route in self._routes]
 
     def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
         self.active = agreed.active
         self._begun += 1
-        for way in self._others():
-            way.exchange.count_step()
         if agreed.goes_on:
             self._exchange(packed, agreed.used)
             return
-        for way in self._ways():
-            way.flat.fill_gradients(float("nan"), way.used(agreed.used)[0])
+        for route, exchange in zip(self._routes, self._exchanges, strict=True):
+            exchange.count_step()
+            route.flat.fill_gradients(float("nan"), route.used(agreed.used)[0])
 
     def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
-        if self._dense is not None:  # before the sketched, on every rank
-            own, unused = self._dense.used(used)
-            mean = self._dense.exchange.mean(packed[-1][0], unused)
-            self._dense.flat.unpack_dense(mean if self._scale == 1 else mean * self._scale, own)
-        if self._sketched is not None:
-            own, unused = self._sketched.used(used)
-            update = self._sketched.exchange.exchange(packed[0], unused)
-            values = update.values if self._scale == 1 else update.values * self._scale
-            self._sketched.flat.unpack_sparse(update.indices, values, own)
+        # The dense one first: its parameters' gradients are exact whatever happens in the other.
+        for route, exchange, gradient in reversed(list(zip(self._routes, self._exchanges, packed, strict=True))):
+            own, unused = route.used(used)
+            exchange.accumulate(gradient, unused)
+            route.unpack(exchange.agree(), own, self._scale)
         for (_, parameter), is_sparse in zip(self._named, used[len(self._named) :], strict=False):
             if is_sparse and parameter.grad is not None:
                 parameter.grad = parameter.grad.to_sparse(1)
@@ -275,7 +215,7 @@ class GradientExchange:
     def _tell_drift(self, sums: Tensor) -> None:
         """Name the parameters that differ: an error where they were equal before, a warning where they never were."""
         told = describe_drift(self._transport, self._named, sums)
-        rank, step = self._transport.rank, self._lead.step_number - 1
+        rank, step = self._transport.rank, self._lead.step_number
         differ = f"the parameters differ between the ranks (seen from rank {rank}, before step {step}):{told}"
         if self._were_equal:
             raise RuntimeError(
@@ -292,8 +232,8 @@ class GradientExchange:
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""
-        for way in self._ways():
-            way.exchange.take_over_state(root)
+        for exchange in self._exchanges:
+            exchange.take_over_state(root)
 
     def finish_without_data(self) -> tuple[int, ...]:
         """Take part in the other ranks' steps until all have run out of data; the ranks that had data in the last one.
@@ -307,19 +247,29 @@ class GradientExchange:
 
     def forget(self) -> None:
         """Zero momentum and residuals. Communication: none."""
-        for way in self._ways():
-            way.exchange.forget()
+        for exchange in self._exchanges:
+            exchange.forget()
+
+    def _by_kind(self) -> dict[str, Exchange]:
+        return {route.kind: exchange for route, exchange in zip(self._routes, self._exchanges, strict=True)}
+
+    def _layout(self) -> list[list[Any]]:
+        """Kind, name and shape of every tensor, in the order of the vectors."""
+        return [
+            [route.kind, self._named[number][0], list(self._named[number][1].shape)]
+            for route in self._routes
+            for number in route.numbers
+        ]
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """The states of both exchanges and the layout they belong to."""
-        states = {"sketched": self.sketched, "dense": self.dense}
-        saved = {way: part.state_dict(consolidated) if part else None for way, part in states.items()}
-        return {"layout": self._layout, **saved}
+        states = {kind: exchange.state_dict(consolidated) for kind, exchange in self._by_kind().items()}
+        return {"layout": self._layout(), "sketched": states.get("sketched"), "dense": states.get("dense")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. Raises ValueError where it was saved for other tensors."""
-        if state["layout"] != self._layout:
-            pairs = enumerate(zip_longest(state["layout"], self._layout))
+        if state["layout"] != self._layout():
+            pairs = enumerate(zip_longest(state["layout"], self._layout()))
             at, (theirs, ours) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 f"the checkpoint was saved for other tensors: tensor {at} is {theirs} there and {ours} here. "
@@ -327,10 +277,8 @@ class GradientExchange:
                 f"'hvd_sketch' entry to go on without residuals"
             )
         self._begun = 0
-        for way, part in (("sketched", self.sketched), ("dense", self.dense)):
-            if part is not None:
-                part.load_state_dict(state[way])
+        for kind, exchange in self._by_kind().items():
+            exchange.load_state_dict(state[kind])
 
     def __repr__(self) -> str:
-        parts = (("sketched", self.sketched), ("dense", self.dense))
-        return ", ".join(f"{part.dim} coordinates {way}" for way, part in parts if part is not None)
+        return ", ".join(f"{exchange.dim} coordinates {kind}" for kind, exchange in self._by_kind().items())

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import ALL_DENSE, SketchConfig
 from hvd_sketch.exchange.agreement import all_finite, refused_together, require_equal
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
@@ -24,7 +24,7 @@ from hvd_sketch.model.drift import checksums
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
-from hvd_sketch.model.wrapping import ALL_DENSE, HorovodArguments, check_arguments, transport_of, warn_about_settings
+from hvd_sketch.model.wrapping import HorovodArguments, check_arguments, transport_of, warn_about_settings
 from hvd_sketch.transport import HorovodTransport, Transport
 
 STATE_KEY = "hvd_sketch"

@@ -16,7 +16,7 @@ from hvd_sketch.kernels import load_backend
 NamedParameter = tuple[str, Tensor]
 Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
 FLAT_FACTOR = 64  # 65,536 elements by default: more than a bias or a norm has, but for vocabularies
-MIN_ALONE = 1 << 16  # elements; a part costs the exchange two kernel calls, 25 us each
+MIN_ALONE = 1 << 16  # elements; a slice costs the exchange two kernel calls, 25 us each
 
 
 def is_dense(parameter: Tensor, dense_below: int) -> bool:
@@ -128,8 +128,8 @@ class FlatParameters:
 
     Args:
         named: at least one parameter, with its name for messages.
-        apart: whether the vector may come in parts, a large parameter alone in its own, which then is its ``p.grad``
-            itself and needs no copy.
+        in_slices: whether the vector may come in slices, a large parameter alone in its own, which then is its
+            ``p.grad`` itself and needs no copy.
         dtype: of the vector: float32, or float64.
 
     Attributes:
@@ -138,13 +138,13 @@ class FlatParameters:
         dtype: of the vector.
         dense_bytes: bytes of the gradients in the parameters' own dtypes.
         device: of the parameters and of the vector.
-        parts: for each part the parameters it is made of, with where each starts and stops in the vector.
+        slices: for each slice the parameters it is made of, with where each starts and stops in the vector.
 
     Communication: none, in any method.
     """
 
     def __init__(
-        self, named: Sequence[NamedParameter], apart: bool = False, dtype: torch.dtype = torch.float32
+        self, named: Sequence[NamedParameter], in_slices: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         self.parameters = [parameter for _, parameter in named]
         self.dtype = dtype
@@ -154,11 +154,11 @@ class FlatParameters:
         self._starts = torch.tensor([0] + [p.numel() for p in self.parameters], device=self.device).cumsum(0)
         starts = self._starts.tolist()
         self._places = list(zip(self.parameters, starts, starts[1:], strict=False))
-        self.parts = _in_parts(self._places) if apart else [self._places]
+        self.slices = _in_slices(self._places) if in_slices else [self._places]
         self.dim: int = starts[-1]
         self.dense_bytes = sum(p.numel() * p.element_size() for p in self.parameters)
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
-        self._buffers: list[Tensor | None] = [None] * len(self.parts)
+        self._buffers: list[Tensor | None] = [None] * len(self.slices)
 
     def limits(self, scale: float = 1.0) -> Limits:
         """How large an element of the vector may be so that ``scale`` times it fits its parameter's dtype."""
@@ -191,24 +191,24 @@ class FlatParameters:
                 )
 
     def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> list[Tensor]:
-        """All parts in order; see :meth:`pack_part`."""
-        return [self.pack_part(i, weight_decay, inverse_scale) for i in range(len(self.parts))]
+        """All slices in order."""
+        return [self._pack_slice(i, weight_decay, inverse_scale) for i in range(len(self.slices))]
 
     @torch.no_grad()
-    def pack_part(self, number: int, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> Tensor:
+    def _pack_slice(self, number: int, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> Tensor:
         """``g <- inverse_scale * p.grad + weight_decay * p``, a missing ``p.grad`` counting as zeros.
 
         Any dtype and memory format; sparse gradients are added up densely. ``p.grad`` is not changed.
 
         Args:
-            number: which of :attr:`parts`.
+            number: which of :attr:`slices`.
             weight_decay: added for every parameter, also where only other ranks have a gradient.
             inverse_scale: float32 [], undoes a loss scale in the vector's dtype.
 
         Returns:
             ``dtype`` [n]: memory of ``p.grad``, or a buffer that the next call overwrites; not to be written to.
         """
-        places = self.parts[number]
+        places = self.slices[number]
         if len(places) == 1 and not weight_decay and inverse_scale is None:
             as_it_lies = _plain_gradient(places[0][0], self.dtype)
             if as_it_lies is not None:
@@ -260,7 +260,7 @@ class FlatParameters:
             load_backend(None, self.device).scatter_(alike, self._starts, indices, values)
         if all(gradient.is_contiguous() for gradient in present):
             return
-        for gradient, (start, first, last) in zip(gradients, self._cut(indices), strict=True):
+        for gradient, (start, first, last) in zip(gradients, self._bounds(indices), strict=True):
             if gradient is not None and not gradient.is_contiguous():
                 places = torch.unravel_index(indices[first:last] - start, gradient.shape)
                 gradient[places] = values[first:last].to(gradient.dtype)
@@ -288,10 +288,10 @@ class FlatParameters:
             gradients.append(_writable_gradient(parameter) if is_used else None)
         return gradients
 
-    def _cut(self, indices: Tensor) -> Iterator[tuple[int, int, int]]:
+    def _bounds(self, indices: Tensor) -> Iterator[tuple[int, int, int]]:
         """Where each parameter starts in the vector, and from where to where in ``indices`` its own lie."""
-        cuts = torch.searchsorted(indices, self._starts).tolist()
-        for (_, start, _), (first, last) in zip(self._places, pairwise(cuts), strict=True):
+        bounds = torch.searchsorted(indices, self._starts).tolist()
+        for (_, start, _), (first, last) in zip(self._places, pairwise(bounds), strict=True):
             yield start, first, last
 
 
@@ -307,16 +307,16 @@ def _tell_kind(kind: Kind) -> str:
     return f"{str(dtype).removeprefix('torch.')} of {tuple(shape)} on {device}"
 
 
-def _in_parts(places: list[Place]) -> list[list[Place]]:
+def _in_slices(places: list[Place]) -> list[list[Place]]:
     """Large parameters alone, small ones together with their neighbours: alike on every rank."""
-    parts: list[list[Place]] = []
+    slices: list[list[Place]] = []
     for place in places:
         is_small = place[0].numel() < MIN_ALONE
-        if is_small and parts and parts[-1][-1][0].numel() < MIN_ALONE:
-            parts[-1].append(place)
+        if is_small and slices and slices[-1][-1][0].numel() < MIN_ALONE:
+            slices[-1].append(place)
         else:
-            parts.append([place])
-    return parts
+            slices.append([place])
+    return slices
 
 
 def _plain_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:

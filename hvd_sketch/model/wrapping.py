@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import ALL_DENSE, SketchConfig
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
-ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
 WIRE_DTYPES = {"NoneCompressor": None, "none": None, "FP16Compressor": torch.float16, "fp16": torch.float16}
 OPERATIONS = {"average": False, "sum": True}  # whether gradients are summed
 HOROVOD_OPERATIONS = ("average", "sum", "adasum", "min", "max", "product")  # by the numbers of hvd.Average …

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,27 @@ from torch import Tensor
 from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
 
 T = TypeVar("T")
+Combine = Callable[[list[Tensor]], Tensor]
 
 
 class _Room:
-    """What the ranks of one group share: a barrier, and a slot per rank to show a tensor in."""
+    """What the ranks of one group share: a slot per rank to show a tensor in, and what all of them make."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
-        self.slots: list[Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=timeout_s)
+        self.shown: list[Tensor] = [torch.empty(0)] * size
+        self.combine: Combine | None = None
+        self.combined = torch.empty(0)
+        self.all_show = threading.Barrier(size, self._combine, timeout_s)
+        self.all_have_read = threading.Barrier(size, timeout=timeout_s)
+
+    def _combine(self) -> None:
+        """Make once what all ranks get."""
+        if self.combine is not None:
+            self.combined = self.combine(self.shown)
+
+    def abort(self) -> None:
+        self.all_show.abort()
+        self.all_have_read.abort()
 
 
 class LocalTransport:
@@ -36,7 +49,7 @@ class LocalTransport:
 
     @property
     def size(self) -> int:
-        return len(self._room.slots)
+        return len(self._room.shown)
 
     @property
     def overlaps(self) -> bool:
@@ -46,13 +59,11 @@ class LocalTransport:
         return False
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        total = self._exchange(tensor, sum_in_rank_order)
-        return tensor.copy_(total)
+        return self._exchange(tensor, tensor.copy_, sum_in_rank_order)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
         check_parts(tensor, self.size, "reduce_scatter")
-        mine = self._rank
-        return self._exchange(tensor, lambda shown: sum_in_rank_order([part[mine] for part in shown]))
+        return self._exchange(tensor, lambda _: sum_in_rank_order(self._shown_to_me()))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         check_parts(tensor, self.size, "reduce_scatter")
@@ -60,29 +71,32 @@ class LocalTransport:
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         check_parts(tensor, self.size, "alltoall")
-        mine = self._rank
-        return self._exchange(tensor, lambda shown: torch.stack([part[mine] for part in shown]))
+        return self._exchange(tensor, lambda _: torch.stack(self._shown_to_me()))
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        return self._exchange(tensor, torch.cat)
+        return self._exchange(tensor, torch.clone, torch.cat)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        source = self._exchange(tensor, lambda shown: shown[root].clone())
-        return tensor.copy_(source)
+        return self._exchange(tensor, tensor.copy_, lambda shown: shown[root].clone())
 
     def barrier(self) -> None:
-        self._room.barrier.wait()
+        self._room.all_have_read.wait()
 
     def abort(self) -> None:
         """Release the other ranks, now or at their next collective, with ``BrokenBarrierError``."""
-        self._room.barrier.abort()
+        self._room.abort()
 
-    def _exchange(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """Show ``tensor`` to the group, read the group's, and leave once all have read."""
-        self._room.slots[self._rank] = tensor
-        self._room.barrier.wait()
-        result = read([shown for shown in self._room.slots if shown is not None])
-        self._room.barrier.wait()
+    def _shown_to_me(self) -> list[Tensor]:
+        return [tensor[self._rank] for tensor in self._room.shown]
+
+    def _exchange(self, tensor: Tensor, read: Callable[[Tensor], Tensor], combine: Combine | None = None) -> Tensor:
+        """Show ``tensor`` to the group, read what it makes of all that is shown, and leave once all have read."""
+        room = self._room
+        room.shown[self._rank] = tensor
+        room.combine = combine  # the same on all ranks
+        room.all_show.wait()
+        result = read(room.combined)
+        room.all_have_read.wait()
         return result
 
 
@@ -109,25 +123,46 @@ def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport
     return [LocalTransport(room, rank) for rank in range(size)]
 
 
-def run_local(size: int, function: Callable[[LocalTransport], T], timeout_s: float = 300.0) -> list[T]:
-    """Run ``function(transport)`` on ``size`` threads; returns the results in rank order.
+class LocalRanks:
+    """Ranks as threads that run one function after another; a context manager, at whose end the threads end.
 
-    When one rank raises, the others are released and the first failure that is not a mere consequence
-    is raised here.
+    Args:
+        size, timeout_s: see :func:`local_transports`.
     """
 
-    def rank_main(transport: LocalTransport) -> T:
-        try:
-            return function(transport)
-        except BaseException:
-            transport.abort()
-            raise
+    def __init__(self, size: int, timeout_s: float = 300.0) -> None:
+        self.transports = local_transports(size, timeout_s)
+        self._pool = ThreadPoolExecutor(size, "local rank")
 
-    with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(rank_main, t) for t in local_transports(size, timeout_s)]
-    failures = [future.exception() for future in futures]
-    causes = [f for f in failures if f is not None and not isinstance(f, threading.BrokenBarrierError)]
-    for failure in causes or failures:
-        if failure is not None:
+    def run(self, function: Callable[[LocalTransport], T]) -> list[T]:
+        """What ``function(transport)`` returns on every rank, in rank order.
+
+        When one rank raises, the others are released, for good, and the first failure that is not a mere consequence
+        is raised here.
+        """
+
+        def rank_main(transport: LocalTransport) -> T:
+            try:
+                return function(transport)
+            except BaseException:
+                transport.abort()
+                raise
+
+        futures = [self._pool.submit(rank_main, transport) for transport in self.transports]
+        failures = [failure for future in futures if (failure := future.exception()) is not None]
+        causes = [failure for failure in failures if not isinstance(failure, threading.BrokenBarrierError)]
+        for failure in causes or failures:
             raise failure
-    return [future.result() for future in futures]
+        return [future.result() for future in futures]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._pool.shutdown()
+
+
+def run_local(size: int, function: Callable[[LocalTransport], T], timeout_s: float = 300.0) -> list[T]:
+    """Run ``function(transport)`` on ``size`` threads; see :meth:`LocalRanks.run`."""
+    with LocalRanks(size, timeout_s) as ranks:
+        return ranks.run(function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.image_data import load_images
 from benchmarks.paper import make_figures
 from benchmarks.paper.ablation_settings import GROUPS, NO_MOMENTUM, OVERSAMPLE, Budget, Setting
 from benchmarks.paper.ablations import Bench
 from benchmarks.paper.experiment import INTERRUPTED
+from benchmarks.paper.model_exchange import SimulatedModelExchange
 from benchmarks.paper.rate_search import Search, search_rates
-from benchmarks.paper.workers import METHODS, PAPER, Variant
-from hvd_sketch import CommLedger, CountSketch, SketchConfig, local_transports
+from benchmarks.paper.variants import PAPER, Variant
+from hvd_sketch import CountSketch, SketchConfig, local_transports
 from tests.support.harness import run_command
 from tests.support.paper import interrupt, runs, write_mnist
+from tests.support.plain import from_the_edge
 
 DIM, WORKERS, STEPS = 1013, 4, 4
 CONFIG = SketchConfig(rows=3, cols=160, k=40, oversample=3, momentum=0.9, seed=5)
@@ -38,14 +40,21 @@ def gradients(step: int, dim: int = DIM) -> Tensor:
 
 def simulated(config: SketchConfig, variant: Variant, method: str = "sketched", dim: int = DIM) -> list[Tensor]:
     """The updates of some steps, float32 [dim] each."""
-    exchange = METHODS[method](config, dim, WORKERS, variant=variant)
+    parameter = nn.Parameter(torch.zeros(dim))
+    exchange = exchange_of(Setting(config, variant, method), [("w", parameter)], WORKERS, config.seed)
     updates = []
     for step in range(STEPS):
         for worker, gradient in enumerate(gradients(step, dim)):
-            exchange.add(worker, gradient)
-        sent = exchange.finish()
-        updates.append(torch.zeros(dim).index_copy_(0, sent.indices, sent.values))
+            parameter.grad = gradient.clone()
+            exchange.accumulate(worker)
+        exchange.agree()
+        updates.append(parameter.grad.clone())
     return updates
+
+
+def exchange_of(setting: Setting, named: list[tuple[str, Tensor]], workers: int, seed: int) -> SimulatedModelExchange:
+    config = replace(setting.library_config(seed), dense_below=0)
+    return SimulatedModelExchange(setting.method, named, config, workers, setting.variant)
 
 
 def plain(config: SketchConfig, variant: Variant) -> list[Tensor]:
@@ -61,7 +70,10 @@ def plain(config: SketchConfig, variant: Variant) -> list[Tensor]:
             table = CountSketch(*shape, backend="reference").accumulate_(own).table
             summed.table += table.to(getattr(torch, variant.table_dtype))
         is_topk = config.selection == "topk"
-        found = summed.top(config.oversample * config.k) if is_topk else summed.heavymix(config.k, config.seed)
+        if is_topk:
+            found = torch.tensor(from_the_edge(summed.estimate().tolist(), config.oversample * config.k))
+        else:
+            found = summed.heavymix(config.k, config.seed)
         exact = v[0, found] + v[1, found] + v[2, found] + v[3, found]
         largest = exact.abs().topk(config.k).indices
         update = torch.zeros(DIM).index_copy_(0, found[largest], exact[largest] / WORKERS)
@@ -129,17 +141,17 @@ def test_groups_vary_one_thing_at_equal_floats(budget: Budget) -> None:
 
 def sent_bytes(setting: Setting, budget: Budget) -> Counter[str]:
     """What one rank sends in three steps as the exchange records it, by phase."""
-    ledger = CommLedger()
-    exchange = METHODS[setting.method](
-        setting.library_config(0), budget.dim, budget.workers, variant=setting.variant, ledger=ledger
-    )
+    parameter = nn.Parameter(torch.zeros(budget.dim))
+    exchange = exchange_of(setting, [("w", parameter)], budget.workers, 0)
+    exchange.ledger.records = deque()
     for step in range(3):
         for worker in range(budget.workers):
             values = np.random.default_rng([step, worker]).standard_normal(budget.dim) ** 3
-            exchange.add(worker, torch.from_numpy(values.astype(np.float32)))
-        exchange.finish()
+            parameter.grad = torch.from_numpy(values.astype(np.float32))
+            exchange.accumulate(worker)
+        exchange.agree()
     sent: Counter[str] = Counter()
-    for record in ledger.records:
+    for record in exchange.ledger.records:
         sent[record.phase] += record.wire_bytes
     return sent
 

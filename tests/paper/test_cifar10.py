@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
 from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
+from benchmarks.paper.model_exchange import METHODS
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
-from benchmarks.paper.workers import METHODS
 from hvd_sketch.transport import Transport
 from tests.support.harness import launch, run_command
 from tests.support.paper import log_of_a_resumption, runs
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.multiprocess
 def test_real_ranks_equal_the_simulation() -> None:
     """Four ranks under mpirun: the loss of every step, all weights, the measurement and the bytes."""
-    ranks = launch("mpi", WORKERS, "tests.support.paper.test_cifar10:train_on_ranks", timeout_s=120)
+    ranks = launch("mpi", WORKERS, "tests.paper.test_cifar10:train_on_ranks", timeout_s=120)
     for method in ("dense", "sketched"):
         simulated = train(make_training(tiny_task(method), WORKERS, None), STEPS)
         losses = torch.tensor([rank[method]["losses"] for rank in ranks]).mean(dim=0)

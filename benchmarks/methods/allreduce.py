@@ -1,0 +1,22 @@
+"""The dense allreduce of the library underneath, in full and in half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.methods.base import WholeGradient
+
+
+class LibraryAllreduce(WholeGradient):
+    """The allreduce of MPI or Horovod itself, in place."""
+
+    def _mean_(self, gradient: Tensor) -> Tensor:
+        return self._comm.allreduce_(gradient).div_(self._comm.size)
+
+
+class HalfPrecision(WholeGradient):
+    """Horovod's ``Compression.fp16``: summed in half precision. MPI knows no such numbers."""
+
+    def _mean_(self, gradient: Tensor) -> Tensor:
+        return gradient.copy_(self._comm.allreduce_(gradient.to(torch.float16))).div_(self._comm.size)

@@ -1,0 +1,142 @@
+"""The mean of the whole gradient: what a sketch competes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.agreement import all_finite
+from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
+from hvd_sketch.transport.base import Transport, in_equal_parts, mean_over_ranks, sum_in_rank_order
+
+
+class DenseAllreduce(Exchange):
+    """The mean of the whole gradient by reduce_scatter and allgather.
+
+    The interface is that of :class:`~hvd_sketch.exchange.sketched.SketchedAllreduce`; every coordinate is sent in every
+    step. Unlike an MPI allreduce it gives equal bits on all ranks. With a config that has momentum,
+    ``u <- m * u + mean``.
+
+    Communication, arguments, errors: as for SketchedAllreduce; ``config`` may be None (momentum 0).
+
+    Args:
+        dtype: of the gradient and of the mean, float32 or float64.
+        wire_dtype: what travels, where it is not ``dtype``: float16, in which each rank's gradient and the mean are
+            rounded, and limited to what it holds; sums are made in ``dtype``.
+    """
+
+    holds_gradient = True
+
+    def __init__(
+        self,
+        config: SketchConfig | None,
+        dim: int,
+        transport: Transport,
+        device: torch.device | str = "cpu",
+        *,
+        dtype: torch.dtype = torch.float32,
+        wire_dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(config, dim, transport, device, **options)
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}: there is nothing to exchange")
+        self.config = config
+        self.dtype, self._wire_dtype = dtype, wire_dtype
+        self._momentum = config.momentum if config is not None else 0.0
+        self._u = torch.zeros(dim if self._momentum else 0, dtype=dtype, device=device)
+        self._gradient: Tensor = torch.empty(0)
+        self._unused: Ranges = ()
+
+    @property
+    def residual(self) -> Tensor:
+        """Zeros: nothing stays behind."""
+        return torch.zeros(self.dim, dtype=self.dtype, device=self._device)
+
+    @property
+    def velocity(self) -> Tensor:
+        """u, ``dtype`` [dim], equal on all ranks."""
+        return self._u if self._momentum else self.residual
+
+    def step(self, gradient: Tensor | Sequence[Tensor], finite: bool = True) -> SparseUpdate:
+        """See :meth:`Exchange.step`. ``indices`` are all of ``0 … dim - 1``."""
+        update = super().step(gradient, finite)
+        if update.skipped:
+            return update
+        return SparseUpdate(torch.arange(self.dim, device=self._device), update.values)
+
+    def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
+        self._gradient = (torch.cat(list(gradient)) if len(gradient) > 1 else gradient[0]).detach().contiguous()
+        self._unused = unused
+
+    def agree(self) -> SparseUpdate:
+        """The mean over ranks with momentum, ``dtype`` [dim], finite; ``indices`` are None."""
+        with self._comm.phase("dense"):
+            mean = self._mean(self._gradient)
+        self._gradient = torch.empty(0)
+        self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.dim)
+        if self._momentum:
+            mean = self._with_momentum(mean)
+        self.count_step()
+        return SparseUpdate(None, self._limit_(mean))
+
+    def _mean(self, gradient: Tensor) -> Tensor:
+        if self._wire_dtype is not None:
+            return _rounded_mean(self._comm, gradient, self._wire_dtype)
+        mean = mean_over_ranks(self._comm, gradient)
+        if all_finite([mean]):
+            return mean
+        # The sum overflowed, on all ranks alike, and the mean does not.
+        return mean_over_ranks(self._comm, gradient / self._comm.size).mul_(self._comm.size)
+
+    def _with_momentum(self, mean: Tensor) -> Tensor:
+        """``u <- m * u + mean``; u of unused coordinates stays. A copy of u."""
+        largest = torch.finfo(self.dtype).max
+        fresh = (self._u * self._momentum).add_(mean).clamp_(-largest, largest)
+        for start, stop in self._unused:
+            fresh[start:stop] = self._u[start:stop]
+        self._u.copy_(fresh)
+        return fresh
+
+    def _limit_(self, mean: Tensor) -> Tensor:
+        """The mean, limited to what the parameters' dtypes hold; in its own memory."""
+        for start, stop, largest in zip(*self._runs, strict=True):
+            if largest < torch.finfo(self.dtype).max:
+                mean[start:stop].clamp_(-largest, largest)
+        return mean
+
+    @cached_property
+    def _runs(self) -> tuple[list[int], list[int], list[float]]:
+        ends = self._limits.ends.tolist()
+        return [0, *ends[:-1]], ends, self._limits.largest.tolist()
+
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        """See :meth:`Exchange.state_dict`; u is equal on all ranks, so both kinds load at any world size."""
+        return {**self._counters(None), "u": self._u.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._load_counters(state)
+        saved = state["u"]
+        if self._momentum:  # starts at zero where it was saved without
+            self._u.copy_(saved) if saved.numel() else self._u.zero_()
+            damaged = ~torch.isfinite(self._u)
+            self._u.masked_fill_(damaged, 0)
+            self._count_reset(damaged.nonzero().flatten())
+
+    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
+        if self._momentum:
+            self._transport.broadcast_(self._u, root)
+
+
+def _rounded_mean(comm: Transport, gradient: Tensor, wire_dtype: torch.dtype) -> Tensor:
+    """The mean over ranks of a vector of which ``wire_dtype`` travels. Communication: collective."""
+    largest = torch.finfo(wire_dtype).max
+    rounded = gradient.clamp(-largest, largest).to(wire_dtype)
+    shares = comm.alltoall(in_equal_parts(rounded, comm.size))
+    own_mean = sum_in_rank_order(list(shares.to(gradient.dtype))) / comm.size
+    return comm.allgather(own_mean.to(wire_dtype))[: gradient.numel()].to(gradient.dtype)

@@ -1,0 +1,109 @@
+"""Exchanges with error feedback: what a rank produced and has not sent yet stays with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.base import Exchange, Options, Ranges
+from hvd_sketch.exchange.feedback import Feedback
+from hvd_sketch.exchange.threshold import ThresholdPredictor
+from hvd_sketch.transport.base import Transport, mean_over_ranks
+
+logger = logging.getLogger(__name__)
+Slices = Sequence[tuple[int, Tensor]]  # (start, values): slices of a vector, the last first
+
+
+class ResidualExchange(Exchange):
+    """Keeps momentum u and residual v: their state, and how another rank takes them over.
+
+    Communication, arguments, errors: see :class:`~hvd_sketch.exchange.base.Exchange`.
+    """
+
+    def __init__(
+        self,
+        config: SketchConfig,
+        dim: int,
+        transport: Transport,
+        device: torch.device | str = "cpu",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(config, dim, transport, device, **options)
+        self.config = config
+        self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
+        self._predictors: list[ThresholdPredictor] = []  # in checkpoints: they save messages
+
+    @property
+    def residual(self) -> Tensor:
+        """v, float32 [dim]: what this rank produced and has not sent yet. The tensor itself, not a copy."""
+        return self._feedback.v
+
+    @property
+    def velocity(self) -> Tensor:
+        """u, float32 [dim]: this rank's momentum."""
+        return self._feedback.u
+
+    def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
+        """``u <- m * u + g``, ``v <- v + u``; see :meth:`Exchange.accumulate`."""
+        for start, values in from_the_last(gradient, unused):
+            self._feedback.add_(values, start)
+
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        """See :meth:`Exchange.state_dict`: step number, u and v, and the last thresholds."""
+        saved: dict[str, Any] = self._feedback.state_dict()
+        if consolidated:  # without the thresholds: sums over more ranks are larger
+            saved = {name: mean_over_ranks(self._transport, kept) for name, kept in saved.items()}
+        else:
+            saved["thresholds"] = tuple(predictor.edges for predictor in self._predictors)
+        counters = self._counters(None if consolidated else self._comm.rank)
+        return {**counters, "config": asdict(self.config), **saved}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._load_counters(state)
+        self._feedback.load_state_dict(state)
+        self._count_reset(self._feedback.reset_nonfinite_())
+        thresholds = state.get("thresholds", [(0, 0)] * len(self._predictors))
+        for predictor, edges in zip(self._predictors, thresholds, strict=True):
+            predictor.edges = edges[0], edges[1]
+
+    def _predictions(self) -> list[int]:
+        return [edge for predictor in self._predictors for edge in predictor.edges]
+
+    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
+        for number, predictor in enumerate(self._predictors):
+            predictor.edges = predictions[2 * number], predictions[2 * number + 1]
+        if anyones:
+            for kept in self._feedback.tensors():
+                self._transport.broadcast_(kept, root)
+        elif not at_same_step:
+            self._feedback.zero_()
+            logger.warning(
+                "rank %d goes on from rank %d's checkpoint with residuals of zero: save "
+                "state_dict(consolidated=True), or one checkpoint for each rank, to keep them",
+                *(self._comm.rank, root),
+            )
+
+
+def from_the_last(gradient: Sequence[Tensor], unused: Ranges) -> Slices:
+    """``(start, values)`` of the slices, the last first, contiguous, without the coordinates that are unused.
+
+    Backward passes finish the last first: it may still be in the cache.
+    """
+    starts = accumulate((values.numel() for values in gradient), initial=0)
+    slices = []
+    for first, values in zip(starts, (values.detach().contiguous() for values in gradient), strict=False):
+        last = first + values.numel()
+        at = first
+        for start, stop in unused:
+            if start < last and stop > first:
+                slices.append((at, values[at - first : max(start, at) - first]))
+                at = min(stop, last)
+        slices.append((at, values[at - first :]))
+    return [(start, values) for start, values in reversed(slices) if values.numel()]

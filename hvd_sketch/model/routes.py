@@ -1,0 +1,105 @@
+"""Which exchange every parameter of a model goes through, and what builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Unpack
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
+from hvd_sketch.exchange.dense import DenseAllreduce
+from hvd_sketch.exchange.sketched import SketchedAllreduce
+from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.transport.base import Transport
+
+
+class MakeExchange(Protocol):
+    """How the exchange of the large tensors is built. Communication: collective."""
+
+    def __call__(
+        self, config: SketchConfig, dim: int, transport: Transport, device: torch.device, **options: Unpack[Options]
+    ) -> Exchange: ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """The parameters of a model whose gradients go through one exchange.
+
+    Attributes:
+        kind: of the exchange.
+        flat: the parameters as one vector.
+        numbers: of the parameters among all of the model.
+    """
+
+    kind: Literal["sketched", "dense"]
+    flat: FlatParameters
+    numbers: Sequence[int]
+
+    def used(self, used: Sequence[bool]) -> tuple[list[bool], Ranges]:
+        """Which of these parameters are used, of a list for all of the model, and the coordinates of the others."""
+        own = [used[number] for number in self.numbers]
+        return own, self.flat.unused(own)
+
+    def build(
+        self,
+        config: SketchConfig | None,
+        transport: Transport,
+        options: Options,
+        *,
+        scale: float = 1.0,
+        wire_dtype: torch.dtype | None = None,
+        make: MakeExchange = SketchedAllreduce,
+    ) -> Exchange:
+        """The exchange of these parameters on one rank. Communication: collective.
+
+        Args:
+            config: of the exchange; None for a dense one without momentum.
+            transport: this rank's end of the network.
+            options: what both exchanges of a model share.
+            scale: the update is multiplied by it afterwards, and must then fit the parameters' dtypes.
+            wire_dtype: what a dense exchange sends; None: the dtype of its vector.
+            make: builds the exchange where this is not the dense one.
+        """
+        own: Options = {
+            **options,
+            "dense_bytes": self.flat.dense_bytes,
+            "limits": self.flat.limits(scale),
+            "name": self.flat.name,
+        }
+        where = self.flat.dim, transport, self.flat.device
+        if self.kind == "dense":
+            return DenseAllreduce(config, *where, dtype=self.flat.dtype, wire_dtype=wire_dtype, **own)
+        assert config is not None, "without a config all is dense"
+        return make(config, *where, **own)
+
+    def unpack(self, update: SparseUpdate, used: Sequence[bool], scale: float = 1.0) -> None:
+        """Set ``p.grad`` of these parameters to ``scale`` times an update; None where they are not used."""
+        values: Tensor = update.values if scale == 1 else update.values * scale
+        if update.indices is None:
+            self.flat.unpack_dense(values, used)
+        else:
+            self.flat.unpack_sparse(update.indices, values, used)
+
+
+def routes_of(named: Sequence[NamedParameter], config: SketchConfig | None) -> list[Route]:
+    """Which parameters are sketched and which go dense: at most one route of each kind, the sketched one first.
+
+    Args:
+        named: at least one parameter.
+        config: says which tensors are small; None: all go dense.
+    """
+    goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
+    sketched = [i for i, dense in enumerate(goes_dense) if not dense]
+    dense = [i for i, dense in enumerate(goes_dense) if dense]
+    routes = []
+    if sketched:
+        routes.append(Route("sketched", FlatParameters([named[i] for i in sketched], in_slices=True), sketched))
+    if dense:
+        pairs = [named[i] for i in dense]
+        is_double = any(parameter.dtype == torch.float64 for _, parameter in pairs)
+        routes.append(Route("dense", FlatParameters(pairs, dtype=torch.float64 if is_double else torch.float32), dense))
+    return routes
