@@ -18,7 +18,8 @@ from benchmarks.image_data import load_images
 from benchmarks.kernels.c_peer import CPeer, load_library
 from benchmarks.kernels.checks import c_against
 from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
-from benchmarks.methods import competitors
+from benchmarks.methods import METHODS
+from benchmarks.methods.top_k import LocalTopK
 from benchmarks.models import MODELS
 from benchmarks.network import accuracy_report, bandwidth_report
 from benchmarks.network.bandwidth_ranks import Inputs, matrices
@@ -27,6 +28,7 @@ from benchmarks.network.checks import WrongResult, check, project
 from benchmarks.network.records import Records
 from benchmarks.network.time_to_accuracy import pending_over
 from benchmarks.network.training import endless_batches
+from hvd_sketch import SketchConfig, SketchedAllreduce
 from hvd_sketch.hashing import BlockHash, evaluate_cubic
 from hvd_sketch.kernels import reference
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
@@ -67,36 +69,39 @@ def test_records_grow_one_by_one_and_are_found_again(tmp_path) -> None:
 
 @pytest.mark.parametrize("dim", [1, 999, 1000, 500_000, 1_000_000, 6_500_000])
 def test_matrices_make_up_the_vector(dim: int) -> None:
-    assert sum(rows * columns for rows, columns in matrices(dim)) == dim
+    assert sum(rows * columns for _, (rows, columns), _ in matrices(dim)) == dim
 
 
-@pytest.mark.parametrize("name", competitors.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_passes_its_check(name: str) -> None:
     if name == "fp16":
         pytest.skip("threads have no sums in half precision; the benchmark checks it over Horovod")
 
     def on_rank(transport: LocalTransport) -> None:
-        method = competitors.METHODS[name](transport, DIM)
+        method = METHODS[name](transport, DIM, matrices(DIM))
         check(method, transport, Inputs(DIM, transport.rank))
 
     run_local(1 if name == "powersgd" else 3, on_rank)
 
 
-class Forgetful(competitors.LocalTopK):
+CONFIG = SketchConfig.for_compression(20, DIM, momentum=0.0)
+
+
+class Forgetful(LocalTopK):
     """Loses a coordinate that it should have kept."""
 
-    def average(self, gradient):
-        mean = super().average(gradient)
+    def agree(self):
+        update = super().agree()
         self.residual[int(self.residual.abs().argmax())] = 0
-        return mean
+        return update
 
 
-class Rounding(competitors.Sketched):
+class Rounding(SketchedAllreduce):
     """Sends values that one rank rounds."""
 
-    def average(self, gradient):
-        update = super().average(gradient)
-        if self._exchange._transport.rank == 1:
+    def agree(self):
+        update = super().agree()
+        if self._comm.rank == 1:
             update.values[0] *= 1 + 2**-22
         return update
 
@@ -104,14 +109,14 @@ class Rounding(competitors.Sketched):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda transport: Forgetful(transport, DIM, 100), "do not add up"),
-        (lambda transport: Rounding(transport, DIM, 20.0), "same bits"),
+        (Forgetful, "do not add up"),
+        (Rounding, "same bits"),
     ],
 )
 def test_the_check_sees_what_is_wrong(make, said: str) -> None:
     def on_rank(transport: LocalTransport) -> None:
         with pytest.raises(WrongResult, match=said):
-            check(make(transport), transport, Inputs(DIM, transport.rank))
+            check(make(CONFIG, DIM, transport), transport, Inputs(DIM, transport.rank))
 
     run_local(2, on_rank)
 

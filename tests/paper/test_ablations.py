@@ -162,7 +162,7 @@ def test_groups_at_equal_bytes(group: str) -> None:
     budget = BUDGETS[0]
     sent = {label: sent_bytes(setting, budget) for label, setting in GROUPS[group](budget).items()}
     base = sent["top-Pk" if group == "heavymix" else f"P {OVERSAMPLE}"].total()
-    assert len(sent) > 2 and all(abs(phases.total() / base - 1) < 0.03 for phases in sent.values()), sent
+    assert len(sent) > 2 and all(abs(phases.total() / base - 1) < 0.04 for phases in sent.values()), sent
 
 
 def test_tables_of_16_bits_at_equal_bytes() -> None:

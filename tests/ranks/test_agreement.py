@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.exchange.agreement import DIGEST_BITS, STEP_BITS, Agreed, Report, StepAgreement
-from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from hvd_sketch.transport.metered import MeteredTransport

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.transport import run_local
 from tests.support.plain import PlainSketchedSGD
 from tests.support.targets import float_gradient, integer_gradient, run_steps

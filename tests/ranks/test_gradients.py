@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.sketched import DenseAllreduce, SketchedAllreduce
+from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.model import parameters as packing
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
@@ -66,8 +66,8 @@ def test_a_gradient_may_come_in_parts(ranks: int) -> None:
 def test_a_large_plain_gradient_is_read_as_it_lies() -> None:
     model = make_model()
     backward(model, 0, 0)
-    flat = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1], apart=True)
-    assert [[p.numel() for p, _, _ in part] for part in flat.parts] == [[36], [270], [60, 40], [160]]
+    flat = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1], in_slices=True)
+    assert [[p.numel() for p, _, _ in part] for part in flat.slices] == [[36], [270], [60, 40], [160]]
     parts = flat.pack()
     large = [p for p in model.parameters() if p.numel() >= 100]
     assert [part.data_ptr() for part in parts if part.numel() in (270, 160)] == [p.grad.data_ptr() for p in large]
