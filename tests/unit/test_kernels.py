@@ -80,8 +80,8 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 @st.composite
-def hashes(draw: st.DrawFn) -> BlockHash:
-    dim = draw(st.one_of(st.integers(1, 300), st.integers(1, 10_000)))
+def hashes(draw: st.DrawFn, most: int = 10_000) -> BlockHash:
+    dim = draw(st.one_of(st.integers(1, 300), st.integers(1, most)))
     rows = draw(st.integers(1, 9))
     shards = draw(st.integers(1, 7))
     cols = draw(st.one_of(st.integers(shards, 40), st.integers(shards, 5_000)))
