@@ -305,6 +305,7 @@ def test_scatter_equals_the_reference(data: st.DataObject, sizes: list[int], dty
     assert all(torch.equal(mine.cpu(), right) for mine, right in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """To machine code, by Triton and ptxas, with neither spilled registers nor sums rounded once instead of twice."""
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():

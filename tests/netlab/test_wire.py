@@ -11,7 +11,7 @@ import pytest
 from tests.support.harness import launch
 from tests.support.labs import lab, needs_lab
 
-pytestmark = [pytest.mark.multiprocess, needs_lab]
+pytestmark = [pytest.mark.slow, needs_lab]
 
 HEADER_BYTES = 14 + 20 + 32  # Ethernet, IPv4, and TCP with its timestamps
 LARGE_BYTES = 10**6

@@ -19,6 +19,7 @@ pytestmark = [
 CHECKS = register("horovod-gloo", 2, "tests.support.dropin:check_all")
 
 
+@pytest.mark.slow
 def test_all_checks_under_horovodrun() -> None:
     ran = CHECKS.results()
     assert ran[0] == ran[1] > 10, "so many checks"

@@ -24,6 +24,7 @@ def test_on_threads(check, ranks: int) -> None:
         launch("local", ranks, f"{check.__module__}:{check.__name__}", timeout_s=60)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("job", ON_PROCESSES)
 def test_on_processes(job: Job) -> None:

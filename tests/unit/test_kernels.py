@@ -419,6 +419,7 @@ def test_processes_that_start_at_once_share_a_cold_cache(tmp_path: Any) -> None:
     assert any(path.suffix == ".nbc" for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Any) -> None:
     """The tests against the reference once more, every index of the compiled loops checked, and 16 lanes at a time."""
     checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -182,6 +182,7 @@ def noisy(dim: int, heavy: torch.Tensor, size: float, seed: int) -> torch.Tensor
     return values
 
 
+@pytest.mark.slow
 def test_recall_equals_an_ideal_hash_wherever_the_heavy_lie() -> None:
     """A [2048, 1024] weight at 4 shards: a heavy column (its stride is 4 blocks), clusters, and spread out.
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.harness import ROOT, child_environment, run_command
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]  # what all use compiles every kernel
+
 COMPILED = """
 from numba.core import event
 recorder = event.RecordingListener()
@@ -106,14 +108,12 @@ def run_program(program: str, folder: Path, timeout_s: float = 200) -> str:
     return output
 
 
-@pytest.mark.multiprocess
 def test_one_of_three_processes_compiles(outputs: tuple[str, str]) -> None:
     job, other = outputs
     assert job.count("this rank compiled") == 1, job
     assert "False" in other and (other.startswith("['waiting for another process") or other.startswith("[]"))
 
 
-@pytest.mark.multiprocess
 def test_a_job_on_an_empty_cache_says_once_that_it_compiles(outputs: tuple[str, str], folder: Path) -> None:
     """On rank 0 alone, before the first step, whichever rank it is that compiles."""
     job, _ = outputs
@@ -125,7 +125,6 @@ def test_a_job_on_an_empty_cache_says_once_that_it_compiles(outputs: tuple[str, 
     assert status == 0 and "CPU kernels" not in output and "compiled" not in output, output
 
 
-@pytest.mark.multiprocess
 def test_runs_compile_nothing_after_a_warm_up(folder: Path, outputs: tuple[str, str]) -> None:
     ours = (
         "assert not [name for name in compiled() if name in {k.py_func.__name__ for k in cached_kernels()}], compiled()"
@@ -133,13 +132,11 @@ def test_runs_compile_nothing_after_a_warm_up(folder: Path, outputs: tuple[str, 
     run_program(COMPILED + WARM_UP + "assert not told, told\n" + RUNS + ours, folder)
 
 
-@pytest.mark.multiprocess
 def test_a_warm_cache_costs_nothing(folder: Path, outputs: tuple[str, str]) -> None:
     timed = "import time, hvd_sketch.warm_up\nbegin = time.perf_counter()\n" + WARM_UP
     assert float(run_program(timed + "print(time.perf_counter() - begin)", folder)) < 0.5
 
 
-@pytest.mark.multiprocess
 def test_a_lost_marker_compiles_nothing(folder: Path, outputs: tuple[str, str]) -> None:
     """Its kernels are still in the cache, whose own index says so."""
     for marker in folder.rglob("hvd_sketch_warm_*[!k]"):
@@ -147,7 +144,6 @@ def test_a_lost_marker_compiles_nothing(folder: Path, outputs: tuple[str, str]) 
     run_program(COMPILED + WARM_UP + "assert not told and not compiled(), compiled()", folder)
 
 
-@pytest.mark.multiprocess
 def test_a_process_that_dies_lets_others_in(tmp_path: Path) -> None:
     lock = "from hvd_sketch.warm_up import _one_process\nfrom pathlib import Path\nimport sys, time\n"
     hold = lock + "with _one_process(Path(sys.argv[1]), print):\n    print('held', flush=True)\n    time.sleep(100)\n"
