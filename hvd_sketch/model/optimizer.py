@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from hvd_sketch.config import ALL_DENSE, SketchConfig
 from hvd_sketch.exchange.agreement import all_finite, refused_together, require_equal
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.model.backward import BackwardWatch
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvd_sketch.model.drift import checksums
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
+from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.wrapping import HorovodArguments, check_arguments, transport_of, warn_about_settings
 from hvd_sketch.transport import HorovodTransport, Transport
 
@@ -33,56 +28,6 @@ REWRAP = (
     "them later, wrap it again"
 )
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    """What has been done for the next step.
-
-    An object of its own, because Lightning's wrapper inherits from the class of the optimizer it wraps: what methods
-    assign to ``self`` there, the wrapped optimizer does not see.
-
-    Attributes:
-        exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
-        averaged: ``p.grad`` of every parameter as the last exchange left it; None where there was none.
-        skip_synchronize: inside of ``skip_synchronize()``.
-        forgives: a ``GradScaler`` has judged the last step, too.
-        readers: methods of the wrapped optimizer that were seen to change no parameter.
-    """
-
-    exchanged: bool | None = None
-    averaged: list[weakref.ref[Tensor] | None] = field(default_factory=list)
-    skip_synchronize: bool = False
-    forgives: bool = False
-    readers: set[str] = field(default_factory=set)
-
-    def note(self, parameters: Sequence[Tensor]) -> None:
-        """The gradients of these are averaged. They are not kept alive."""
-        self.averaged = [None if p.grad is None else weakref.ref(p.grad) for p in parameters]
-
-    def unchanged(self, parameters: Sequence[Tensor]) -> list[bool]:
-        """For each parameter whether ``p.grad`` is the tensor that the last exchange left, or None as then."""
-        if len(self.averaged) != len(parameters):
-            return [False] * len(parameters)
-        kept = [None if reference is None else reference() for reference in self.averaged]
-        return [
-            parameter.grad is gradient and (reference is None or gradient is not None)
-            for parameter, gradient, reference in zip(parameters, kept, self.averaged, strict=True)
-        ]
-
-
-def _without_gradients(
-    parameters: Sequence[Tensor], method: Callable[..., Any], *arguments: Any, **options: Any
-) -> Any:
-    """Call a method while no parameter has a gradient."""
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        return method(*arguments, **options)
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 class DistributedOptimizer(ForwardingOptimizer):
@@ -183,9 +128,8 @@ class DistributedOptimizer(ForwardingOptimizer):
             check_every=check_every,
             max_skips=max_skips,
         )
-        self._backward = BackwardWatch(self._parameters)
         self._known = {id(parameter) for _, parameter in named}
-        self._progress = _Progress()
+        self._progress = Progress(self._parameters)
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
@@ -194,36 +138,7 @@ class DistributedOptimizer(ForwardingOptimizer):
             warn_about_settings(optimizer, named, sketch)
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of the wrapped optimizer that may not step with gradients that were not exchanged.
-
-        A method that left the parameters as they were once is taken for one that only reads.
-        """
-        if name in self._progress.readers:
-            return method
-
-        @wraps(method)
-        def call(*arguments: Any, **options: Any) -> Any:
-            parameters = self._parameters
-            if self._progress.exchanged is False:
-                return _without_gradients(parameters, method, *arguments, **options)  # NaN: not to be stepped with
-            if not self._has_new_gradients():
-                versions = [parameter._version for parameter in parameters]
-                result = method(*arguments, **options)
-                if versions != [parameter._version for parameter in parameters]:
-                    self._start_over()  # the gradients have been used
-                return result
-            before = checksums(parameters)
-            result = method(*arguments, **options)
-            if not torch.equal(before, checksums(parameters)):
-                raise RuntimeError(
-                    f"{type(self.inner).__name__}.{name}() changed parameters by gradients that were not exchanged, "
-                    f"and the ranks have drifted apart: call optimizer.synchronize() on every rank before {name}(), or "
-                    "step by optimizer.step()"
-                )
-            self._progress.readers.add(name)
-            return result
-
-        return call
+        return self._progress.guarded(f"{type(self.inner).__name__}.{name}", method)
 
     @property
     def exchange(self) -> SketchedAllreduce | None:
@@ -251,7 +166,7 @@ class DistributedOptimizer(ForwardingOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets backward passes since the last step. Communication: none."""
         self.inner.zero_grad(set_to_none=set_to_none)
-        self._start_over()
+        self._progress.start_over()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients over all ranks, then step the wrapped optimizer, unless all ranks skip.
@@ -276,7 +191,7 @@ class DistributedOptimizer(ForwardingOptimizer):
                 loss = closure()
         # From our own attributes only: a fused inner optimizer may have such attributes for itself.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if self._progress.exchanged is not None and grad_scale is not None and not self._backward.has_seen:
+        if self._progress.awaits_step and grad_scale is not None:
             raise RuntimeError(
                 "synchronize() averaged gradients that still carry the loss scale: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
@@ -285,7 +200,7 @@ class DistributedOptimizer(ForwardingOptimizer):
             is_taken = self._take_averaged(found_inf)
         else:
             is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
-        self._start_over()
+        self._progress.start_over()
         self._progress.forgives = found_inf is not None
         if is_taken:
             self._step_inner(closure is not None)
@@ -293,12 +208,12 @@ class DistributedOptimizer(ForwardingOptimizer):
 
     def _take_averaged(self, found_inf: Any) -> bool:
         """Whether ``synchronize()`` has left gradients that can be stepped with."""
-        if self._progress.exchanged is None or self._backward.has_seen:
+        if not self._progress.awaits_step:
             raise RuntimeError(
                 "step() inside skip_synchronize() found gradients that no synchronize() has averaged, and "
                 "ranks would drift apart: call synchronize() after the last backward pass, or step() outside"
             )
-        return self._progress.exchanged and self._is_usable(found_inf)
+        return bool(self._progress.exchanged) and self._is_usable(found_inf)
 
     def _is_usable(self, found_inf: Any) -> bool:
         """Whether averaged gradients can be stepped with, after a scaler has looked at them.
@@ -371,23 +286,13 @@ class DistributedOptimizer(ForwardingOptimizer):
             broadcast_optimizer_state(self.inner, active[0], self._transport)
         self.zero_grad()
 
-    def _has_new_gradients(self) -> bool:
-        """Whether this rank has gradients that were not averaged."""
-        pairs = zip(self._parameters, self._progress.unchanged(self._parameters), strict=True)
-        return self._backward.has_seen or any(p.grad is not None and not unchanged for p, unchanged in pairs)
-
-    def _start_over(self) -> None:
-        self._progress.exchanged = None
-        self._backward.has_seen = False
-
     def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip.
 
         Whether these are averaged already is not for one rank to decide: it says so, and all ranks hear it.
         """
         progress = self._progress
-        is_held = progress.exchanged is not None and not self._backward.has_seen
-        is_held = is_held and all(progress.unchanged(self._parameters))
+        is_held = progress.holds_averaged
         if is_held:
             warnings.warn(
                 "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(), "
@@ -404,9 +309,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         )
         progress.forgives = False
         if not is_held:
-            progress.exchanged = is_averaged
-            progress.note(self._parameters)
-            self._backward.has_seen = False
+            progress.note_exchange(is_averaged)
         return bool(progress.exchanged)
 
     def _unregistered(self) -> RuntimeError | None:
@@ -464,7 +367,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         else:
             self._forget_residuals()
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
-        self._start_over()
+        self._progress.start_over()
 
     def _forget_residuals(self) -> None:
         self._gradients.forget()
