@@ -6,9 +6,8 @@
 
 "copies" is the time in units of a ``copy_`` of the vector into a touched buffer in the same run; "bandwidth" is the
 share of that copy's bandwidth that the bytes an operation must move through memory come to; "x torch" is how much
-faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py); "over C" is how many
-times as long as in C it takes (c_kernels.c, on the CPU where ``cc`` can compile it: the lines "C …"). "hash alone"
-evaluates signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probes of the level-2 cache, whose
+faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``: torch_style.py). "hash alone" evaluates
+signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probes of the level-2 cache, whose
 "bandwidth" is a multiple of the copy's, and "limit" is the share of the bound that hvd_sketch/kernels/gpu.py derives.
 
 Times are medians of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and
@@ -24,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.c_peer import load_library
 from benchmarks.kernels.measure import measure
 from benchmarks.kernels.report import Setting, plot, print_table
 from benchmarks.machine import describe_machine
@@ -65,8 +63,6 @@ def main() -> None:
     device = torch.device(arguments.device)
     machine = describe_machine(device) | {"threads": arguments.threads}
     print(machine["device"], f"{arguments.threads} threads", machine["versions"], sep=", ")
-    if device.type == "cpu" and load_library() is None:
-        print("no C compiler here that knows OpenMP and -march=native: the lines in C are left out")
     reports = []
     for setting in settings_of(arguments):
         reports.append(measure(setting, device, arguments.rounds, not arguments.no_torch))

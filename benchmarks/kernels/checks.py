@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from types import ModuleType
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from benchmarks.kernels.c_peer import ROWS_OF_ESTIMATES, CPeer
 from benchmarks.kernels.torch_style import TorchStyle
 from hvd_sketch import SketchedAllreduce
 from hvd_sketch.exchange.threshold import ShardEstimates, find_threshold
@@ -58,32 +56,6 @@ def _against_reference(like: BlockHash, dim: int, device: torch.device) -> list[
     count, own = -(-dim // 10), [table[:, 0].contiguous() for table in (ours[0], theirs[0])]
     if not torch.equal(recover(kernels, hash, own[0], count).cpu().long(), recover(reference, hash, own[1], count)):
         wrong.append(f"recovery at dim {dim}: differs from the reference's")
-    return wrong
-
-
-def wrong_in_c(library: ctypes.CDLL, like: BlockHash) -> list[str]:
-    """What the C yardstick gets wrong: against the reference on small sizes, against our kernels on this one."""
-    small = [BlockHash(dim, like.rows, max(dim // 5, 1), 1, seed=1) for dim in SMALL_DIMS]
-    wrong = [message for hash in small for message in c_against(reference, library, hash)]
-    return wrong + c_against(load_backend(None, torch.device("cpu")), library, like)
-
-
-def c_against(kernels: ModuleType, library: ctypes.CDLL, hash: BlockHash) -> list[str]:
-    """Where C and a backend differ, on whole numbers."""
-    peer, random = CPeer(library, hash), torch.Generator().manual_seed(0)
-    u, v, gradient = (torch.randint(-8, 9, (hash.dim,), generator=random).float() for _ in range(3))
-    expected, ours = ([torch.zeros(hash.table_shape), u.clone(), v.clone()] for _ in range(2))
-    kernels.feedback_accumulate_(hash, *expected, gradient, 0.5, 0)
-    kernels.accumulate_(hash, expected[0], gradient, 0)
-    peer.feedback_accumulate_(*ours, gradient, 0.5)
-    peer.accumulate_(ours[0], gradient)
-    wrong = []
-    if not all(torch.equal(mine, right) for mine, right in zip(ours, expected, strict=True)):
-        wrong.append(f"C at dim {hash.dim}: table, u or v differ")
-    if hash.rows in ROWS_OF_ESTIMATES:
-        estimates = kernels.estimate(hash, expected[0], 0, hash.dim)
-        if not torch.equal(peer.estimate(expected[0]), estimates):
-            wrong.append(f"C at dim {hash.dim}: estimates differ")
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""What ``python -m benchmarks.kernels`` times: kernels one by one, whole steps, and the same in torch and in C."""
+"""What ``python -m benchmarks.kernels`` times: kernels one by one, whole steps, and the same in torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.c_peer import ROWS_OF_ESTIMATES, CPeer, load_library
-from benchmarks.kernels.checks import hash_only, recover, wrong_checksum, wrong_in_c, wrong_results, wrong_step
+from benchmarks.kernels.checks import hash_only, recover, wrong_checksum, wrong_results, wrong_step
 from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
 from benchmarks.kernels.torch_style import TorchStyle
 from benchmarks.machine import peak_memory_of
@@ -49,13 +48,6 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
     }
     if values.device.type == "cpu":
         operations["hash alone"] = lambda: hash_only(hash)
-        library = load_library()
-        if library is not None:
-            peer = CPeer(library, hash)
-            operations["C sketch"] = lambda: peer.accumulate_(scratch, values)
-            operations["C feedback + sketch"] = lambda: peer.feedback_accumulate_(scratch, u, v, values, MOMENTUM)
-            if hash.rows in ROWS_OF_ESTIMATES:
-                operations["C estimate"] = lambda: peer.estimate(table)
     else:
         from benchmarks.kernels import gpu_probes  # which imports Triton
 
@@ -121,8 +113,6 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     torch_style = TorchStyle(hash, device) if with_torch else None
     gradients = random_gradients(setting, device)
     wrong = wrong_results(hash, torch_style, setting.candidates, device) + wrong_checksum(gradients[0])
-    if device.type == "cpu" and (library := load_library()) is not None:
-        wrong += wrong_in_c(library, hash)
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
         wrong += wrong_step(hash, torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
     if wrong:

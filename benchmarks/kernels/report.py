@@ -36,8 +36,7 @@ BYTES_PER_COORDINATE = {
     "checksum": 4,
 }
 TORCH_PEERS = {"sketch": "torch sketch", "recovery": "torch recovery", "step": "torch step"}
-C_PEERS = {"sketch": "C sketch", "feedback + sketch": "C feedback + sketch", "estimate": "C estimate"}
-PEER_OF_C = {peer: name for name, peer in C_PEERS.items()}
+USES_OF_HASH = ("sketch", "feedback + sketch", "estimate")
 L2_PROBES = ("L2 read", "L2 add")
 # A probe's buffer: read anew by every launch, and well inside the level-2 cache (50 MB on an H100), of which half lies
 # at the chip's other side. And how often it is walked in a launch, which alone takes as long as one or two walks.
@@ -51,10 +50,10 @@ def lines(elapsed: dict[str, list[float]], setting: Setting, l2_bytes: int = 0) 
     limits = limits_ms(medians, setting, l2_bytes)
     records = []
     for name, median_ms in medians.items():
-        moved = BYTES_PER_COORDINATE.get(PEER_OF_C.get(name, name), 0) * setting.dim
+        moved = BYTES_PER_COORDINATE.get(name, 0) * setting.dim
         if name in L2_PROBES:
             moved = L2_BUFFER_BYTES * L2_PASSES
-        torch_ms, c_ms = (medians.get(peers.get(name, "")) for peers in (TORCH_PEERS, C_PEERS))
+        torch_ms = medians.get(TORCH_PEERS.get(name, ""))
         records.append(
             {
                 "operation": name,
@@ -64,7 +63,6 @@ def lines(elapsed: dict[str, list[float]], setting: Setting, l2_bytes: int = 0) 
                 "bytes": moved or None,
                 "bandwidth": moved / median_ms / copy_bytes_per_ms if moved else None,
                 "times_torch": torch_ms / median_ms if torch_ms else None,
-                "times_c": median_ms / c_ms if c_ms else None,
                 "limit": limits[name] / median_ms if name in limits else None,
             }
         )
@@ -77,7 +75,7 @@ def limits_ms(medians: dict[str, float], setting: Setting, l2_bytes: int) -> dic
         return {}
     copy_ms_per_byte = medians["copy"] / BYTES_PER_COORDINATE["copy"]  # for each coordinate
     l2_ms = 4 * setting.rows * setting.dim * medians["L2 read"] / (L2_BUFFER_BYTES * L2_PASSES)
-    return {name: max(BYTES_PER_COORDINATE[name] * copy_ms_per_byte, l2_ms) for name in C_PEERS}
+    return {name: max(BYTES_PER_COORDINATE[name] * copy_ms_per_byte, l2_ms) for name in USES_OF_HASH}
 
 
 def print_table(report: dict) -> None:
@@ -90,7 +88,6 @@ def print_table(report: dict) -> None:
         ("GB", "bytes", 7, ".2f"),
         ("bandwidth", "bandwidth", 11, ".0%"),
         ("x torch", "times_torch", 9, ".1f"),
-        ("over C", "times_c", 8, ".2f"),
         ("limit", "limit", 7, ".0%"),
     ]
     columns = [column for column in columns if any(line[column[1]] for line in report["lines"])]
@@ -105,7 +102,7 @@ def print_table(report: dict) -> None:
 def print_shares(report: dict) -> None:
     """The hash's share of what uses it, what comparing the ranks' parameters adds to a step, and a step's memory."""
     medians = {line["operation"]: line["median_ms"] for line in report["lines"]}
-    shares = (f"{medians['hash alone'] / medians[name]:.0%} of {name}" for name in C_PEERS)
+    shares = (f"{medians['hash alone'] / medians[name]:.0%} of {name}" for name in USES_OF_HASH)
     print("the hash alone takes as long as", ", ".join(shares))
     added = medians["checksum"] / CHECK_EVERY / medians["step"]
     print(f"a checksum of as many parameters in one of {CHECK_EVERY} steps adds {added:.2%} to a step")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 import torch
 
 from benchmarks.image_data import load_images
-from benchmarks.kernels.c_peer import CPeer, load_library
-from benchmarks.kernels.checks import c_against
 from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
 from benchmarks.methods import METHODS
 from benchmarks.methods.top_k import LocalTopK
@@ -30,7 +27,6 @@ from benchmarks.network.time_to_accuracy import pending_over
 from benchmarks.network.training import endless_batches
 from hvd_sketch import SketchConfig, SketchedAllreduce
 from hvd_sketch.hashing import BlockHash, evaluate_cubic
-from hvd_sketch.kernels import reference
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.support.harness import FIRST_STEP_LIMIT_S, run_command, started, wait_until
 from tests.support.labs import needs_lab
@@ -153,42 +149,6 @@ def test_kernels_end_to_end(tmp_path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 3, 5])
-@pytest.mark.parametrize(
-    ("dim", "cols"),
-    [(1, 1), (777, 1), (777, 100), (4_096, 64), (50_000, 300), (100_003, 7), (100_003, 200), (100_003, 20_001)],
-)
-def test_c_equals_the_reference(dim: int, cols: int, rows: int, threads: int) -> None:
-    """Also of blocks of 1 to 256, fewer columns than a block's lanes, and more threads than there is work."""
-    library = load_library()
-    assert library is not None, "the C compiler refuses benchmarks/kernels/c_kernels.c"
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert c_against(reference, library, BlockHash(dim, rows, cols, seed=rows)) == []
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
-def test_c_refuses_what_it_cannot_do() -> None:
-    library = load_library()
-    assert library is not None
-    with pytest.raises(ValueError, match="one shard and at most 64 rows, got 2 and 3"):
-        CPeer(library, BlockHash(100, 3, 20, 2))
-    with pytest.raises(ValueError, match="got 4"):
-        CPeer(library, BlockHash(100, 4, 20)).estimate(torch.zeros(4, 1, 20))
-
-
-def test_without_a_compiler_the_lines_in_c_are_left_out(monkeypatch) -> None:
-    monkeypatch.setenv("CC", "/no/such/compiler")
-    status, output = benchmark("kernels", "--dims", "2e4", "--rows", "3", "--rounds", "1", "--no-torch")
-    assert status == 0 and "no C compiler" in output
-    assert "C sketch" not in output and "over C" not in output and "the hash alone" in output
-
-
 @pytest.mark.parametrize(("dim", "cols"), [(777, 20), (5_000, 300), (5_003, 2_000)])
 def test_the_hash_alone_on_a_gpu_is_the_hash(dim: int, cols: int) -> None:
     """Blocks of 4, 64 and 256; the last of each is cut short."""
@@ -219,13 +179,11 @@ def test_limits_take_the_slower_of_memory_and_l2() -> None:
     """A copy of 1 M coordinates takes 1 ms: 8 GB/s. L2 is 4 times as fast."""
     l2_ms = L2_BUFFER_BYTES * L2_PASSES / 32e6
     elapsed = {"copy": [1.0], "sketch": [5.0], "feedback + sketch": [5.0], "estimate": [1.0], "L2 read": [l2_ms]}
-    elapsed["C sketch"] = [2.0]
     setting = Setting(1_000_000, 5, 1_000, 10, 4)
     by_name = {line["operation"]: line for line in lines(elapsed, setting, l2_bytes=40_000)}
     assert by_name["sketch"]["limit"] == pytest.approx(4 * 5 / 32 / 5)  # L2's, 4 r / L
     assert by_name["feedback + sketch"]["limit"] == pytest.approx(20 / 8 / 5)  # memory's, 20 / M
     assert by_name["L2 read"]["bandwidth"] == pytest.approx(4)
-    assert by_name["sketch"]["times_c"] == 2.5 and by_name["estimate"]["times_c"] is None
     assert all(line["limit"] is None for line in lines(elapsed, setting, l2_bytes=39_999))
 
 
