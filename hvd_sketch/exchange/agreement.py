@@ -345,18 +345,13 @@ def refused_together(comm: Transport) -> Iterator[None]:
     raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
 
 
-def all_finite(parts: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; waits for the device of the parts."""
-    return bool(finite_flag(parts))
-
-
-def finite_flag(parts: Sequence[Tensor]) -> Tensor:
-    """Whether no element is NaN or infinite: bool [], on the device of the parts, which is not waited for.
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; waits for the device of the tensors.
 
     One pass, half the time of a copy; isfinite().all() takes four copies.
     """
-    extremes = [torch.stack(torch.aminmax(part)) for part in parts if part.numel()]
-    return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
+    extremes = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
+    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
 
 def tell_values(values: Sequence[object]) -> str:

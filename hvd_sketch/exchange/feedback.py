@@ -13,7 +13,7 @@ from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.sketch import CountSketch
 
-# The largest float32 but for rounding: W parts of a W-th of it each have a finite sum.
+# The largest float32 but for rounding: W addends of a W-th of it each have a finite sum.
 LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
 
 
@@ -72,16 +72,15 @@ class Feedback:
         """float32 [dim], the momentum; zeros where momentum is 0."""
         return self._u if self.momentum else torch.zeros_like(self.v)
 
-    def add_(self, part: Tensor, start: int = 0, sketch: CountSketch | None = None) -> None:
+    def add_(self, values: Tensor, start: int = 0, sketch: CountSketch | None = None) -> None:
         """Take in coordinates ``start …`` of a gradient, float32 [n]; with ``sketch``, add their new v to it."""
-        u, v = self._slices(part, start)
+        u, v = self._slices_of(start, start + values.numel())
         if sketch is None:
-            self._kernels.feedback_(u, v, part, self.momentum)
+            self._kernels.feedback_(u, v, values, self.momentum)
         else:
-            self._kernels.feedback_accumulate_(sketch.hash, sketch.table, u, v, part, self.momentum, start)
+            self._kernels.feedback_accumulate_(sketch.hash, sketch.table, u, v, values, self.momentum, start)
 
-    def _slices(self, part: Tensor, start: int) -> tuple[Tensor | None, Tensor]:
-        stop = start + part.numel()
+    def _slices_of(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
         return self._u[start:stop] if self.momentum else None, self.v[start:stop]
 
     def offer(self, indices: Tensor, out: Tensor) -> bool:
@@ -105,7 +104,7 @@ class Feedback:
     def clear_(self, indices: Tensor) -> None:
         """Zero u and v at coordinates that were sent (momentum factor masking and error reset).
 
-        Where only a part of v was offered, v keeps the rest.
+        Where only some of v was offered, v keeps the rest.
         """
         for kept in (self.v, self._u) if self.momentum else (self.v,):
             self._kernels.clear_(kept, indices)

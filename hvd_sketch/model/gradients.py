@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -21,6 +22,7 @@ from hvd_sketch.model.routes import routes_of
 from hvd_sketch.transport.base import Transport
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
+NOTHING_TO_REPORT = Report()
 logger = logging.getLogger(__name__)
 
 
@@ -105,68 +107,42 @@ class GradientExchange:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
-    def average(
-        self,
-        inverse_scale: Tensor | None = None,
-        *,
-        finite: bool = True,
-        scaled: bool = False,
-        forgives: bool = False,
-        held: bool = False,
-        done: bool = False,
-        refusal: Exception | None = None,
-    ) -> bool:
+    def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
 
         A parameter of which no rank has a gradient has none afterwards. One of which any rank has a gradient has one on
         all ranks. After a skip every ``p.grad`` is NaN on every rank, so that all who look at it see the same.
 
         Args:
+            report: what the caller knows of this rank. Where it says ``held`` on all ranks nothing is exchanged, and
+                True is returned. Where it says ``done``, only what is left in this rank's residual takes part.
             inverse_scale: see :meth:`FlatParameters.pack`; may differ between ranks.
-            finite: this rank's verdict on anything else; False on one rank makes all skip.
-            scaled: a ``GradScaler`` judges this step, too.
-            forgives: a ``GradScaler`` has judged the skipped step before.
-            held: ``p.grad`` is averaged already. If all ranks say so nothing is exchanged, and True is returned.
-            done: this rank has run out of data: of its own, only what is left in its residual takes part.
-            refusal: what this rank raises because it cannot take the step; None: it can.
 
         Raises:
             RuntimeError: on every rank: see ``StepAgreement.agree``; or the ranks' parameters have drifted apart. Where
                 they never were equal, rank 0 warns.
         """
-        if done:
+        if report.done:
             for _, parameter in self._named:
                 parameter.grad = None
         packed: list[list[Tensor]] = []
-        own_digest, sums = 0, torch.empty(0)
+        sums: Tensor | None = None  # checksums of the parameters
         try:
-            packed = [] if held else self._pack(inverse_scale, done)
-            finite = finite and all_finite([values for slices in packed for values in slices])
-            if self._check_is_due() and not (done or held):
+            packed = [] if report.held else self._pack(inverse_scale, report.done)
+            finite = report.finite and all_finite([values for slices in packed for values in slices])
+            report = replace(report, finite=finite)
+            if self._check_is_due() and not (report.done or report.held):
                 sums = checksums([parameter for _, parameter in self._named])
-                own_digest = digest(sums)
+                report = replace(report, digest=digest(sums))
         except (RuntimeError, TypeError, ValueError) as error:
-            refusal = refusal or error
-        agreed = self._lead.begin_step(
-            Report(
-                finite=finite,
-                scaled=scaled,
-                forgives=forgives,
-                held=held,
-                done=done,
-                refusal=refusal,
-                used=self._flags(),
-                digest=own_digest,
-            )
-        )
+            report = replace(report, refusal=report.refusal or error)
+        agreed = self._lead.begin_step(replace(report, used=self._flags()))
         self._is_over = not agreed.active
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
                 exchange.take_over_state(agreed.root)
-        if agreed.compared:
-            if agreed.drifted:
-                self._tell_drift(sums)
-            self._were_equal = not agreed.drifted
+        if agreed.compared and sums is not None:
+            self._judge_drift(agreed.drifted, sums)
         if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
         return agreed.goes_on or agreed.held
@@ -197,7 +173,6 @@ class GradientExchange:
             route.flat.fill_gradients(float("nan"), route.used(agreed.used)[0])
 
     def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
-        # The dense one first: its parameters' gradients are exact whatever happens in the other.
         for route, exchange, gradient in reversed(list(zip(self._routes, self._exchanges, packed, strict=True))):
             own, unused = route.used(used)
             exchange.accumulate(gradient, unused)
@@ -212,12 +187,15 @@ class GradientExchange:
             return False
         return self._begun <= 1 or self._lead.step_number % self._check_every == 0
 
-    def _tell_drift(self, sums: Tensor) -> None:
-        """Name the parameters that differ: an error where they were equal before, a warning where they never were."""
+    def _judge_drift(self, drifted: bool, sums: Tensor) -> None:
+        """Parameters that differ are an error where they were equal before, and a warning where they never were."""
+        were_equal, self._were_equal = self._were_equal, not drifted
+        if not drifted:
+            return
         told = describe_drift(self._transport, self._named, sums)
         rank, step = self._transport.rank, self._lead.step_number
         differ = f"the parameters differ between the ranks (seen from rank {rank}, before step {step}):{told}"
-        if self._were_equal:
+        if were_equal:
             raise RuntimeError(
                 f"{differ}\nThey were equal before: change parameters, p.grad and learning rates alike on every rank, "
                 "and load the same checkpoint. check_every=0 turns this check off."
@@ -241,7 +219,7 @@ class GradientExchange:
         Communication: collective, all ranks.
         """
         while True:
-            self.average(done=True)
+            self.average(Report(done=True))
             if self._is_over:
                 return self.active
 

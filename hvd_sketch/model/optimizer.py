@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from hvd_sketch.config import ALL_DENSE, SketchConfig
-from hvd_sketch.exchange.agreement import all_finite, refused_together, require_equal
+from hvd_sketch.exchange.agreement import Report, all_finite, refused_together, require_equal
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -103,18 +103,13 @@ class DistributedOptimizer(ForwardingOptimizer):
     ) -> None:
         self._transport, sketch = transport_of(transport, process_set, sketch)
         horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
-        counts = {
-            "backward_passes_per_step": (backward_passes_per_step, 1),
-            "check_every": (check_every, 0),
-            "max_skips": (max_skips, 0),
-        }
+        passes = {"backward_passes_per_step": (backward_passes_per_step, 1)}
+        counts = {**passes, "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
         with refused_together(self._transport):
             check_arguments(optimizer, sketch, horovod, counts)
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
-        equal = {name: value for name, (value, _) in counts.items()}
-        as_horovod = {"compression": horovod.wire_dtype(), "op": horovod.is_sum(), "sparse_as_dense": sparse_as_dense}
-        require_equal(self._transport, {**equal, **as_horovod})
+        require_equal(self._transport, {name: value for name, (value, _) in counts.items()} | horovod.compared())
         super().__init__(optimizer)
         self._named = named
         self._parameters = [parameter for _, parameter in named]
@@ -299,14 +294,15 @@ class DistributedOptimizer(ForwardingOptimizer):
                 "or synchronize() called twice: the gradients are averaged already and are not exchanged again",
                 stacklevel=3,
             )
-        is_averaged = self._gradients.average(
-            None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float(),
+        report = Report(
             finite=is_held or found_inf is None or not float(found_inf),
             scaled=found_inf is not None,
             forgives=progress.forgives,
             held=is_held,
             refusal=self._unregistered(),
         )
+        inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
+        is_averaged = self._gradients.average(report, inverse_scale)
         progress.forgives = False
         if not is_held:
             progress.note_exchange(is_averaged)

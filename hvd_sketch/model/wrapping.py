@@ -65,6 +65,10 @@ class HorovodArguments:
             )
         return WIRE_DTYPES[name]
 
+    def compared(self) -> dict[str, object]:
+        """What must be equal on all ranks, by name."""
+        return {"compression": self.wire_dtype(), "op": self.is_sum(), "sparse_as_dense": self.sparse_as_dense}
+
     def is_sum(self) -> bool:
         """Whether gradients are summed over the ranks, not averaged."""
         name = self.op if self.op is not None else "average"
