@@ -1,13 +1,10 @@
-"""What all ranks must agree on: equal set-ups, and before each step whether and how all of them take it."""
+"""What all ranks must agree on before each step: whether and how all of them take it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from math import ceil
@@ -16,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_sketch.exchange.setup import gather_texts, name_ranks, tell_values
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.metered import MeteredTransport
 
@@ -146,31 +144,30 @@ class StepAgreement:
         self._counters.fill(words[comm.size :], report.used)
         with comm.phase("agree"):
             sums = comm.allreduce_(words)
-        every = [_Word.read(word) for word in sums[: comm.size].tolist()]
+        every = _Words(sums[: comm.size])
         _refuse_together(comm, every, report.refusal)
         _check_joined(comm, every)
         held = _all_hold(every)
         root = _state_root(every)
-        if any(word.flags & Flag.FORGIVES for word in every):
+        if every.saying(Flag.FORGIVES):
             self._in_a_row = 0
-        goes_on = self._judge(every)
-        digests = [word.digest for word in every]
+        compared = bool(every.digests.all())
         return Agreed(
-            goes_on=goes_on,
+            goes_on=self._judge(every),
             held=held,
-            active=tuple(rank for rank, word in enumerate(every) if not word.flags & Flag.DONE),
+            active=tuple(every.not_saying(Flag.DONE)),
             used=self._counters.read(sums[comm.size :]),
-            compared=all(digests),
-            drifted=all(digests) and len(set(digests)) > 1,
+            compared=compared,
+            drifted=compared and bool((every.digests != every.digests[0]).any()),
             root=root,
         )
 
-    def _judge(self, every: Sequence[_Word]) -> bool:
-        if all(word.flags & (Flag.DONE | Flag.HELD) for word in every):
+    def _judge(self, every: _Words) -> bool:
+        if not every.not_saying(Flag.DONE | Flag.HELD):
             return False
-        bad_ranks = [rank for rank, word in enumerate(every) if word.flags & Flag.NOT_FINITE]
+        bad_ranks = every.saying(Flag.NOT_FINITE)
         if bad_ranks:
-            self._count_skip(bad_ranks, all(every[rank].flags & Flag.SCALED for rank in bad_ranks))
+            self._count_skip(bad_ranks, set(bad_ranks) <= set(every.saying(Flag.SCALED)))
             return False
         self._in_a_row = 0
         return True
@@ -203,16 +200,26 @@ def _users_level() -> int:
     return level
 
 
-@dataclass(frozen=True)
-class _Word:
-    flags: Flag
-    step: int
-    digest: int
+class _Words:
+    """What all ranks say, in rank order; vectors, because a Python object for each of 256 ranks takes 20 ms.
 
-    @classmethod
-    def read(cls, word: int) -> _Word:
-        step = word >> FLAG_BITS
-        return cls(Flag(word & (1 << FLAG_BITS) - 1), step & (1 << STEP_BITS) - 1, step >> STEP_BITS)
+    Attributes:
+        flags, steps, digests: int64 [ranks].
+    """
+
+    def __init__(self, words: Tensor) -> None:
+        numbers = words.numpy()
+        self.flags = numbers & (1 << FLAG_BITS) - 1
+        self.steps = (numbers >> FLAG_BITS) & (1 << STEP_BITS) - 1
+        self.digests = numbers >> FLAG_BITS + STEP_BITS
+
+    def saying(self, flags: Flag) -> list[int]:
+        """The ranks that set any of some flags."""
+        return np.flatnonzero(self.flags & int(flags)).tolist()
+
+    def not_saying(self, flags: Flag) -> list[int]:
+        """The ranks that set none of some flags."""
+        return np.flatnonzero(self.flags & int(flags) == 0).tolist()
 
 
 def agreement_bytes(size: int, parameters: int) -> int:
@@ -242,11 +249,11 @@ class _Counters:
         return tuple((counts.view(-1)[: self._parameters] > 0).tolist())
 
 
-def _refuse_together(comm: Transport, every: Sequence[_Word], refusal: Exception | None) -> None:
-    refusing = [rank for rank, word in enumerate(every) if word.flags & Flag.REFUSED]
+def _refuse_together(comm: Transport, every: _Words, refusal: Exception | None) -> None:
+    refusing = every.saying(Flag.REFUSED)
     if not refusing:
         return
-    reasons = _gather_texts(comm, str(refusal or ""))
+    reasons = gather_texts(comm, str(refusal or ""))
     if refusal is not None:
         raise refusal
     raise RuntimeError(
@@ -254,8 +261,8 @@ def _refuse_together(comm: Transport, every: Sequence[_Word], refusal: Exception
     )
 
 
-def _check_joined(comm: Transport, every: Sequence[_Word]) -> None:
-    missing = [rank for rank, word in enumerate(every) if not word.flags & Flag.ARRIVED]
+def _check_joined(comm: Transport, every: _Words) -> None:
+    missing = every.not_saying(Flag.ARRIVED)
     if missing:
         raise RuntimeError(
             f"{name_ranks(missing)} of {comm.size} left this step by hvd.join(), which cannot stand in for a sketched "
@@ -263,10 +270,9 @@ def _check_joined(comm: Transport, every: Sequence[_Word]) -> None:
         )
 
 
-def _all_hold(every: Sequence[_Word]) -> bool:
+def _all_hold(every: _Words) -> bool:
     """Whether all ranks that have data hold averaged gradients. Raises where some do."""
-    holding = [rank for rank, word in enumerate(every) if word.flags & Flag.HELD]
-    others = [rank for rank, word in enumerate(every) if not word.flags & (Flag.HELD | Flag.DONE)]
+    holding, others = every.saying(Flag.HELD), every.not_saying(Flag.HELD | Flag.DONE)
     if holding and others:
         raise RuntimeError(
             f"{name_ranks(holding)} came to this exchange with gradients that synchronize() has averaged, "
@@ -276,73 +282,23 @@ def _all_hold(every: Sequence[_Word]) -> bool:
     return bool(holding)
 
 
-def _state_root(every: Sequence[_Word]) -> int | None:
+def _state_root(every: _Words) -> int | None:
     """The rank whose state the fresh ranks shall take over. Raises where no state fits all ranks."""
-    is_fresh = [bool(word.flags & Flag.FRESH) for word in every]
-    steps = [word.step for word in every]
-    if len({step for step, fresh in zip(steps, is_fresh, strict=True) if not fresh}) > 1:
+    others = every.not_saying(Flag.FRESH)
+    if len(set(every.steps[others].tolist())) > 1:
         raise RuntimeError(
-            f"the ranks are at different steps, in rank order {steps}: load checkpoints of the same step on "
-            "every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops of "
+            f"the ranks are at different steps, in rank order {every.steps.tolist()}: load checkpoints of the same "
+            "step on every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops of "
             "unequal length go into 'with optimizer.join():')"
         )
-    kinds = [Loaded((word.flags & Flag.LOADED) >> LOADED_SHIFT).name.lower() for word in every]
-    if len({kind for kind, fresh in zip(kinds, is_fresh, strict=True) if not fresh}) > 1:
+    kinds = (every.flags & int(Flag.LOADED)) >> LOADED_SHIFT
+    if len(set(kinds[others].tolist())) > 1:
+        told = tell_values([Loaded(kind).name.lower() for kind in kinds.tolist()])
         raise RuntimeError(
-            f"the ranks have loaded different kinds of checkpoints before step {steps[0]}: {tell_values(kinds)}. Load "
+            f"the ranks have loaded different kinds of checkpoints before step {every.steps[0]}: {told}. Load "
             "on every rank its own, on every rank a consolidated one, or on one rank and call broadcast_optimizer_state"
         )
-    return None if all(is_fresh) or not any(is_fresh) else is_fresh.index(False)
-
-
-def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
-    """Compare named values over all ranks; only a digest travels while they are equal.
-
-    Communication: collective, all ranks, also when they then raise.
-
-    Raises:
-        ValueError: on every rank, naming the fields that differ, the ranks and their values.
-    """
-    text = json.dumps({name: str(value) for name, value in fields.items()})
-    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    digests = comm.allgather(digest).view(comm.size, -1)
-    if bool((digests == digests[0]).all()):
-        return
-    every_rank = [json.loads(text) for text in _gather_texts(comm, text)]
-    differences = []
-    for name in dict.fromkeys(name for fields in every_rank for name in fields):
-        values = [fields.get(name, "missing") for fields in every_rank]
-        if len(set(values)) > 1:
-            differences.append(f"{name}: {tell_values(values)}")
-    shown = differences[:5] + [f"and {len(differences) - 5} more"] * (len(differences) > 5)
-    raise ValueError(
-        f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
-        + "\n  ".join(["", *shown])
-        + "\nBuild the exchange from the same configuration, model and software on every rank."
-    )
-
-
-@contextmanager
-def refused_together(comm: Transport) -> Iterator[None]:
-    """What one rank refuses inside, by a ValueError or TypeError, all ranks refuse: nobody is left waiting for it.
-
-    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
-
-    Raises:
-        ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
-    """
-    refusal: Exception | None = None
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        refusal = error
-    refusing = comm.allgather(torch.tensor([refusal is not None], dtype=torch.uint8)).nonzero().flatten().tolist()
-    if not refusing:
-        return
-    reasons = _gather_texts(comm, str(refusal))
-    if refusal is not None:
-        raise refusal
-    raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
+    return others[0] if others and len(others) < len(every.flags) else None
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -352,21 +308,3 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """
     extremes = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
     return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
-
-
-def tell_values(values: Sequence[object]) -> str:
-    """Which values there are and on which ranks, in words."""
-    ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
-    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
-
-
-def name_ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def _gather_texts(comm: Transport, text: str) -> list[str]:
-    data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
-    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
-    gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
-    ends = np.cumsum(sizes).tolist()
-    return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.agreement import Agreed, Loaded, Report, StepAgreement, all_finite, require_equal
+from hvd_sketch.exchange.agreement import Agreed, Loaded, Report, StepAgreement, all_finite
 from hvd_sketch.exchange.feedback import Limits, no_limits
+from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport.base import Transport

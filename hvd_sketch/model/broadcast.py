@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.agreement import refused_together, require_equal
+from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.transport import Transport, resolve_transport
 
 # Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.

@@ -8,7 +8,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.agreement import DIGEST_BITS, tell_values
+from hvd_sketch.exchange.agreement import DIGEST_BITS
+from hvd_sketch.exchange.setup import tell_values
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport.base import Transport
 

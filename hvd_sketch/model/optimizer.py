@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 
 from hvd_sketch.config import ALL_DENSE, SketchConfig
-from hvd_sketch.exchange.agreement import Report, all_finite, refused_together, require_equal
+from hvd_sketch.exchange.agreement import Report, all_finite
+from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters

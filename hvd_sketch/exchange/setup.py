@@ -1,0 +1,83 @@
+"""What all ranks must have in common before the first step, and how they say what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from hvd_sketch.transport.base import Transport
+
+
+def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
+    """Compare named values over all ranks; only a digest travels while they are equal.
+
+    Communication: collective, all ranks, also when they then raise.
+
+    Raises:
+        ValueError: on every rank, naming the fields that differ, the ranks and their values.
+    """
+    text = json.dumps({name: str(value) for name, value in fields.items()})
+    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = comm.allgather(digest).view(comm.size, -1)
+    if bool((digests == digests[0]).all()):
+        return
+    every_rank = [json.loads(text) for text in gather_texts(comm, text)]
+    differences = []
+    for name in dict.fromkeys(name for fields in every_rank for name in fields):
+        values = [fields.get(name, "missing") for fields in every_rank]
+        if len(set(values)) > 1:
+            differences.append(f"{name}: {tell_values(values)}")
+    shown = differences[:5] + [f"and {len(differences) - 5} more"] * (len(differences) > 5)
+    raise ValueError(
+        f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
+        + "\n  ".join(["", *shown])
+        + "\nBuild the exchange from the same configuration, model and software on every rank."
+    )
+
+
+@contextmanager
+def refused_together(comm: Transport) -> Iterator[None]:
+    """What one rank refuses inside, by a ValueError or TypeError, all ranks refuse: nobody is left waiting for it.
+
+    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
+
+    Raises:
+        ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
+    """
+    refusal: Exception | None = None
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        refusal = error
+    refusing = comm.allgather(torch.tensor([refusal is not None], dtype=torch.uint8)).nonzero().flatten().tolist()
+    if not refusing:
+        return
+    reasons = gather_texts(comm, str(refusal))
+    if refusal is not None:
+        raise refusal
+    raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
+
+
+def tell_values(values: Sequence[object]) -> str:
+    """Which values there are and on which ranks, in words."""
+    ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
+    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """Ranks in words."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def gather_texts(comm: Transport, text: str) -> list[str]:
+    """Every rank's text, in rank order. Communication: collective, all ranks."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
+    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
+    gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
+    ends = np.cumsum(sizes).tolist()
+    return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]
