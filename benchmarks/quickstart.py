@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import hvd_sketch
+from benchmarks.figures import new_figure
 from benchmarks.image_data import Images, load_images
 from benchmarks.models import mlp
 from hvd_sketch.transport import Transport, resolve_transport
@@ -213,12 +214,8 @@ def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argp
 
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
     for (side, of), colour in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
         for i, run in enumerate(of):
             label = side if i == 0 else None

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.figures import new_figure
 from hvd_sketch.model.gradients import CHECK_EVERY
 
 
@@ -112,12 +113,8 @@ def print_shares(report: dict) -> None:
 
 
 def plot(reports: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
     for rows in sorted({report["rows"] for report in reports}):
         of = sorted((r for r in reports if r["rows"] == rows), key=lambda r: r["dim"])
         for name, style in (("feedback + sketch", ":"), ("recovery", "--"), ("step", "-"), ("torch step", "-.")):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.figures import Record, grouped, markdown, new_figure
 from benchmarks.network.bandwidth_report import LABELS
 from benchmarks.network.lab import bits_per_s
-from benchmarks.network.records import Record
 
 STYLES = {"mpi": "-", "horovod": "--"}
 
@@ -15,23 +15,16 @@ STYLES = {"mpi": "-", "horovod": "--"}
 def table(records: Sequence[Record]) -> str:
     """One row for each method; the fastest at each rate in bold."""
     rates = sorted({record["rate"] for record in records}, key=bits_per_s)
-    rows: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in records:
-        rows.setdefault((record["transport"], record["method"]), {})[record["rate"]] = record
     best = {rate: min((r["seconds"]["median"] for r in of(records, rate) if r["reached"]), default=0) for rate in rates}
-    lines = [
-        f"| | learning rate | steps | {' | '.join(f's at {rate}' for rate in rates)} | MB sent per host | ratio |",
-        f"|---|---|---|{'---|' * (len(rates) + 2)}",
-    ]
-    for (transport, method), by_rate in rows.items():
-        any_ = next(iter(by_rate.values()))
-        cells = " | ".join(_seconds(by_rate.get(rate), best[rate]) for rate in rates)
-        megabytes = any_["interface"]["mean_bytes"] / 1e6
-        lines.append(
-            f"| {LABELS[method]}, {transport} | {any_['learning_rate']:g} | {any_['steps']} | {cells} | "
-            f"{megabytes:.1f} | {any_['ratio']:.1f} |"
-        )
-    return "\n".join(lines)
+    head = f" | learning rate | steps | {' | '.join(f's at {rate}' for rate in rates)} | MB sent per host | ratio"
+    rows = []
+    for (transport, method), own in grouped(records, "transport", "method").items():
+        by_rate = {record["rate"]: record for record in own}
+        times = [_seconds(by_rate.get(rate), best[rate]) for rate in rates]
+        about = [f"{LABELS[method]}, {transport}", f"{own[0]['learning_rate']:g}", str(own[0]["steps"])]
+        sent = f"{own[0]['interface']['mean_bytes'] / 1e6:.1f}"
+        rows.append([*about, *times, sent, f"{own[0]['ratio']:.1f}"])
+    return markdown(head, rows)
 
 
 def of(records: Sequence[Record], rate: str) -> list[Record]:
@@ -48,12 +41,8 @@ def _seconds(record: Record | None, best: float) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
     shown = {(record["transport"], record["method"]): record for record in records}  # bytes are alike at all rates
     for (transport, method), record in shown.items():
         megabytes = [wire_bytes / 1e6 for _, _, wire_bytes, _ in record["curve"]]

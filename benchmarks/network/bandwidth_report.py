@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Record, grouped, markdown, new_figure
 from benchmarks.network.break_even import DENSE, OURS, break_even, curve, fastest, name_bandwidth
 from benchmarks.network.lab import bits_per_s
-from benchmarks.network.records import Record
 
 LABELS = {
     "dense": "dense, reduce_scatter + allgather",
@@ -24,10 +24,7 @@ World = tuple[str, int, int]  # transport, dim, hosts
 
 def worlds(records: Sequence[Record]) -> dict[World, list[Record]]:
     """Records that can be compared with each other."""
-    groups: dict[World, list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["transport"], record["dim"], record["hosts"]), []).append(record)
-    return groups
+    return grouped(records, "transport", "dim", "hosts")
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -37,22 +34,22 @@ def tables(records: Sequence[Record]) -> str:
 def _table(world: World, records: list[Record]) -> str:
     transport, dim, hosts = world
     rates = sorted({record["rate"] for record in records}, key=bits_per_s)
-    lines = [
-        f"{transport}, {hosts} hosts, dim {dim:,}: median seconds per exchange (compute + network, nothing overlapped)",
-        "",
-        f"| | {' | '.join(rates)} | MB sent per host | ledger | faster than dense |",
-        f"|---|{'---|' * (len(rates) + 3)}",
-    ]
+    about = (
+        f"{transport}, {hosts} hosts, dim {dim:,}: median seconds per exchange (compute + network, nothing overlapped)"
+    )
+    head = f" | {' | '.join(rates)} | MB sent per host | ledger | faster than dense"
     by_method = {name: [record for record in records if record["method"] == name] for name in LABELS}
     dense = fastest(curve(by_method[name]) for name in DENSE)
+    rows = []
     for name, of in by_method.items():
         if of:
             cells = {record["rate"]: _cell(record) for record in of}
             pays = name_bandwidth(break_even(curve(of), dense)) if name not in DENSE and dense else ""
-            megabytes = f"{of[0]['interface']['mean_bytes'] / 1e6:.2f} | {of[0]['ledger_wire_bytes'] / 1e6:.2f}"
-            times = " | ".join(cells.get(rate, "") for rate in rates)
-            lines.append(f"| {LABELS[name]} | {times} | {megabytes} | {pays} |")
-    return "\n".join(lines)
+            sent = of[0]["interface"]["mean_bytes"], of[0]["ledger_wire_bytes"]
+            megabytes = [f"{each / 1e6:.2f}" for each in sent]
+            rows.append([LABELS[name], *(cells.get(rate, "") for rate in rates), *megabytes, pays])
+    told = "median seconds per exchange (compute + network, nothing overlapped)"
+    return f"{about}: {told}\n\n{markdown(head, rows)}"
 
 
 def _cell(record: Record) -> str:
@@ -61,16 +58,11 @@ def _cell(record: Record) -> str:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """A panel for each world, a row for each network; dotted: ours and the faster dense exchange take the same time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = worlds(records)
     networks = sorted({(transport, hosts) for transport, _, hosts in groups})
     dims = sorted({dim for _, dim, _ in groups})
-    size = (4.4 * len(dims), 0.4 + 3.3 * len(networks))
-    figure, axes = pyplot.subplots(len(networks), len(dims), figsize=size, layout="constrained", squeeze=False)
+    figure = new_figure(4.4 * len(dims), 0.4 + 3.3 * len(networks))
+    axes = figure.subplots(len(networks), len(dims), squeeze=False)
     for row, (transport, hosts) in zip(axes, networks, strict=True):
         for panel, dim in zip(row, dims, strict=True):
             world = (transport, dim, hosts)

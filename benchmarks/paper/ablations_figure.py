@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Run = dict[str, Any]
-Floats = npt.NDArray[np.float64]
+from benchmarks.figures import Floats, Record, draw_bars, final, longest, markdown, new_figure, spread, told
 
 TARGET_LOSS = {"ablations_mnist": 0.3, "ablations_cifar10": 1.5}  # whose first step the table gives
 TITLES = {
@@ -40,11 +38,17 @@ class Point:
     best_rate: float
     at_edge: bool
     loss_by_rate: dict[float, float]
-    runs: Sequence[Run]
+    runs: Sequence[Record]
 
-    def final(self, metric: str) -> Floats:
+    @property
+    def losses(self) -> Floats:
         """[seeds]."""
-        return np.array([run["final"][metric] for run in self.runs])
+        return final(self.runs, "train_loss")
+
+    def mean(self, name: str) -> float | None:
+        """Over seeds; None for what exists in the simulation only."""
+        values = [run[name] for run in self.runs]
+        return None if None in values else float(np.mean(values))
 
     def steps_to(self, loss: float) -> float | None:
         """The first step with a training loss as low, between points on a line, mean over seeds; None: not on all."""
@@ -62,14 +66,13 @@ def _first_below(curve: Sequence[dict[str, float]], loss: float) -> float | None
     return None
 
 
-def points(runs: list[Run]) -> list[Point]:
+def points(runs: list[Record]) -> list[Point]:
     """Of the longest trainings, in the order in which they were made; what several calls made counts once."""
-    longest = max(run["steps"] for run in runs)
-    last = [run for run in runs if run["steps"] == longest]
+    last = longest(runs)
     summaries = {(run["group"], run["label"]): run for run in last if "group" in run}.values()
     trained = {(run["setting"], run["rate"], run["seed"]): run for run in last if "curve" in run}.values()
 
-    def of(summary: Run) -> list[Run]:
+    def of(summary: Record) -> list[Record]:
         wanted = {"setting": summary["setting"], "rate": summary["best_rate"]}
         return [run for run in trained if wanted.items() <= run.items()]
 
@@ -83,19 +86,14 @@ def points(runs: list[Run]) -> list[Point]:
     ]
 
 
-def draw(runs: list[Run], path: Path) -> str:
+def draw(runs: list[Record], path: Path) -> str:
     """Write the figure, named after the experiment; returns the table as Markdown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     all_points = points(runs)
     groups = [group for group in TITLES if any(p.group == group for p in all_points)]
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    size = (3.6 * columns, 3.9 * lines)
-    figure, axes = pyplot.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
+    figure = new_figure(3.6 * columns, 3.9 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     references = [p for p in all_points if p.group == "baselines" and p.label in REFERENCES]
@@ -111,7 +109,12 @@ def draw(runs: list[Run], path: Path) -> str:
     for row in axes:
         row[0].set_ylabel("training loss at the end")
     figure.savefig(path, dpi=90)
-    return table(all_points, TARGET_LOSS[path.stem])
+    target = TARGET_LOSS[path.stem]
+    head = (
+        f"group | setting | best rate | training loss | test error | steps to a loss of {target:g} | "
+        "wire bytes per step | ratio | the paper's ratio | seeds"
+    )
+    return markdown(head, [_row(point, target) for point in all_points])
 
 
 def _finish(ax: Any, title: str) -> None:
@@ -126,10 +129,8 @@ def _finish(ax: Any, title: str) -> None:
 
 def _draw_labels(ax: Any, own: Sequence[Point]) -> None:
     """Means over seeds, and bars from the least to the greatest."""
-    losses = [p.final("train_loss") for p in own]
-    _draw_spread(ax, np.arange(len(own)), losses, "o", color="tab:orange")
-    longest = max(len(p.label) for p in own)
-    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 4 else {}
+    _draw_losses(ax, np.arange(len(own)), own, "o", color="tab:orange")
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(len(p.label) for p in own) > 4 else {}
     ax.set_xticks(range(len(own)), [p.label for p in own], fontsize=7, **turned)
 
 
@@ -138,16 +139,13 @@ def _draw_k(ax: Any, own: Sequence[Point]) -> None:
         part = [p for p in own if p.fields["masking"] is masking]
         name = "masked" if masking else "not masked"
         ks = np.array([p.fields["k"] for p in part], dtype=np.float64)
-        _draw_spread(ax, ks, [p.final("train_loss") for p in part], "o-", color=colour, label=name)
+        _draw_losses(ax, ks, part, "o-", color=colour, label=name)
     ax.set(xscale="log", xlabel="k; the last is d")
     ax.legend(fontsize=6.5)
 
 
-def _draw_spread(ax: Any, at: Floats, losses: Sequence[Floats], style: str, **options: Any) -> None:
-    means = np.array([values.mean() for values in losses])
-    below = means - [values.min() for values in losses]
-    above = np.array([values.max() for values in losses]) - means
-    ax.errorbar(at, means, yerr=[below, above], fmt=style, capsize=3, markersize=4, linewidth=1.2, **options)
+def _draw_losses(ax: Any, at: Floats, own: Sequence[Point], style: str, **options: Any) -> None:
+    draw_bars(ax, at, [p.losses for p in own], style, markersize=4, linewidth=1.2, **options)
 
 
 def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
@@ -166,43 +164,17 @@ def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
 
 def _draw_references(ax: Any, references: Sequence[Point]) -> None:
     for point in references:
-        ax.axhline(point.final("train_loss").mean(), color=REFERENCES[point.label], linestyle=":", linewidth=1)
+        ax.axhline(point.losses.mean(), color=REFERENCES[point.label], linestyle=":", linewidth=1)
 
 
-def table(all_points: Sequence[Point], target_loss: float) -> str:
-    """One line per group and setting; means over seeds, in brackets the least and the greatest."""
-    head = (
-        "group | setting | best rate | training loss | test error | steps to a loss of "
-        f"{target_loss:g} | wire bytes per step | ratio | the paper's ratio | seeds"
-    )
-    columns = head.count("|") + 1
-    return "\n".join([f"| {head} |", "|---" * columns + "|", *(_line(point, target_loss) for point in all_points)])
-
-
-def _line(point: Point, target_loss: float) -> str:
-    def spread(metric: str, unit: str, scale: float, digits: int) -> str:
-        values = scale * point.final(metric)
-        spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{unit}{spread}"
-
+def _row(point: Point, target_loss: float) -> Sequence[str]:
+    """Means over seeds, in brackets the least and the greatest."""
     steps = point.steps_to(target_loss)
-    cells = [
-        point.group,
-        point.label,
-        f"{point.best_rate:g}" + " (at the edge)" * point.at_edge,
-        spread("train_loss", "", 1, 3),
-        spread("test_error", " %", 100, 2),
+    return [
+        *(point.group, point.label, f"{point.best_rate:g}" + " (at the edge)" * point.at_edge),
+        *(spread(point.losses, ".3f"), spread(100 * final(point.runs, "test_error"), ".2f", " %")),
         "not reached" if steps is None else f"{steps:.0f}",
-        *(_mean_of(point.runs, name, form) for name, form in TRAFFIC.items()),
+        told(point.mean("wire_bytes_per_step"), ",.0f"),
+        *(told(point.mean(name), ".1f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
         str(len(point.runs)),
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-TRAFFIC = {"wire_bytes_per_step": "{:,.0f}", "compression_ratio": "{:.1f}×", "paper_compression_ratio": "{:.1f}×"}
-
-
-def _mean_of(runs: Sequence[Run], name: str, form: str) -> str:
-    """A mean over seeds; a dash for what exists in the simulation only."""
-    values = [run[name] for run in runs]
-    return "–" if None in values else form.format(float(np.mean(values)))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Run = dict[str, Any]
+from benchmarks.figures import Floats, Record, draw_bars, final, grouped, markdown, new_figure, told
+
 NAMES = {"dense": "dense", "true_topk": "true top-k", "sketched": "sketched", "local_topk": "local top-k"}
 COLOURS = {"dense": "black", "true_topk": "tab:green", "sketched": "tab:orange", "local_topk": "tab:blue"}
+HEAD = (
+    "method | setting | workers | test accuracy | updated per step | wire bytes per step | ratio | "
+    "the paper's ratio | seeds"
+)
 
 
 class Seeds:
     """The runs that differ in their seed alone."""
 
-    def __init__(self, runs: list[Run]) -> None:
+    def __init__(self, runs: list[Record]) -> None:
         self.runs = runs
         self.method, self.setting, self.workers = (runs[0][name] for name in ("method", "setting", "workers"))
 
@@ -25,53 +30,54 @@ class Seeds:
         found = [run[figure] if figure in run else run["final"][figure] for run in self.runs]
         return None if None in found else float(np.mean(found))
 
-    def accuracies(self) -> tuple[float, float, float]:
-        """Mean, least and greatest of the test accuracy, in per cent."""
-        found = [100 * run["final"]["test_accuracy"] for run in self.runs]
-        return float(np.mean(found)), min(found), max(found)
+    @property
+    def compression(self) -> float:
+        """As the paper counts."""
+        return self.mean("paper_compression_ratio") or 0.0
+
+    @property
+    def accuracies(self) -> Floats:
+        """In per cent."""
+        return 100 * final(self.runs, "test_accuracy")
 
 
-def by_seeds(runs: list[Run], part: str) -> list[Seeds]:
-    """In the order of the runs."""
-    together: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for run in runs:
-        if run["part"] == part:
-            together[run["method"], run["setting"], run["workers"], run["steps"]].append(run)
-    return [Seeds(group) for group in together.values()]
-
-
-def draw(runs: list[Run], path: Path) -> str:
+def draw(runs: list[Record], path: Path) -> str:
     """Write the figure; returns the tables as Markdown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    accuracy, sweep = by_seeds(runs, "accuracy"), by_seeds(runs, "workers")
-    _draw_accuracy(axes[0], accuracy)
-    _draw_growth(axes[1], sweep, "updated_per_step", "updated parameters per step")
-    _draw_growth(axes[2], sweep, "wire_bytes_per_step", "bytes per worker and step")
+    groups = {name: list(map(Seeds, _by_seeds(runs, name))) for name in ("accuracy", "workers")}
+    figure = new_figure(13, 3.8)
+    axes = figure.subplots(1, 3)
+    _draw_accuracy(axes[0], groups["accuracy"])
+    _draw_growth(axes[1], groups["workers"], "updated_per_step", "updated parameters per step")
+    _draw_growth(axes[2], groups["workers"], "wire_bytes_per_step", "bytes per worker and step")
     figure.savefig(path, dpi=90)
-    return "\n\n".join(table(group) for group in (accuracy, sweep) if group)
+    return "\n\n".join(markdown(HEAD, map(_row, group)) for group in groups.values() if group)
+
+
+def _by_seeds(runs: list[Record], part: str) -> list[list[Record]]:
+    chosen = (run for run in runs if run["part"] == part)
+    return list(grouped(chosen, "method", "setting", "workers", "steps").values())
+
+
+def _methods(groups: list[Seeds]) -> dict[str, list[Seeds]]:
+    return {
+        method: [group for group in groups if group.method == method]
+        for method in dict.fromkeys(g.method for g in groups)
+    }
 
 
 def _draw_accuracy(ax: Any, groups: list[Seeds]) -> None:
-    """Means, with bars from the least to the greatest seed."""
-    for method in dict.fromkeys(group.method for group in groups):
-        own = sorted((g for g in groups if g.method == method), key=lambda g: g.mean("paper_compression_ratio") or 0)
-        means, least, greatest = np.array([group.accuracies() for group in own]).T
-        spread = np.stack([means - least, greatest - means])
-        ratios = [group.mean("paper_compression_ratio") for group in own]
-        style = {"color": COLOURS[method], "label": NAMES[method], "capsize": 3, "linewidth": 1}
-        ax.errorbar(ratios, means, spread, fmt="o-" if method == "true_topk" else "o", **style)
+    for method, own in _methods(groups).items():
+        own.sort(key=lambda group: group.compression)
+        style = {"color": COLOURS[method], "label": NAMES[method], "linewidth": 1}
+        ratios, accuracies = [group.compression for group in own], [group.accuracies for group in own]
+        draw_bars(ax, ratios, accuracies, "o-" if method == "true_topk" else "o", **style)
     ax.set(xscale="log", xlabel="compression, as the paper counts", ylabel="test accuracy (%)")
-    _finish(ax, [round(group.mean("paper_compression_ratio") or 0) for group in groups])
+    _finish(ax, [round(group.compression) for group in groups])
 
 
 def _draw_growth(ax: Any, groups: list[Seeds], figure: str, label: str) -> None:
-    for method in dict.fromkeys(group.method for group in groups):
-        own = sorted((group for group in groups if group.method == method), key=lambda group: group.workers)
+    for method, own in _methods(groups).items():
+        own.sort(key=lambda group: group.workers)
         workers, values = [group.workers for group in own], [group.mean(figure) for group in own]
         ax.plot(workers, values, "o-", color=COLOURS[method], label=NAMES[method], linewidth=1)
     ax.set(xscale="log", yscale="log", xlabel="workers", ylabel=label)
@@ -88,26 +94,13 @@ def _finish(ax: Any, ticks: list[int]) -> None:
         ax.legend(fontsize=8)
 
 
-def table(groups: list[Seeds]) -> str:
-    """One line per method, setting and number of workers: means over seeds."""
-    lines = [
-        "| method | setting | workers | test accuracy | updated per step | wire bytes per step | ratio | "
-        "the paper's ratio | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+def _row(group: Seeds) -> Sequence[str]:
+    """Of one method, setting and number of workers: means over seeds."""
+    found = group.accuracies
+    return [
+        *(NAMES[group.method], group.setting, str(group.workers)),
+        f"{found.mean():.1f} % ({found.min():.1f}–{found.max():.1f})",
+        *(told(group.mean(name), ",.0f") for name in ("updated_per_step", "wire_bytes_per_step")),
+        *(told(group.mean(name), ".2f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
+        str(len(group.runs)),
     ]
-    for group in groups:
-        mean, least, greatest = group.accuracies()
-        cells = [
-            *(NAMES[group.method], group.setting, str(group.workers)),
-            f"{mean:.1f} % ({least:.1f}–{greatest:.1f})",
-            _told(group.mean("updated_per_step"), ",.0f"),
-            _told(group.mean("wire_bytes_per_step"), ",.0f"),
-            *(_told(group.mean(name), ".2f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
-            str(len(group.runs)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _told(value: float | None, format: str, unit: str = "") -> str:
-    return "–" if value is None else f"{value:{format}}{unit}"

@@ -2,98 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from benchmarks.figures import Record, curves, draw_band, final, longest, markdown, new_figure, spread, steps_of, told
 from benchmarks.paper.translation import METHODS
 from benchmarks.paper.translation_models import MODELS
 
-Run = dict[str, Any]
 COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
+HEAD = (
+    "model | method | test BLEU | difference | validation loss | perplexity | steps | "
+    "wire bytes per rank and step | ratio | the paper's ratio | seeds"
+)
+ByMethod = dict[str, list[Record]]
 
 
-def draw(runs: list[Run], path: Path) -> str:
+def draw(runs: list[Record], path: Path) -> str:
     """Write the figure; returns the table as Markdown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = [model for model in MODELS if any(run["model"] == model for run in runs)]
-    size = (9, 3.4 * len(models))
-    figure, axes = pyplot.subplots(len(models), 2, sharey="row", squeeze=False, figsize=size, layout="constrained")
-    for model, (by_steps, by_bytes) in zip(models, axes, strict=True):
-        for method in METHODS:
-            if chosen := _of(runs, model, method):
-                steps = np.array([point["step"] for point in chosen[0]["curve"]])
-                _draw_band(by_steps, steps, chosen)
-                if METHODS[method].real:
-                    _draw_band(by_bytes, steps * chosen[0]["wire_bytes_per_step"] / 1e6, chosen)
+    models = {model: found for model in MODELS if (found := _by_method(runs, model))}
+    figure = new_figure(9, 3.4 * len(models))
+    axes = figure.subplots(len(models), 2, sharey="row", squeeze=False)
+    for (model, by_method), (by_steps, by_bytes) in zip(models.items(), axes, strict=True):
+        for method, own in by_method.items():
+            steps, losses = steps_of(own[0]), curves(own, "valid_loss")
+            draw_band(by_steps, steps, losses, "-", COLOURS[method], method)
+            if METHODS[method].real:
+                megabytes = steps * own[0]["wire_bytes_per_step"] / 1e6
+                draw_band(by_bytes, megabytes, losses, "-", COLOURS[method], method)
         by_steps.set(title=model, xlabel="steps", ylabel="validation loss (nats per token)")
         by_bytes.set(title=model, xlabel="MB that one rank sends", xscale="log")
         for ax in (by_steps, by_bytes):
             ax.grid(alpha=0.3, which="both")
             ax.legend(fontsize=7)
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-    return table(runs, models)
+    return markdown(HEAD, [_row(by_method, method) for by_method in models.values() for method in by_method])
 
 
-def _of(runs: list[Run], model: str, method: str) -> list[Run]:
+def _by_method(runs: list[Record], model: str) -> ByMethod:
     """One per seed, of the longest training."""
-    chosen = [run for run in runs if run["model"] == model and run["method"] == method]
-    longest = max((run["steps"] for run in chosen), default=0)
-    return [run for run in chosen if run["steps"] == longest]
+    own = [run for run in runs if run["model"] == model]
+    chosen = {method: longest(run for run in own if run["method"] == method) for method in METHODS}
+    return {method: found for method, found in chosen.items() if found}
 
 
-def _draw_band(ax: Any, places: npt.NDArray[Any], runs: list[Run]) -> None:
-    """The mean over seeds, and all that lies between the seeds."""
-    losses = np.array([[point["valid_loss"] for point in run["curve"]] for run in runs])
-    method = runs[0]["method"]
-    ax.plot(places, losses.mean(0), color=COLOURS[method], label=method, linewidth=1.2)
-    ax.fill_between(places, losses.min(0), losses.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
-
-
-def table(runs: list[Run], models: list[str]) -> str:
-    """One line per model and method, means over seeds; the difference in BLEU is to the uncompressed training."""
-    lines = [
-        "| model | method | test BLEU | difference | validation loss | perplexity | steps | "
-        "wire bytes per rank and step | ratio | the paper's ratio | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def _row(by_method: ByMethod, method: str) -> Sequence[str]:
+    """Means over seeds; the difference in BLEU is to the uncompressed training."""
+    runs, dense = by_method[method], by_method.get("uncompressed")
+    first, bleu = runs[0], final(runs, "test_bleu")
+    is_compared = dense and method != "uncompressed"
+    is_real = METHODS[method].real  # true top-k exists in a simulation only
+    return [
+        *(first["model"], method, spread(bleu, ".2f")),
+        f"{bleu.mean() - final(dense, 'test_bleu').mean():+.2f}" if is_compared else "",
+        *(spread(final(runs, "valid_loss"), ".3f"), spread(final(runs, "valid_perplexity"), ".2f")),
+        f"{first['steps']:,}",
+        told(first["wire_bytes_per_step"] if is_real else None, ",.0f"),
+        told(first["compression_ratio"] if is_real else None, ".2f", "×"),
+        *(f"{first['paper_compression_ratio']:.2f}×", str(len(runs))),
     ]
-    for model in models:
-        dense = _of(runs, model, "uncompressed")
-        lines += [_line(chosen, dense) for method in METHODS if (chosen := _of(runs, model, method))]
-    return "\n".join(lines)
-
-
-def _line(runs: list[Run], dense: list[Run]) -> str:
-    def values(of: list[Run], metric: str) -> npt.NDArray[np.float64]:
-        return np.array([run["final"][metric] for run in of])
-
-    def spread(metric: str, digits: int) -> str:
-        found = values(runs, metric)
-        mean, least, most = (f"{x:.{digits}f}" for x in (found.mean(), found.min(), found.max()))
-        return f"{mean} ({least}–{most})" if len(found) > 1 else mean
-
-    first = runs[0]
-    bleu, of_dense = values(runs, "test_bleu").mean(), values(dense, "test_bleu")
-    cells = [
-        *(first["model"], first["method"], spread("test_bleu", 2)),
-        f"{bleu - of_dense.mean():+.2f}" if len(dense) and first["method"] != "uncompressed" else "",
-        *(spread("valid_loss", 3), spread("valid_perplexity", 2), f"{first['steps']:,}"),
-        *_bytes(first),
-        f"{first['paper_compression_ratio']:.2f}×",
-        str(len(runs)),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _bytes(run: Run) -> tuple[str, str]:
-    """True top-k exists in a simulation only."""
-    if not METHODS[run["method"]].real:
-        return "–", "–"
-    return f"{run['wire_bytes_per_step']:,.0f}", f"{run['compression_ratio']:.2f}×"
