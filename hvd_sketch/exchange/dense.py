@@ -12,7 +12,7 @@ from torch import Tensor
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
-from hvd_sketch.transport.base import Transport, in_equal_parts, mean_over_ranks, sum_in_rank_order
+from hvd_sketch.transport.base import Transport, in_equal_shares, mean_over_ranks, sum_in_rank_order
 
 
 class DenseAllreduce(Exchange):
@@ -137,6 +137,6 @@ def _rounded_mean(comm: Transport, gradient: Tensor, wire_dtype: torch.dtype) ->
     """The mean over ranks of a vector of which ``wire_dtype`` travels. Communication: collective."""
     largest = torch.finfo(wire_dtype).max
     rounded = gradient.clamp(-largest, largest).to(wire_dtype)
-    shares = comm.alltoall(in_equal_parts(rounded, comm.size))
+    shares = comm.alltoall(in_equal_shares(rounded, comm.size))
     own_mean = sum_in_rank_order(list(shares.to(gradient.dtype))) / comm.size
     return comm.allgather(own_mean.to(wire_dtype))[: gradient.numel()].to(gradient.dtype)

@@ -14,7 +14,7 @@ from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.base import Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates import CandidateSource, load_source
-from hvd_sketch.exchange.residual import ResidualExchange, Slices, from_the_last
+from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import histogram_bins, top_k
@@ -69,28 +69,27 @@ class SketchedAllreduce(ResidualExchange):
         self._source: CandidateSource = load_source(config.selection)(config, dim, self._comm, self._device)
         self._predictor = ThresholdPredictor()  # of the k-th largest sum
         self._predictors = [self._source.predictor, self._predictor]
-        self._slices: Slices = ()
+        self._ranges: Ranges = ()  # that were accumulated, the last first
         self._unused: Ranges = ()
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3)."""
-        self._slices = from_the_last(gradient, unused)
+        slices = from_the_last(gradient, unused)
+        self._ranges = [(start, start + values.numel()) for start, values in slices]
         self._unused = unused
         self._source.begin(self._step)
-        for start, values in self._slices:
+        for start, values in slices:
             self._feedback.add_(values, start, self._source.sketch)
 
     def agree(self) -> SparseUpdate:
         """The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero."""
-        ranges = [(start, start + values.numel()) for start, values in self._slices]
-        candidates = self._source.find(self._feedback.v, ranges)  # line 4: top-Pk of the summed sketches
+        candidates = self._source.find(self._feedback.v, self._ranges)  # line 4: top-Pk of the summed sketches
         if self._unused:
             candidates = _without(candidates, self._unused)
         own_sums = self._reduce_scatter_exact(candidates)  # lines 5 and 6: second round, exact values
         positions, sums = self._top_k_sums(own_sums, candidates.numel())
         indices = candidates.index_select(0, to_device(positions, self._device))
         self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
-        self._slices = ()
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         self.count_step()
         return SparseUpdate(indices, to_device(sums, self._device) / self._comm.size)
