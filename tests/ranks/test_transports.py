@@ -77,5 +77,5 @@ def test_unknown_names_are_refused() -> None:
         resolve_transport("smoke signals")
     with pytest.raises(ValueError, match="size must be at least 1"):
         local_transports(0)
-    with pytest.raises(ValueError, match="one part for each of the 2 ranks"):
+    with pytest.raises(ValueError, match="one share for each of the 2 ranks"):
         local_transports(2)[0].reduce_scatter(torch.ones(3))
