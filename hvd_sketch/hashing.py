@@ -36,6 +36,11 @@ IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
 
 
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-dividend // divisor)
+
+
 class Purpose(IntEnum):
     """What random numbers are drawn for; each purpose has Philox counters of its own."""
 
@@ -145,7 +150,7 @@ class BlockHash:
     @property
     def blocks(self) -> int:
         """How many blocks cover ``dim``; the last may be partial."""
-        return -(-self.dim // self.block)
+        return ceil_div(self.dim, self.block)
 
     def signs(self, row: int, index: IntArray) -> npt.NDArray[np.float32]:
         """+1 or -1 for each coordinate: float32, the shape of ``index``."""
@@ -174,7 +179,7 @@ class BlockHash:
 
     def owned_blocks(self, shard: int) -> IntArray:
         """The blocks of one shard, ascending: int64. This order is the owner's own coordinate order."""
-        groups = np.arange(-(-self.blocks // self.shards), dtype=np.int64)
+        groups = np.arange(ceil_div(self.blocks, self.shards), dtype=np.int64)
         owned = groups * self.shards + (shard - self.rotations(groups)) % self.shards
         return owned[owned < self.blocks]
 

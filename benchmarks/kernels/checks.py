@@ -14,8 +14,8 @@ from hvd_sketch import SketchedAllreduce
 from hvd_sketch.exchange.threshold import ShardEstimates, find_threshold
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_loops as loops
-from hvd_sketch.kernels import load_backend, reference
-from hvd_sketch.kernels.threads import run_parts
+from hvd_sketch.kernels import cpu, load_backend, reference
+from hvd_sketch.kernels.threads import run_on_threads
 from hvd_sketch.model.drift import checksums
 from hvd_sketch.transport import local_transports
 
@@ -109,26 +109,24 @@ def _middle(votes: Tensor) -> Tensor:
 def hash_only(hash: BlockHash) -> int:
     """Evaluate what a sketch needs of the hash and nothing else, on torch's number of threads; returns a checksum."""
     sums = np.zeros(torch.get_num_threads(), dtype=np.int64)
-    numbers = hash.sign_coefficients, hash.offset_coefficients, hash.block, hash.shard_cols, hash.blocks
-    run_parts(len(sums), _hash_only, sums, *numbers)
+    run_on_threads(len(sums), _hash_only, sums, cpu._hash_numbers(hash), hash.blocks)
     return int(sums.sum())
 
 
 @njit(nogil=True)
-def _hash_only(
-    sums: np.ndarray, signs: np.ndarray, offsets: np.ndarray, block: int, cols: int, blocks: int, part: int, parts: int
-) -> None:
+def _hash_only(sums: np.ndarray, hash: loops.HashNumbers, blocks: int, thread: int, threads: int) -> None:
+    signs, offsets, _, block, cols, _ = hash
     words = np.empty(loops.WORDS, dtype=np.uint32)
     columns = np.empty(loops.GROUP, dtype=np.int64)
     numbers = np.empty(loops.GROUP, dtype=np.int64)
-    for first in range(part * blocks // parts, (part + 1) * blocks // parts, loops.GROUP):
+    for first in range(thread * blocks // threads, (thread + 1) * blocks // threads, loops.GROUP):
         for i in range(loops.GROUP):
             numbers[i] = first + i
         for row in range(signs.shape[0]):
             loops._fill_columns(columns, 0, offsets[row], numbers, cols)
             for i in range(loops.GROUP):
                 loops._fill_words(words, 0, signs[row], numbers[i], block)
-                sums[part] += words[i % loops.WORDS] + columns[i]
+                sums[thread] += words[i % loops.WORDS] + columns[i]
 
 
 def wrong_checksum(values: Tensor) -> list[str]:

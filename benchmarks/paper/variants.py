@@ -12,7 +12,7 @@ from torch import Tensor
 from hvd_sketch import SketchConfig, SketchedAllreduce, SparseUpdate, Transport
 from hvd_sketch.exchange.candidates.sketch import SketchCandidates
 from hvd_sketch.exchange.feedback import Feedback
-from hvd_sketch.transport.base import Finished, Handle, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, finished, sum_in_rank_order
 
 TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -98,4 +98,4 @@ class _Departing(SketchCandidates):
         if self._dtype == torch.float32:
             return super()._start_reduce_scatter(row)
         shares: Sequence[Tensor] = list(self._comm.alltoall(row.to(self._dtype)).float())
-        return Finished(sum_in_rank_order(shares))
+        return finished(sum_in_rank_order(shares))

@@ -1,10 +1,12 @@
 """Numba code of the CPU kernels; :mod:`hvd_sketch.kernels.cpu` calls it.
 
-All that these kernels call lies in this one file, because Numba's on-disk cache notices changes of the file of the
-cached function only. (``hvd_sketch.coding`` compiles its own loops and takes :func:`lowest_bit` and
-:func:`count_ones` from here: who changes those has to touch its files, too.) Nothing is compiled at import.
+All that these kernels call is in this one file, because Numba's on-disk cache only notices changes of the file of the
+cached function. ``hvd_sketch.coding`` compiles its own loops with :func:`lowest_bit` and :func:`count_ones` from here:
+after a change of those two, touch the files of ``hvd_sketch.coding``. Nothing is compiled at import.
 
-Sizes and indices are int64, field elements uint64: of the two mixed Numba would make a float64.
+The last two arguments of a kernel, ``thread`` and ``threads``, say which piece of the work a call does.
+
+Sizes and indices are int64, field elements uint64: Numba makes a float64 of the two mixed.
 Milliseconds in comments: one thread of a Zen 4 core at 2.6 GHz, dim 25 million, 5 rows of 500,000 columns.
 """
 
@@ -25,7 +27,7 @@ WORDS = MAX_BLOCK // LANES_PER_WORD  # sign words of the largest block
 MAX_NETWORK_ROWS = 9  # medians of more rows are sorted lane by lane
 WHOLE_TABLE = -1  # in place of a shard
 GROUP = 32  # blocks hashed in one vector loop; the cache keeps their values (32 KiB) from row to row
-STRETCH = 2 * GROUP  # blocks estimated into a buffer that the second-level cache holds (64 KiB), then judged there
+STRETCH = 2 * GROUP  # blocks estimated into a buffer in the second-level cache (64 KiB), and selected from it there
 CHUNK = 1 << 17  # coordinates of u, v and g that go through the caches on the way into the table
 MASK_LANES = 64  # lanes searched at once for magnitudes above a threshold
 # Which bits of a byte are set, ascending, and zeros up to eight.
@@ -33,8 +35,12 @@ SET_BITS = np.array([[*(bit for bit in range(8) if byte >> bit & 1), *[0] * 8][:
 SUBCOUNTS = 4  # histograms filled in turn, a power of two
 
 Array = np.ndarray
+Span = tuple[int, int]  # the first, and the one after the last
+Found = tuple[Array, Array]  # positions, and the values (or their bits) there
+Feedback = tuple[Array, Array, Array, np.float32]  # u (empty where momentum is 0), v, gradient; momentum
 # Coefficients for signs [rows, 4], offsets [rows, 4] and shards [4]; block, columns of a shard, shards.
 HashNumbers = tuple[Array, Array, Array, int, int, int]
+ShardTable = tuple[Array, int, int, int, HashNumbers]  # flat cells, number of the shard, its coordinates, dim, hash
 
 _PRIME = np.uint64(PRIME)
 _PRIME_BITS = np.uint64(31)
@@ -277,6 +283,12 @@ def _atomic_add(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.int64(array, types.intp, types.int64), generate
 
 
+@njit
+def _range_of(thread: int, threads: int, size: int) -> Span:
+    """What one of the threads does of ``size`` things."""
+    return thread * size // threads, (thread + 1) * size // threads
+
+
 # --- the hash (hvd_sketch.hashing is its specification) ----------------------------------------------------
 
 # inline="always": called, these three keep LLVM from vectorising the loops over blocks.
@@ -304,9 +316,9 @@ def _scaled(c0: Any, c1: Any, c2: Any, c3: Any, x: Any, size: int) -> Any:
 
 @njit
 def _fill_words(words: Array, at: int, coefficients: Array, block: int, size: int) -> None:
-    """Sign words of a block, as many as the largest has: ``words[at : at + WORDS]``.
+    """Sign words of a block, always WORDS of them: ``words[at : at + WORDS]``.
 
-    By the cubic's expansion at the first word, x: ``f(x + w) = f(x) + w f'(x) + w² f''(x) / 2 + w³ c3``, which stays
+    The cubic is expanded at the first word, x: ``f(x + w) = f(x) + w f'(x) + w² f''(x) / 2 + w³ c3``. The sum stays
     below 2^43 and so is reduced once, not once for each degree.
     """
     c0, c1, c2, c3 = coefficients
@@ -342,7 +354,7 @@ def _fill_whole(blocks: Array, bases: Array, first: int, coefficients: Array, sh
 
 @njit
 def _fill_owned(blocks: Array, bases: Array, first: int, coefficients: Array, shards: int, shard: int) -> None:
-    """Blocks ``first …`` in the order of a shard's owner; its part of the table holds no other shard."""
+    """Blocks ``first …`` in the order of a shard's owner, whose table holds no other shard: all ``bases`` are 0."""
     c0, c1, c2, c3 = coefficients
     for i in range(GROUP):
         group = first + i
@@ -362,54 +374,46 @@ def _negative(words: Array, at: int, bit: int) -> Any:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def accumulate(
-    table: Array, first_cell: int, cells: int, values: Array, start: int, hash: HashNumbers, part: int, parts: int
+    table: Array, first_cell: int, cells: int, values: Array, start: int, hash: HashNumbers, thread: int, threads: int
 ) -> None:
-    """Each part adds whatever falls into its own run of ``cells`` of the flat ``table`` [rows * shards * cols].
+    """Each thread adds the values that fall into its own run of ``cells`` of the flat ``table`` [rows * shards * cols].
 
-    So there is no private table, nothing to merge, and one order of addition whatever ``parts`` is. The price
-    is that each part reads the values: 2 parts take 15 each, one alone 22. A run goes on from row to row,
-    so that most rows belong to one part, which reads in sequence (parts that halve every row: 19).
+    So no thread has a table of its own, nothing is merged, and the order of addition does not depend on ``threads``.
+    But each thread reads all values: 2 threads take 15 each, one alone 22. A run continues from row to row: most rows
+    belong to one thread, which reads in sequence (19 where the threads halve every row).
     """
-    low, high = first_cell + part * cells // parts, first_cell + (part + 1) * cells // parts
-    _accumulate_cells(table, low, high, values, start, hash)
+    low, high = _range_of(thread, threads, cells)
+    _accumulate_cells(table, first_cell + low, first_cell + high, values, start, hash)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def feedback(u: Array, v: Array, gradient: Array, momentum: float, part: int, parts: int) -> None:
-    _feedback_run(u, v, gradient, momentum, part * v.size // parts, (part + 1) * v.size // parts)
+def feedback(fed: Feedback, thread: int, threads: int) -> None:
+    low, high = _range_of(thread, threads, fed[1].size)
+    _feedback_run(fed, low, high)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def feedback_accumulate(
-    table: Array,
-    u: Array,
-    v: Array,
-    gradient: Array,
-    momentum: float,
-    start: int,
-    hash: HashNumbers,
-    taken: Array,
-    done: Array,
-    part: int,
-    parts: int,
+    table: Array, fed: Feedback, start: int, hash: HashNumbers, taken: Array, done: Array, thread: int, threads: int
 ) -> None:
     """Chunk by chunk, so that v comes from the cache when it is added to the table: 24 instead of 31 on 2 threads.
 
     At 100 million coordinates, with tables beyond the caches, it gains nothing (115 instead of 107 with 3 rows).
 
-    Whichever part comes first takes the next piece of a chunk's feedback, and waits only for pieces that others have
-    begun: parts may run one after the other. With a barrier after each chunk a call took 2,700 where other processes
+    The first thread to come takes the next piece of a chunk's feedback, and only waits for pieces that others have
+    begun: threads may run one after the other. With a barrier after each chunk a call took 2,700 where other processes
     wanted the cores. ``taken`` and ``done`` count each chunk's pieces: int64 [ceil(v.size / CHUNK)], zeros at first.
     """
-    low, high = part * table.size // parts, (part + 1) * table.size // parts
-    pieces = 2 * parts
+    low, high = _range_of(thread, threads, table.size)
+    v = fed[1]
+    pieces = 2 * threads
     for chunk in range(taken.size):
         first = chunk * CHUNK
         count = min(CHUNK, v.size - first)
         piece = _atomic_add(taken, chunk, 1)
         while piece < pieces:
-            begin, end = first + piece * count // pieces, first + (piece + 1) * count // pieces
-            _feedback_run(u, v, gradient, momentum, begin, end)
+            begin, end = _range_of(piece, pieces, count)
+            _feedback_run(fed, first + begin, first + end)
             _atomic_add(done, chunk, 1)
             piece = _atomic_add(taken, chunk, 1)
         while _atomic_add(done, chunk, 0) < pieces:
@@ -418,17 +422,18 @@ def feedback_accumulate(
 
 
 @njit
-def _feedback_run(u: Array, v: Array, gradient: Array, momentum: float, low: int, high: int) -> None:
-    """``u`` is empty where momentum is 0.
+def _feedback_run(fed: Feedback, low: int, high: int) -> None:
+    """``u <- m * u + g``, ``v <- v + u`` for coordinates ``low … high``.
 
     With signed indices, each compared with 0, and u read again after it is written, LLVM leaves the loop scalar: a
     million coordinates on a thread of a Zen 3 core, in its caches, take 1.05 instead of 0.22.
     """
+    u, v, gradient, momentum = fed
     if u.size:
         for i in range(np.uint64(low), np.uint64(high)):
-            fed = momentum * u[i] + gradient[i]
-            u[i] = fed
-            v[i] += fed
+            new = momentum * u[i] + gradient[i]
+            u[i] = new
+            v[i] += new
     else:
         for i in range(np.uint64(low), np.uint64(high)):
             v[i] += gradient[i]
@@ -470,40 +475,34 @@ def _accumulate_cells(table: Array, low: int, high: int, values: Array, start: i
                         lane = word * LANES_PER_WORD
                         _add_signed(table, cell + lane, values, origin - start + lane, words[word])
                 else:
-                    _add_lanes(table, low, high, base, column, cols, values, start, origin, block, words)
+                    lanes, bit = (max(0, start - origin), min(block, stop - origin)), origin & 15
+                    cells, own = table[base : base + cols], (low - base, high - base)
+                    _add_lanes(cells, own, column, values, origin - start, words, bit, lanes)
 
 
 @njit
 def _add_lanes(
-    table: Array,
-    low: int,
-    high: int,
-    base: int,
-    column: int,
-    cols: int,
-    values: Array,
-    start: int,
-    origin: int,
-    block: int,
-    words: Array,
+    cells: Array, own: Span, column: int, values: Array, at: int, words: Array, bit: int, lanes: Span
 ) -> None:
-    """A block that wraps at ``cols``, or lies only in part within the values or the part's cells."""
-    lane = max(0, start - origin)
-    end = min(block, start + values.size - origin)
-    first_bit = origin & 15  # blocks below 16 share a sign word
+    """A block that wraps at the end of its shard's ``cells`` in a row, or that is not all in ``values`` and ``own``.
+
+    The thread adds to cells ``own`` only. Lane 0 is at cell ``column``, value ``at`` and bit ``bit`` of the words. Only
+    ``lanes`` have values.
+    """
+    low, high = own
+    lane, end = lanes
     while lane < end:
         place = column + lane
-        if place >= cols:
-            place -= cols
-        cell, index = base + place, origin - start + lane
-        fits = lane & 15 == 0 and lane + LANES_PER_WORD <= end and place + LANES_PER_WORD <= cols
-        if fits and low <= cell and cell + LANES_PER_WORD <= high:
-            _add_signed(table, cell, values, index, words[lane >> 4])
+        if place >= cells.size:
+            place -= cells.size
+        fits = lane & 15 == 0 and lane + LANES_PER_WORD <= end and place + LANES_PER_WORD <= cells.size
+        if fits and low <= place and place + LANES_PER_WORD <= high:
+            _add_signed(cells, place, values, at + lane, words[lane >> 4])
             lane += LANES_PER_WORD
             continue
-        if low <= cell < high:
-            value = values[index]
-            table[cell] += -value if _negative(words, 0, first_bit + lane) else value
+        if low <= place < high:
+            value = values[at + lane]
+            cells[place] += -value if _negative(words, 0, bit + lane) else value
         lane += 1
 
 
@@ -511,105 +510,57 @@ def _add_lanes(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def estimate(out: Array, table: Array, start: int, hash: HashNumbers, part: int, parts: int) -> None:
+def estimate(out: Array, table: Array, start: int, hash: HashNumbers, thread: int, threads: int) -> None:
     """Coordinates ``start …`` from a whole flat table."""
     block = hash[3]
     stop = start + out.size
     first = start // block
     blocks = (stop - 1) // block + 1 - first
-    begin, end = first + part * blocks // parts, first + (part + 1) * blocks // parts
-    _estimate_blocks(out, start, table, WHOLE_TABLE, start, stop, hash, begin, end)
+    begin, end = _range_of(thread, threads, blocks)
+    _estimate_blocks(out, start, table, WHOLE_TABLE, start, stop, hash, first + begin, first + end)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def owned_histogram(
-    counts: Array,
-    table: Array,
-    shard: int,
-    size: int,
-    dim: int,
-    hash: HashNumbers,
-    start: int,
-    shift: int,
-    part: int,
-    parts: int,
-) -> None:
-    """:func:`histogram` of a shard's ``size`` estimates from its part of the table, flat."""
-    own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-    blocks = (size + hash[3] - 1) // hash[3]
-    _count_owned(own, table, shard, size, dim, hash, start, shift, part * blocks // parts, (part + 1) * blocks // parts)
-
-
-@njit(error_model="numpy")
-def _count_owned(
-    counts: Array,
-    table: Array,
-    shard: int,
-    size: int,
-    dim: int,
-    hash: HashNumbers,
-    start: int,
-    shift: int,
-    begin: int,
-    end: int,
-) -> None:
+def owned_histogram(counts: Array, shard_table: ShardTable, start: int, shift: int, thread: int, threads: int) -> None:
+    """:func:`histogram` of a shard's estimates."""
+    table, shard, size, dim, hash = shard_table
     block = hash[3]
+    own = counts[thread * SUBCOUNTS : (thread + 1) * SUBCOUNTS]
+    begin, end = _range_of(thread, threads, (size + block - 1) // block)
     buffer = np.empty(STRETCH * block, dtype=np.float32)
     for first in range(begin, end, STRETCH):
         last = min(first + STRETCH, end)
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
-        _count(counts, buffer.view(np.uint32), 0, min(last * block, size) - first * block, start, shift)
+        _count(own, buffer.view(np.uint32), 0, min(last * block, size) - first * block, start, shift)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def owned_above(
-    spans: Array,
-    positions: Array,
-    values: Array,
-    room: int,
-    table: Array,
-    shard: int,
-    size: int,
-    dim: int,
-    hash: HashNumbers,
-    threshold: int,
-    limit: int,
-    part: int,
-    parts: int,
+    spans: Array, found: Found, shard_table: ShardTable, threshold: int, limit: int, thread: int, threads: int
 ) -> None:
-    """Estimates of magnitude bits above ``threshold``, each part's in ``room`` of its own.
+    """Estimates with magnitude bits above ``threshold``; each thread has an equal piece of both arrays ``found``.
 
-    Even parts fill theirs from its end downwards, odd ones from the start: what two neighbours find lies together,
-    need not be moved, and touches no more memory than it takes. Where each part's begin and end goes to ``spans``,
-    int64 [2, parts]. A part stops beyond ``limit``.
+    Even threads fill their piece from its end downwards, odd ones from its start. So the results of two neighbours are
+    next to each other, need not be moved, and touch no more memory than they take. ``spans``, int64 [2, threads], gets
+    the begin and end of each thread's results. A thread stops beyond ``limit``.
     """
-    block = hash[3]
-    blocks = (size + block - 1) // block
-    begin, end = part * blocks // parts, (part + 1) * blocks // parts
-    down = part % 2 == 0
-    start = (part + 1) * room if down else part * room
-    at = _keep_above(positions, values, start, down, table, shard, size, dim, hash, threshold, limit, begin, end)
-    spans[0, part] = min(start, at)
-    spans[1, part] = max(start, at)
+    room, down = found[0].size // threads, thread % 2 == 0
+    start = (thread + 1) * room if down else thread * room
+    size, block = shard_table[2], shard_table[4][3]
+    blocks = _range_of(thread, threads, (size + block - 1) // block)
+    at = _keep_above(found, start, down, shard_table, threshold, limit, blocks)
+    spans[0, thread] = min(start, at)
+    spans[1, thread] = max(start, at)
 
 
 @njit(error_model="numpy")
 def _keep_above(
-    positions: Array,
-    values: Array,
-    start: int,
-    down: bool,
-    table: Array,
-    shard: int,
-    size: int,
-    dim: int,
-    hash: HashNumbers,
-    threshold: int,
-    limit: int,
-    begin: int,
-    end: int,
+    found: Found, start: int, down: bool, shard_table: ShardTable, threshold: int, limit: int, blocks: Span
 ) -> int:
+    positions, values = found
+    table, shard, size, dim, hash = shard_table
     block = hash[3]
+    begin, end = blocks
     buffer = np.empty(STRETCH * block, dtype=np.float32)
     lanes = np.empty(STRETCH * block + 8, dtype=np.int32)
     at = start
@@ -619,10 +570,10 @@ def _keep_above(
         last = min(first + STRETCH, end)
         _estimate_blocks(buffer, first * block, table, shard, 0, dim, hash, first, last)
         count = min(last * block, size) - first * block
-        found = _lanes_above(lanes, buffer.view(np.uint32), count, threshold)
-        place = at - found if down else at
-        at = place if down else at + found
-        _write_found(positions[place : place + found], values[place : place + found], lanes, buffer, first * block)
+        above = _lanes_above(lanes, buffer.view(np.uint32), count, threshold)
+        place = at - above if down else at
+        at = place if down else at + above
+        _write_found(positions[place : place + above], values[place : place + above], lanes, buffer, first * block)
         if abs(at - start) > limit:
             break
     return at
@@ -638,10 +589,10 @@ def _write_found(positions: Array, values: Array, lanes: Array, buffer: Array, f
 
 @njit
 def _lanes_above(lanes: Array, bits: Array, count: int, threshold: int) -> int:
-    """Which of the first ``count`` lie above the threshold; returns how many. Writes up to 8 elements too many.
+    """Write which of the first ``count`` are above the threshold; returns how many. Writes up to 8 elements too many.
 
-    Eight lanes at a time, without a branch: a loop over the set bits of a mask ends each time at another place than
-    the time before, and is mispredicted (19 instead of 16).
+    Eight lanes at a time, without a branch: the end of a loop over the set bits of a mask varies, and is mispredicted
+    (19 instead of 16).
     """
     found = 0
     full = count - count % MASK_LANES
@@ -663,13 +614,15 @@ def _store_lanes(lanes: Array, found: int, index: int, mask: Any) -> int:
 def _estimate_blocks(
     out: Array, zero: int, table: Array, shard: int, start: int, stop: int, hash: HashNumbers, begin: int, end: int
 ) -> None:
-    """Blocks ``begin … end`` in coordinate order or, for ``shard`` >= 0, in its owner's; ``out[0]`` is number ``zero``
-    in that order. Only coordinates ``start … stop`` are written."""
+    """Write the estimates of blocks ``begin … end``, of coordinates ``start … stop`` only.
+
+    Blocks are counted in coordinate order with WHOLE_TABLE, and in the owner's order with a shard. ``out[0]`` is
+    element ``zero`` in that order.
+    """
     signs, offsets, rotations, block, cols, shards = hash
     rows = signs.shape[0]
     row_cells = table.size // rows
     words = np.empty(rows * WORDS, dtype=np.uint32)
-    votes = np.empty(rows, dtype=np.float32)
     blocks = np.empty(GROUP, dtype=np.int64)
     bases = np.empty(GROUP, dtype=np.int64)
     columns = np.empty(rows * GROUP, dtype=np.int64)
@@ -701,24 +654,16 @@ def _estimate_blocks(
                 lanes = max(0, start - origin), min(block, stop - origin)
                 for row in range(rows):
                     cells[row] -= columns[row * GROUP + i]
-                _estimate_lanes(out, index, table, cells, columns[i::GROUP], cols, words, origin & 15, lanes, votes)
+                _estimate_lanes(out, index, table, cells, columns[i::GROUP], cols, words, origin & 15, lanes)
 
 
 @njit
 def _estimate_lanes(
-    out: Array,
-    index: int,
-    table: Array,
-    bases: Array,
-    columns: Array,
-    cols: int,
-    words: Array,
-    first_bit: int,
-    lanes: tuple[int, int],
-    votes: Array,
+    out: Array, index: int, table: Array, bases: Array, columns: Array, cols: int, words: Array, bit: int, lanes: Span
 ) -> None:
-    """A block that wraps at ``cols`` or is wanted in part, or a block of any number of rows."""
+    """Any block: one that wraps at ``cols``, only some ``lanes`` of one, or one in a table of many rows."""
     rows = bases.size
+    votes = np.empty(rows, dtype=np.float32)
     cells = np.empty(rows, dtype=np.int64)
     lane, end = lanes
     while lane < end:
@@ -735,7 +680,7 @@ def _estimate_lanes(
             continue
         for row in range(rows):
             vote = table[cells[row]]
-            if _negative(words, row * WORDS, first_bit + lane):
+            if _negative(words, row * WORDS, bit + lane):
                 vote = -vote
             at = row
             while at > 0 and votes[at - 1] > vote:
@@ -751,14 +696,16 @@ def _estimate_lanes(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def gather(out: Array, values: Array, indices: Array, part: int, parts: int) -> None:
-    for i in range(part * indices.size // parts, (part + 1) * indices.size // parts):
+def gather(out: Array, values: Array, indices: Array, thread: int, threads: int) -> None:
+    low, high = _range_of(thread, threads, indices.size)
+    for i in range(low, high):
         out[i] = values[np.uint64(indices[i])]  # signed, each would be compared with 0: 11 instead of 6
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def clear(vector: Array, indices: Array, part: int, parts: int) -> None:
-    for i in range(part * indices.size // parts, (part + 1) * indices.size // parts):
+def clear(vector: Array, indices: Array, thread: int, threads: int) -> None:
+    low, high = _range_of(thread, threads, indices.size)
+    for i in range(low, high):
         vector[np.uint64(indices[i])] = np.float32(0)
 
 
@@ -778,10 +725,10 @@ def _mask_above(bits: Array, index: int, end: int, threshold: int) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def histogram(counts: Array, bits: Array, start: int, shift: int, part: int, parts: int) -> None:
-    """Add to counts int64 [parts * SUBCOUNTS, bins + 1], which are to be summed."""
-    own = counts[part * SUBCOUNTS : (part + 1) * SUBCOUNTS]
-    _count(own, bits, part * bits.size // parts, (part + 1) * bits.size // parts, start, shift)
+def histogram(counts: Array, bits: Array, start: int, shift: int, thread: int, threads: int) -> None:
+    """Add to counts, int64 [threads * SUBCOUNTS, bins + 1]; their sum over dimension 0 is the histogram."""
+    low, high = _range_of(thread, threads, bits.size)
+    _count(counts[thread * SUBCOUNTS : (thread + 1) * SUBCOUNTS], bits, low, high, start, shift)
 
 
 @njit
@@ -798,7 +745,7 @@ def _count(counts: Array, bits: Array, low: int, high: int, start: int, shift: i
 
 @njit
 def _count_above(counts: Array, bits: Array, low: int, high: int, start: int, shift: int) -> None:
-    """Often few values are in the window, or all are: found 64 lanes at a time."""
+    """Often few values are in the window, or all are: looks at 64 lanes at a time."""
     bins = counts.shape[1] - 1
     for index in range(low, high, MASK_LANES):
         mask = _mask_above(bits, index, high, start - 1)
@@ -815,23 +762,23 @@ def _count_above(counts: Array, bits: Array, low: int, high: int, start: int, sh
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def count_above(counts: Array, bits: Array, threshold: int, part: int, parts: int) -> None:
-    """How many of each part are above the threshold: int64 [parts]."""
-    low, high = part * bits.size // parts, (part + 1) * bits.size // parts
+def count_above(counts: Array, bits: Array, threshold: int, thread: int, threads: int) -> None:
+    """How many values each thread finds above the threshold: counts int64 [threads]."""
+    low, high = _range_of(thread, threads, bits.size)
     count = 0
     for index in range(low, high, MASK_LANES):
         count += count_ones(_mask_above(bits, index, high, threshold))
-    counts[part] = count
+    counts[thread] = count
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def select_above(out: Array, starts: Array, bits: Array, threshold: int, part: int, parts: int) -> None:
-    """Positions of what is above the threshold; each part writes from its ``starts`` on.
+def select_above(out: Array, starts: Array, bits: Array, threshold: int, thread: int, threads: int) -> None:
+    """Positions of values above the threshold; each thread writes from its element of ``starts`` on.
 
-    Whole groups of lanes in a loop of their own: with the last, cut one in it, a million took 0.18, not 0.06.
+    Whole groups of lanes have a loop of their own: with the last, shorter one in it a million took 0.18, not 0.06.
     """
-    low, high = part * bits.size // parts, (part + 1) * bits.size // parts
-    at = starts[part]
+    low, high = _range_of(thread, threads, bits.size)
+    at = starts[thread]
     full = high - (high - low) % MASK_LANES
     for index in range(low, full, MASK_LANES):
         at = _write_lanes(out, at, index, _match_above(bits, index, np.uint32(threshold)))
@@ -840,24 +787,18 @@ def select_above(out: Array, starts: Array, bits: Array, threshold: int, part: i
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def keep_above(
-    kept: Array,
-    kept_bits: Array,
-    starts: Array,
-    positions: Array,
-    bits: Array,
-    threshold: int,
-    part: int,
-    parts: int,
+    kept: Found, starts: Array, positions: Array, bits: Array, threshold: int, thread: int, threads: int
 ) -> None:
-    """What :func:`select_above` chooses, of both arrays.
+    """The elements of both arrays that :func:`select_above` chooses.
 
-    In one call: a second one waits for its threads once more, 40 ms where their 2 cores have a load of 15. In place:
-    with a second output, memory touched for the first time, half of 3 million took 16 instead of 4 on a thread there.
+    In one call: a second call waits for its threads once more, 40 ms where their 2 cores have a load of 15. In place:
+    with an array of the chosen positions, memory touched for the first time, half of 3 million took 16 instead of 4.
     """
-    select_above(kept, starts, bits, threshold, part, parts)
-    for at in range(np.uint64(starts[part]), np.uint64(starts[part + 1])):
-        i = np.uint64(kept[at])
-        kept[at], kept_bits[at] = positions[i], bits[i]
+    kept_positions, kept_bits = kept
+    select_above(kept_positions, starts, bits, threshold, thread, threads)
+    for at in range(np.uint64(starts[thread]), np.uint64(starts[thread + 1])):
+        i = np.uint64(kept_positions[at])
+        kept_positions[at], kept_bits[at] = positions[i], bits[i]
 
 
 @njit
@@ -871,7 +812,7 @@ def _write_lanes(out: Array, at: int, index: int, mask: Any) -> int:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def merge_owned(out: Array, positions: Array, ends: Array, blocks: int, coefficients: Array, block: int) -> None:
-    """Positions of all shards, one shard's after the other's up to ``ends``, as coordinates in ascending order."""
+    """Coordinates, ascending, from the positions of all shards; shard i's positions end at ``ends[i]``."""
     c0, c1, c2, c3 = coefficients
     shards = ends.size
     nexts = np.zeros(shards, dtype=np.int64)

@@ -1,18 +1,18 @@
-"""Parts of a kernel call on several threads: torch's own OpenMP threads, or plain Python threads of ours.
+"""Kernel calls on several threads: torch's own OpenMP threads, or Python threads of ours.
 
 Numba's threads (``parallel=True``) are not used, because they belong to the user's process as well. Once its OpenMP
-pool runs, forked workers of a DataLoader that use Numba die; starting it changes the number of torch's threads; and
-its workqueue ends a process that enters it from two threads.
+pool runs, forked workers of a DataLoader that use Numba die. Starting the pool changes the number of torch's threads.
+Its workqueue ends a process that enters it from two threads.
 
-Torch's threads are those that have just computed the gradient. They wait for more work without sleeping for some
-milliseconds, in which other threads would have to share the cores with them: a step of 25 million coordinates on two
-cores takes 50 ms on torch's threads and 57 ms beside them.
+Torch's threads have just computed the gradient. They wait for more work for some milliseconds without sleeping, and
+other threads would have to share the cores with them: a step of 25 million coordinates on two cores takes 50 ms on
+torch's threads and 57 ms beside them.
 
-The caller needs no helper to come to an end: it takes every part that no other thread has begun. So threads that start
-late, that are busy with another caller's parts or that cannot be started cost time only.
+The caller never depends on a helper: it runs every index that no other thread has begun. Threads that start late, are
+busy with another call or cannot be started only cost time.
 
 Python runs signal handlers, such as the one of Ctrl-C, between the instructions of the main thread, and any of them may
-raise. Then the caller begins no more parts, waits for the parts that other threads are in, and raises.
+raise. Then the caller begins no more indices, waits until the other threads have left the kernel, and raises.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ from typing import Any
 import torch
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.py_object)
-POLLS = 100  # before a caller sleeps until a helper ends: parts end together, and to be woken takes 20 us
+POLLS = 100  # before a caller sleeps until a helper ends: threads end together, and to be woken takes 20 us
 
 
-def run_parts(parts: int, kernel: Callable[..., None], *arguments: Any) -> None:
-    """Call ``kernel(*arguments, part, parts)`` for every part, on as many threads where they are free.
+def run_on_threads(threads: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call ``kernel(*arguments, thread, threads)`` for thread = 0 … threads - 1, in parallel where threads are free.
 
-    Any number of threads may call this at the same time. No part runs twice. On return, and when this raises, no thread
-    is in a part.
+    No index ``thread`` runs twice. Any number of threads may call this at the same time. On return, and when this
+    raises, no thread is in the kernel.
 
     Raises:
-        BaseException: what a part or a signal handler raised, one of them where several did. Parts may be missing then.
+        BaseException: what a kernel or a signal handler raised, one of them where several did. Some indices may not
+            have run then.
     """
-    if parts == 1:
+    if threads == 1:
         kernel(*arguments, 0, 1)
         return
-    call = _Call(parts, partial(kernel, *arguments))
-    threads = torch.get_num_threads()
-    if _team.suits(parts, threads):
-        call.run_on_team(threads)
+    call = _Call(threads, partial(kernel, *arguments))
+    torch_threads = torch.get_num_threads()
+    if _team.suits(threads, torch_threads):
+        call.run_on_team(torch_threads)
     else:
         call.run_on_helpers()
 
 
 class _Call:
-    """The parts of one call; each is begun by the first thread that takes it."""
+    """The indices of one call. The first thread that takes an index runs it."""
 
-    def __init__(self, parts: int, kernel: Callable[[int, int], None]) -> None:
-        self._parts = parts
+    def __init__(self, threads: int, kernel: Callable[[int, int], None]) -> None:
+        self._threads = threads
         self._kernel = kernel
-        self._waiting = list(range(parts - 1, -1, -1))
-        self._helping: list[threading.Lock] = []  # one of each helper that has come, held while it is here
+        self._waiting = list(range(threads - 1, -1, -1))
+        self._helping: list[threading.Lock] = []  # one for each helper that has come, locked while the helper is here
         self._error: BaseException | None = None
 
-    def run_on_team(self, threads: int) -> None:
-        visits = [self._visit() for _ in range(threads)]
+    def run_on_team(self, size: int) -> None:
+        visits = [self._visit() for _ in range(size)]
         for visit in visits:
             next(visit)
         _team.run(visits)
@@ -73,7 +74,7 @@ class _Call:
 
     def run_on_helpers(self) -> None:
         try:
-            _helpers.offer(self._help, self._parts - 1)
+            _helpers.offer(self._help, self._threads - 1)
             self._work()
         except BaseException as error:
             self._error = error
@@ -86,19 +87,19 @@ class _Call:
         self._raise_error()
 
     def _work(self) -> None:
-        """Run parts until none is waiting."""
+        """Run indices until none is waiting."""
         while True:
             try:
-                part = self._waiting.pop()
+                thread = self._waiting.pop()
             except IndexError:
                 return
-            self._kernel(part, self._parts)
+            self._kernel(thread, self._threads)
 
     def _visit(self) -> Iterator[None]:
         """What a thread of the team does at the second ``next``, which raises nothing.
 
-        A function that OpenMP calls has no caller that could catch what it raises, and the first place where a signal
-        handler may raise is its beginning, before any ``try``. A generator that has been started goes on inside one.
+        OpenMP calls a function that nobody could catch an exception of. A signal handler may raise at the beginning of
+        a function, before any ``try``; a generator that has been started continues inside its ``try``.
         """
         try:
             yield
@@ -110,17 +111,17 @@ class _Call:
         yield
 
     def _help(self) -> None:
-        """Work as a helper. One that comes after the caller's end finds no part."""
+        """Work as a helper. A helper that comes after the caller's end finds no index."""
         here = threading.Lock()
         with here:
-            self._helping.append(here)  # before it takes a part: the caller lets none wait before it looks who is here
+            self._helping.append(here)  # before taking an index: the caller clears the indices, then looks who is here
             try:
                 self._work()
             except BaseException as error:  # belongs to the caller
                 self._error = error
 
     def _wait_for_helpers(self) -> None:
-        """Return when no helper is in a part; none will begin one. May be called again after it was interrupted."""
+        """Return when no helper is in the kernel, nor will enter it. May be called again after an interruption."""
         self._waiting.clear()
         for here in self._helping:
             for _ in range(POLLS):
@@ -135,7 +136,7 @@ class _Call:
             if self._error is not None:
                 raise self._error
         finally:
-            self._error = None  # its traceback refers to this call, and that to the arrays
+            self._error = None  # the traceback refers to this call, and this call to the arrays
 
 
 class _Team:
@@ -149,28 +150,28 @@ class _Team:
     def is_usable(self) -> bool:
         return self._parallel is not None
 
-    def suits(self, parts: int, threads: int) -> bool:
-        """Whether to run ``parts`` on a team, which always has as many threads as torch uses: ``threads``."""
+    def suits(self, threads: int, torch_threads: int) -> bool:
+        """Whether to run ``threads`` indices on a team. A team always has as many threads as torch uses."""
         # A smaller team ends the threads that it leaves out, and torch's next operation starts others: with 8 threads,
-        # a sum of 4 million values by torch and a call with two parts took 5.9 ms, and 0.6 ms with all 8 in the team.
-        # But threads without a part have to get the GIL, too: 20 us each, on two cores. So they must be the minority.
-        return self.is_usable and parts <= threads < 2 * parts
+        # a sum of 4 million values by torch and a call on two took 5.9 ms, and 0.6 ms with all 8 in the team.
+        # But threads without an index have to get the GIL, too: 20 us each, on two cores. So they must be the minority.
+        return self.is_usable and threads <= torch_threads < 2 * threads
 
     def forget(self) -> None:
         """OpenMP's threads do not survive a fork, and the library does not notice."""
         self._parallel = None
 
     def run(self, visits: list[Iterator[None]]) -> None:
-        """Call ``next`` of each visit on a thread of its own, the caller's among them; returns when all have ended.
+        """Call ``next`` of each visit on a thread of its own, one of them the caller's; returns when all have ended.
 
-        Where OpenMP gives fewer threads, as it does to callers within a team, some visits are left out.
+        Some visits are left out where OpenMP gives fewer threads, as it does to callers within a team.
         """
         assert self._parallel is not None
         self._parallel(self._entry, map(next, visits), len(visits), 0)
 
 
 def _find_gomp_parallel() -> Callable[..., None] | None:
-    """``GOMP_parallel``, which starts a parallel region: GNU's library has it, and those of LLVM and Intel, too."""
+    """``GOMP_parallel``, which starts a parallel region. GNU's, LLVM's and Intel's libraries have it."""
     bundled = (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")
     for path in [*map(str, bundled), None]:  # None: whatever is loaded for all
         try:
@@ -190,7 +191,7 @@ class _Helpers:
         self.forget()
 
     def forget(self) -> None:
-        """A forked child has none of its parent's threads, and their locks may have been held when it was made."""
+        """A forked child has none of its parent's threads, and their locks may have been held at the fork."""
         self._offers: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._starting = threading.Lock()
         self._count = 0
@@ -210,8 +211,7 @@ class _Helpers:
                     thread.start()
                 except RuntimeError:  # a limit of the system, or the interpreter is ending
                     return
-                # Last: where a signal interrupts the start, one thread too few is counted, never one that is not there.
-                self._count += 1
+                self._count += 1  # last: a signal in between leaves a thread uncounted, never one counted and missing
 
 
 def _serve(offers: SimpleQueue[Callable[[], None]]) -> None:

@@ -6,7 +6,8 @@ same dtype and, where not said otherwise, the same shape. Sums are elementwise o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,9 +18,9 @@ class Handle(Protocol):
     """A reduce_scatter under way."""
 
     def wait(self) -> Tensor:
-        """Finish it and return this rank's summed part; call exactly once, in order of starting.
+        """Finish it and return this rank's share of the sum; call exactly once, in order of starting.
 
-        The part may lie in the memory of what was given.
+        The share may use the memory of the tensor that was given.
         """
 
 
@@ -33,11 +34,11 @@ class Transport(Protocol):
 
     @property
     def size(self) -> int:
-        """How many ranks take part (``W``)."""
+        """How many ranks there are (``W``)."""
 
     @property
     def overlaps(self) -> bool:
-        """Whether a started reduce_scatter travels while this rank computes, so that starting early pays."""
+        """Whether a started reduce_scatter continues while this rank computes, so that starting early pays."""
 
     def stages(self, device: torch.device) -> bool:
         """Whether tensors on ``device`` travel as copies on the host. Communication: none."""
@@ -59,7 +60,7 @@ class Transport(Protocol):
         """
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        """``tensor`` [size, ...], part i for rank i: returns what the ranks sent here, in rank order."""
+        """``tensor`` [size, ...], share i for rank i: returns the shares sent to this rank, in rank order."""
 
     def allgather(self, tensor: Tensor) -> Tensor:
         """Concatenate along dimension 0 in rank order. Sizes of dimension 0 may differ, and be 0."""
@@ -71,40 +72,42 @@ class Transport(Protocol):
         """Return once every rank has called it."""
 
 
-class Finished:
-    """The handle of a reduce_scatter that is done already, on transports that do not overlap."""
+@dataclass(frozen=True)
+class Pending:
+    """A handle that calls a function to finish."""
 
-    def __init__(self, result: Tensor) -> None:
-        self._result = result
-
-    def wait(self) -> Tensor:
-        return self._result
+    wait: Callable[[], Tensor]
 
 
-def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """``((parts[0] + parts[1]) + parts[2]) + …``, the same bits on every transport; written to ``out`` if given."""
-    total = parts[0].clone() if out is None else out.copy_(parts[0])
-    for part in parts[1:]:
-        total += part
+def finished(result: Tensor) -> Handle:
+    """The handle of a reduce_scatter that is done already."""
+    return Pending(lambda: result)
+
+
+def sum_in_rank_order(terms: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """``((terms[0] + terms[1]) + terms[2]) + …``, the same bits on every transport; written to ``out`` if given."""
+    total = terms[0].clone() if out is None else out.copy_(terms[0])
+    for term in terms[1:]:
+        total += term
     return total
 
 
 def mean_over_ranks(transport: Transport, tensor: Tensor) -> Tensor:
     """The mean of a float32 or float64 [n] tensor over ranks, equal bits on all. Communication: collective."""
-    own_sum = transport.reduce_scatter(in_equal_parts(tensor, transport.size))
+    own_sum = transport.reduce_scatter(in_equal_shares(tensor, transport.size))
     return transport.allgather(own_sum)[: tensor.numel()].div_(transport.size)
 
 
-def in_equal_parts(tensor: Tensor, parts: int) -> Tensor:
-    """[n] as [parts, ceil(n / parts)], with zeros at the end; no copy where ``parts`` divides n."""
-    missing = -tensor.numel() % parts
-    return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(parts, -1)
+def in_equal_shares(tensor: Tensor, ranks: int) -> Tensor:
+    """[n] as [ranks, ceil(n / ranks)], with zeros at the end; no copy where ``ranks`` divides n."""
+    missing = -tensor.numel() % ranks
+    return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(ranks, -1)
 
 
-def check_parts(tensor: Tensor, size: int, collective: str) -> None:
-    """Refuse a tensor whose first dimension is not one part per rank."""
+def check_shares(tensor: Tensor, size: int, collective: str) -> None:
+    """Refuse a tensor whose first dimension is not one share per rank."""
     if tensor.ndim == 0 or tensor.shape[0] != size:
         raise ValueError(
-            f"{collective} needs a tensor with one part for each of the {size} ranks along dimension 0, "
+            f"{collective} needs a tensor with one share for each of the {size} ranks along dimension 0, "
             f"got shape {tuple(tensor.shape)}"
         )

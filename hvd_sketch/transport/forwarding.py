@@ -1,4 +1,4 @@
-"""A transport around another one: what decorators of transports inherit from."""
+"""The base class of transports around another transport."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from hvd_sketch.transport.base import Handle, Transport
 
 
 class ForwardingTransport:
-    """Hands every collective on to the transport inside; a decorator overrides what it changes.
+    """Calls the ``inner`` transport in every method; a decorator overrides the methods that it changes.
 
-    Communication: as the transport inside.
-
-    Args:
-        inner: the transport inside.
+    Communication: as the inner transport.
     """
 
     def __init__(self, inner: Transport) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Finished, Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, check_shares, finished, sum_in_rank_order
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 from hvd_sketch.transport.staging import to_device, to_host
 
@@ -18,10 +18,9 @@ HOROVOD_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.
 class HorovodTransport:
     """One rank of a Horovod job, or of one of its process sets.
 
-    Sums of host tensors travel as an alltoall and are added here: Gloo's reducescatter sends up to 1.5 times
-    what a ring does. CUDA tensors are handed to a Horovod that was built with NCCL, whose reducescatter sums them
-    (unless ``ordered``), otherwise to pinned copies on the host: a build for CPUs refuses CUDA tensors. Neither has
-    run on a GPU yet.
+    Host tensors are summed here, after an alltoall: Gloo's reducescatter sends up to 1.5 times the bytes of a ring.
+    CUDA tensors are given to a Horovod that was built with NCCL, whose reducescatter sums them (unless ``ordered``). A
+    build for CPUs refuses CUDA tensors, and gets pinned copies on the host. Neither has run on a GPU yet.
 
     Communication: the constructor calls ``hvd.init()``, which is collective the first time.
 
@@ -34,7 +33,7 @@ class HorovodTransport:
     """
 
     def __init__(self, process_set: Any = None) -> None:
-        locate_open_mpi()  # of a Horovod built with MPI
+        locate_open_mpi()  # for a Horovod built with MPI
         try:
             import horovod.torch as hvd
         except ImportError as error:
@@ -73,9 +72,9 @@ class HorovodTransport:
         return self.start_reduce_scatter(tensor, ordered).wait()
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        check_parts(tensor, self.size, "reduce_scatter")
+        check_shares(tensor, self.size, "reduce_scatter")
         if tensor.numel() == 0:
-            return Finished(tensor.new_empty(tensor.shape[1:]))
+            return finished(tensor.new_empty(tensor.shape[1:]))
         ours = self._readable(tensor)
         # Fixed names, equal on all ranks; operations in flight together need different ones.
         slot = next(i for i in count() if i not in self._slots_in_flight)
@@ -83,12 +82,18 @@ class HorovodTransport:
         name = self._name(f"reduce_scatter.{slot}")
         if ours.is_cuda and not ordered:
             pending = self._hvd.reducescatter_async(ours, op=self._hvd.Sum, name=name, process_set=self._set)
-            return _Pending(self, slot, pending, lambda part: part[0])
+            return Pending(lambda: self._finish(slot, pending)[0])
         pending = self._hvd.alltoall_async(ours, name=name, process_set=self._set)
-        return _Pending(self, slot, pending, lambda parts: _back(sum_in_rank_order(parts), tensor))
+        return Pending(lambda: _back(sum_in_rank_order(list(self._finish(slot, pending))), tensor))
+
+    def _finish(self, slot: int, pending: Any) -> Tensor:
+        """What an operation of Horovod's background thread has received; its slot becomes free."""
+        received = self._hvd.synchronize(pending)
+        self._slots_in_flight.remove(slot)
+        return received[0] if isinstance(received, tuple) else received
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        check_parts(tensor, self.size, "alltoall")
+        check_shares(tensor, self.size, "alltoall")
         if tensor.numel() == 0:
             return tensor.clone()
         ours = _movable(self._readable(tensor))
@@ -114,12 +119,12 @@ class HorovodTransport:
         return f"hvd_sketch.{self._set.process_set_id}.{operation}"
 
     def _readable(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy of it on the host where Horovod cannot move it from where it lies."""
+        """The tensor, or a copy on the host of one that Horovod cannot read on its device."""
         return to_host(tensor) if self.stages(tensor.device) else tensor
 
 
 def _check_process_set(hvd: Any, process_set: Any) -> None:
-    """Refuse what is no process set, or none that this rank can exchange gradients over. Communication: none."""
+    """Refuse a value that is no process set, and a set that this rank cannot use. Communication: none."""
     if not isinstance(process_set, hvd.ProcessSet):
         raise TypeError(
             f"HorovodTransport expected an hvd.ProcessSet, got {process_set!r} ({type(process_set).__name__}) on rank "
@@ -137,7 +142,7 @@ def _check_process_set(hvd: Any, process_set: Any) -> None:
 
 
 def _is_registered(process_set: Any) -> bool:
-    """Whether the running Horovod knows the set; one that was shut down leaves its number in the set."""
+    """Whether the running Horovod knows the set. A Horovod that was shut down leaves its number in the set."""
     try:
         return process_set.size() is not None
     except ValueError:
@@ -152,15 +157,3 @@ def _movable(tensor: Tensor) -> Tensor:
 def _back(received: Tensor, like: Tensor) -> Tensor:
     """What Horovod returned, in the dtype and on the device of ``like``."""
     return to_device(received.view(like.dtype), like.device)
-
-
-class _Pending:
-    """An operation under way in Horovod's background thread."""
-
-    def __init__(self, transport: HorovodTransport, slot: int, pending: Any, finish: Any) -> None:
-        self._transport, self._slot, self._pending, self._finish = transport, slot, pending, finish
-
-    def wait(self) -> Tensor:
-        received = self._transport._hvd.synchronize(self._pending)
-        self._transport._slots_in_flight.remove(self._slot)
-        return self._finish(received[0] if isinstance(received, tuple) else received)

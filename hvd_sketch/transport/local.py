@@ -1,4 +1,4 @@
-"""Local: the ranks are threads of one process. For tests, and to simulate many workers on one machine."""
+"""Ranks that are threads of one process: for tests, and to simulate many workers on one machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, check_shares, sum_in_rank_order
 
 T = TypeVar("T")
 Combine = Callable[[list[Tensor]], Tensor]
 
 
 class _Room:
-    """What the ranks of one group share: a slot per rank to show a tensor in, and what all of them make."""
+    """What the ranks of one group share: the tensor that each rank shows, and the result for all ranks."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.shown: list[Tensor] = [torch.empty(0)] * size
@@ -27,7 +27,7 @@ class _Room:
         self.all_have_read = threading.Barrier(size, timeout=timeout_s)
 
     def _combine(self) -> None:
-        """Make once what all ranks get."""
+        """Make the result for all ranks, once."""
         if self.combine is not None:
             self.combined = self.combine(self.shown)
 
@@ -62,15 +62,16 @@ class LocalTransport:
         return self._exchange(tensor, tensor.copy_, sum_in_rank_order)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
-        check_parts(tensor, self.size, "reduce_scatter")
+        check_shares(tensor, self.size, "reduce_scatter")
         return self._exchange(tensor, lambda _: sum_in_rank_order(self._shown_to_me()))
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        check_parts(tensor, self.size, "reduce_scatter")
-        return _Postponed(self, tensor)
+        check_shares(tensor, self.size, "reduce_scatter")
+        # The sum is made in wait(): of many that were started, one at a time takes memory.
+        return Pending(lambda: tensor[0] if self.size == 1 else self.reduce_scatter(tensor))
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        check_parts(tensor, self.size, "alltoall")
+        check_shares(tensor, self.size, "alltoall")
         return self._exchange(tensor, lambda _: torch.stack(self._shown_to_me()))
 
     def allgather(self, tensor: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class LocalTransport:
         return [tensor[self._rank] for tensor in self._room.shown]
 
     def _exchange(self, tensor: Tensor, read: Callable[[Tensor], Tensor], combine: Combine | None = None) -> Tensor:
-        """Show ``tensor`` to the group, read what it makes of all that is shown, and leave once all have read."""
+        """Show ``tensor`` to the group, read the combined tensors, and return once all have read."""
         room = self._room
         room.shown[self._rank] = tensor
         room.combine = combine  # the same on all ranks
@@ -100,22 +101,12 @@ class LocalTransport:
         return result
 
 
-class _Postponed:
-    """A reduce_scatter that is made when it is waited for: of many started, one sum at a time takes memory."""
-
-    def __init__(self, transport: LocalTransport, tensor: Tensor) -> None:
-        self._transport, self._tensor = transport, tensor
-
-    def wait(self) -> Tensor:
-        return self._tensor[0] if self._transport.size == 1 else self._transport.reduce_scatter(self._tensor)
-
-
 def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport]:
     """``size`` ranks for as many threads of this process.
 
     Args:
         size: how many ranks, at least 1.
-        timeout_s: after so long in one collective the waiting ranks raise ``threading.BrokenBarrierError``.
+        timeout_s: the longest wait in one collective; then the waiting ranks raise ``threading.BrokenBarrierError``.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -124,10 +115,9 @@ def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport
 
 
 class LocalRanks:
-    """Ranks as threads that run one function after another; a context manager, at whose end the threads end.
+    """Ranks as threads that run one function after another; the threads end with the context.
 
-    Args:
-        size, timeout_s: see :func:`local_transports`.
+    Args: see :func:`local_transports`.
     """
 
     def __init__(self, size: int, timeout_s: float = 300.0) -> None:
@@ -137,8 +127,8 @@ class LocalRanks:
     def run(self, function: Callable[[LocalTransport], T]) -> list[T]:
         """What ``function(transport)`` returns on every rank, in rank order.
 
-        When one rank raises, the others are released, for good, and the first failure that is not a mere consequence
-        is raised here.
+        When one rank raises, the other ranks are released for good. The first failure that is not a consequence of
+        another one is raised here.
         """
 
         def rank_main(transport: LocalTransport) -> T:

@@ -33,11 +33,11 @@ class MeteredTransport(ForwardingTransport):
 
     @contextmanager
     def phase(self, name: str, device: torch.device = HOST) -> Iterator[None]:
-        """Name the part of the algorithm that the collectives inside belong to.
+        """Name the phase of the algorithm that the collectives inside belong to.
 
         Args:
-            name: of the part.
-            device: where host tensors that are given to the collectives were copied from, and will be needed.
+            name: of the phase.
+            device: the device that host tensors for the collectives were copied from; their results are needed there.
         """
         outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
@@ -80,9 +80,9 @@ class MeteredTransport(ForwardingTransport):
         Args:
             collective: its name.
             payload: the whole logical vector.
-            moved: bytes that this rank reads and writes, staged by the transport if the device needs that.
-            copied: bytes that the caller copies between device and host where the payload is a host copy; default:
-                as moved. A histogram is copied one way, in int64: its sums stay on the host.
+            moved: bytes that this rank reads and writes; the transport stages them if the device needs that.
+            copied: bytes that the caller copies between device and host where the payload is a host copy. Default:
+                ``moved``. A histogram is copied one way, in int64: its sums stay on the host.
         """
         staged_bytes = moved if self._inner.stages(payload.device) else 0
         if payload.device.type == "cpu" and self._of_device:

@@ -1,4 +1,4 @@
-"""MPI through mpi4py: tensors are handed to MPI as they lie in memory."""
+"""MPI through mpi4py, which reads and writes the memory of tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, check_parts, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, check_shares, sum_in_rank_order
 from hvd_sketch.transport.mpi_setup import abort_on_uncaught_exceptions, channel_on, check_communicator, import_mpi
 from hvd_sketch.transport.staging import empty_on_host, to_host
 
@@ -25,15 +25,15 @@ INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16}
 class MPITransport:
     """One rank of an MPI communicator. Every reduce_scatter sums in rank order.
 
-    Messages travel on a duplicate of the communicator, so that they cannot meet the user's. The transports of a process
-    on one communicator share the duplicate and with it the order of messages: use them from one thread, in the same
-    order on all ranks. ``comm.Free()`` frees the duplicate too, and ends those transports; MPI.COMM_WORLD's lives as
-    long as MPI.
+    Messages use a duplicate of the communicator, so that they cannot meet the user's messages. All transports of a
+    process on one communicator share the duplicate, and so the order of messages: use them from one thread, in the same
+    order on all ranks. ``comm.Free()`` also frees the duplicate and ends these transports. The duplicate of
+    MPI.COMM_WORLD lives as long as MPI.
 
     From construction on an exception that nobody catches aborts the whole job (``sys.excepthook``): MPI itself would
     leave the other ranks waiting.
 
-    CUDA tensors are handed to an MPI library that says it takes them, otherwise to pinned copies on the host.
+    CUDA tensors are given to an MPI library that says it takes them; other libraries get pinned copies on the host.
     Neither has run on a GPU yet.
 
     Communication: the first constructor on a communicator is collective (``Comm.Dup``), later ones send nothing.
@@ -90,24 +90,23 @@ class MPITransport:
         return self._progress.drive(pending) if self._progress is not None else pending
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        check_parts(tensor, self.size, "alltoall")
-        ours = self._readable(tensor)
+        check_shares(tensor, self.size, "alltoall")
         result = self._writable(tensor.shape, tensor)
-        outgoing, incoming = self._parts(ours), self._parts(result)
+        outgoing, incoming = self._shares(self._readable(tensor)), self._shares(result)
         requests = self._start_exchange(outgoing, incoming)
         incoming[self.rank].copy_(outgoing[self.rank])
         self._mpi.Request.Waitall(requests)
         return result.to(tensor.device, non_blocking=True)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        # A message tells its length when it arrives, so no round is spent on telling all sizes beforehand.
+        # A message brings its own length, so no round is spent on exchanging the sizes beforehand.
         source = _plain(self._readable(tensor).view(-1))
         requests = [self._comm.Isend(piece, peer) for peer in self._others() for piece in self._pieces(source)]
         arriving = {peer: self._probe(peer, source) for peer in reversed(self._others())}
         lengths = {self.rank: source.numel()} | {peer: length for peer, (_, length) in arriving.items()}
         if max(lengths.values()) >= self._max_count:
-            parts = {peer: self._receive_pieces(peer, *arriving[peer], source) for peer in arriving}
-            whole = torch.cat([source if rank == self.rank else parts[rank] for rank in range(self.size)])
+            received = {peer: self._receive_pieces(peer, *arriving[peer], source) for peer in arriving}
+            whole = torch.cat([source if rank == self.rank else received[rank] for rank in range(self.size)])
         else:
             whole = _plain(self._writable((sum(lengths.values()),), tensor))
             slots = whole.split([lengths[rank] for rank in range(self.size)])
@@ -117,12 +116,12 @@ class MPITransport:
         return whole.view(tensor.dtype).view(-1, *tensor.shape[1:]).to(tensor.device, non_blocking=True)
 
     def _pieces(self, flat: Tensor) -> Iterator[Tensor]:
-        """As many messages as it takes: all but the last have ``max_count`` elements, and the last has fewer."""
+        """The messages for a vector: all but the last have ``max_count`` elements, and the last has fewer."""
         for start in range(0, flat.numel() + 1, self._max_count):
             yield flat[start : start + self._max_count]
 
     def _probe(self, peer: int, like: Tensor) -> tuple[MPI.Message, int]:
-        """The next message of a peer, and of how many elements it is."""
+        """The next message of a peer, and how many elements it has."""
         status = self._mpi.Status()
         message = self._comm.Mprobe(peer, status=status)
         # Get_count does not count beyond 2^31 bytes.
@@ -149,22 +148,22 @@ class MPITransport:
         self._comm.Barrier()
 
     def _start_sum(self, tensor: Tensor) -> _Sum:
-        # Parts travel straight to the rank that adds them: the bytes of a ring without its rounds. Three sums of
+        # Each share goes directly to the rank that adds it: the bytes of a ring without its rounds. Three sums of
         # 10 MB took 8 ms on 2 ranks and 27 ms on 4 (loopback TCP); MPI_Reduce_scatter took 51 and 36 ms.
-        check_parts(tensor, self.size, "reduce_scatter")
+        check_shares(tensor, self.size, "reduce_scatter")
         _check_summable(tensor)
         ours = self._readable(tensor)
-        outgoing, incoming = self._parts(ours), self._parts(torch.empty_like(ours))
+        outgoing, incoming = self._shares(ours), self._shares(torch.empty_like(ours))
         requests = self._start_exchange(outgoing, incoming)
         incoming[self.rank] = outgoing[self.rank]
         total = self._writable(tensor.shape[1:], tensor)
         return _Sum(lambda: self._mpi.Request.Waitall(requests), incoming, total, tensor.device)
 
     def _start_exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[MPI.Request]:
-        """Begin to send ``outgoing[i]`` to rank i and to receive ``incoming[i]`` from it, for all other ranks.
+        """Begin to send ``outgoing[i]`` to rank i and to receive ``incoming[i]`` from rank i, for all other ranks.
 
-        Messages between two ranks arrive in the order they were sent in, so exchanges begun in the same order on
-        all ranks do not mix.
+        Messages between two ranks arrive in the order of sending, so exchanges that begin in the same order on all
+        ranks do not mix.
         """
         requests = []
         for peer in reversed(self._others()):  # from the rank to the left first: its first message is for this rank
@@ -176,19 +175,19 @@ class MPITransport:
         return requests
 
     def _others(self) -> list[int]:
-        """All other ranks, to the right first: what every rank sends first goes to another."""
+        """All other ranks, from the next one on: the first messages of the ranks all go to different ranks."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
     def _chunks(self, total: int) -> Iterator[slice]:
         for start in range(0, total, self._max_count):
             yield slice(start, start + self._max_count)
 
-    def _parts(self, tensor: Tensor) -> list[Tensor]:
+    def _shares(self, tensor: Tensor) -> list[Tensor]:
         """``tensor`` [size, ...] as flat vectors that MPI can take, one for each rank."""
         return list(_plain(tensor.view(self.size, tensor.numel() // self.size)))
 
     def _readable(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy of it where MPI can read it, with all its values written."""
+        """The tensor, or a copy in memory that MPI can read; complete on return."""
         if self.stages(tensor.device):
             return to_host(tensor)
         if tensor.is_cuda:
@@ -196,21 +195,21 @@ class MPITransport:
         return tensor.contiguous()
 
     def _writable(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory where MPI can write what is then moved to the device of ``like``."""
+        """Memory that MPI can write to, for a result that is needed on the device of ``like``."""
         if self.stages(like.device):
             return empty_on_host(shape, like.dtype, like.device)
         return like.new_empty(shape)
 
 
 class _Sum:
-    """A reduce_scatter whose parts are under way."""
+    """A reduce_scatter whose shares are under way."""
 
-    def __init__(self, wait_for_parts: Callable[[], None], parts: list[Tensor], total: Tensor, device: torch.device):
-        self._wait_for_parts, self._parts, self._total, self._device = wait_for_parts, parts, total, device
+    def __init__(self, receive: Callable[[], None], shares: list[Tensor], total: Tensor, device: torch.device):
+        self._receive, self._shares, self._total, self._device = receive, shares, total, device
 
     def wait(self) -> Tensor:
-        self._wait_for_parts()
-        sum_in_rank_order(self._parts, out=self._total.view(-1))
+        self._receive()
+        sum_in_rank_order(self._shares, out=self._total.view(-1))
         return self._total.to(self._device, non_blocking=True)
 
 

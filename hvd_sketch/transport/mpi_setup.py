@@ -1,4 +1,4 @@
-"""What comes before the first message over MPI: mpi4py, a communicator of our own, and an end for jobs that fail."""
+"""Before the first message over MPI: import mpi4py, duplicate the communicator, abort jobs that fail."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Channel:
-    """Our duplicate of a user's communicator, so that our messages cannot meet the user's, and what drives it.
+    """Our duplicate of a user's communicator, and the thread that keeps its messages moving.
 
-    All transports of a process on one communicator share one channel: duplicates are scarce (Open MPI has 65,536).
+    On a duplicate our messages cannot meet the user's. All transports of a process on one communicator share one
+    channel: duplicates are scarce (Open MPI has 65,536).
     """
 
     def __init__(self, mpi: Any, comm: MPI.Intracomm) -> None:
@@ -50,7 +51,7 @@ def channel_on(mpi: Any, comm: MPI.Intracomm) -> Channel:
 
 @cache
 def _channel_keyval(mpi: Any) -> int:
-    """Under which a communicator keeps its channel; a copy that the user makes of it does not inherit the channel."""
+    """The key of a communicator's channel. The user's own duplicates of the communicator do not inherit the channel."""
     return mpi.Comm.Create_keyval(delete_fn=lambda comm, keyval, channel: channel.close())
 
 
@@ -82,7 +83,7 @@ def import_mpi() -> Any:
 
 
 def check_communicator(mpi: Any, comm: Any) -> None:
-    """Refuse what is no communicator, or none that this rank can exchange gradients over. Communication: none.
+    """Refuse a value that is no communicator, and a communicator that this rank cannot use. Communication: none.
 
     Raises:
         TypeError: ``comm`` is not an mpi4py communicator.
@@ -91,8 +92,8 @@ def check_communicator(mpi: Any, comm: Any) -> None:
     where = f"on rank {mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
     if not isinstance(comm, mpi.Comm):
         raise TypeError(
-            f"MPITransport expected a communicator such as MPI.COMM_WORLD, got {_told(comm)} {where}: "
-            "pass an mpi4py.MPI.Intracomm, or nothing for MPI.COMM_WORLD"
+            f"MPITransport expected a communicator such as MPI.COMM_WORLD, got {comm!r} ({type(comm).__name__}) "
+            f"{where}: pass an mpi4py.MPI.Intracomm, or nothing for MPI.COMM_WORLD"
         )
     if comm == mpi.COMM_NULL:
         raise ValueError(
@@ -105,16 +106,12 @@ def check_communicator(mpi: Any, comm: Any) -> None:
         )
 
 
-def _told(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
-
-
 @cache
 def abort_on_uncaught_exceptions(mpi: Any) -> None:
-    """Make an exception that nobody catches end the job on all ranks, once per process. Modifies ``sys.excepthook``.
+    """Make an exception that nobody catches end the job on all ranks. Modifies ``sys.excepthook``, once per process.
 
-    MPI itself would wait in ``MPI_Finalize`` for ranks that wait for this one. The hook that was there is called first.
-    A hook that the user sets later replaces this one.
+    Without it this rank would wait in ``MPI_Finalize`` for ranks that wait for this rank. The previous hook is called
+    first. A hook that the user sets later replaces this one.
     """
     world = mpi.COMM_WORLD
     if world.size == 1:

@@ -1,4 +1,4 @@
-"""Where the Open MPI of PyPI lies: it was built for another place, and looks for its files there."""
+"""The place of PyPI's Open MPI, which was built for another place and looks for its files there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def locate_open_mpi() -> None:
-    """Set ``OPAL_PREFIX`` where this Python environment holds the Open MPI of PyPI; call before MPI is loaded.
+    """Set ``OPAL_PREFIX`` in ``os.environ`` if this Python environment holds PyPI's Open MPI; call before loading MPI.
 
-    Without the variable that Open MPI ends a process that was not started by mpirun, in ``MPI_Init``. A value that is
-    set already stays. Modifies ``os.environ``. Communication: none.
+    Without the variable ``MPI_Init`` ends a process that was not started by mpirun. An existing value stays.
+    Communication: none.
     """
     if os.path.exists(os.path.join(sys.prefix, "lib", "libopen-rte.so.40")):
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)

@@ -1,4 +1,4 @@
-"""What keeps MPI's messages moving while this rank computes."""
+"""A thread that keeps MPI's messages moving while this rank computes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hvd_sketch.transport.base import Handle
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Two ranks at 1 Gbit/s, three rows of 4 MB: off the CPU for 30 ms before each (as a GPU's rank is) 109 ms instead of
-# 139 ms, all rows but the last are hidden; computing on the CPU 86 to 110 ms instead of 112 ms. Polling more often
-# hides no more and takes time from Python (0.3 ms: 122 ms).
+# Two ranks at 1 Gbit/s, three rows of 4 MB: 109 ms instead of 139 ms where each rank is off the CPU for 30 ms before
+# each row (as with a GPU): all rows but the last are hidden. Where it computes on the CPU, 86 to 110 ms instead of
+# 112 ms. Polling every 0.3 ms hides no more and takes time from Python: 122 ms.
 POLL_INTERVAL_S = 2e-3
 PROBES = 8  # one call moves at most 384 KiB to each peer (Open MPI's pipeline over TCP)
 
 
 class Progress:
-    """A thread that calls MPI while something is in flight: outside its functions most MPI libraries stand still.
+    """A thread that calls MPI while handles are waiting: most MPI libraries only move messages inside their functions.
 
     Needs MPI_THREAD_MULTIPLE.
     """
@@ -34,7 +34,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def drive(self, handle: Handle) -> Handle:
-        """The handle, made to move on until it is waited for; call from one thread only."""
+        """A handle whose messages move until its ``wait()``, which moves them itself; call from one thread only."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._poll, name="hvd_sketch MPI progress", daemon=True)
             self._thread.start()
@@ -43,13 +43,13 @@ class Progress:
         return _Driven(handle, self)
 
     def leave(self) -> None:
-        """One handle less to care for: MPI's own wait moves its messages on."""
+        """One handle less is in flight."""
         self._in_flight -= 1
         if self._in_flight == 0:
             self._needed.clear()
 
     def stop(self) -> None:
-        """End the thread, for good: its communicator is about to be freed. Returns once it calls MPI no more."""
+        """End the thread for good, before its communicator is freed; on return it has made its last call."""
         self._ended = True
         self._needed.set()
         if self._thread is not None:

@@ -1,7 +1,7 @@
-"""Host memory for device tensors, where a transport reaches nothing else. Its copies have not run on a GPU yet.
+"""Copies of device tensors in host memory, for transports that reach nothing else. They have not run on a GPU yet.
 
-CUDA copies go through pinned memory. Torch keeps pinned blocks when they are freed and hands them out again, not
-before the copies that use them have ended: from the second step on nothing is pinned anew.
+CUDA copies go through pinned memory. Torch reuses freed pinned blocks once the copies that use them have ended: from
+the second step on no more memory is pinned.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from torch import Tensor
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, complete on return. Waits for the current stream of the tensor's device, once."""
+    """A copy on the host, complete on return. Waits once for the current stream of the tensor's device."""
     return empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host memory from or to which ``device`` copies at full speed."""
+    """Host memory that ``device`` copies from and to at full speed."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, in the order of its current stream, which is not waited for; itself where it lies there."""
+    """A copy on the device, made in its current stream without waiting; a tensor on the device itself."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = empty_on_host(tensor.shape, tensor.dtype, device).copy_(tensor)
     return tensor.to(device, non_blocking=True)
 
 
 def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tensors on ``device``, each as soon as the work on the next has been launched, too.
+    """Tensors on ``device``, each once the work on the next one has been launched; on the CPU each at once.
 
-    Whoever takes one is in a stream of its own, in which there is nothing to wait for but that tensor: while it is
-    copied to the host and sent, the device computes the next. What is started there is finished by the current stream,
-    which waits for it at the end. On the CPU each comes at once: its work is done.
+    The caller receives a tensor in a second stream, in which only that tensor is waited for. So it is copied to the
+    host and sent while the device computes the next tensor. At the end the current stream waits for the second one.
     """
     if device.type != "cuda":
         yield from launched
@@ -51,7 +50,7 @@ def one_behind(device: torch.device, launched: Iterable[Tensor]) -> Iterator[Ten
     torch.cuda.current_stream(device).wait_stream(beside)
 
 
-@cache  # memory is kept for the stream it was taken in
+@cache  # torch keeps memory for the stream that took it
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 

@@ -1,4 +1,4 @@
-"""Who waits long for other ranks says so: a job that hangs without a word tells nobody where to look."""
+"""A warning from each rank that waits long for other ranks: it says where a job hangs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ class _Wait:
     step: int
     phase: str
     since_s: float
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class StallWatch:
-    """A thread that warns once of every phase of an exchange that lasts longer than ``stall_s``.
-
-    A phase takes no communication of its own, so that it costs nothing to watch it.
-    """
+    """A thread that warns once of every phase that lasts longer than ``stall_s``. Communication: none."""
 
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
@@ -38,7 +35,7 @@ class StallWatch:
 
     @contextmanager
     def over(self, rank: int, size: int, step: int, phase: str) -> Iterator[None]:
-        """Watch what happens inside."""
+        """Watch the phase that runs inside."""
         if self._thread is None or not self._thread.is_alive():  # as in a process forked from this one
             self._thread = threading.Thread(target=self._look, name="hvd_sketch stall watch", daemon=True)
             self._thread.start()
@@ -54,12 +51,12 @@ class StallWatch:
             time.sleep(self._stall_s / POLLS_PER_STALL)
             for wait in list(self._waits.values()):
                 waited_s = time.monotonic() - wait.since_s
-                if waited_s > self._stall_s and not wait.is_told:
-                    wait.is_told = True
-                    _tell(wait, waited_s)
+                if waited_s > self._stall_s and not wait.is_reported:
+                    wait.is_reported = True
+                    _warn(wait, waited_s)
 
 
-def _tell(wait: _Wait, waited_s: float) -> None:
+def _warn(wait: _Wait, waited_s: float) -> None:
     hint = (
         "Not all of them have begun this step: one that ran out of data must go on contributing (put the loop into "
         "'with optimizer.join():' on every rank), one that hangs or waits elsewhere must be looked for."

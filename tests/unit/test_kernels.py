@@ -1,4 +1,4 @@
-"""The Numba kernels against the reference, for any sizes and any number of parts the work is split into."""
+"""The Numba kernels against the reference, for any sizes and any number of threads the work is divided among."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 @contextmanager
-def split_into(parts: int) -> Iterator[None]:
-    """Split every kernel's work into so many parts, whatever its size and the machine's threads."""
+def split_for(threads: int) -> Iterator[None]:
+    """Split every kernel's work for a number of threads, whatever its size and the machine's threads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_parts", lambda size: parts)
+        patch.setattr(cpu, "_threads_for", lambda size: threads)
         yield
 
 
@@ -115,12 +115,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @few_examples
 @given(st.data(), hashes(), st.integers(1, 5))
-def test_table_equals_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+def test_table_equals_the_reference(data: st.DataObject, hash: BlockHash, threads: int) -> None:
     start, stop = data.draw(ranges(hash.dim))
     for values in (random_integers(stop - start), random_values(stop - start)):
         table = random_integers(hash.rows * hash.shards * hash.shard_cols, 1).view(hash.table_shape)
         expected = table.clone()
-        with split_into(parts):
+        with split_for(threads):
             cpu.accumulate_(hash, table, values, start)
         reference.accumulate_(hash, expected, values, start)
         assert torch.equal(table, expected)
@@ -128,11 +128,11 @@ def test_table_equals_the_reference(data: st.DataObject, hash: BlockHash, parts:
 
 @few_examples
 @given(st.data(), hashes(), st.integers(1, 5))
-def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+def test_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, threads: int) -> None:
     start, stop = data.draw(ranges(hash.dim))
     table = sketched(reference, hash, random_values(hash.dim))
     whole = reference.estimate(hash, table, 0, hash.dim)
-    with split_into(parts):
+    with split_for(threads):
         assert torch.equal(cpu.estimate(hash, table, 0, hash.dim), whole)
         assert torch.equal(cpu.estimate(hash, table, start, stop), whole[start:stop])
 
@@ -143,7 +143,7 @@ def every_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> tuple[Tenso
 
 @few_examples
 @given(st.data(), hashes(), st.integers(1, 5))
-def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, parts: int) -> None:
+def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHash, threads: int) -> None:
     table = sketched(reference, hash, random_integers(hash.dim))  # whole numbers: many tie
     whole = reference.estimate(hash, table, 0, hash.dim)
     for shard in range(hash.shards):
@@ -153,13 +153,13 @@ def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHas
         assert torch.equal(own, whole[hash.owned_to_global(shard, np.arange(own.numel()))])
         value = data.draw(st.sampled_from([0.0, 1e30, *own[:20].tolist()]))
         threshold = magnitude(value) + data.draw(st.integers(-1, 0))
-        with split_into(parts):
+        with split_for(threads):
             found = cpu.owned_above(hash, own_table, shard, threshold)
         expected = reference.owned_above(hash, own_table, shard, threshold)
         assert found[0].tolist() == expected[0].tolist() and torch.equal(found[1], expected[1])
         for window, limit in product(windows(value), (hash.dim, 10)):
             expected_counts = reference.owned_histogram(hash, own_table, shard, *window)
-            with split_into(parts):
+            with split_for(threads):
                 assert torch.equal(cpu.owned_histogram(hash, own_table, shard, *window), expected_counts)
                 counts, kept = cpu.owned_histogram_kept(hash, own_table, shard, *window, limit)
             assert torch.equal(counts, expected_counts)
@@ -172,7 +172,7 @@ def test_owned_estimates_equal_the_reference(data: st.DataObject, hash: BlockHas
 @few_examples
 @given(st.data(), hashes(), st.integers(1, 5), st.sampled_from([None, 0.9, 0.3]))
 def test_feedback_equals_the_reference(
-    data: st.DataObject, hash: BlockHash, parts: int, momentum: float | None
+    data: st.DataObject, hash: BlockHash, threads: int, momentum: float | None
 ) -> None:
     """u, v and the table to the bit, fused and alone, in chunks of any size."""
     start, stop = data.draw(ranges(hash.dim))
@@ -186,7 +186,7 @@ def test_feedback_equals_the_reference(
         our_u, our_v = (x.clone() for x in before)
         table = torch.zeros(hash.table_shape)
         velocity = our_u if momentum else None
-        with split_into(parts):
+        with split_for(threads):
             if fused:
                 cpu.feedback_accumulate_(hash, table, velocity, our_v, gradient, momentum, start)
             else:
@@ -297,26 +297,26 @@ def windows(value: float) -> list[tuple[int, int, int]]:
 
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
-def test_histogram_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+def test_histogram_equals_the_reference(data: st.DataObject, values: Tensor, threads: int) -> None:
     value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
     for window in windows(value):
-        with split_into(parts):
+        with split_for(threads):
             counts = cpu.magnitude_histogram(values, *window)
         assert torch.equal(counts, reference.magnitude_histogram(values, *window))
 
 
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
-def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, threads: int) -> None:
     value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
     threshold = magnitude(value) + data.draw(st.integers(-1, 0))
-    with split_into(parts):
+    with split_for(threads):
         chosen = cpu.select_above(values, threshold)
     assert torch.equal(chosen, reference.select_above(values, threshold))
     assert bool((values[chosen] != 0).all())
     for dtype in (torch.int32, torch.int64):
         positions = 3 * torch.arange(values.numel(), dtype=dtype)
-        with split_into(parts):
+        with split_for(threads):
             kept, kept_values = cpu.keep_above(positions.clone(), values.clone(), threshold)
         assert torch.equal(kept, positions[chosen])
         assert torch.equal(kept_values.view(torch.int32), values[chosen].view(torch.int32))
@@ -324,13 +324,13 @@ def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, par
 
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
-def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor, parts: int) -> None:
+def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor, threads: int) -> None:
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
     indices = torch.from_numpy(np.flatnonzero(random.random(values.numel()) < data.draw(st.floats(0, 1))))
     cleared = values.clone()
     reference.clear_(cleared, indices)
     picked = reference.gather(values, indices, out=torch.empty(indices.numel()))
-    with split_into(parts):
+    with split_for(threads):
         assert same_bits(cpu.gather(values, indices, out=torch.empty(indices.numel())), picked)
         cpu.clear_(values, indices)
     assert same_bits(values, cleared) and not bool(values[indices].any())
@@ -343,7 +343,7 @@ def test_zeros_are_never_selected(threshold: int) -> None:
 
 
 def test_thread_count_changes_no_bit() -> None:
-    hash = BlockHash(2 * cpu.MIN_PART + 777, 3, 20_000, 2)
+    hash = BlockHash(2 * cpu.MIN_PER_THREAD + 777, 3, 20_000, 2)
     values = random_values(hash.dim)
     results = []
     for threads in (1, 2):
@@ -382,7 +382,7 @@ def test_each_rank_takes_its_share_of_the_cores(
 
 
 def test_callers_in_several_python_threads() -> None:
-    hash = BlockHash(2 * cpu.MIN_PART, 3, 10_000)
+    hash = BlockHash(2 * cpu.MIN_PER_THREAD, 3, 10_000)
 
     def work(seed: int) -> list[Tensor]:
         table = sketched(cpu, hash, random_values(hash.dim, seed))

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import cpu
-from hvd_sketch.kernels.threads import _team, run_parts
+from hvd_sketch.kernels.threads import _team, run_on_threads
 from tests.support.harness import child_environment, run_command
 
-# With one thread of torch's, the kernels' two parts run on threads of ours. torch's do not survive a fork: a child of
+# With one thread of torch's, calls on two threads run on threads of ours. torch's do not survive a fork: a child of
 # a process that used them must not compute with torch.
-TWO_PARTS = """
+TWO_THREADS = """
 import os, sys, threading
 import torch
 torch.set_num_threads(2 if "torchs" in sys.argv else 1)
 from hvd_sketch.kernels import cpu, threads
-cpu._parts = lambda size: 2
+cpu._threads_for = lambda size: 2
 assert threads._team.is_usable, "no OpenMP was found in torch"
 assert threads._team.suits(2, torch.get_num_threads()) == ("torchs" in sys.argv)
 torch.ones(1_000_000).sum()
@@ -80,19 +80,19 @@ from hvd_sketch.hashing import BlockHash
 def interrupt(number, frame):
     raise KeyboardInterrupt
 
-def kernel(begun, ended, part, parts):
-    begun.append(part)
+def kernel(begun, ended, thread, threads):
+    begun.append(thread)
     if threading.current_thread() is threading.main_thread():
-        time.sleep(0.00005)  # lets a helper take the other part
+        time.sleep(0.00005)  # lets a helper take the other index
     else:
         time.sleep(0.0002)  # a caller that does not wait is noticed
-        ended.append(part)
+        ended.append(thread)
 
 def call_python():
     begun, ended = [], []
     try:
-        threads.run_parts(2, kernel, begun, ended)
-        assert sorted(begun) == [0, 1], f"parts ran: {begun}"
+        threads.run_on_threads(2, kernel, begun, ended)
+        assert sorted(begun) == [0, 1], f"indices ran: {begun}"
     finally:
         calls.append((begun, ended, list(begun), list(ended)))
 
@@ -129,10 +129,10 @@ for call, count in (call_python, 2000), (call_compiled, 300):
     time.sleep(0.01)  # for helpers that come late
     for now, now_too, then, then_too in calls:
         if call is call_python:
-            assert (now, now_too) == (then, then_too), "a part ran after its call"
-            assert len(set(now)) == len(now), "a part ran twice"
+            assert (now, now_too) == (then, then_too), "an index ran after its call"
+            assert len(set(now)) == len(now), "an index ran twice"
         else:
-            assert torch.equal(now, then) and torch.equal(now_too, then_too), "a part ran after its call"
+            assert torch.equal(now, then) and torch.equal(now_too, then_too), "an index ran after its call"
 """
 THREADS_STAY = """
 import os, torch
@@ -141,10 +141,10 @@ torch.set_num_threads(8)
 values = torch.ones(1_000_000)
 
 def compute():
-    for parts in 2, 4, 5, 8, 12:
+    for count in 2, 4, 5, 8, 12:
         ended = []
-        threads.run_parts(parts, lambda part, parts: ended.append(part))
-        assert sorted(ended) == [*range(parts)]
+        threads.run_on_threads(count, lambda thread, threads: ended.append(thread))
+        assert sorted(ended) == [*range(count)]
         assert values.sum() == 1_000_000
 
 compute()
@@ -200,13 +200,13 @@ def run_program(program: str, *arguments: str, timeout_s: float = 200) -> None:
 @pytest.mark.parametrize("whose", ["ours", "torchs"])
 def test_forked_children_use_kernels(whose: str) -> None:
     """A child has threads of ours in any case."""
-    run_program(TWO_PARTS + FORK, whose)
+    run_program(TWO_THREADS + FORK, whose)
 
 
 @pytest.mark.parametrize("whose", ["ours", "torchs"])
 def test_signal_handlers_that_raise(whose: str) -> None:
     """A call returns what is right, or it raises and no thread of it is left."""
-    run_program(TWO_PARTS + INTERRUPTS, whose)
+    run_program(TWO_THREADS + INTERRUPTS, whose)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
@@ -215,7 +215,7 @@ def test_calls_end_no_thread_of_torchs_and_start_none_again() -> None:
 
 
 def test_forked_workers_use_numba_threads() -> None:
-    run_program(TWO_PARTS + WORKERS)
+    run_program(TWO_THREADS + WORKERS)
 
 
 def test_kernels_leave_the_process_as_it_was() -> None:
@@ -229,7 +229,7 @@ def test_nothing_is_written_to_a_terminal(cache: str, tmp_path: Path) -> None:
     cold = {"NUMBA_CACHE_DIR": str(tmp_path)} if cache == "cold" else {}
     ours, theirs = pty.openpty()
     try:
-        command = [sys.executable, "-c", TWO_PARTS]
+        command = [sys.executable, "-c", TWO_THREADS]
         subprocess.run(command, env=child_environment() | cold, stdout=theirs, stderr=theirs, timeout=200, check=True)
         os.set_blocking(ours, False)
         with pytest.raises(BlockingIOError):
@@ -252,12 +252,12 @@ def results(hash: BlockHash, seed: int) -> list[Tensor]:
 
 @pytest.fixture(params=["ours", "torchs"])
 def run_on(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
-    """Have so many parts run on threads of ours, or on torch's."""
+    """Have calls on a number of threads run on threads of ours, or on torch's."""
     before = torch.get_num_threads()
 
-    def choose(parts: int) -> None:
-        torch.set_num_threads(parts if request.param == "torchs" else 1)
-        assert _team.suits(parts, torch.get_num_threads()) == (request.param == "torchs")
+    def choose(threads: int) -> None:
+        torch.set_num_threads(threads if request.param == "torchs" else 1)
+        assert _team.suits(threads, torch.get_num_threads()) == (request.param == "torchs")
 
     yield choose
     torch.set_num_threads(before)
@@ -269,16 +269,16 @@ def test_results_for_any_number_of_threads(
 ) -> None:
     run_on(threads)
     hash = BlockHash(400_000, 3, 20_000, 2)  # several chunks
-    monkeypatch.setattr(cpu, "_parts", lambda size: 1)
+    monkeypatch.setattr(cpu, "_threads_for", lambda size: 1)
     alone = results(hash, 0)
-    monkeypatch.setattr(cpu, "_parts", lambda size: threads)
+    monkeypatch.setattr(cpu, "_threads_for", lambda size: threads)
     assert all(torch.equal(one, many) for one, many in zip(alone, results(hash, 0), strict=True))
 
 
 def test_callers_in_several_threads(run_on: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     run_on(3)
     hash = BlockHash(200_000, 3, 10_000, 2)
-    monkeypatch.setattr(cpu, "_parts", lambda size: 3)
+    monkeypatch.setattr(cpu, "_threads_for", lambda size: 3)
     alone = [results(hash, seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(results, [hash] * 16, [*range(4)] * 4, timeout=100))
@@ -286,17 +286,17 @@ def test_callers_in_several_threads(run_on: Callable[[int], None], monkeypatch: 
         assert all(torch.equal(a, b) for a, b in zip(alone[number % 4], result, strict=True))
 
 
-def test_what_a_part_raises_reaches_the_caller(run_on: Callable[[int], None]) -> None:
+def test_what_a_kernel_raises_reaches_the_caller(run_on: Callable[[int], None]) -> None:
     run_on(4)
     begun = []
 
-    def kernel(part: int, parts: int) -> None:
-        begun.append(part)
-        if part == 2:
-            raise MemoryError("part 2")
+    def kernel(thread: int, threads: int) -> None:
+        begun.append(thread)
+        if thread == 2:
+            raise MemoryError("index 2")
 
-    with pytest.raises(MemoryError, match="part 2"):
-        run_parts(4, kernel)
+    with pytest.raises(MemoryError, match="index 2"):
+        run_on_threads(4, kernel)
     assert {0, 1, 2} <= set(begun) and len(set(begun)) == len(begun)
 
 
@@ -311,5 +311,5 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     ended: list[int] = []
-    run_parts(500, lambda part, parts: ended.append(part))
+    run_on_threads(500, lambda thread, threads: ended.append(thread))
     assert sorted(ended) == [*range(500)]
