@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ class Images:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    def to(self, device: torch.device) -> Images:
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if name != "name"})
 
 
 def load_images(data_dir: Path | None) -> Images:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 
@@ -23,18 +23,18 @@ from benchmarks.models import MODELS
 from benchmarks.paper.ablation_settings import GROUPS, Budget, Group, Setting
 from benchmarks.paper.classifier import ClassifierTraining, Task
 from benchmarks.paper.command_line import (
-    add_arguments,
     add_device,
-    check_arguments,
+    add_workers,
     connect,
+    experiment_parser,
     is_simulated,
+    parse,
     says_plainly,
 )
 from benchmarks.paper.experiment import Session
-from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
+from benchmarks.paper.model_exchange import Workers, count_of
 from benchmarks.paper.rate_search import Search, search_rates
 from hvd_sketch import Transport, sketched_dim
-from hvd_sketch.model.parameters import NamedParameter
 
 STEPS = {"small": 180, "full": 2000}
 MODEL = {"mnist": ("mlp", 200), "cifar10": ("cnn", 64)}  # and its width, by data set
@@ -50,7 +50,6 @@ class Bench:
     """What is common to all runs of a call.
 
     Attributes:
-        simulated: all ``workers`` are in this process; else each rank of ``transport`` is one.
         rates: of every setting, instead of a search.
     """
 
@@ -60,29 +59,20 @@ class Bench:
     batch: int
     steps: int
     seeds: int
-    workers: int
-    simulated: bool
+    workers: Workers
     transport: Transport
-    device: torch.device
     rates: Sequence[float] | None
 
     def make_model(self) -> nn.Module:
         return MODELS[self.model](self.images.train_images.shape[1], self.hidden)
 
     def budget(self) -> Budget:
-        return Budget(sketched_dim(self.make_model().parameters()), self.workers)
+        return Budget(sketched_dim(self.make_model().parameters()), count_of(self.workers))
 
     def training(self, setting: Setting, rate: float, seed: int) -> ClassifierTraining:
         """Communication: collective on real ranks, here and in its steps."""
         task = Task(self.make_model, self.images, rate, self.steps, self.batch, seed)
-
-        def connect(named: Sequence[NamedParameter]) -> ModelExchange:
-            config = setting.library_config(seed)
-            if self.simulated:
-                return SimulatedModelExchange(setting.method, named, config, self.workers, setting.variant)
-            return RealModelExchange(setting.method, named, config, self.transport)
-
-        return ClassifierTraining(task, connect, self.device)
+        return ClassifierTraining(task, self.workers, setting.method, setting.library_config(seed), setting.variant)
 
     def loss_at(self, session: Session, setting: Setting, rate: float) -> float:
         """The final training loss, mean over seeds, equal on all ranks. Communication: collective."""
@@ -98,7 +88,7 @@ class Bench:
         """Search the rate of every setting. Communication: collective."""
         for label, setting in group.items():
             labels = {"group": name, "label": label, "setting": setting.name, "steps": self.steps}
-            if session.finished(labels):
+            if session.find(labels):
                 continue
             loss_at = partial(self.loss_at, session, setting)
             if self.rates:
@@ -119,18 +109,16 @@ def first_rates(setting: Setting, dim: int) -> Sequence[float]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = experiment_parser(__doc__ or "")
     parser.add_argument("--groups", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
     told = f"default: {STEPS['small']} at small scale, {STEPS['full']} at full"
     parser.add_argument("--steps", type=int, help=told)
     parser.add_argument("--rates", type=float, nargs="+", help="of every setting, instead of a search")
     parser.add_argument("--batch", type=int, default=64, help="images per worker and step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, help="width of the model (default: 200 on MNIST, 64 on CIFAR-10)")
-    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    add_workers(parser)
     add_device(parser)
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments, steps=1, batch=1, workers=1, hidden=1)
+    arguments = parse(parser, steps=1, batch=1, workers=1, hidden=1)
     arguments.steps = arguments.steps or STEPS[arguments.scale]
     if arguments.rates and min(arguments.rates) <= 0:
         parser.error(f"--rates must be above 0, got {min(arguments.rates):g}")
@@ -138,38 +126,25 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_bench(arguments: argparse.Namespace) -> Bench:
-    simulated, transport = is_simulated(arguments), connect(arguments)
-    images = load_images(arguments.data_dir)
+    transport, workers = connect(arguments)
+    images = load_images(arguments.data_dir).to(arguments.device)
     model, hidden = MODEL[images.name]
-    tensors = {name: value.to(arguments.device) for name, value in vars(images).items() if name != "name"}
-    return Bench(
-        images=replace(images, **tensors),
-        model=model,
-        hidden=arguments.hidden or hidden,
-        batch=arguments.batch,
-        steps=arguments.steps,
-        seeds=arguments.seeds,
-        workers=arguments.workers if simulated else transport.size,
-        simulated=simulated,
-        transport=transport,
-        device=arguments.device,
-        rates=arguments.rates,
-    )
+    sizes = arguments.hidden or hidden, arguments.batch, arguments.steps, arguments.seeds
+    return Bench(images, model, *sizes, workers, transport, arguments.rates)
 
 
 @says_plainly
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", message="oversample")
-    torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
     bench = make_bench(arguments)
     budget = bench.budget()
-    names = ("model", "hidden", "batch", "workers", "seeds", "rates")
-    settings = {"dim": budget.dim, **{name: getattr(bench, name) for name in names}}
-    session = Session(arguments, f"ablations_{bench.images.name}", settings, bench.transport, bench.device)
+    settings = {name: getattr(bench, name) for name in ("model", "hidden", "batch", "seeds", "rates")}
+    settings |= {"dim": budget.dim, "workers": budget.workers}
+    session = Session(arguments, f"ablations_{bench.images.name}", settings, bench.transport, arguments.device)
     for name in arguments.groups:
         group = GROUPS[name](budget)
-        possible = {label: s for label, s in group.items() if bench.simulated or s.is_real}
+        possible = {label: s for label, s in group.items() if is_simulated(arguments) or s.is_real}
         bench.run_group(session, name, possible)
 
 

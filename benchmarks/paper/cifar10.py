@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from benchmarks.image_data import load_cifar10
-from benchmarks.paper.cifar10_training import Cifar10, Task, make_training
+from benchmarks.image_data import Images, load_cifar10
+from benchmarks.paper.cifar10_training import Cifar10Training, Task
 from benchmarks.paper.command_line import (
-    add_arguments,
     add_device,
-    check_arguments,
     connect,
+    experiment_parser,
+    given,
     is_simulated,
+    parse,
     says_plainly,
 )
 from benchmarks.paper.experiment import Labels, Session
@@ -137,17 +136,15 @@ def config_of(fields: dict[str, Any], width: int) -> SketchConfig:
     return SketchConfig.for_compression(2 * sketched / floats, sketched, **given)
 
 
-def load_data(arguments: argparse.Namespace, images: int) -> Cifar10:
+def load_data(arguments: argparse.Namespace, images: int) -> Images:
     """The first ``images`` of the training set, which is in no order, and the whole test set."""
     data, shape = load_cifar10(arguments.data_dir), (-1, 3, SIDE, SIDE)
-    put = partial(torch.Tensor.to, device=arguments.device)
-    train = put(data.train_images[:images].view(shape)), put(data.train_labels[:images])
-    return Cifar10(*train, put(data.test_images.view(shape)), put(data.test_labels))
+    train = data.train_images[:images].view(shape), data.train_labels[:images]
+    return Images(data.name, *train, data.test_images.view(shape), data.test_labels).to(arguments.device)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = experiment_parser(__doc__ or "")
     parts, told = ["accuracy", "workers"], "default: both; workers has one seed"
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help=told)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
@@ -162,9 +159,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
     parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
     add_device(parser)
-    arguments = parser.parse_args()
     sizes = ("workers", "width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "ratios")
-    check_arguments(parser, arguments, **dict.fromkeys(sizes, 1), rate=0)
+    arguments = parse(parser, **dict.fromkeys(sizes, 1), rate=0)
     if arguments.ratios and arguments.k is not None:
         parser.error("--ratios sets k and cols: give either --ratios or --k and --cols")
     if (arguments.k is None) != (arguments.cols is None):
@@ -192,32 +188,23 @@ def check_sizes(scale: Scale) -> None:
 
 def scale_of(arguments: argparse.Namespace) -> Scale:
     """The scale asked for, with what was given in its place."""
-    given = {
-        name: getattr(arguments, name)
-        for name in ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate", "momentum")
-        if getattr(arguments, name) is not None
-    }
-    if arguments.workers:
-        given["workers"] = arguments.workers
-    shape = {name: getattr(arguments, name) for name in ("rows", "oversample") if getattr(arguments, name) is not None}
+    sizes = ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate", "momentum", "workers")
     sketches = SCALES[arguments.scale].sketches
     if arguments.ratios:
         sketches = [{"ratio": ratio} for ratio in arguments.ratios]
     elif arguments.k is not None:
         sketches = [{"k": arguments.k, "cols": arguments.cols}]
-    given["sketches"] = [{**sketch, **shape} for sketch in sketches]
-    return replace(SCALES[arguments.scale], **given)
+    shape = given(arguments, "rows", "oversample")
+    own = {**given(arguments, *sizes), "sketches": [{**sketch, **shape} for sketch in sketches]}
+    return replace(SCALES[arguments.scale], **own)
 
 
 @says_plainly
 def main() -> None:
     arguments = parse_arguments()
-    simulated, device = is_simulated(arguments), arguments.device
-    transport = connect(arguments)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # every rank rounds alike
+    transport, _ = connect(arguments)
     scale, methods, parts = scale_of(arguments), arguments.methods, arguments.parts
-    if not simulated:
+    if not is_simulated(arguments):
         scale = replace(scale, workers=[transport.size], sweep_batch=transport.size)
         methods, parts = [method for method in methods if method in REAL_METHODS], ["accuracy"]
     data = load_data(arguments, scale.train_images)
@@ -226,13 +213,15 @@ def main() -> None:
     chosen = list(choices(methods, scale, parts))
     if not chosen:
         raise ValueError(f"nothing to train: --parts {' '.join(parts)} has none of --methods {' '.join(methods)}")
-    session = Session(arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, device)
+    session = Session(
+        arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, arguments.device
+    )
     for choice in chosen:
         steps, batch = scale.steps_and_batch(choice.part)
         for seed in range(arguments.seeds if choice.part == "accuracy" else 1):
             config = replace(choice.config, seed=seed)
             task = Task(choice.method, config, data, scale.width, steps, batch, scale.rate, seed)
-            make = partial(make_training, task, choice.workers, None if simulated else transport)
+            make = partial(Cifar10Training, task, choice.workers if is_simulated(arguments) else transport)
             session.run(choice.labels(seed), make, steps, {-(-steps * i // POINTS) for i in range(1, POINTS + 1)})
 
 

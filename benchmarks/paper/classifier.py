@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.image_data import Images
-from benchmarks.paper.experiment import Traffic
-from benchmarks.paper.model_exchange import ModelExchange
-from hvd_sketch.model.parameters import NamedParameter
+from benchmarks.paper.model_exchange import Workers
+from benchmarks.paper.model_training import ModelTraining
+from benchmarks.paper.variants import Variant
+from hvd_sketch import SketchConfig
 
 JUDGED_IMAGES = 5000  # of the training set: their loss is measured at every point of the curve
 EVALUATION_BATCH = 1000
@@ -45,50 +46,37 @@ class Task:
         return float(np.interp(step, (0, PEAK * self.steps, self.steps + 1), (0, self.rate, 0)))
 
 
-class ClassifierTraining:
-    """One :class:`benchmarks.paper.experiment.Training`.
+class ClassifierTraining(ModelTraining):
+    """Of a task, on the device where its images are.
 
     Where a gradient is not finite the training has diverged: its weights stay as they are from there on.
-
-    Args:
-        connect: from the model's named parameters to their exchange.
-        device: where the model and the images lie.
     """
 
-    def __init__(
-        self, task: Task, connect: Callable[[Sequence[NamedParameter]], ModelExchange], device: torch.device
-    ) -> None:
-        self._task, self._device = task, device
+    def __init__(self, task: Task, workers: Workers, method: str, config: SketchConfig, variant: Variant) -> None:
+        self._task, self._device = task, task.images.train_images.device
         torch.manual_seed(task.seed)
-        self.model = task.make_model().to(device)
-        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=task.rate)
-        self._exchange = connect(list(self.model.named_parameters()))
-        self._done, self._diverged = 0, False
+        super().__init__(task.make_model().to(self._device), workers, method, config, variant)
+        self._diverged = False
 
     def step(self) -> float:
+        if not self._diverged:
+            try:
+                return _capped(super().step())
+            except FloatingPointError:  # from the exchange, on all ranks
+                self._diverged = True
         self._done += 1
-        if self._diverged:
-            return LOSS_CAP
-        try:
-            losses = [self._backward(worker) for worker in self._exchange.workers]
-            self._exchange.agree()
-        except FloatingPointError:  # from the exchange, on all ranks
-            self._diverged = True
-            return LOSS_CAP
-        self._optimizer.param_groups[0]["lr"] = self._task.rate_at(self._done)
-        self._optimizer.step()
-        return _capped(sum(losses) / len(losses))
+        return LOSS_CAP
 
-    def _backward(self, worker: int) -> float:
-        """Give one worker's gradient to the exchange; its loss."""
-        draw = np.random.default_rng([self._task.seed, self._done, worker])
+    def backward(self, worker: int) -> float:
+        draw = np.random.default_rng([self._task.seed, self._done + 1, worker])
         data = self._task.images
         batch = torch.from_numpy(draw.integers(0, len(data.train_labels), self._task.batch)).to(self._device)
-        self._optimizer.zero_grad()
         loss = cross_entropy(self.model(data.train_images[batch]), data.train_labels[batch])
         loss.backward()
-        self._exchange.accumulate(worker)
         return float(loss.detach())
+
+    def rate(self) -> float:
+        return self._task.rate_at(self._done + 1)
 
     def measure(self) -> dict[str, float]:
         """The training loss, on the same images every time; at the end also loss and error on the test set."""
@@ -107,17 +95,12 @@ class ClassifierTraining:
         error = (logits.argmax(1) != labels).double().mean()
         return _capped(float(cross_entropy(logits, labels))), float(error)
 
-    def traffic(self) -> Traffic:
-        return self._exchange.traffic()
-
     def state_dict(self) -> dict[str, Any]:
-        own = {"done": self._done, "diverged": self._diverged, "model": self.model.state_dict()}
-        return {**own, "exchange": self._exchange.state_dict()}
+        return {**super().state_dict(), "diverged": self._diverged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done, self._diverged = state["done"], state["diverged"]
-        self.model.load_state_dict(state["model"])
-        self._exchange.load_state_dict(state["exchange"])
+        super().load_state_dict(state)
+        self._diverged = state["diverged"]
 
 
 def _capped(loss: float) -> float:

@@ -8,17 +8,21 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.paper.experiment import checkpoint_path
+from benchmarks.paper.model_exchange import Workers
 from hvd_sketch.transport import Transport, local_transports, resolve_transport
 
 SIMULATION = "simulation"
+CPU = torch.device("cpu")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every experiment takes."""
+def experiment_parser(about: str) -> argparse.ArgumentParser:
+    """With the arguments that every experiment takes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with the data set's official files")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, seeds 0, 1, … (default: 3)")
     parser.add_argument("--scale", choices=("small", "full"), default="small", help="default: %(default)s")
@@ -26,11 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with this --json stopped")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
     parser.add_argument("--transport", choices=(SIMULATION, "mpi", "horovod"), default=SIMULATION)
+    return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Of the experiments that can run on an accelerator: ``--device``, one that is here."""
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: %(default)s")
+    parser.add_argument("--device", type=_device, default=CPU, help="default: %(default)s")
 
 
 def _device(name: str) -> torch.device:
@@ -40,12 +49,13 @@ def _device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: float) -> None:
+def parse(parser: argparse.ArgumentParser, **least: float) -> argparse.Namespace:
     """Say what cannot work before hours of training, not after them.
 
     Args:
         least: of an argument, or of each of its values; beside those that every experiment takes.
     """
+    arguments = parser.parse_args()
     if not arguments.json.parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     if arguments.json.is_dir():
@@ -57,6 +67,12 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not value >= bound:  # NaN is not
                 parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+    return arguments
+
+
+def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the optional arguments that the user gave."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _has_results(path: Path) -> bool:
@@ -76,9 +92,17 @@ def is_simulated(arguments: argparse.Namespace) -> bool:
     return arguments.transport == SIMULATION
 
 
-def connect(arguments: argparse.Namespace) -> Transport:
-    """Between the ranks of the experiment; of one rank where workers are simulated. Communication: collective."""
-    return local_transports(1)[0] if is_simulated(arguments) else resolve_transport(arguments.transport)
+def connect(arguments: argparse.Namespace) -> tuple[Transport, Workers]:
+    """Between the processes of the experiment, and the workers: simulated ones, or one on each rank.
+
+    Communication: collective.
+    """
+    if getattr(arguments, "device", CPU).type == "cpu":
+        torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
+    if is_simulated(arguments):
+        return local_transports(1)[0], arguments.workers
+    transport = resolve_transport(arguments.transport)
+    return transport, transport
 
 
 def says_plainly(main: Callable[[], None]) -> Callable[[], None]:

@@ -52,10 +52,7 @@ class RealExchanges:
 
     def traffic(self) -> Traffic:
         """Of all steps, all problems together."""
-        ledger = self._ledger
-        totals = ledger.totals()
-        steps = totals.steps / len(self._exchanges)
-        return Traffic(totals.wire_bytes / steps, ledger.compression_ratio(), ledger.paper_compression_ratio())
+        return Traffic.of(self._ledger, len(self._exchanges))
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from hvd_sketch import CommLedger
 from hvd_sketch.transport import Transport
 
 Labels = Mapping[str, str | int | float]
@@ -37,6 +38,13 @@ class Traffic:
     wire_bytes_per_step: float | None
     compression_ratio: float | None
     paper_compression_ratio: float
+
+    @staticmethod
+    def of(ledger: CommLedger, exchanges: int = 1) -> Traffic:
+        """Of all steps that ``exchanges`` have recorded together."""
+        totals = ledger.totals()
+        per_step = totals.wire_bytes / max(totals.steps / exchanges, 1)
+        return Traffic(per_step, ledger.compression_ratio(), ledger.paper_compression_ratio())
 
 
 class Training(Protocol):

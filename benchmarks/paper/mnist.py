@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.image_data import load_mnist
-from benchmarks.paper.command_line import (
-    add_arguments,
-    check_arguments,
-    connect,
-    is_simulated,
-    says_plainly,
-)
+from benchmarks.paper.command_line import add_workers, connect, experiment_parser, parse, says_plainly
 from benchmarks.paper.exchanges import Exchange, RealExchanges
 from benchmarks.paper.experiment import Session, Traffic, logarithmic
 from benchmarks.paper.linear_models import (
@@ -39,6 +33,7 @@ from benchmarks.paper.linear_models import (
     lowest_loss,
     with_bias,
 )
+from benchmarks.paper.model_exchange import Workers, count_of
 from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
 from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
 from hvd_sketch.transport import run_local
@@ -166,6 +161,10 @@ class LinearTraining:
         self._exchange.load_state_dict(state["exchange"])
 
 
+def make_training(task: Task, workers: Workers) -> LinearTraining:
+    return simulated_training(task, workers) if isinstance(workers, int) else real_training(task, workers)
+
+
 def real_training(task: Task, transport: Transport) -> LinearTraining:
     """This rank's part of a training on real ranks. Communication: collective, here and in its steps."""
     make = SketchedAllreduce if task.method == "sketched" else DenseAllreduce
@@ -210,15 +209,13 @@ def _first_steps(training: LinearTraining) -> tuple[Tensor, Traffic]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = experiment_parser(__doc__ or "")
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="default: all")
     told = f"T; several: one training for each (default: {STEPS['small']} at small scale, {STEPS['full']} at full)"
     parser.add_argument("--steps", type=int, nargs="+", metavar="T", help=told)
     parser.add_argument("--batch", type=int, default=32, help="images per worker and step (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments, steps=AUDITED_STEPS, batch=1, workers=1)
+    add_workers(parser)
+    arguments = parse(parser, steps=AUDITED_STEPS, batch=1, workers=1)
     arguments.steps = arguments.steps or [STEPS[arguments.scale]]
     return arguments
 
@@ -227,20 +224,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", message="oversample")
-    torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
-    simulated, transport = is_simulated(arguments), connect(arguments)
-    workers = arguments.workers if simulated else transport.size
+    transport, workers = connect(arguments)
     train, test = with_bias(load_mnist(arguments.data_dir))
-    settings = {"workers": workers, "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
+    settings = {"workers": count_of(workers), "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
     session = Session(arguments, "mnist", settings, transport, torch.device("cpu"))
     choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
     for recipe, steps, seed, method in choices:
         task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)
-        make = partial(simulated_training, task, workers) if simulated else partial(real_training, task, transport)
+        make = partial(make_training, task, workers)
         session.run({"recipe": recipe, "method": method, "seed": seed}, make, steps, logarithmic(steps))
     for problem in {RECIPES[recipe].problem.name: RECIPES[recipe].problem for recipe in arguments.recipes}.values():
         labels = {"problem": problem.name, "method": "l-bfgs"}
-        if transport.rank == 0 and not session.finished(labels):
+        if transport.rank == 0 and not session.find(labels):
             session.add(labels, **lowest_loss(problem, train, LBFGS_ITERATIONS[arguments.scale]))
 
 

@@ -7,7 +7,6 @@ In one process the workers are simulated, equal to real ranks step by step; on r
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,25 +17,26 @@ import numpy as np
 import torch
 
 from benchmarks.paper.command_line import (
-    add_arguments,
     add_device,
-    check_arguments,
+    add_workers,
     connect,
+    experiment_parser,
+    given,
     is_simulated,
+    parse,
     says_plainly,
 )
-from benchmarks.paper.experiment import Session, Traffic
-from benchmarks.paper.model_exchange import ModelExchange, RealModelExchange, SimulatedModelExchange
+from benchmarks.paper.experiment import Session
+from benchmarks.paper.model_exchange import Workers, count_of
+from benchmarks.paper.model_training import ModelTraining
 from benchmarks.paper.parallel_text import BatchStream, TokenPairs, Vocabulary, load_corpus, make_vocabulary
 from benchmarks.paper.translating import bleu, mean_loss, translate
 from benchmarks.paper.translation_models import MODELS, Translator
-from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, RECIPES, Method, Recipe
-from hvd_sketch import SketchConfig, Transport
+from benchmarks.paper.translation_recipes import LABEL_SMOOTHING, METHODS, RECIPES, Recipe
+from hvd_sketch import Transport
 
 LONGEST = 100  # tokens of a training sentence
 MEASUREMENTS = 15  # of a run's validation loss
-
-Connect = Callable[[Method, Translator, SketchConfig], ModelExchange]
 
 
 @dataclass(frozen=True)
@@ -71,50 +71,36 @@ class Task:
         return MODELS[self.model](self.recipe.shape, len(self.texts.vocabulary)).to(self.device)
 
 
-class TranslationTraining:
-    """One :class:`benchmarks.paper.experiment.Training`.
+class TranslationTraining(ModelTraining):
+    """Of a task, between all workers. Communication: collective on real ranks."""
 
-    Args:
-        workers: of all processes together.
-        connect: makes the exchange between them.
-    """
-
-    def __init__(self, task: Task, workers: int, connect: Connect) -> None:
-        self._task, self._workers, self._done = task, workers, 0
-        self.model = task.make_model()
-        self._parameters = list(self.model.parameters())
-        method = METHODS[task.method]
-        self._exchange = connect(method, self.model, task.recipe.config(method, self.model, task.seed))
+    def __init__(self, task: Task, workers: Workers) -> None:
+        self._task, self._workers = task, count_of(workers)
+        model, method = task.make_model(), METHODS[task.method]
+        super().__init__(model, workers, method.exchange, task.recipe.config(method, model, task.seed))
         self._stream = BatchStream(task.texts.train, task.recipe.tokens, task.seed)
 
     def step(self) -> float:
-        accumulate = self._task.recipe.accumulate
-        batches = self._stream.take(self._workers * accumulate)
+        self._batches = self._stream.take(self._workers * self._task.recipe.accumulate)
         self.model.train()
-        losses = []
-        for worker in self._exchange.workers:
-            losses.append(self._gradient(worker, batches[worker * accumulate : (worker + 1) * accumulate]))
-            self._exchange.accumulate(worker)
-        self._exchange.agree()
-        self._done += 1
-        rate = self._task.recipe.rate(self._done)
-        with torch.no_grad():
-            for parameter in self._parameters:
-                parameter.sub_(parameter.grad, alpha=rate)
-        return sum(losses) / len(losses)
+        return super().step()
 
-    def _gradient(self, worker: int, batches: list[np.ndarray]) -> float:
-        """One worker's into ``p.grad``, the mean over all tokens of its batches; its loss."""
+    def backward(self, worker: int) -> float:
+        """The mean over all tokens of the worker's batches."""
         torch.manual_seed(_dropout_seed(self._task.seed, self._done, worker))
-        loaded = [self._task.texts.train.batch(numbers).to(self._task.device) for numbers in batches]
+        accumulate, texts = self._task.recipe.accumulate, self._task.texts
+        own = self._batches[worker * accumulate : (worker + 1) * accumulate]
+        loaded = [texts.train.batch(numbers).to(self._task.device) for numbers in own]
         tokens = sum(batch.tokens for batch in loaded)
-        self.model.zero_grad()
         total = 0.0
         for batch in loaded:
             loss = self.model.loss(batch, LABEL_SMOOTHING) * (batch.tokens / tokens)
             loss.backward()
             total += float(loss.detach())
         return total
+
+    def rate(self) -> float:
+        return self._task.recipe.rate(self._done + 1)
 
     def measure(self) -> dict[str, float]:
         """Validation loss, in nats per token without label smoothing, and its perplexity; at the end BLEU too."""
@@ -126,17 +112,12 @@ class TranslationTraining:
             figures["test_bleu"] = bleu(written, texts.references).score
         return figures
 
-    def traffic(self) -> Traffic:
-        return self._exchange.traffic()
-
     def state_dict(self) -> dict[str, Any]:
-        own = {"done": self._done, "model": self.model.state_dict(), "exchange": self._exchange.state_dict()}
-        return {**own, "stream": self._stream.state_dict()}
+        return {**super().state_dict(), "stream": self._stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done = state["done"]
-        for part, name in ((self.model, "model"), (self._exchange, "exchange"), (self._stream, "stream")):
-            part.load_state_dict(state[name])
+        super().load_state_dict(state)
+        self._stream.load_state_dict(state["stream"])
 
 
 def _dropout_seed(seed: int, step: int, worker: int) -> int:
@@ -156,19 +137,8 @@ def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transpor
     return Texts(vocabulary, train, valid, test, corpus.test.target)
 
 
-def simulated(workers: int, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
-    """Between workers in this process."""
-    return SimulatedModelExchange(method.exchange, list(model.named_parameters()), config, workers)
-
-
-def real(transport: Transport, method: Method, model: Translator, config: SketchConfig) -> ModelExchange:
-    """Between ranks. Communication: collective."""
-    return RealModelExchange(method.exchange, list(model.named_parameters()), config, transport)
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = experiment_parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="default: both")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all that the transport can run")
     parser.add_argument("--steps", type=int, help="default: of the model at this scale")
@@ -176,11 +146,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, help="of the vocabulary; default: of the model at this scale")
     parser.add_argument("--factor", type=float, help="of the learning rate; default: of the model at this scale")
     parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
-    parser.add_argument("--workers", type=int, default=4, help="when simulated (default: %(default)s)")
+    add_workers(parser)
     add_device(parser)
     parser.add_argument("--cache-dir", type=Path, help="for vocabularies (default: the folder of --json)")
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments, steps=1, tokens=LONGEST + 1, pieces=1, workers=2, factor=0)
+    arguments = parse(parser, steps=1, tokens=LONGEST + 1, pieces=1, workers=2, factor=0)
     possible = [name for name, method in METHODS.items() if method.real or is_simulated(arguments)]
     arguments.methods = arguments.methods or possible
     if impossible := set(arguments.methods) - set(possible):
@@ -193,23 +162,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def chosen_recipe(arguments: argparse.Namespace, model: str) -> Recipe:
     """Of the scale, with what the arguments set otherwise."""
-    given = {name: getattr(arguments, name) for name in ("steps", "tokens", "pieces", "factor", "momentum")}
-    recipe = RECIPES[arguments.scale][model]
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    own = given(arguments, "steps", "tokens", "pieces", "factor", "momentum")
+    return replace(RECIPES[arguments.scale][model], **own)
 
 
 @says_plainly
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.device.type == "cpu":
-        torch.set_num_threads(1)  # batches are too small to share, and every rank rounds alike
-    transport = connect(arguments)
-    workers = arguments.workers if is_simulated(arguments) else transport.size
-    exchange = partial(simulated, workers) if is_simulated(arguments) else partial(real, transport)
+    transport, workers = connect(arguments)
     recipes = {model: chosen_recipe(arguments, model) for model in arguments.models}
     sizes = {recipe.pieces for recipe in recipes.values()}
     texts = {size: load_texts(arguments.data_dir, arguments.cache_dir, size, transport) for size in sizes}
-    settings = {"workers": workers, "label_smoothing": LABEL_SMOOTHING}
+    settings = {"workers": count_of(workers), "label_smoothing": LABEL_SMOOTHING}
     settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
     settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
     session = Session(arguments, "translation", settings, transport, arguments.device)
@@ -218,7 +182,7 @@ def main() -> None:
         task = Task(model, method, recipe, texts[recipe.pieces], seed, arguments.device)
         record_at = {round(recipe.steps * i / MEASUREMENTS) for i in range(1, MEASUREMENTS + 1)}
         labels = {"model": model, "method": method, "seed": seed}
-        session.run(labels, partial(TranslationTraining, task, workers, exchange), recipe.steps, record_at)
+        session.run(labels, partial(TranslationTraining, task, workers), recipe.steps, record_at)
 
 
 if __name__ == "__main__":

@@ -215,8 +215,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(data_dir: Path, steps: int) -> Bench:
-    one, device = local_transports(1)[0], torch.device("cpu")
-    return Bench(load_images(data_dir), "mlp", 16, 8, steps, 1, WORKERS, True, one, device, None)
+    return Bench(load_images(data_dir), "mlp", 16, 8, steps, 1, WORKERS, local_transports(1)[0], None)
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_figures(data_dir: Path) -> None:

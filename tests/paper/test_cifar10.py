@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.image_data import Images
 from benchmarks.paper.cifar10 import SCALES, Choice, check_sizes, choices, config_of
-from benchmarks.paper.cifar10_training import Cifar10, Cifar10Training, Task, make_training
+from benchmarks.paper.cifar10_training import Cifar10Training, Task
 from benchmarks.paper.model_exchange import METHODS
 from benchmarks.paper.resnet9 import CUTOUT, PAD, Augmentation, ResNet9
 from hvd_sketch.transport import Transport
@@ -41,7 +42,7 @@ def tiny_task(method: str, seed: int = 0) -> Task:
         scaled = torch.from_numpy(pixels.astype(np.float32)).view(-1, 3, 32, 32).sub(127).div(64)
         return scaled, torch.from_numpy(labels.astype(np.int64))
 
-    data = Cifar10(*standardised(100, 1), *standardised(40, 2))
+    data = Images("cifar10", *standardised(100, 1), *standardised(40, 2))
     return Task(method, config_of({"ratio": 10, "momentum": 0.9}, WIDTH), data, WIDTH, STEPS, BATCH, 0.1, seed)
 
 
@@ -55,7 +56,7 @@ def train(training: Cifar10Training, steps: int) -> dict[str, Any]:
 def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
-    return {method: train(make_training(task, transport.size, transport), STEPS) for method, task in tasks.items()}
+    return {method: train(Cifar10Training(task, transport), STEPS) for method, task in tasks.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +72,8 @@ def test_real_ranks_equal_the_simulation() -> None:
     """Four ranks under mpirun: the loss of every step, all weights, the measurement and the bytes."""
     ranks = launch("mpi", WORKERS, "tests.paper.test_cifar10:train_on_ranks", timeout_s=120)
     for method in ("dense", "sketched"):
-        simulated = train(make_training(tiny_task(method), WORKERS, None), STEPS)
-        losses = torch.tensor([rank[method]["losses"] for rank in ranks]).mean(dim=0)
+        simulated = train(Cifar10Training(tiny_task(method), WORKERS), STEPS)
+        losses = torch.tensor([rank[method]["losses"] for rank in ranks], dtype=torch.float64).mean(dim=0)
         assert losses.tolist() == simulated["losses"]
         for rank in ranks:
             assert torch.equal(rank[method]["weights"], simulated["weights"])
@@ -83,7 +84,7 @@ def test_real_ranks_equal_the_simulation() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_going_on_from_a_checkpoint_gives_the_same_figures(method: str) -> None:
-    make = partial(make_training, tiny_task(method), WORKERS, None)
+    make = partial(Cifar10Training, tiny_task(method), WORKERS)
     whole = train(make(), STEPS)
     first, second = make(), make()
     train(first, 2)
@@ -98,7 +99,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_figures(method: str) -> None:
 
 def test_how_many_coordinates_are_updated_and_sent() -> None:
     tasks = {method: tiny_task(method) for method in METHODS}
-    found = {method: train(make_training(task, WORKERS, None), 2) for method, task in tasks.items()}
+    found = {method: train(Cifar10Training(task, WORKERS), 2) for method, task in tasks.items()}
     updated = {method: result["measured"]["updated_per_step"] for method, result in found.items()}
     total = sum(p.numel() for p in ResNet9(WIDTH).parameters())
     dense = sum(p.numel() for p in ResNet9(WIDTH).parameters() if p.ndim == 1)

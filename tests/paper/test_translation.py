@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from benchmarks.paper.parallel_text import (
     make_vocabulary,
 )
 from benchmarks.paper.translating import bleu, greedy, mean_loss, translate
-from benchmarks.paper.translation import Task, Texts, TranslationTraining, load_texts, real, simulated
+from benchmarks.paper.translation import Task, Texts, TranslationTraining, load_texts
 from benchmarks.paper.translation_models import MODELS, Shape
 from benchmarks.paper.translation_recipes import FULL, METHODS, RECIPES, Recipe
 from hvd_sketch import local_transports, sketched_dim
@@ -259,11 +258,11 @@ def test_the_simulation_equals_real_exchanges(texts: Texts, model: str, method: 
     """Losses, weights and bytes of three workers; between threads dropout shares one generator, so without."""
     recipe = replace(TINY, shape=replace(TINY.shape, dropout=0.0))
     task = replace(task_of(texts, model, method), recipe=recipe)
-    in_one_process = TranslationTraining(task, 3, partial(simulated, 3))
+    in_one_process = TranslationTraining(task, 3)
     losses, weights = after_steps(in_one_process, 4)
 
     def rank_main(transport: Any) -> Any:
-        training = TranslationTraining(task, 3, partial(real, transport))
+        training = TranslationTraining(task, transport)
         training.model.load_state_dict(start)
         return *after_steps(training, 4), training.traffic()
 
@@ -279,14 +278,13 @@ def test_the_simulation_equals_real_exchanges(texts: Texts, model: str, method: 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_training_goes_on_to_the_bit(texts: Texts, model: str, method: str) -> None:
     """Through a file, as a checkpoint does, in the middle of an epoch, with dropout."""
-    link = partial(simulated, 2)
-    whole, broken = (TranslationTraining(task_of(texts, model, method), 2, link) for _ in range(2))
+    whole, broken = (TranslationTraining(task_of(texts, model, method), 2) for _ in range(2))
     losses, weights = after_steps(whole, 6)
     after_steps(broken, 3)
     file = io.BytesIO()
     torch.save(broken.state_dict(), file)
     file.seek(0)
-    resumed = TranslationTraining(task_of(texts, model, method), 2, link)
+    resumed = TranslationTraining(task_of(texts, model, method), 2)
     resumed.load_state_dict(torch.load(file))
     later, resumed_weights = after_steps(resumed, 3)
     assert later == losses[3:]
