@@ -23,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         except PackageNotFoundError:
             continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "versions": versions, "commit": _commit()}
+    return {"device": name, "versions": versions, "commit": commit()}
 
 
 def _processor() -> str:
@@ -34,7 +34,8 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of the checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None

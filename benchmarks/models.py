@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+Norm = Callable[[int], nn.Module]  # from the number of channels
 SHAPES = {64: (1, 8, 8), 784: (1, 28, 28), 3072: (3, 32, 32)}  # of images, by their number of features
 
 
@@ -31,31 +32,40 @@ def cnn(features: int, hidden: int) -> nn.Module:
 
 
 def resnet9(features: int, hidden: int) -> nn.Module:
-    """Page's ResNet-9 with group instead of batch norm: 6.6 M parameters at 64 ``hidden`` channels."""
-    first = hidden
-    widened = [_convolution(first * 2**i, first * 2 ** (i + 1)) for i in range(3)]
+    """With group instead of batch norm: 6.6 M parameters at 64 ``hidden`` channels."""
+    shape = SHAPES[features]
     return nn.Sequential(
-        nn.Unflatten(1, SHAPES[features]),
-        _convolution(SHAPES[features][0], first),
-        *(widened[0], nn.MaxPool2d(2), Residual(2 * first)),
-        *(widened[1], nn.MaxPool2d(2)),
-        *(widened[2], nn.MaxPool2d(2), Residual(8 * first)),
-        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * first, 10)),
+        nn.Unflatten(1, shape), resnet9_features(shape[0], hidden, _group_norm), nn.Linear(8 * hidden, 10)
     )
 
 
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
+def resnet9_features(channels: int, width: int, norm: Norm) -> nn.Sequential:
+    """All of Page's ResNet-9 (2018) but its head: from images [n, channels, rows, cols] to [n, 8 * width]."""
+    w = width
+    return nn.Sequential(
+        _convolution(channels, w, norm),
+        *(_convolution(w, 2 * w, norm), nn.MaxPool2d(2), _residual(2 * w, norm)),
+        *(_convolution(2 * w, 4 * w, norm), nn.MaxPool2d(2)),
+        *(_convolution(4 * w, 8 * w, norm), nn.MaxPool2d(2), _residual(8 * w, norm)),
+        *(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+    )
 
+
+class Residual(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
-        return images + self.inner(images)
+        return images + super().forward(images)
 
 
-def _convolution(inputs: int, outputs: int) -> nn.Module:
-    groups = max(1, outputs // 16)
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(groups, outputs), nn.ReLU())
+def _residual(channels: int, norm: Norm) -> nn.Module:
+    return Residual(_convolution(channels, channels, norm), _convolution(channels, channels, norm))
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(max(1, channels // 16), channels)
+
+
+def _convolution(inputs: int, outputs: int, norm: Norm = _group_norm) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm(outputs), nn.ReLU())
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet9": resnet9}

@@ -6,9 +6,7 @@ their time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from benchmarks.methods.allreduce import HalfPrecision, LibraryAllreduce
 from benchmarks.methods.powersgd import PowerSGD
@@ -19,35 +17,26 @@ from hvd_sketch.exchange.base import Exchange, Parameters
 TOPK_LIKE_RATIO = 20.0  # local top-k sends as many coordinates as a sketch of this ratio updates
 
 
-class Method(Protocol):
-    """Builds one rank's end of a method. Communication: collective.
-
-    Args:
-        transport: this rank's end of the network.
-        dim: length of the gradient.
-        parameters: what the gradient is made of, for methods that see matrices.
-    """
-
-    def __call__(self, transport: Transport, dim: int, parameters: Parameters) -> Exchange: ...
+# From this rank's end of the network, the length of the gradient, and what it is made of. Communication: collective.
+Method = Callable[[Transport, int, Parameters], Exchange]
 
 
-def _plain(kind: type[Exchange], transport: Transport, dim: int, parameters: Parameters) -> Exchange:
-    return kind(None, dim, transport, parameters=parameters)
+def _method(kind: type[Exchange], ratio: float | None = None) -> Method:
+    def build(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+        config = None if ratio is None else SketchConfig.for_compression(ratio, dim, momentum=0.0)
+        return kind(config, dim, transport, parameters=parameters)
 
-
-def _at_ratio(kind: type[Exchange], ratio: float, transport: Transport, dim: int, parameters: Parameters) -> Exchange:
-    config = SketchConfig.for_compression(ratio, dim, momentum=0.0)
-    return kind(config, dim, transport, parameters=parameters)
+    return build
 
 
 METHODS: dict[str, Method] = {
-    "dense": partial(_plain, DenseAllreduce),
-    "allreduce": partial(_plain, LibraryAllreduce),
-    "fp16": partial(_plain, HalfPrecision),
-    "topk": partial(_at_ratio, LocalTopK, TOPK_LIKE_RATIO),
-    "powersgd": partial(_plain, PowerSGD),
-    "sketch20": partial(_at_ratio, SketchedAllreduce, 20.0),
-    "sketch100": partial(_at_ratio, SketchedAllreduce, 100.0),
+    "dense": _method(DenseAllreduce),
+    "allreduce": _method(LibraryAllreduce),
+    "fp16": _method(HalfPrecision),
+    "topk": _method(LocalTopK, TOPK_LIKE_RATIO),
+    "powersgd": _method(PowerSGD),
+    "sketch20": _method(SketchedAllreduce, 20.0),
+    "sketch100": _method(SketchedAllreduce, 100.0),
 }
 TRANSPORTS_WITHOUT = {"fp16": ("mpi",)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import SimpleNamespace
 from typing import Any, Unpack
 
 import torch
@@ -30,23 +31,9 @@ class TransportGroup(dist.ProcessGroup):
         return torch._C._distributed_c10d._create_work_from_future(summed)
 
 
-class Bucket:
+def bucket_of(flat: Tensor, parts: list[Tensor]) -> SimpleNamespace:
     """What the hook asks of DDP's bucket: one flat gradient, and the parameters' own parts of it."""
-
-    def __init__(self, flat: Tensor, parts: list[Tensor]) -> None:
-        self._flat, self._parts = flat, parts
-
-    def buffer(self) -> Tensor:
-        return self._flat
-
-    def gradients(self) -> list[Tensor]:
-        return self._parts
-
-    def index(self) -> int:
-        return 0
-
-    def is_last(self) -> bool:
-        return True
+    return SimpleNamespace(buffer=lambda: flat, gradients=lambda: parts, index=lambda: 0, is_last=lambda: True)
 
 
 class PowerSGD(WholeGradient):
@@ -69,4 +56,4 @@ class PowerSGD(WholeGradient):
     def _mean_(self, gradient: Tensor) -> Tensor:
         pieces = gradient.split([prod(shape) for shape in self._shapes])
         parts = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-        return powerSGD_hook(self._state, Bucket(gradient, parts)).wait()
+        return powerSGD_hook(self._state, bucket_of(gradient, parts)).wait()

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.image_data import Images, load_images
+from benchmarks.image_data import Images, hold_out, load_images
 from benchmarks.models import MODELS
 from benchmarks.network.clock import over_hosts, quantiles, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together
 from benchmarks.network.records import Record, Records, environment
 from benchmarks.network.training import Task, train
 from hvd_sketch.transport import Transport, resolve_transport
-
-HELD_OUT = 10  # one in so many training images judges learning rates
 
 
 @dataclass
@@ -78,13 +76,6 @@ def search(task: Task, method: str, learning_rates: list[float], transport: Tran
     best = min(learning_rates, key=lambda each: (steps.get(each, task.most_steps + 1), -accuracy[each]))
     tried = [[each, steps.get(each), round(accuracy[each], 4)] for each in learning_rates]
     return {"learning_rate": best, "tried": tried}
-
-
-def hold_out(data: Images) -> Images:
-    """The training set alone, a part of it in place of the test set."""
-    judges = torch.arange(len(data.train_labels)) % HELD_OUT == 0
-    images, labels = data.train_images, data.train_labels
-    return Images(data.name, images[~judges], labels[~judges], images[judges], labels[judges])
 
 
 def measure(task: Task, method: str, learning_rate: float, seeds: int, transport: Transport) -> Record:

@@ -10,35 +10,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 from benchmarks.methods import METHODS, methods_over
-from benchmarks.network.bandwidth_ranks import Settings
 from benchmarks.network.bandwidth_report import plot, tables
-from benchmarks.network.lab import LAUNCHERS, UNSHAPED, LabFailed, at_least, file_type, lab, rate_type, run_ranks
+from benchmarks.network.lab import UNSHAPED, at_least, network_parser, run_pending, status_of
 from benchmarks.network.records import Records
+
+RATES = (UNSHAPED, "10gbit", "1gbit", "100mbit")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.network.bandwidth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = network_parser(__doc__ or "", "bandwidth", tuple(METHODS), RATES, "time against bandwidth")
     many = {"nargs": "+", "metavar": "N"}
     parser.add_argument("--dims", type=at_least(1), default=[10**6, 6_500_000, 25 * 10**6], **many)
     parser.add_argument("--hosts", type=at_least(2), default=[2, 4, 8], **many)
-    rates = [UNSHAPED, "10gbit", "1gbit", "100mbit"]
-    parser.add_argument("--rates", type=rate_type, default=rates, nargs="+", metavar="RATE")
-    parser.add_argument("--methods", choices=METHODS, default=list(METHODS), nargs="+", metavar="METHOD")
-    parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
     told = "at most, for each setting (default: %(default)s)"
     parser.add_argument("--repeats", type=at_least(2), default=10, help=told)
     parser.add_argument("--budget-s", type=float, default=5, help="for each setting, 2 repeats at least (default: 5)")
-    told = "records (default: %(default)s)"
-    parser.add_argument("--json", type=file_type, default=Path("bandwidth.json"), help=told)
-    parser.add_argument("--plot", type=file_type, help="PNG of time against bandwidth")
     arguments = parser.parse_args()
     if not any(methods_over(transport, arguments.methods) for transport in arguments.transports):
         parser.error(f"there is no {' or '.join(arguments.methods)} over {' or '.join(arguments.transports)}")
@@ -47,15 +36,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, records: Records) -> None:
     for hosts in arguments.hosts:
+        settings = {"hosts": hosts, "repeats": arguments.repeats, "budget_s": arguments.budget_s}
         todo = {transport: pending(transport, hosts, arguments, records) for transport in arguments.transports}
-        if not any(todo.values()):
-            continue
-        with lab(hosts) as name:
-            for transport, wanted in todo.items():
-                if wanted:
-                    path = str(records.path.absolute())
-                    settings = Settings(name, hosts, wanted, arguments.repeats, arguments.budget_s, path)
-                    run_ranks(name, transport, "benchmarks.network.bandwidth_ranks", asdict(settings))
+        run_pending("benchmarks.network.bandwidth_ranks", hosts, todo, records, settings)
 
 
 def pending(
@@ -75,14 +58,7 @@ def pending(
 def main() -> int:
     arguments = parse_arguments()
     records = Records(arguments.json)
-    status = 0
-    try:
-        measure(arguments, records)
-    except LabFailed as error:
-        print(f"{error}; the records up to then are in {records.path}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        status = 130
+    status = status_of(partial(measure, arguments, records), records)
     measured = records.read()
     print(tables(measured))
     if arguments.plot and measured:

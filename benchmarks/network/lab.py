@@ -10,11 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods import METHODS
+from benchmarks.network.records import Record, Records
 from hvd_sketch.transport import Transport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,16 +43,11 @@ def lab(hosts: int, rate: str = UNSHAPED) -> Iterator[str]:
         _netlab("down", "--name", name)
 
 
-def shape(name: str, rate: str) -> None:
-    """Give a network another rate; also from within one of its hosts."""
-    _netlab("shape", "--name", name, "--rate", rate)
-
-
 def shape_together(transport: Transport, name: str, rate: str) -> None:
     """Give the network that the ranks are on another rate, while it is idle. Collective."""
     transport.barrier()
     if transport.rank == 0:
-        shape(name, rate)
+        _netlab("shape", "--name", name, "--rate", rate)
     transport.barrier()
 
 
@@ -64,6 +61,54 @@ def run_ranks(name: str, transport: str, module: str, settings: dict[str, Any]) 
     hosts = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
     ranks = [sys.executable, "-m", module, transport, json.dumps(settings)]
     _netlab("run", "--name", name, "--", str(ROOT / LAUNCHERS[transport]), *hosts, "--", *ranks, **environment)
+
+
+def run_pending(
+    module: str, hosts: int, pending: Mapping[str, Sequence[Any]], records: Records, settings: Record
+) -> None:
+    """Run a module on a network of its own, over each transport that has something pending.
+
+    Raises:
+        LabFailed: as :func:`run_ranks`.
+    """
+    if not any(pending.values()):
+        return
+    with lab(hosts) as name:
+        for transport, wanted in pending.items():
+            if wanted:
+                common = {"lab": name, "pending": wanted, "records": str(records.path.absolute())}
+                run_ranks(name, transport, module, common | settings)
+
+
+def status_of(measure: Callable[[], None], records: Records) -> int:
+    """The exit status of a command that measures; what it measured before an end is in its records."""
+    try:
+        measure()
+    except LabFailed as error:
+        print(f"{error}; the records up to then are in {records.path}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def network_parser(
+    about: str, name: str, methods: Sequence[str], rates: Sequence[str], plot: str
+) -> argparse.ArgumentParser:
+    """With the arguments of all benchmarks over a network."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.network.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    told = "of the network"
+    parser.add_argument("--rates", type=rate_type, default=list(rates), nargs="+", metavar="RATE", help=told)
+    parser.add_argument("--methods", choices=METHODS, default=list(methods), nargs="+", metavar="METHOD")
+    parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
+    told = "records (default: %(default)s)"
+    parser.add_argument("--json", type=file_type, default=Path(f"{name}.json"), help=told)
+    parser.add_argument("--plot", type=file_type, metavar="FILE", help=f"PNG of {plot}")
+    return parser
 
 
 def rate_type(text: str) -> str:

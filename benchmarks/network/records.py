@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import commit
 
 Record = dict[str, Any]
 
@@ -37,6 +38,4 @@ class Records:
 
 def environment() -> Record:
     """What a measurement depends on besides its setting."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {"cores": os.cpu_count(), "commit": commit}
+    return {"cores": os.cpu_count(), "commit": commit()}

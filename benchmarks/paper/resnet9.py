@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from benchmarks.models import resnet9_features
 
 SIDE = 32
 PAD, CUTOUT = 4, 8
@@ -23,15 +26,8 @@ class ResNet9(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        w = width
-        self.features = nn.Sequential(
-            _convolution(3, w),
-            *(_convolution(w, 2 * w), nn.MaxPool2d(2), _Residual(2 * w)),
-            *(_convolution(2 * w, 4 * w), nn.MaxPool2d(2)),
-            *(_convolution(4 * w, 8 * w), nn.MaxPool2d(2), _Residual(8 * w)),
-            *(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
-        )
-        self.head = nn.Linear(8 * w, 10, bias=False)
+        self.features = resnet9_features(3, width, partial(nn.BatchNorm2d, momentum=0.0))
+        self.head = nn.Linear(8 * width, 10, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images)) * LOGITS_SCALE
@@ -48,20 +44,6 @@ class ResNet9(nn.Module):
             self(batch)
         for norm in norms:
             norm.momentum = 0.0  # training leaves them as they are
-
-
-class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images + self.inner(images)
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Module:
-    norm = nn.BatchNorm2d(outputs, momentum=0.0)
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm, nn.ReLU())
 
 
 @dataclass(frozen=True)
