@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import hvd_sketch
 from benchmarks.figures import new_figure
-from benchmarks.image_data import Images, load_images
+from benchmarks.image_data import Images, hold_out, load_images
 from benchmarks.models import mlp
 from hvd_sketch.transport import Transport, resolve_transport
 
@@ -39,6 +39,12 @@ class Method:
 # and three of six seeds the loss jumps above 1 in between; at 0.3 it never rises by more than 0.002 in an epoch.
 DENSE = Method("dense", None, 0.05, 0.9)
 SKETCHED = Method("sketched", 20.0, 0.3, 0.0)
+FIGURES = ("test_accuracy", "payload_bytes_per_step", "seconds")
+RATIOS = ("compression_ratio", "paper_compression_ratio")
+NOTES = """
+Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours;
+paper ratio: 2d / (|S| + Pk + k), indices not counted. Rate and momentum: of a small grid (--grid).
+On one machine the network is free, so dense is faster here: the bytes are what a real network would carry."""
 GRID = {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0), "momentum": (0.0, 0.9)}
 
 
@@ -53,7 +59,6 @@ class Run:
     seconds: float = 0.0
     compression_ratio: float = 1.0
     paper_compression_ratio: float = 1.0
-    skipped_steps: int = 0
 
 
 def main() -> None:
@@ -90,23 +95,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many runs of each side (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", default=Path("quickstart.png"), help="PNG of loss over bytes"
-    )
-    parser.add_argument(
-        "--grid", action="store_true", help="search learning rate and momentum on held-out training data"
-    )
+    told = "PNG of loss over bytes"
+    parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("quickstart.png"), help=told)
+    told = "search learning rate and momentum on held-out training data"
+    parser.add_argument("--grid", action="store_true", help=told)
     arguments = parser.parse_args()
-    for name in ("batch", "hidden", "seeds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("batch", "hidden", "seeds", "epochs"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            parser.error(f"--{name} must be at least 1, got {given}")
     for name in ("json", "plot"):
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():  # said before the training, not after it
             parser.error(f"--{name} {path}: there is no directory {path.parent}")
-    if arguments.epochs is not None and arguments.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
     return arguments
+
+
+def make_optimizer(
+    method: Method, model: nn.Module, transport: Transport, seed: int
+) -> hvd_sketch.DistributedOptimizer:
+    """Momentum is in the exchange where there is a sketch, else in SGD."""
+    sketch = None
+    if method.ratio is not None:
+        dim = hvd_sketch.sketched_dim(model.named_parameters())
+        sketch = hvd_sketch.SketchConfig.for_compression(method.ratio, dim, momentum=method.momentum, seed=seed)
+    momentum = method.momentum if sketch is None else 0.0
+    inner = torch.optim.SGD(model.parameters(), lr=method.learning_rate, momentum=momentum)
+    return hvd_sketch.DistributedOptimizer(inner, model.named_parameters(), sketch=sketch, transport=transport)
 
 
 def train(method: Method, data: Images, transport: Transport, seed: int, arguments: argparse.Namespace) -> Run:
@@ -114,55 +129,35 @@ def train(method: Method, data: Images, transport: Transport, seed: int, argumen
     torch.manual_seed(seed)
     model = mlp(data.train_images.shape[1], arguments.hidden)
     hvd_sketch.broadcast_parameters(model.named_parameters(), 0, transport)
-    sketch = None
-    dense_momentum = method.momentum
-    if method.ratio is not None:
-        dim = hvd_sketch.sketched_dim(model.named_parameters())
-        sketch = hvd_sketch.SketchConfig.for_compression(method.ratio, dim, momentum=method.momentum, seed=seed)
-        dense_momentum = 0.0  # the exchange has it
-    optimizer = hvd_sketch.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=method.learning_rate, momentum=dense_momentum),
-        named_parameters=model.named_parameters(),
-        sketch=sketch,
-        transport=transport,
-    )
+    optimizer = make_optimizer(method, model, transport, seed)
     epochs = arguments.epochs or (20 if data.name == "digits" else 2)
     steps = len(data.train_labels) // (arguments.batch * transport.size)
     if steps == 0:
         raise ValueError(f"--batch {arguments.batch} on {transport.size} ranks is more than the training set holds")
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=method.learning_rate, total_steps=epochs * steps, cycle_momentum=False
-    )
-    run = Run()
-    bar = tqdm(
-        total=epochs * steps,
-        desc=f"{method.name}, seed {seed}",
-        unit="step",
-        disable=transport.rank != 0,
-        mininterval=0.5,
-    )
+    schedule = {"max_lr": method.learning_rate, "total_steps": epochs * steps, "cycle_momentum": False}
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, **schedule)
+    run, ledger = Run(), optimizer.ledger
+    shown = {"desc": f"{method.name}, seed {seed}", "unit": "step", "disable": transport.rank != 0}
     transport.barrier()
     started = time.perf_counter()
-    for epoch in range(epochs):
-        loss_sum = 0.0
-        for batch in batches(len(data.train_labels), epoch, steps, transport, seed, arguments.batch):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            loss_sum += float(loss.detach())
-            bar.update()
-        total = transport.allreduce_(torch.tensor([loss_sum], dtype=torch.float64))
-        run.losses.append(float(total) / (steps * transport.size))
-        run.payload_megabytes.append(optimizer.ledger.totals().payload_bytes / 1e6)
-        bar.set_postfix(loss=f"{run.losses[-1]:.4f}", MB=f"{run.payload_megabytes[-1]:.1f}", refresh=False)
-    run.seconds = time.perf_counter() - started
-    bar.close()
-    run.payload_bytes_per_step = optimizer.ledger.totals().payload_bytes / (epochs * steps)
-    run.compression_ratio = optimizer.ledger.compression_ratio()
-    run.paper_compression_ratio = optimizer.ledger.paper_compression_ratio()
-    run.skipped_steps = optimizer.skipped_steps
+    with tqdm(total=epochs * steps, mininterval=0.5, **shown) as bar:
+        for epoch in range(epochs):
+            loss_sum = 0.0
+            for batch in batches(len(data.train_labels), epoch, steps, transport, seed, arguments.batch):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                loss_sum += float(loss.detach())
+                bar.update()
+            total = transport.allreduce_(torch.tensor([loss_sum], dtype=torch.float64))
+            run.losses.append(float(total) / (steps * transport.size))
+            run.payload_megabytes.append(ledger.totals().payload_bytes / 1e6)
+            bar.set_postfix(loss=f"{run.losses[-1]:.4f}", MB=f"{run.payload_megabytes[-1]:.1f}", refresh=False)
+        run.seconds = time.perf_counter() - started
+    run.payload_bytes_per_step = ledger.totals().payload_bytes / (epochs * steps)
+    run.compression_ratio, run.paper_compression_ratio = ledger.compression_ratio(), ledger.paper_compression_ratio()
     with torch.no_grad():
         run.test_accuracy = float((model(data.test_images).argmax(1) == data.test_labels).double().mean())
     return run
@@ -178,12 +173,9 @@ def batches(images: int, epoch: int, steps: int, transport: Transport, seed: int
 def summary(runs: dict[str, list[Run]], ranks: int) -> dict:
     """The figures, means over seeds; accuracy as a fraction."""
 
-    def means(side: str, *names: str) -> dict[str, float]:
-        return {name: mean(getattr(run, name) for run in runs[side]) for name in names}
-
-    common = ("test_accuracy", "payload_bytes_per_step", "seconds")
-    ratios = ("compression_ratio", "paper_compression_ratio")
-    return {"ranks": ranks, "dense": means("dense", *common), "sketched": means("sketched", *common, *ratios)}
+    names = {"dense": FIGURES, "sketched": FIGURES + RATIOS}
+    means = {side: {name: mean(getattr(run, name) for run in runs[side]) for name in names[side]} for side in names}
+    return {"ranks": ranks, **means}
 
 
 def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argparse.Namespace) -> str:
@@ -197,20 +189,14 @@ def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argp
         f"{'rate':>7}{'momentum':>10}",
     ]
     for method in (DENSE, SKETCHED):
-        of = runs[method.name]
+        of = {name: mean(getattr(run, name) for run in runs[method.name]) for name in FIGURES + RATIOS}
+        loss = mean(run.losses[-1] for run in runs[method.name])
         lines.append(
-            f"{method.name:10}{mean(run.test_accuracy for run in of):>9.2%}{mean(run.losses[-1] for run in of):>9.4f}"
-            f"{mean(run.payload_bytes_per_step for run in of):>17,.0f}"
-            f"{mean(run.compression_ratio for run in of):>7.1f}x"
-            f"{mean(run.paper_compression_ratio for run in of):>12.1f}x{mean(run.seconds for run in of):>9.1f}"
+            f"{method.name:10}{of['test_accuracy']:>9.2%}{loss:>9.4f}{of['payload_bytes_per_step']:>17,.0f}"
+            f"{of['compression_ratio']:>7.1f}x{of['paper_compression_ratio']:>12.1f}x{of['seconds']:>9.1f}"
             f"{method.learning_rate:>7g}{method.momentum:>10g}"
         )
-    lines += [
-        "Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours;",
-        "paper ratio: 2d / (|S| + Pk + k), indices not counted. Rate and momentum: of a small grid (--grid).",
-        "On one machine the network is free, so dense is faster here: the bytes are what a real network would carry.",
-    ]
-    return "\n".join(lines)
+    return "\n".join(lines) + NOTES
 
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
@@ -228,20 +214,13 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
 
 def search_grid(data: Images, transport: Transport, arguments: argparse.Namespace) -> None:
     """Train every setting on nine tenths of the training set; accuracy on the rest decides, not the test set."""
-    held = len(data.train_labels) // 10
-    shuffled = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(99))
-    fit, judge = shuffled[held:], shuffled[:held]
-    split = Images(
-        data.name, data.train_images[fit], data.train_labels[fit], data.train_images[judge], data.train_labels[judge]
-    )
-    for base in (DENSE, SKETCHED):
-        for learning_rate, momentum in product(GRID["learning_rate"], GRID["momentum"]):
-            method = Method(base.name, base.ratio, learning_rate, momentum)
-            of = [train(method, split, transport, arguments.seed + i, arguments) for i in range(arguments.seeds)]
-            if transport.rank == 0:
-                accuracy, loss = mean(r.test_accuracy for r in of), mean(r.losses[-1] for r in of)
-                setting = f"{base.name:9} rate {learning_rate:<5g} momentum {momentum:<4g}"
-                print(f"{setting} held-out {accuracy:.2%} loss {loss:.4f}")
+    for base, rate, momentum in product((DENSE, SKETCHED), GRID["learning_rate"], GRID["momentum"]):
+        method, seeds = replace(base, learning_rate=rate, momentum=momentum), range(arguments.seeds)
+        of = [train(method, hold_out(data), transport, arguments.seed + i, arguments) for i in seeds]
+        if transport.rank == 0:
+            accuracy, loss = mean(r.test_accuracy for r in of), mean(r.losses[-1] for r in of)
+            setting = f"{base.name:9} rate {rate:<5g} momentum {momentum:<4g}"
+            print(f"{setting} held-out {accuracy:.2%} loss {loss:.4f}")
 
 
 if __name__ == "__main__":

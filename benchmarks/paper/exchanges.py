@@ -1,33 +1,15 @@
-"""What the trainings of this folder ask of an exchange, and real exchanges behind that interface."""
+"""Real exchanges of many small problems, with the interface of the simulated ones in simulation.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.paper.experiment import Traffic
 from hvd_sketch import CommLedger, DenseAllreduce, SketchedAllreduce
-
-
-class Exchange(Protocol):
-    """One or more problems' exchange between all workers, some of which are in this process."""
-
-    def step(self, gradients: Tensor) -> Tensor:
-        """The mean update of every problem, equal on all ranks; zero where nothing is sent.
-
-        Args:
-            gradients: float32 [workers of this process, problems, dim], finite.
-
-        Returns:
-            float32 [problems, dim].
-        """
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class RealExchanges:
@@ -43,6 +25,7 @@ class RealExchanges:
         self._exchanges = [make(self._ledger) for _ in range(problems)]
 
     def step(self, gradients: Tensor) -> Tensor:
+        """See :meth:`benchmarks.paper.simulation.SimulatedAllreduce.step`; this process has one worker."""
         (own,) = gradients
         updates = torch.zeros_like(own)
         for exchange, gradient, update in zip(self._exchanges, own, updates, strict=True):

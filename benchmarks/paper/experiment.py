@@ -143,26 +143,27 @@ class Session:
             What the results have of it. Measurements are rank 0's alone, of this call or one that it resumes.
         """
         labels = {**labels, "steps": steps}
-        if (before := self.find(labels)) is not None:
+        if before := self.find(labels):
             return before
         training, done, curve = make(), 0, list[dict[str, float]]()
         if saved := self._load_checkpoint(labels):
             training.load_state_dict(saved["training"])
             done, curve = saved["done"], saved["curve"]
-        started = time.perf_counter()
-        with self._bar(labels, done, steps) as bar:
+        started, rank = time.perf_counter(), self._transport.rank
+        shown = {"desc": " ".join(map(str, labels.values())), "unit": "step", "disable": rank != 0}
+        with tqdm(total=steps, initial=done, mininterval=0.5, **shown) as bar:
             while done < steps:
                 loss = training.step()
                 done += 1
                 bar.update()
-                sent_bytes = _sent_bytes(training, done)
+                per_step = training.traffic().wire_bytes_per_step
+                sent_bytes = None if per_step is None else done * per_step
                 megabytes = "–" if sent_bytes is None else f"{sent_bytes / 1e6:.1f}"
                 bar.set_postfix(loss=f"{loss:.4f}", MB=megabytes, refresh=False)
-                if done in record_at and self._transport.rank == 0:
+                if done in record_at and rank == 0:
                     curve.append({"step": done, **training.measure()})
                     self._write_log({**labels, "batch_loss": loss, "wire_bytes": sent_bytes, **curve[-1]})
-                about = {"labels": dict(labels), "ranks": self._transport.size}
-                self._save_if_due({**about, "done": done, "curve": curve}, training)
+                self._save_if_due({**self._about(labels), "done": done, "curve": curve}, training)
         seconds = time.perf_counter() - started
         final = curve[-1] if curve else {}  # rank 0 has it
         figures = {"commit": self._results.get("commit"), "seconds": seconds, "final": final, "curve": curve}
@@ -170,24 +171,20 @@ class Session:
         self._checkpoint.unlink(missing_ok=True)
         return run
 
+    def _about(self, labels: Labels) -> dict[str, Any]:
+        """What a checkpoint must say to be of this run."""
+        return {"labels": dict(labels), "ranks": self._transport.size}
+
     def _load_checkpoint(self, labels: Labels) -> dict[str, Any] | None:
         """This rank's, if all have one of the same step of this run: a job that was killed may leave others.
 
         Communication: collective.
         """
         saved = torch.load(self._checkpoint, map_location="cpu") if self._checkpoint.exists() else {}
-        about = {name: saved.get(name) for name in ("labels", "ranks")}
-        is_of_this_run = about == {"labels": dict(labels), "ranks": self._transport.size}
+        is_of_this_run = self._about(labels).items() <= saved.items()
         done = torch.tensor([saved["done"] if is_of_this_run else 0])
         is_everywhere = bool((self._transport.allgather(done) == done).all())
         return saved if is_of_this_run and is_everywhere else None
-
-    def _bar(self, labels: Labels, done: int, steps: int) -> tqdm:
-        name, hidden = " ".join(map(str, labels.values())), self._transport.rank != 0
-        return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden, mininterval=0.5)
-
-    def finished(self, labels: Labels) -> bool:
-        return self.find(labels) is not None
 
     def find(self, labels: Labels) -> dict[str, Any] | None:
         """The finished run with these labels."""
@@ -218,12 +215,6 @@ class Session:
         if self._transport.rank == 0:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _sent_bytes(training: Training, steps: int) -> float | None:
-    """What a rank has sent; None for a method that exists in a simulation only."""
-    per_step = training.traffic().wire_bytes_per_step
-    return None if per_step is None else steps * per_step
 
 
 def _one_run_per_line(results: Mapping[str, Any]) -> str:

@@ -100,14 +100,9 @@ def lowest_loss(problem: Problem, train: Labelled, iterations: int) -> dict[str,
     """
     smooth = problem if problem.l2 else smoothed_hinge(0.01)
     weights = torch.zeros(CLASSES, train.images.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights],
-        max_iter=iterations,
-        history_size=30,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+    never = {"tolerance_grad": 0, "tolerance_change": 0}  # ends but after all iterations
+    search = {"history_size": 30, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([weights], max_iter=iterations, **search, **never)
 
     def closure() -> float:
         with torch.no_grad():

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.image_data import load_mnist
 from benchmarks.paper.command_line import add_workers, connect, experiment_parser, parse, says_plainly
-from benchmarks.paper.exchanges import Exchange, RealExchanges
+from benchmarks.paper.exchanges import RealExchanges
 from benchmarks.paper.experiment import Session, Traffic, logarithmic
 from benchmarks.paper.linear_models import (
     CLASSES,
@@ -35,7 +34,7 @@ from benchmarks.paper.linear_models import (
 )
 from benchmarks.paper.model_exchange import Workers, count_of
 from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
-from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
+from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
 from hvd_sketch.transport import run_local
 
 DIM = 28 * 28 + 1
@@ -106,6 +105,9 @@ class Task:
         return SKETCH(seed=self.seed, **self.recipe.settings)
 
 
+Exchange = SimulatedAllreduce | SimulatedMean | RealExchanges
+
+
 class LinearTraining:
     """One :class:`benchmarks.paper.experiment.Training` of all ten classes.
 
@@ -122,21 +124,17 @@ class LinearTraining:
 
     def step(self) -> float:
         task, recipe = self._task, self._task.recipe
-        self._average_in(recipe.weight)
+        if recipe.weight is not None:
+            weight = recipe.weight(self._done)
+            self._total_weight += weight
+            self._average.lerp_(self.weights.double(), weight / self._total_weight)
         batches = [self._batch(worker) for worker in self._workers]
         gradients, losses = zip(*(gradient(recipe.problem, self.weights, batch) for batch in batches), strict=True)
-        rate = recipe.rate(self._done, task.steps)
-        if recipe.rate_inside:
-            self.weights = self.weights - self._exchange.step(torch.stack(gradients).mul_(rate))
-        else:
-            self.weights = self.weights - self._exchange.step(torch.stack(gradients)) * rate
+        rate, stacked = recipe.rate(self._done, task.steps), torch.stack(gradients)
+        update = self._exchange.step(stacked * rate) if recipe.rate_inside else self._exchange.step(stacked) * rate
+        self.weights = self.weights - update
         self._done += 1
         return sum(losses) / len(losses)
-
-    def _average_in(self, weight: Callable[[int], float] | None) -> None:
-        if weight is not None:
-            self._total_weight += weight(self._done)
-            self._average.lerp_(self.weights.double(), weight(self._done) / self._total_weight)
 
     def _batch(self, worker: int) -> Labelled:
         draw = np.random.default_rng([self._task.seed, self._done, worker])
@@ -147,9 +145,10 @@ class LinearTraining:
         """Objective and error on both sets, of what the algorithm puts out."""
         task = self._task
         judged = self.weights if task.recipe.weight is None else self._average.float()
-        train_loss, train_error = judge(task.recipe.problem, judged, task.train)
-        test_loss, test_error = judge(task.recipe.problem, judged, task.test)
-        return {"train_loss": train_loss, "train_error": train_error, "test_loss": test_loss, "test_error": test_error}
+        measured = {}
+        for name, data in (("train", task.train), ("test", task.test)):
+            measured[f"{name}_loss"], measured[f"{name}_error"] = judge(task.recipe.problem, judged, data)
+        return measured
 
     def state_dict(self) -> dict[str, Any]:
         own = {"done": self._done, "total_weight": self._total_weight, "average": self._average.clone()}
@@ -168,12 +167,8 @@ def make_training(task: Task, workers: Workers) -> LinearTraining:
 def real_training(task: Task, transport: Transport) -> LinearTraining:
     """This rank's part of a training on real ranks. Communication: collective, here and in its steps."""
     make = SketchedAllreduce if task.method == "sketched" else DenseAllreduce
-    dim = task.train.images.shape[1]
-
-    def exchange(ledger: CommLedger) -> SketchedAllreduce | DenseAllreduce:
-        return make(task.config(), dim, transport, ledger=ledger)
-
-    exchanges = RealExchanges(exchange, CLASSES)
+    exchange = partial(make, task.config(), task.train.images.shape[1], transport)
+    exchanges = RealExchanges(lambda ledger: exchange(ledger=ledger), CLASSES)
     return LinearTraining(task, exchanges, [transport.rank], exchanges.traffic)
 
 
@@ -183,29 +178,25 @@ def simulated_training(task: Task, workers: int) -> LinearTraining:
     Raises:
         AssertionError: real exchanges between threads do not give the same weights to the bit.
     """
+    config, dim = task.config(), task.train.images.shape[1]
+    exchange: Exchange = SimulatedMean(config.momentum, dim, CLASSES)
+    if task.method == "sketched":
+        exchange = SimulatedAllreduce(config, dim, workers, CLASSES)
     traffic: list[Traffic] = []
-    training = LinearTraining(task, _simulated_exchange(task, workers), range(workers), lambda: traffic[0])
+    training = LinearTraining(task, exchange, range(workers), lambda: traffic[0])
     start = training.state_dict()
-    for _ in range(AUDITED_STEPS):
-        training.step()
     real = run_local(workers, lambda transport: _first_steps(real_training(task, transport)))
-    assert all(torch.equal(weights, training.weights) for weights, _ in real), "simulation and real exchange differ"
-    traffic.append(real[0][1])
+    first = _first_steps(training)
+    assert all(torch.equal(each.weights, first.weights) for each in real), "simulation and real exchange differ"
+    traffic.append(real[0].traffic())
     training.load_state_dict(start)
     return training
 
 
-def _simulated_exchange(task: Task, workers: int) -> Exchange:
-    dim = task.train.images.shape[1]
-    if task.method == "sketched":
-        return SimulatedAllreduce(task.config(), dim, workers, CLASSES)
-    return SimulatedMean(task.config().momentum, dim, CLASSES)
-
-
-def _first_steps(training: LinearTraining) -> tuple[Tensor, Traffic]:
+def _first_steps(training: LinearTraining) -> LinearTraining:
     for _ in range(AUDITED_STEPS):
         training.step()
-    return training.weights, training.traffic()
+    return training
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -231,8 +222,8 @@ def main() -> None:
     choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
     for recipe, steps, seed, method in choices:
         task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)
-        make = partial(make_training, task, workers)
-        session.run({"recipe": recipe, "method": method, "seed": seed}, make, steps, logarithmic(steps))
+        labels = {"recipe": recipe, "method": method, "seed": seed}
+        session.run(labels, partial(make_training, task, workers), steps, logarithmic(steps))
     for problem in {RECIPES[recipe].problem.name: RECIPES[recipe].problem for recipe in arguments.recipes}.values():
         labels = {"problem": problem.name, "method": "l-bfgs"}
         if transport.rank == 0 and not session.find(labels):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 LANGUAGES = ("en", "de")
-FILES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test", "test_2016_flickr")}  # WMT14, Multi30k
+FILES = (("train",), ("valid", "val"), ("test", "test_2016_flickr"))  # of WMT14, of Multi30k
 MOST_SENTENCES = 2_000_000  # that a vocabulary is made from; WMT14 has 4.5 M pairs
 
 
@@ -36,8 +38,7 @@ class Pairs:
             )
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """English to German."""
 
     train: Pairs
@@ -52,7 +53,7 @@ def load_corpus(data_dir: Path) -> Corpus:
         FileNotFoundError: a file is missing; the message names it and the official download.
         ValueError: a part's two files differ in length.
     """
-    return Corpus(**{part: _read_part(data_dir, names) for part, names in FILES.items()})
+    return Corpus(*(_read_part(data_dir, names) for names in FILES))
 
 
 def _read_part(data_dir: Path, names: Sequence[str]) -> Pairs:
@@ -163,7 +164,11 @@ class TokenPairs:
 
     def __init__(self, pairs: Pairs, vocabulary: Vocabulary, longest: int | None = None) -> None:
         sides = (vocabulary.encode(pairs.source), vocabulary.encode(pairs.target))
-        kept = [pair for pair in zip(*sides, strict=True) if longest is None or _fits(pair, longest)]
+        kept = [
+            pair
+            for pair in zip(*sides, strict=True)
+            if longest is None or (min(map(len, pair)) > 0 and max(map(len, pair)) <= longest)
+        ]
         self._source = [np.array([*source, END], dtype=np.int32) for source, _ in kept]
         self._target = [np.array([BEGIN, *target, END], dtype=np.int32) for _, target in kept]
         self._lengths = np.array([[len(s), len(t) - 1] for s, t in zip(self._source, self._target, strict=True)])
@@ -193,16 +198,9 @@ class TokenPairs:
         return batches if draw is None else [batches[i] for i in draw.permutation(len(batches))]
 
 
-def _fits(pair: tuple[list[int], list[int]], longest: int) -> bool:
-    lengths = [len(side) for side in pair]
-    return min(lengths) > 0 and max(lengths) <= longest
-
-
 def _padded(sentences: Sequence[npt.NDArray[np.int32]]) -> Tensor:
-    filled = np.full((len(sentences), max(map(len, sentences))), PAD, dtype=np.int64)
-    for row, sentence in zip(filled, sentences, strict=True):
-        row[: len(sentence)] = sentence
-    return torch.from_numpy(filled)
+    long = [torch.from_numpy(sentence).long() for sentence in sentences]
+    return pad_sequence(long, batch_first=True, padding_value=PAD)
 
 
 class BatchStream:
@@ -215,30 +213,21 @@ class BatchStream:
 
     def __init__(self, pairs: TokenPairs, tokens: int, seed: int) -> None:
         self._pairs, self._tokens, self._seed = pairs, tokens, seed
-        self._epoch, self._used = -1, 0
-        self._cut: list[npt.NDArray[np.int64]] = []
+        self._restart()
 
-    def take(self, count: int) -> list[npt.NDArray[np.int64]]:
-        """The next ``count`` batches, as numbers of sentences."""
-        return [next(self) for _ in range(count)]
+    def _restart(self) -> None:
+        draws = (np.random.default_rng([self._seed, epoch]) for epoch in count())
+        self._batches = chain.from_iterable(self._pairs.cut(self._tokens, draw) for draw in draws)
+        self._taken = 0
 
-    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
-        return self
-
-    def __next__(self) -> npt.NDArray[np.int64]:
-        if self._used == len(self._cut):
-            self._start(self._epoch + 1)
-        self._used += 1
-        return self._cut[self._used - 1]
-
-    def _start(self, epoch: int) -> None:
-        self._epoch, self._used = epoch, 0
-        self._cut = self._pairs.cut(self._tokens, np.random.default_rng([self._seed, epoch]))
+    def take(self, number: int) -> list[npt.NDArray[np.int64]]:
+        """The next batches, as numbers of sentences."""
+        self._taken += number
+        return list(islice(self._batches, number))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "used": self._used}
+        return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["epoch"] >= 0:
-            self._start(state["epoch"])
-            self._used = state["used"]
+        self._restart()
+        self.take(state["taken"])

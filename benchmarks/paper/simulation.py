@@ -44,7 +44,11 @@ class SimulatedAllreduce:
         self._predictors = [ThresholdPredictor() for _ in range(problems)]
 
     def step(self, gradients: Tensor) -> Tensor:
-        """See :class:`benchmarks.paper.exchanges.Exchange`; all workers are in this process."""
+        """The mean update of every problem, zero where nothing is sent: float32 [problems, dim].
+
+        Args:
+            gradients: float32 [workers of this process, problems, dim], finite.
+        """
         return torch.from_numpy(self._step_arrays(gradients.numpy()))
 
     def _step_arrays(self, gradients: Floats) -> Floats:
@@ -54,9 +58,9 @@ class SimulatedAllreduce:
             self._u += gradients
         self._v += gradients if self._u is None else self._u
         c = self._config
-        places = _Places(BlockHash(self._dim, c.rows, c.cols, workers, c.seed, self._step))
-        tables = _summed_sketches(self._v, places.cells, places.signs, c.cols // workers * workers)
-        estimates = _medians(tables, places.cells, places.signs)
+        cells, signs = _write_out(BlockHash(self._dim, c.rows, c.cols, workers, c.seed, self._step))
+        tables = _summed_sketches(self._v, cells, signs, c.cols // workers * workers)
+        estimates = _medians(tables, cells, signs)
         update = np.zeros((problems, self._dim), dtype=np.float32)
         for problem, candidates in enumerate(self._candidates(tables, estimates)):
             sums = sum_in_rank_order(list(torch.from_numpy(self._v[:, problem, candidates]))).numpy()
@@ -125,21 +129,12 @@ class SimulatedMean:
         self._u = state["u"].clone()
 
 
-class _Places:
-    """One step's hash written out.
-
-    Attributes:
-        cells: int64 [rows, dim], where in its row of the table each coordinate lies.
-        signs: float32 [rows, dim].
-    """
-
-    def __init__(self, hash: BlockHash) -> None:
-        index = np.arange(hash.dim)
-        block, lane = index // hash.block, index % hash.block
-        owner = hash.shard_of(block)
-        offsets = np.stack([hash.offsets(row, np.arange(hash.blocks)) for row in range(hash.rows)])
-        self.cells = owner * hash.shard_cols + (offsets[:, block] + lane) % hash.shard_cols
-        self.signs = np.stack([hash.signs(row, index) for row in range(hash.rows)])
+def _write_out(hash: BlockHash) -> tuple[Ints, Floats]:
+    """Where in its row of the table each coordinate is, int64 [rows, dim], and its signs, float32 [rows, dim]."""
+    index = np.arange(hash.dim)
+    placed = [hash.cells(row, index) for row in range(hash.rows)]
+    cells = np.stack([shard * hash.shard_cols + column for shard, column in placed])
+    return cells, np.stack([hash.signs(row, index) for row in range(hash.rows)])
 
 
 def _norms(tables: Floats, shards: int) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +60,7 @@ def greedy(model: Translator, source: Tensor) -> Tensor:
     return written[:, 1:]
 
 
-@dataclass(frozen=True)
-class Bleu:
+class Bleu(NamedTuple):
     """Of 100, with the signature that says how it was counted."""
 
     score: float
