@@ -30,87 +30,76 @@ from hvd_sketch.kernels import cpu
 COMPILING_S = 20  # on one core of a 2.6 GHz Zen 4
 DIM = 300  # of the vectors that the kernels are called with
 MAGNITUDE_OF_ONE = 0x3F800000
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-def warm_up(tell: Tell | None = None) -> None:
-    """Compile what every CPU exchange calls and Numba's cache does not hold; returns at once where it holds all.
+def warm_up(report: Report | None = None) -> None:
+    """Compile the kernels of a CPU exchange that Numba's cache does not hold; returns at once where it holds all.
 
-    One process of a host compiles while others wait for it. Where files cannot be locked each compiles for itself.
+    One process of a host compiles while the others wait. Where files cannot be locked every process compiles.
     Any number of threads may call this. Kernels in the cache are not loaded: a kernel's first call does that.
 
     Args:
-        tell: is called with a sentence when this process begins to compile, and when it begins to wait for another.
+        report: called with a sentence when this process begins to compile, and when it begins to wait for another.
 
     Modifies: files in Numba's cache. Communication: none.
     """
-    say = tell if tell is not None else _say_nothing
     marker = _marker()
     if marker.exists():
         return
-    with _one_process(marker.parent, say):
+    report = report or (lambda sentence: None)
+    with _one_process(marker.parent, report):
         if not marker.exists():
-            _compile(say)
-            _leave(marker)
+            _compile(report)
+            with suppress(OSError):  # without a marker the next process calls every kernel
+                marker.touch()
 
 
-def _say_nothing(sentence: str) -> None:
-    pass
-
-
-def _compile(say: Tell) -> None:
-    before, told = _compiled(), False
-    for _ in _call_every_kernel():
-        if not told and _compiled() > before:
-            say(f"compiling the CPU kernels, once after an installation: about {COMPILING_S} s")
-            told = True
+def _compile(report: Report) -> None:
+    before, reported = _compiled(), False
+    for call in _calls_of_every_kernel():
+        call()
+        if not reported and _compiled() > before:
+            report(f"compiling the CPU kernels, once after an installation: about {COMPILING_S} s")
+            reported = True
 
 
 def _compiled() -> int:
-    """How many kernels this process has compiled, because the cache did not hold them."""
+    """How many kernels this process has compiled because the cache did not hold them."""
     return sum(sum(kernel.stats.cache_misses.values()) for kernel in cached_kernels())
 
 
 @cache
 def cached_kernels() -> list:
-    """Every compiled function that Numba keeps on disk, of the kernels and of the codes on the host."""
+    """Every compiled function of the kernels and of the host's codes that Numba keeps on disk."""
     functions = [function for module in (loops, host) for function in vars(module).values()]
     return list({id(f): f for f in functions if hasattr(f, "stats") and f.stats.cache_path is not None}.values())
 
 
-def _call_every_kernel() -> Iterator[None]:
-    """Call each kernel with each combination of types that an exchange has; the cheapest to compile comes first."""
+def _calls_of_every_kernel() -> list[Callable[[], object]]:
+    """Calls of each kernel with each combination of types in an exchange; the cheapest to compile comes first."""
     hash = BlockHash(DIM, 3, 40, 2)
     v, u, table = torch.ones(DIM), torch.ones(DIM), torch.zeros(hash.table_shape)
     shard_table = table[:, 0].contiguous()
     some = torch.arange(0, DIM, 3)
-    cpu.clear_(u, some)
-    yield
-    cpu.gather(v, some, out=torch.empty(len(some)))
-    yield
-    cpu.feedback_(u, v, v.clone(), 0.5)
-    yield
-    cpu.feedback_accumulate_(hash, table, u, v, v.clone(), 0.5, 0)
-    yield
-    cpu.accumulate_(hash, table, v, 0, range(1))  # row by row, as over MPI
-    yield
-    cpu.estimate(hash, table, 0, DIM)
-    yield
-    cpu.owned_histogram(hash, shard_table, 0, 0, 20, 2048)
-    yield
-    positions, _ = cpu.owned_above(hash, shard_table, 0, 0)
-    yield
-    cpu.magnitude_histogram(v, 0, 20, 2048)
-    yield
-    cpu.select_above(v, MAGNITUDE_OF_ONE)
-    yield
-    for indices in (some, some.to(positions.dtype)):
-        cpu.keep_above(indices, v[: len(some)], MAGNITUDE_OF_ONE)
-        yield
-        _call_every_code(indices)
-        yield
-    cpu.merge_owned(hash, [some, some])
-    yield
+    some_int32 = some.int()  # as owned_above returns positions
+    return [
+        lambda: cpu.clear_(u, some),
+        lambda: cpu.gather(v, some, out=torch.empty(len(some))),
+        lambda: cpu.feedback_(u, v, v.clone(), 0.5),
+        lambda: cpu.feedback_accumulate_(hash, table, u, v, v.clone(), 0.5, 0),
+        lambda: cpu.accumulate_(hash, table, v, 0, range(1)),  # row by row, as over MPI
+        lambda: cpu.estimate(hash, table, 0, DIM),
+        lambda: cpu.owned_histogram(hash, shard_table, 0, 0, 20, 2048),
+        lambda: cpu.owned_above(hash, shard_table, 0, 0),
+        lambda: cpu.magnitude_histogram(v, 0, 20, 2048),
+        lambda: cpu.select_above(v, MAGNITUDE_OF_ONE),
+        lambda: cpu.keep_above(some, v[: len(some)], MAGNITUDE_OF_ONE),
+        lambda: _call_every_code(some),
+        lambda: cpu.keep_above(some_int32, v[: len(some)], MAGNITUDE_OF_ONE),
+        lambda: _call_every_code(some_int32),
+        lambda: cpu.merge_owned(hash, [some, some]),
+    ]
 
 
 def _call_every_code(positions: torch.Tensor) -> None:
@@ -122,8 +111,8 @@ def _call_every_code(positions: torch.Tensor) -> None:
 
 
 @contextmanager
-def _one_process(folder: Path, say: Tell) -> Iterator[None]:
-    """Admit one at a time to the block, of all threads and processes of a host; a process that dies lets others in."""
+def _one_process(folder: Path, report: Report) -> Iterator[None]:
+    """One thread at a time of all processes of a host runs the block; a process that ends lets the next one in."""
     descriptor = _open_lock(folder)
     if descriptor is None:
         yield
@@ -132,7 +121,7 @@ def _one_process(folder: Path, say: Tell) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another process of this host, which compiles the CPU kernels")
+            report("waiting for another process of this host, which compiles the CPU kernels")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # the file system has no locks
             pass
@@ -142,7 +131,7 @@ def _one_process(folder: Path, say: Tell) -> Iterator[None]:
 
 
 def _open_lock(folder: Path) -> int | None:
-    """A lock file in Numba's cache, or where that cannot be written, in the folder for temporary files; or none."""
+    """A lock file in Numba's cache, otherwise in the folder for temporary files; None where neither can be written."""
     fallback = Path(tempfile.gettempdir()) / f"hvd_sketch_{os.getuid()}"
     for place in (folder, fallback):
         try:
@@ -153,14 +142,9 @@ def _open_lock(folder: Path) -> int | None:
     return None
 
 
-def _leave(marker: Path) -> None:
-    with suppress(OSError):  # then the next process calls every kernel to find out
-        marker.touch()
-
-
 @cache
 def _marker() -> Path:
-    """The file that says that the cache holds every kernel for this processor, this software and these sources."""
+    """The file that exists where the cache holds every kernel for this processor, this software and these sources."""
     sources = [Path(getfile(module)).stat() for module in (loops, host)]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [

@@ -17,10 +17,10 @@ def hash_only(hash: BlockHash, device: torch.device) -> Tensor:
 
     Summed are the words of 16 signs, one for each run of at most 16 coordinates, and the offsets of the blocks.
     """
-    numbers, coefficients = gpu._on_device(hash, device)
+    coefficients = gpu.device_coefficients(hash, device)
     sums = torch.empty(-(-hash.dim // gpu.TILE), dtype=torch.int64, device=device)
     constants = {"BLOCK": hash.block, "LANES": gpu._lanes(hash), "TILE": gpu.TILE}
-    gpu._launch(hash_tiles, sums.numel(), sums, coefficients, hash.dim, numbers.shard_cols, hash.rows, **constants)
+    gpu._launch(hash_tiles, sums.numel(), sums, coefficients, hash.dim, hash.shard_cols, hash.rows, **constants)
     return sums
 
 

@@ -1,8 +1,8 @@
-"""The codes of :mod:`hvd_sketch.coding`, made and read where the positions lie, in torch operations of any device.
+"""The codes of :mod:`hvd_sketch.coding` for positions on any device, in torch operations there.
 
-Only codes are copied to the host, a byte or two for a position. Encoding waits for the device once, for the code.
-Decoding does not wait: the number of positions is in the codes, which came over the network to the host. A step takes
-some hundred operations for any number of ranks: below 100,000 positions launching them takes longer than their work.
+Only codes are copied to the host, a byte or two for each position. Encoding waits once for the device, for the code.
+Decoding does not wait: the codes, which came over the network to the host, hold the number of positions. A step takes
+about a hundred operations for any number of ranks: below 100,000 positions their launches take longer than their work.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words, ceil_div
-from hvd_sketch.hashing import PRIME, BlockHash
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words
+from hvd_sketch.hashing import PRIME, BlockHash, ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels._cpu_loops import count_ones
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 
-# Of the unary stream, for a position: at the least b tried, the high part of the mean gap is below 6.
-MOST_UNARY_BITS = 7
+MOST_UNARY_BITS = 7  # mean per position: at the least b tried, the high part of the mean gap is below 6
 
 
 class Stream(NamedTuple):
@@ -36,14 +35,14 @@ class Stream(NamedTuple):
 
 
 def encode_positions(positions: Tensor, span: int) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.encode_positions`; the positions are on any device."""
+    """See :func:`hvd_sketch.coding.host.encode_positions`."""
     hosted = to_host(_encode(positions, span))
     used = int(np.flatnonzero(hosted.numpy())[-1]) + 1 if positions.numel() else 1
     return hosted[:used].view(torch.uint8)
 
 
 def decode_owned(hash: BlockHash, encoded: Tensor, device: torch.device, known: object = None) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.decode_owned`; nothing needs be known, for all are decoded together."""
+    """See :func:`hvd_sketch.coding.host.decode_owned`; ``known`` is not used, for all are decoded together."""
     words = encoded.numpy().view(np.uint64)
     streams: list[Stream] = []
     start = 0
@@ -57,18 +56,18 @@ def decode_owned(hash: BlockHash, encoded: Tensor, device: torch.device, known: 
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.encode_choice`; uint8, on the CPU."""
+    """See :func:`hvd_sketch.coding.host.encode_choice`."""
     chosen = torch.zeros((ceil_div(len(values), 8), 8), dtype=torch.uint8, device=values.device)
     chosen.view(-1).index_fill_(0, positions, 1)
     bitmap = (chosen << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)
     return to_host(torch.cat([bitmap, values.index_select(0, positions).view(torch.uint8)]))
 
 
-def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def decode_choices(encoded: Tensor, ranks: int, share_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.coding.host.decode_choices`."""
-    bitmap_bytes = ceil_div(part_length, 8)
-    total = (len(encoded) - parts * bitmap_bytes) // 4
-    bitmaps = empty_on_host((parts, bitmap_bytes), torch.uint8, device)
+    bitmap_bytes = ceil_div(share_length, 8)
+    total = (len(encoded) - ranks * bitmap_bytes) // 4
+    bitmaps = empty_on_host((ranks, bitmap_bytes), torch.uint8, device)
     values = empty_on_host((total,), torch.float32, device)
     start = at = 0
     for bitmap in bitmaps:
@@ -78,12 +77,12 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
         values[at : at + count].view(torch.uint8).copy_(encoded[start : start + 4 * count])
         start += 4 * count
         at += count
-    bits = _unpack(to_device(bitmaps, device)).view(parts, -1)[:, :part_length]
+    bits = _unpack(to_device(bitmaps, device)).view(ranks, -1)[:, :share_length]
     return _places_of_ones(bits, total), values
 
 
 def _encode(positions: Tensor, span: int) -> Tensor:
-    """A stream, and zeros behind it: int64 words."""
+    """A code, and zeros after it: int64 words."""
     count, device = len(positions), positions.device
     mean_gap_bits = (span // count).bit_length() if count else 0
     most_bits = count * (min(mean_gap_bits, MOST_LOW_BITS) + MOST_UNARY_BITS) + (span >> MOST_LOW_BITS)
@@ -95,7 +94,9 @@ def _encode(positions: Tensor, span: int) -> Tensor:
     numbers = _numbers(count, positions)
     low, at = gaps & ((1 << low_bits) - 1), 64 + numbers * low_bits
     words.index_add_(0, at >> 6, low << (at & 63))
-    words.index_add_(0, (at >> 6) + 1, low >> (63 - (at & 63)) >> 1)  # what did not fit; all 64 bits would be no shift
+    words.index_add_(
+        0, (at >> 6) + 1, low >> (63 - (at & 63)) >> 1
+    )  # the bits that did not fit; a shift by 64 does nothing
     at = 64 * (1 + ((count * low_bits + 63) >> 6)) + (gaps >> low_bits).cumsum(0) + numbers
     words.index_add_(0, at >> 6, 1 << (at & 63))
     words[0] = (count << COUNT_SHIFT) + low_bits
@@ -112,7 +113,7 @@ def _fewest_bits(gaps: Tensor, last: Tensor) -> Tensor:
 
 
 def _decode(streams: list[Stream], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who sent each position, and all positions, in the order of the streams: int64 [n] each."""
+    """The sender of each position, and the positions, in the order of the streams: int64 [n] each."""
     firsts = list(accumulate((stream.length for stream in streams), initial=0))
     total = firsts[-1]
     low_starts = list(accumulate((64 * len(stream.low) for stream in streams), initial=0))
@@ -139,7 +140,7 @@ def _decode(streams: list[Stream], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _coordinates(hash: BlockHash, owner: Tensor, position: Tensor) -> Tensor:
-    """As ``hash.owned_to_global``, of several owners: int64 [n]."""
+    """``hash.owned_to_global`` for positions of several owners: int64 [n]."""
     group, lane = position // hash.block, position % hash.block
     word = torch.zeros_like(group)
     for coefficient in reversed(hash.shard_coefficients.tolist()):
@@ -149,22 +150,22 @@ def _coordinates(hash: BlockHash, owner: Tensor, position: Tensor) -> Tensor:
 
 
 def _unpack(data: Tensor) -> Tensor:
-    """The bits of uint8 data, each byte's lowest first: float32, one dimension more."""
+    """The bits of uint8 [...], each byte's lowest first: float32 [..., 8]."""
     return ((data.unsqueeze(-1) >> _numbers(8, data)) & 1).to(torch.float32)
 
 
 def _places_of_ones(bits: Tensor, count: int) -> Tensor:
-    """Where in ``bits``, flattened, the ``count`` elements lie that are not zero: int64, ascending."""
+    """Positions of the ``count`` elements of ``bits``, flattened, that are not zero: int64, ascending."""
     return load_backend(None, bits.device).select_above(bits.reshape(-1), 0, count)
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:
-    """0, 1, 2, … in the device of a tensor, and in its dtype if that is uint8."""
+    """0, 1, 2, … on the device of ``like``: uint8 if ``like`` is uint8, else int64."""
     return torch.arange(count, dtype=torch.uint8 if like.dtype == torch.uint8 else torch.int64, device=like.device)
 
 
 def _on_device(pieces: list[npt.NDArray[np.generic]], device: torch.device) -> Tensor:
-    """One after the other, int64; copied without waiting for what the device does."""
+    """The concatenated pieces as int64; copied without waiting for the device."""
     words = empty_on_host((sum(map(len, pieces)),), torch.int64, device)
     np.concatenate([piece.view(np.int64) for piece in pieces], out=words.numpy())
     return to_device(words, device)
@@ -172,7 +173,7 @@ def _on_device(pieces: list[npt.NDArray[np.generic]], device: torch.device) -> T
 
 @njit(cache=True, nogil=True)
 def _words_of_ones(words: Words, count: int) -> int:
-    """How many of the words it takes until so many bits are set."""
+    """How many of the first words hold ``count`` set bits."""
     at = 0
     while count > 0:
         count -= count_ones(words[at])

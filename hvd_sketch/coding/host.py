@@ -1,4 +1,4 @@
-"""The codes of :mod:`hvd_sketch.coding`, made and read in host memory, a word at a time, by Numba.
+"""The codes of :mod:`hvd_sketch.coding` for positions in host memory: made and read by Numba, a word at a time.
 
 A million positions take 2 ms to encode and 2 to decode; bit by bit it was 14 and 13.
 """
@@ -11,27 +11,19 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words, ceil_div
-from hvd_sketch.hashing import BlockHash
+from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words
+from hvd_sketch.hashing import BlockHash, ceil_div
 from hvd_sketch.kernels._cpu_loops import lowest_bit
 from hvd_sketch.kernels.cpu import merge_owned
 
-SAMPLED_RUN = 64  # gaps in a row that are looked at to choose b
-ALL_SAMPLED = 4096  # below so many all are
+SAMPLED_RUN = 64  # gaps in a row that are sampled to choose b
+ALL_SAMPLED = 4096  # of fewer positions all gaps are sampled
 Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
 
 def encode_positions(positions: Tensor, span: int) -> Tensor:
-    """The code of ascending, distinct positions.
-
-    Args:
-        positions: int64 or int32 [n], on the CPU.
-        span: all of them are below.
-
-    Returns:
-        uint8, on the CPU.
-    """
+    """The code of ascending, distinct positions below ``span``, int64 or int32 [n]: uint8, on the CPU."""
     ascending = positions.numpy()
     low_bits = _fewest_bits(ascending)
     unary_start = 1 + ceil_div(len(ascending) * low_bits, 64)
@@ -45,16 +37,13 @@ def encode_positions(positions: Tensor, span: int) -> Tensor:
 def decode_owned(
     hash: BlockHash, encoded: Tensor, device: torch.device, known: tuple[int, Tensor, Tensor] | None = None
 ) -> Tensor:
-    """The coordinates behind the positions of all owners.
+    """The coordinates of all owners' positions: int64, ascending, on ``device``.
 
     Args:
-        hash: says which coordinate a position in an owner's order is.
+        hash: maps the positions in each owner's order to coordinates.
         encoded: uint8, on the CPU: the code of every owner, in rank order.
-        device: where the result is wanted.
-        known: the number of an owner whose positions are known, their code, and the positions, to save time.
-
-    Returns:
-        int64, ascending, on ``device``.
+        device: of the result.
+        known: saves time: an owner, the code of its positions, and the positions.
     """
     words = encoded.numpy().view(np.uint64)
     owned: list[Tensor] = []
@@ -70,7 +59,7 @@ def decode_owned(
 
 
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
-    """The positions of the stream that begins at a word, int64 [n], and where it ends."""
+    """The positions of the code that begins at word ``start``, int64 [n], and the word where it ends."""
     count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
     unary_start = start + 1 + ceil_div(count * low_bits, 64)
     positions = np.empty(count, dtype=np.int64)
@@ -79,7 +68,7 @@ def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
-    """Which of ``values`` (float32 [n]) are chosen, ``positions`` (int64), one bit each, then their values: uint8."""
+    """A bit for each of ``values`` (float32 [n]), set at ``positions`` (int64); then the values there: uint8."""
     chosen = values.index_select(0, positions)
     bitmap_bytes = ceil_div(values.numel(), 8)
     out = np.zeros(bitmap_bytes + chosen.nbytes, dtype=np.uint8)
@@ -88,22 +77,22 @@ def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What ``parts`` choices, following one another, say.
+def decode_choices(encoded: Tensor, ranks: int, share_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The codes of :func:`encode_choice` of all ranks, in rank order, each of a share of one vector.
 
     Returns:
-        Positions in the whole, int64, ascending, on ``device``, and the values, float32, on the CPU.
+        Positions in the vector, int64, ascending, on ``device``, and the values there, float32, on the CPU.
     """
     data = encoded.numpy()
-    bitmap_bytes = ceil_div(part_length, 8)
-    total = (len(data) - parts * bitmap_bytes) // 4
+    bitmap_bytes = ceil_div(share_length, 8)
+    total = (len(data) - ranks * bitmap_bytes) // 4
     positions, values = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32)
     start = at = 0
-    for part in range(parts):
+    for rank in range(ranks):
         words_end = start + bitmap_bytes // 8 * 8
         words, rest = data[start:words_end].view(np.uint64), data[words_end : start + bitmap_bytes]
-        end = _find_bits(words, part * part_length, positions, at)
-        end = _find_bits(rest, part * part_length + 64 * len(words), positions, end)
+        end = _find_bits(words, rank * share_length, positions, at)
+        end = _find_bits(rest, rank * share_length + 64 * len(words), positions, end)
         start += bitmap_bytes + 4 * (end - at)
         values[at:end] = data[start - 4 * (end - at) : start].view(np.float32)
         at = end
@@ -111,7 +100,7 @@ def decode_choices(encoded: Tensor, parts: int, part_length: int, device: torch.
 
 
 def _fewest_bits(ascending: IntArray) -> int:
-    """The number of low bits that makes the code shortest, or nearly: of many gaps one in eight is looked at."""
+    """The number of low bits that makes the code shortest, or nearly: of many gaps one in eight is sampled."""
     if len(ascending) == 0:
         return 0
     mean_gap = (int(ascending[-1]) + 1) // len(ascending) - 1
@@ -122,11 +111,11 @@ def _fewest_bits(ascending: IntArray) -> int:
 
 @njit(cache=True, nogil=True)
 def _sampled_bits(ascending: IntArray, least: int, stride: int) -> IntArray:
-    """Bits of the sampled gaps for ``b`` of ``least`` and the next ones, those equal for all left out."""
+    """Bits of the sampled gaps for each b from ``least`` on, less the bits that every b needs."""
     bits = np.zeros(TRIED_LOW_BITS, dtype=np.int64)
     for first in range(0, len(ascending) - 1, stride):
         run = ascending[first : first + SAMPLED_RUN + 1]
-        for i in range(TRIED_LOW_BITS):  # a pass for each: LLVM makes vectors of them
+        for i in range(TRIED_LOW_BITS):  # one pass for each b, so that LLVM uses vectors
             total = np.int64((len(run) - 1) * i)
             for at in range(1, len(run)):
                 total += (np.int64(run[at]) - np.int64(run[at - 1]) - 1) >> (least + i)
@@ -136,12 +125,12 @@ def _sampled_bits(ascending: IntArray, least: int, stride: int) -> IntArray:
 
 @njit(cache=True, nogil=True)
 def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> int:
-    """Returns how many words of ``unary`` were taken."""
+    """Write both streams; returns how many words of ``unary`` were written."""
     width = np.uint64(low_bits)
     mask = (np.uint64(1) << width) - np.uint64(1)
     previous = np.int64(-1)
     bit = np.int64(0)  # of the unary stream
-    ones, ones_at = np.uint64(0), np.int64(0)  # kept out of memory, where each bit would wait for the one before
+    ones, ones_at = np.uint64(0), np.int64(0)  # in registers: in memory each bit would wait for the previous one
     word, filled, at = np.uint64(0), np.uint64(0), 0  # of the low bits
     for position in ascending:
         gap = np.int64(position) - previous - 1
@@ -170,10 +159,10 @@ def _encode(ascending: IntArray, low_bits: int, low: Words, unary: Words) -> int
 
 @njit(cache=True, nogil=True)
 def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int:
-    """Fill ``positions``; returns how many words of ``unary`` they took."""
+    """Fill ``positions``; returns how many words of ``unary`` were read."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     position = np.int64(-1)
-    at, ones = 0, np.uint64(0)  # the next unary word, and what is left of the one before
+    at, ones = 0, np.uint64(0)  # the next unary word, and the bits left of the previous one
     high_start = np.int64(0)  # where the unary code of the next gap begins
     for i in range(len(positions)):
         while ones == 0:
@@ -203,7 +192,7 @@ def _set_bits(positions: IntArray, bitmap: Bytes) -> None:
 
 @njit(cache=True, nogil=True)
 def _find_bits(bitmap: Bytes | Words, first: int, positions: IntArray, at: int) -> int:
-    """Write the places of set bits, counted from ``first``, to ``positions[at:]``; returns where they end."""
+    """Write ``first`` plus the number of each set bit to ``positions[at:]``; returns where they end."""
     width = 8 * bitmap.itemsize
     for number in range(len(bitmap)):
         bits = np.uint64(bitmap[number])

@@ -1,8 +1,8 @@
 """Triton code of the GPU kernels: the hash, and the tiles that programs work on.
 
-A tile is TILE coordinates from a multiple of TILE on, a whole number of blocks, as a matrix [TILE // LANES, LANES]
-whose rows share a sign word. Block numbers, coordinates and shards' first cells are int64, columns int32, field
-elements uint32. :func:`hvd_sketch.kernels.gpu._coefficients` lays out ``coefficients``.
+A tile is TILE coordinates from a multiple of TILE on: a whole number of blocks, as a matrix [TILE // LANES, LANES]. The
+elements of a row of the matrix share a sign word. Block numbers, coordinates and shards' first cells are int64, columns
+int32, field elements uint32. :func:`hvd_sketch.kernels.gpu.device_coefficients` lays out ``coefficients``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
@@ -14,8 +14,8 @@ from hvd_sketch.hashing import PRIME
 
 _PRIME = tl.constexpr(PRIME)
 
-# Compiled for any value. Of the other numbers Triton compiles variants, for multiples of 16 among them: lengths
-# that are keep loads 16 bytes wide, and do not change from step to step.
+# Kernels are compiled once for all values of these. For other numbers Triton compiles variants, such as for multiples
+# of 16: lengths that are multiples make loads 16 bytes wide, and lengths do not change from step to step.
 VARYING = [
     "row",
     "first_row",
@@ -42,7 +42,7 @@ def _reduced(value):
 
 @triton.jit
 def _step(value, x, coefficient):
-    """``value * x + coefficient`` in the field. Of 32-bit factors: one instruction, where 64-bit ones take four."""
+    """``value * x + coefficient`` in the field: one instruction for 32-bit factors, four for 64-bit ones."""
     return _reduced(value.to(tl.uint64) * x.to(tl.uint64) + tl.load(coefficient).to(tl.uint32).to(tl.uint64))
 
 
@@ -89,7 +89,7 @@ def sign_words(coefficients, row, word):
 
 @triton.jit
 def flipped(values, words, origin, place):
-    """A matrix of float32 values as int32 bits, each row by its word: negated where its coordinate's bit is set."""
+    """Bits, int32, of a matrix of float32 values, negated where the coordinate's bit in the row's word is set."""
     bit = (origin & 15).to(tl.int32)[:, None] + place
     return values.to(tl.int32, bitcast=True) ^ ((words[:, None] >> bit) << 31)
 
@@ -99,17 +99,14 @@ def flipped(values, words, origin, place):
 
 @triton.jit
 def for_lanes(per_block, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
-    """What is known for each block of a tile, for each row of its matrix: [TILE // LANES].
-
-    So an offset is hashed once per block, not once per row of the matrix.
-    """
+    """From [TILE // BLOCK] to [TILE // LANES]: an offset is hashed once per block, not once per row of the matrix."""
     repeated = tl.broadcast_to(per_block[:, None], (TILE // BLOCK, BLOCK // LANES))
     return tl.reshape(repeated, (TILE // LANES,))
 
 
 @triton.jit
 def lanes(BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
-    """Lane, within its block, of each row's first element [TILE // LANES], and places within a row [1, LANES]."""
+    """Lane within its block of each row's first element, [TILE // LANES], and places within a row, [1, LANES]."""
     return (tl.arange(0, TILE // LANES) * LANES) % BLOCK, tl.arange(0, LANES)[None, :]
 
 
@@ -124,7 +121,7 @@ def tile_blocks(
 ):
     """Blocks of a tile, and the first cell of their shard in a row of the table: int64 [TILE // BLOCK].
 
-    OWNED: tiles of one shard's coordinates in its owner's order; its table holds no other shard.
+    With OWNED the tile is of a shard's coordinates in its owner's order, and the table holds no other shard.
     """
     block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
     if OWNED:

@@ -1,4 +1,4 @@
-"""Triton code of the GPU kernels: estimates from the table, and the selection of what is large."""
+"""Triton code of the GPU kernels: estimates from the table, and the selection of large values."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from hvd_sketch.kernels._gpu_hash import VARYING, columns, flipped, for_lanes, sign_words, tile_blocks, wrapped
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
-NETWORK_ROWS = 9  # medians of more rows are found by counting, with rows * rows votes instead of rows
+NETWORK_ROWS = 9  # medians of more rows are found by counting, which loads rows * rows votes instead of rows
 
 _MAGNITUDE = tl.constexpr(MAGNITUDE_MASK)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -26,7 +26,7 @@ def _vote(
 ):  # fmt: skip
     """A row's votes as int32 keys in the order of the floats, NaN of either sign last.
 
-    ``shard_row`` points to where, in that row of the table, each matrix row's shard begins.
+    ``shard_row`` points to the first cell of each matrix row's shard in that row of the table.
     """
     column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
     cells = shard_row[:, None] + wrapped(column[:, None] + place, cols)
@@ -55,15 +55,16 @@ def _sorted(a, b):
 @triton.jit
 def _medians(
     table, coefficients, block, base, first, place, dim, cols, row_cells,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Medians over rows of the tile's coordinates at some places of its matrix's rows: [TILE // LANES, WIDTH]."""
+    """Medians over rows at the places ``place``, [1, WIDTH], of the tile's matrix: [TILE // LANES, WIDTH]."""
+    WIDTH: tl.constexpr = place.shape[1]
     origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
     shard_row = table + for_lanes(base, BLOCK, LANES, TILE)
     exists = origin[:, None] + place < dim
     if ROWS <= _NETWORK_ROWS:
-        # The five least votes seen so far, in order, of ROWS and some below all of them: the median ends up last.
-        # What is not needed, such as comparing with these constants, the compiler drops.
+        # The five least values so far, in order, of ROWS votes and some values below all votes. The last one will be
+        # the median. The compiler drops what is not needed, such as comparisons with these constants.
         below = tl.full((TILE // LANES, WIDTH), _LEAST, tl.int32)
         e = tl.full((TILE // LANES, WIDTH), _GREATEST, tl.int32)
         a = e if ROWS > 7 else below
@@ -108,30 +109,27 @@ def _estimates(
 ):  # fmt: skip
     """The medians of a tile, zero past the vector's end: float32 [TILE].
 
-    Table rows are not aligned, and so each thread reads single floats; the compiler gives it every 32nd, each of
-    another sign word. Taken four times a fourth, they are four neighbours, whose word it computes once.
+    Table rows are not aligned, so each thread reads single floats. The compiler gives a thread every 32nd float, each
+    of another sign word. Four calls for a fourth of the places each give a thread four neighbours of one sign word.
     """
     block, base = tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
     first = (tl.arange(0, TILE // LANES) * LANES) % BLOCK
     if LANES < 4 or ROWS > _NETWORK_ROWS:
         place = tl.arange(0, LANES)[None, :]
         median = _medians(
-            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, LANES, TILE
+            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
         )
     else:
-        WIDTH: tl.constexpr = LANES // 4
-        place = tl.arange(0, WIDTH)[None, :] * 4
-        m0 = _medians(
-            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
-        )
+        place = tl.arange(0, LANES // 4)[None, :] * 4
+        m0 = _medians(table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
         m1 = _medians(
-            table, coefficients, block, base, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+            table, coefficients, block, base, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
         )
         m2 = _medians(
-            table, coefficients, block, base, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+            table, coefficients, block, base, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
         )
         m3 = _medians(
-            table, coefficients, block, base, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, WIDTH, TILE
+            table, coefficients, block, base, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
         )
         median = tl.join(tl.join(m0, m2), tl.join(m1, m3))
     return tl.reshape(median, (TILE,))
@@ -193,7 +191,7 @@ def count(
     source, coefficients, shard, size, cols, found, threshold,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """How many magnitudes of each tile are above the threshold: int64 [programs]."""
+    """The number of magnitudes above the threshold in each tile: int64 [programs]."""
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     above = _magnitudes(values) > tl.maximum(threshold, 0)  # zeros never are
     tl.store(found + tl.program_id(0), tl.sum(above.to(tl.int32), 0))
@@ -207,7 +205,7 @@ def write_chosen(
 ):  # fmt: skip
     """Positions and values of the first ``room`` above the threshold; with ``counts``, also a histogram of all.
 
-    ``found`` is what :func:`count` found, summed up to each tile, the tile's own count included.
+    ``found`` are the cumulative sums of the numbers from :func:`count`.
     """
     values = _tile_values(source, coefficients, shard, size, cols, ROWS, BLOCK, SHARDS, LANES, TILE)
     magnitude = _magnitudes(values)

@@ -1,4 +1,4 @@
-"""Triton code of the GPU kernels: what adds to u, v and the table, and what writes an update."""
+"""Triton code of the GPU kernels: additions to u, v and the table, and the writing of an update."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
 
@@ -22,7 +22,7 @@ from hvd_sketch.kernels._gpu_hash import (
 
 @triton.jit
 def _fed_back(v, u, gradient, at, mask, momentum):
-    """``u <- m * u + g``, ``v <- v + u`` at some coordinates; the new v. To be compiled without fused rounding."""
+    """``u <- m * u + g``, ``v <- v + u`` at coordinates ``at``; the new v. Compile it without fused rounding."""
     fed = tl.load(gradient + at, mask=mask)
     if u is not None:
         fed = tl.load(u + at, mask=mask) * momentum + fed
@@ -70,8 +70,8 @@ def list_landings(
 ):  # fmt: skip
     """The one or two lists of :func:`gather` that each block belongs to: int32 [count, 2].
 
-    List l of a shard is of the blocks that meet cells ``l * BLOCK … (l + 1) * BLOCK`` of its part of the row, the
-    last one's all cells from there on: so no list's cells are fewer than a block's, and a block meets two at most.
+    List l of a shard has the blocks that meet the shard's cells ``l * BLOCK … (l + 1) * BLOCK`` in the row, or for the
+    last list all cells from ``l * BLOCK`` on. So no list has fewer cells than a block, and a block meets at most two.
     """
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     block = first_block + at
@@ -79,7 +79,7 @@ def list_landings(
     shard = shards(coefficients, block, SHARDS)
     head = tl.minimum(column // BLOCK, lists - 1)
     tail = tl.minimum(wrapped(column + BLOCK - 1, cols) // BLOCK, lists - 1)
-    none = SHARDS * lists  # behind all others
+    none = SHARDS * lists  # after all lists
     mask = at < count
     tl.store(tiles + 2 * at, shard * lists + head, mask=mask)
     tl.store(tiles + 2 * at + 1, tl.where(tail == head, none, shard * lists + tail), mask=mask)
@@ -90,9 +90,9 @@ def gather(
     table, values, entries, bounds, coefficients, row, first_block, start, size, cols, lists,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums, into its BLOCK cells of a row, what lands there, block after block in ascending order.
+    """Each program adds the coordinates of its BLOCK cells of a row, in ascending order.
 
-    ``entries`` are the numbers of the landings, list after list; list l's are ``bounds[l] … bounds[l + 1]``.
+    ``entries`` are the landings, list after list. List l has entries ``bounds[l] … bounds[l + 1]``.
     """
     tiles = (cols + BLOCK - 1) // BLOCK
     shard = tl.program_id(0) // tiles
@@ -108,7 +108,7 @@ def gather(
     for landing in tl.range(low, high, loop_unroll_factor=4):  # so that the loads of four blocks overlap
         block = first_block + tl.load(entries + landing) // 2
         lane = cell - columns(coefficients, row, block, cols)
-        lane = tl.where(lane <= -LANES, lane + cols, lane)  # nearer ones hold the column: none wraps
+        lane = tl.where(lane <= -LANES, lane + cols, lane)  # from -LANES + 1 on the row has lane 0: no wrap
         origin = block * BLOCK + lane
         # Cells are not aligned as coordinates are: a row of the tile meets two sign words.
         words = sign_words(coefficients, row, origin >> 4)
@@ -128,7 +128,7 @@ def scatter(
     addresses, starts, targets, indices, values, size,
     DTYPE: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write each value where its index lies: in the last of ``targets`` tensors that starts at it or before."""
+    """Write each value to the last of ``targets`` tensors that starts at its index or before it."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = at < size
     index = tl.load(indices + at, mask=mask, other=0)
@@ -139,6 +139,6 @@ def scatter(
         start = tl.load(starts + later, mask=mask & is_target, other=0)
         target = tl.where(is_target & (start <= index), later, target)
     address = tl.load(addresses + target)
-    mask = mask & (address != 0)  # not one to be let alone
+    mask = mask & (address != 0)  # 0: a tensor that is not to be written
     cell = address.to(tl.pointer_type(DTYPE)) + (index - tl.load(starts + target))
     tl.store(cell, tl.load(values + at, mask=mask), mask=mask)

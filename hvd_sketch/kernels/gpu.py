@@ -45,10 +45,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash
+from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash, ceil_div
 from hvd_sketch.kernels import _gpu_selection as selection
 from hvd_sketch.kernels import _gpu_sums as sums
-from hvd_sketch.kernels.reference import clear_ as clear_  # of this backend, too: torch's, on any device
+from hvd_sketch.kernels.reference import clear_ as clear_  # torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
 
 ON_HOST = False
@@ -59,13 +59,13 @@ DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-COPIES = 256  # histograms filled side by side: estimates crowd into some ten bins, whose additions queue up
+COPIES = 256  # histograms side by side: most estimates are in about ten bins, where additions wait for each other
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
     """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
     size = v.numel()
-    _launch(sums.feedback, -(-size // TILE), v, u, gradient, momentum, size, TILE=TILE, enable_fp_fusion=False)
+    _launch(sums.feedback, ceil_div(size, TILE), v, u, gradient, momentum, size, TILE=TILE, enable_fp_fusion=False)
 
 
 def feedback_accumulate_(
@@ -76,7 +76,7 @@ def feedback_accumulate_(
         feedback_(u, v, gradient, momentum)
         accumulate_gather_(hash, table, v, start)
     else:
-        _accumulate_atomic_(hash, table, v, start, None, u, gradient, momentum)
+        accumulate_atomic_(hash, table, v, start, None, u, gradient, momentum)
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
@@ -88,17 +88,37 @@ def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows
     (accumulate_gather_ if deterministic else accumulate_atomic_)(hash, table, values, start, rows)
 
 
-def accumulate_atomic_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
-    """:func:`accumulate_` by atomic additions: the order of a cell's additions, and so its rounding, varies."""
-    _accumulate_atomic_(hash, table, values, start, rows)
+def accumulate_atomic_(
+    hash: BlockHash,
+    table: Tensor,
+    values: Tensor,
+    start: int,
+    rows: range | None = None,
+    u: Tensor | None = None,
+    gradient: Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """:func:`accumulate_` by atomic additions: the order of a cell's additions, and so its rounding, varies.
+
+    With a ``gradient``, :func:`feedback_` of u and ``values`` comes first.
+    """
+    assert table.is_contiguous() and values.is_contiguous()
+    rows = range(hash.rows) if rows is None else rows
+    size = values.numel()
+    numbers = momentum, start, size, hash.shard_cols, table[0].numel(), rows.start, rows.stop
+    _launch(
+        sums.accumulate, _tiles(start, size),
+        table[rows.start :], values, u, gradient, device_coefficients(hash, table.device), *numbers,
+        enable_fp_fusion=False, **_constants(hash),
+    )  # fmt: skip
 
 
 def accumulate_gather_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
-    """:func:`accumulate_` by one program for some cells, without atomics: equal to the reference to the bit."""
+    """:func:`accumulate_` without atomics, each cell by one program: equal to the reference to the bit."""
     assert table.is_contiguous() and values.is_contiguous()
     if values.numel() == 0:
         return
-    coefficients = _coefficients(hash, table.device)
+    coefficients = device_coefficients(hash, table.device)
     cols, block = hash.shard_cols, hash.block
     first_block = start // block
     blocks = (start + values.numel() - 1) // block + 1 - first_block
@@ -107,11 +127,11 @@ def accumulate_gather_(hash: BlockHash, table: Tensor, values: Tensor, start: in
     every_list = torch.arange(hash.shards * lists + 1, dtype=torch.int32, device=table.device)
     for row in range(hash.rows) if rows is None else rows:
         arguments = landings, coefficients, row, first_block, blocks, cols, lists
-        _launch(sums.list_landings, -(-blocks // TILE), *arguments, BLOCK=block, SHARDS=hash.shards, TILE=TILE)
+        _launch(sums.list_landings, ceil_div(blocks, TILE), *arguments, BLOCK=block, SHARDS=hash.shards, TILE=TILE)
         ordered, entries = landings.sort(stable=True)  # stable: a list's blocks ascend
         bounds = torch.searchsorted(ordered, every_list)
         where = coefficients, row, first_block, start, values.numel(), cols, lists
-        tiles = hash.shards * -(-cols // block)
+        tiles = hash.shards * ceil_div(cols, block)
         constants = {"BLOCK": block, "LANES": _lanes(hash), "num_warps": 1}
         _launch(sums.gather, tiles, table[row], values, entries, bounds, *where, **constants)
 
@@ -170,11 +190,11 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     addresses = torch.tensor([0 if target is None else target.data_ptr() for target in targets])
     arguments = addresses.to(values.device, non_blocking=True), starts, len(targets), indices, values, values.numel()
     constants = {"DTYPE": DTYPES[dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
-    _launch(sums.scatter, -(-values.numel() // TILE), *arguments, **constants)
+    _launch(sums.scatter, ceil_div(values.numel(), TILE), *arguments, **constants)
 
 
 class _Source(NamedTuple):
-    """A vector's elements, or a table's estimates, as selection kernels take them in."""
+    """A vector's elements, or a table's estimates, as arguments of the selection kernels."""
 
     tensor: Tensor
     tiles: int
@@ -187,21 +207,21 @@ class _Source(NamedTuple):
 
 def _elements(values: Tensor) -> _Source:
     constants = {"ROWS": 0, "BLOCK": 1, "SHARDS": 1, "LANES": 1, "TILE": TILE}
-    return _Source(values, -(-values.numel() // TILE), (None, 0, values.numel(), 0), constants)
+    return _Source(values, ceil_div(values.numel(), TILE), (None, 0, values.numel(), 0), constants)
 
 
 def _owned_estimates(hash: BlockHash, shard_table: Tensor, shard: int) -> _Source:
     assert shard_table.is_contiguous()
-    longest = -(-hash.blocks // hash.shards) * hash.block
+    longest = ceil_div(hash.blocks, hash.shards) * hash.block
     constants = {"ROWS": hash.rows, **_constants(hash)}
-    numbers = _coefficients(hash, shard_table.device), shard, hash.dim, hash.shard_cols
-    return _Source(shard_table, -(-longest // TILE), numbers, constants)
+    numbers = device_coefficients(hash, shard_table.device), shard, hash.dim, hash.shard_cols
+    return _Source(shard_table, ceil_div(longest, TILE), numbers, constants)
 
 
 def _estimates(hash: BlockHash, table: Tensor, start: int, stop: int, shard: int, OWNED: bool) -> Tensor:
     assert table.is_contiguous()
     out = torch.empty(stop - start, dtype=torch.float32, device=table.device)
-    numbers = _coefficients(hash, table.device), start, stop, shard, hash.dim, hash.shard_cols, table[0].numel()
+    numbers = device_coefficients(hash, table.device), start, stop, shard, hash.dim, hash.shard_cols, table[0].numel()
     constants = {"OWNED": OWNED, "ROWS": hash.rows, **_constants(hash)}
     _launch(selection.estimate, _tiles(start, stop - start), out, table, *numbers, **constants)
     return out
@@ -222,8 +242,8 @@ def _above(
 ) -> tuple[Tensor, Tensor]:
     """Positions and values above the threshold: the first ``size`` of them, filled up with zeros.
 
-    With ``counts``, a histogram of all of them is added there. Every tile counts its own; the sum up to a tile says
-    where the tile writes. Without a size the host waits for the last sum.
+    With ``counts``, a histogram of all of them is added there. Every tile counts its values above the threshold; the
+    sum up to a tile is where the tile writes. Without a size the host waits for the last sum.
     """
     device = source.tensor.device
     found = torch.empty(source.tiles, dtype=torch.int64, device=device)
@@ -237,31 +257,9 @@ def _above(
     return positions, values
 
 
-def _accumulate_atomic_(
-    hash: BlockHash,
-    table: Tensor,
-    values: Tensor,
-    start: int,
-    rows: range | None = None,
-    u: Tensor | None = None,
-    gradient: Tensor | None = None,
-    momentum: float = 0.0,
-) -> None:
-    """Add ``values`` to the table; with a gradient, after they and u have taken it in."""
-    assert table.is_contiguous() and values.is_contiguous()
-    rows = range(hash.rows) if rows is None else rows
-    size = values.numel()
-    numbers = momentum, start, size, hash.shard_cols, table[0].numel(), rows.start, rows.stop
-    _launch(
-        sums.accumulate, _tiles(start, size),
-        table[rows.start :], values, u, gradient, _coefficients(hash, table.device), *numbers,
-        enable_fp_fusion=False, **_constants(hash),
-    )  # fmt: skip
-
-
 def _tiles(start: int, size: int) -> int:
     """How many tiles the coordinates ``start … start + size`` meet."""
-    return -(-(start + size) // TILE) - start // TILE if size else 0
+    return ceil_div(start + size, TILE) - start // TILE if size else 0
 
 
 def _constants(hash: BlockHash) -> dict[str, int]:
@@ -273,7 +271,7 @@ def _lanes(hash: BlockHash) -> int:
 
 
 @lru_cache(maxsize=16)  # a step calls several functions with one hash
-def _coefficients(hash: BlockHash, device: torch.device) -> Tensor:
+def device_coefficients(hash: BlockHash, device: torch.device) -> Tensor:
     """The hash's coefficients on the device: int32 [4 + 8 * rows].
 
     First the 4 of the shard rotation, then for each row the 4 of its signs and the 4 of its offsets.
@@ -285,12 +283,8 @@ def _coefficients(hash: BlockHash, device: torch.device) -> Tensor:
         raise ValueError(f"GPU kernels count columns in 32 bits, got {hash.shard_cols} per shard: use fewer cols")
     rows = np.stack([hash.sign_coefficients, hash.offset_coefficients], axis=1)
     numbers = np.concatenate([hash.shard_coefficients, rows.reshape(-1)]).astype(np.int32)
-    # To a GPU the copy is in the current stream's order; from pageable memory, the host's side is done on return.
+    # The copy to a GPU is in the current stream; the source, pageable memory, has been read on return.
     return torch.from_numpy(numbers).to(device, non_blocking=True)
-
-
-def _on_device(hash: BlockHash, device: torch.device) -> tuple[BlockHash, Tensor]:
-    return hash, _coefficients(hash, device)  # what benchmarks/kernels/gpu_probes.py calls
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
