@@ -21,18 +21,15 @@ from hvd_sketch.transport import Transport, resolve_transport
 
 @dataclass
 class Settings:
-    """What to train; see time_to_accuracy.py.
-
-    Attributes:
-        pending: (method, its learning rate or None to search for it, rates of the network without a record).
-        common: what every record says of this call: data, hosts, model, hidden, target, batch, most_steps,
-            steps_between, seeds, learning_rates.
-    """
+    """What to train; see time_to_accuracy.py."""
 
     lab: str
+    # (method, its learning rate or None to search for it, rates of the network without a record)
     pending: list[tuple[str, float | None, list[str]]]
     data_dir: str | None
     records: str
+    # what every record says of this call: data, hosts, model, hidden, target, batch, most_steps, steps_between, seeds,
+    # learning_rates
     common: Record
 
     def task(self, data: Images) -> Task:

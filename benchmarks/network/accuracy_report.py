@@ -15,7 +15,10 @@ STYLES = {"mpi": "-", "horovod": "--"}
 def table(records: Sequence[Record]) -> str:
     """One row for each method; the fastest at each rate in bold."""
     rates = sorted({record["rate"] for record in records}, key=bits_per_s)
-    best = {rate: min((r["seconds"]["median"] for r in of(records, rate) if r["reached"]), default=0) for rate in rates}
+    best = {
+        rate: min((r["seconds"]["median"] for r in records if r["rate"] == rate and r["reached"]), default=0)
+        for rate in rates
+    }
     head = f" | learning rate | steps | {' | '.join(f's at {rate}' for rate in rates)} | MB sent per host | ratio"
     rows = []
     for (transport, method), own in grouped(records, "transport", "method").items():
@@ -25,10 +28,6 @@ def table(records: Sequence[Record]) -> str:
         sent = f"{own[0]['interface']['mean_bytes'] / 1e6:.1f}"
         rows.append([*about, *times, sent, f"{own[0]['ratio']:.1f}"])
     return markdown(head, rows)
-
-
-def of(records: Sequence[Record], rate: str) -> list[Record]:
-    return [record for record in records if record["rate"] == rate]
 
 
 def _seconds(record: Record | None, best: float) -> str:

@@ -29,11 +29,11 @@ COLUMNS = MOST_ROWS = 1000  # of the matrices the gradient is made of, as PowerS
 
 @dataclass
 class Settings:
-    """What to measure; see bandwidth.py. ``pending``: (method, dim, rates) that have no record yet."""
+    """What to measure; see bandwidth.py."""
 
     lab: str
     hosts: int
-    pending: list[tuple[str, int, list[str]]]
+    pending: list[tuple[str, int, list[str]]]  # methods, dims, and rates that have no record yet
     repeats: int
     budget_s: float
     records: str
@@ -44,7 +44,7 @@ def main(transport_name: str, settings: Settings) -> None:
     transport = resolve_transport(transport_name)
     records = Records(Path(settings.records))
     for name, dim, rates in settings.pending:
-        inputs = inputs_of(dim, transport.rank)
+        inputs = Inputs(dim, transport.rank)
         clocked = ClockedTransport(transport)
         method = METHODS[name](clocked, dim, matrices(dim))
         shape_together(transport, settings.lab, UNSHAPED)
@@ -57,14 +57,10 @@ def main(transport_name: str, settings: Settings) -> None:
             measured = exchanges.measure(settings.repeats, settings.budget_s)
             if transport.rank == 0:
                 records.append(about | measured | environment())
-                print(describe(about | measured), flush=True)
+                print(about | measured, flush=True)
 
 
 @lru_cache(maxsize=1)
-def inputs_of(dim: int, rank: int) -> Inputs:
-    return Inputs(dim, rank)
-
-
 class Inputs:
     """Two gradients, heavy-tailed as gradients are (a normal variable's cube) and different on each rank, in turn."""
 
@@ -132,20 +128,8 @@ class Exchanges:
         clocked.splits, clocked.network_s, clocked.waiting_s = True, 0.0, 0.0
         own_s = self._time_own()
         clocked.splits = False
-        compute_s, network_s = slowest(
-            self._transport, own_s - clocked.network_s - clocked.waiting_s, clocked.network_s
-        )
-        return compute_s, network_s
-
-
-def describe(record: Record) -> str:
-    seconds = record["seconds"]
-    return (
-        f"{record['method']:9} {record['transport']:7} dim {record['dim']:>11,} on {record['hosts']} hosts at "
-        f"{record['rate']:>8}: {seconds['median']:8.4f} s ({seconds['q10']:.4f} to {seconds['q90']:.4f}, "
-        f"{seconds['repeats']} times), compute {record['compute_s']:.4f}, network {record['network_s']:.4f}, "
-        f"{record['interface']['mean_bytes']:>12,} bytes"
-    )
+        compute_s, network_s = own_s - clocked.network_s - clocked.waiting_s, clocked.network_s
+        return tuple(slowest(self._transport, compute_s, network_s))
 
 
 if __name__ == "__main__":

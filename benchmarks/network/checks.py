@@ -49,8 +49,10 @@ def check(method: Exchange, transport: Transport, make: Callable[[int], Tensor])
 def _nothing_lost(method: Exchange, transport: Transport, produced: Tensor, update: SparseUpdate) -> list[str]:
     own = [project(produced), project(method.residual), float(produced.norm()) ** 2]
     made, stays, square = transport.allgather(torch.tensor([own], dtype=torch.float64)).sum(0).tolist()
-    is_sparse = update.values.numel() < method.dim
-    sent = (_project_update(update) if is_sparse else project(update.values)) * transport.size
+    everywhere = update.values
+    if everywhere.numel() < method.dim:
+        everywhere = torch.zeros(method.dim).index_copy_(0, update.indices, update.values)
+    sent = project(everywhere) * transport.size
     slack = FLOAT16_SLACK if isinstance(method, HalfPrecision) else FLOAT32_SLACK
     if abs(sent + stays - made) <= slack * square**0.5:
         return []
@@ -60,15 +62,6 @@ def _nothing_lost(method: Exchange, transport: Transport, produced: Tensor, upda
 def project(vector: Tensor) -> float:
     """The product of a float32 [n] vector with one random vector that all ranks share, in float64."""
     return sum(float(chunk.double() @ _direction(i, len(chunk))) for i, chunk in enumerate(vector.split(CHUNK)))
-
-
-def _project_update(update: SparseUpdate) -> float:
-    chunks = torch.bucketize(update.indices, torch.arange(0, int(update.indices[-1]) + CHUNK, CHUNK), right=True) - 1
-    total = 0.0
-    for chunk in chunks.unique().tolist():
-        at, values = update.indices[chunks == chunk] - chunk * CHUNK, update.values[chunks == chunk]
-        total += float(values.double() @ _direction(chunk, CHUNK)[at])
-    return total
 
 
 def _direction(chunk: int, length: int) -> Tensor:

@@ -22,18 +22,13 @@ SKETCH_RATIOS = {"sketch20": 20.0, "sketch100": 100.0}
 
 @dataclass
 class Course:
-    """How a training went. Seconds and bytes are of training steps alone, without the evaluations in between.
+    """How a training went. Seconds and bytes are of training steps alone, without the evaluations in between."""
 
-    Attributes:
-        reached: whether the target was.
-        step_s: of each step, this rank's.
-        curve: after each evaluation: steps, seconds, wire bytes by the ledger, accuracy as a fraction.
-        sent: bytes and packets this host's interface sent, int64 [2].
-    """
-
-    reached: bool = False
-    step_s: list[float] = field(default_factory=list)
+    reached: bool = False  # whether the target was
+    step_s: list[float] = field(default_factory=list)  # of each step, this rank's
+    # after each evaluation: steps, seconds, wire bytes by the ledger, accuracy as a fraction
     curve: list[tuple[int, float, int, float]] = field(default_factory=list)
+    # bytes and packets this host's interface sent, int64 [2]
     sent: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
     ratio: float = 1.0
 

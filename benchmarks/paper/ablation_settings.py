@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import lcm
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.paper.model_exchange import METHODS
 from benchmarks.paper.variants import PAPER, Variant
@@ -27,17 +27,12 @@ NO_MOMENTUM = Variant(momentum="none")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to exchange gradients.
+    """One way to exchange gradients."""
 
-    Attributes:
-        config: ``momentum`` is the factor, wherever the variant applies it; the seed is that of the run.
-        variant: departures from the paper's algorithm; their default in the ablations is no momentum.
-        method: one of :data:`benchmarks.paper.model_exchange.METHODS`.
-    """
-
-    config: SketchConfig
+    config: SketchConfig  # ``momentum`` is the factor, wherever the variant applies it; the seed is that of the run
+    # departures from the paper's algorithm; their default in the ablations is no momentum
     variant: Variant = NO_MOMENTUM
-    method: str = "sketched"
+    method: str = "sketched"  # one of :data:`benchmarks.paper.model_exchange.METHODS`
 
     def __post_init__(self) -> None:
         assert self.method in METHODS
@@ -53,8 +48,7 @@ class Setting:
         """Equal for equal settings of one model: what runs are known by."""
         c, v = self.config, self.variant
         choice = f"P {c.oversample}" if c.selection == "topk" else c.selection
-        sizes = {"dense": [], "true_topk": [f"k {c.k}"]}
-        size = sizes.get(self.method, [f"{c.rows} x {c.cols}", f"k {c.k}", choice])
+        size = {"dense": [], "true_topk": [f"k {c.k}"]}.get(self.method, [f"{c.rows} x {c.cols}", f"k {c.k}", choice])
         departures = {
             f"momentum {v.momentum}": v.momentum != "none",
             "unmasked": not v.masking,
@@ -84,15 +78,10 @@ Group = dict[str, Setting]  # by the label that a figure shows
 
 @dataclass(frozen=True)
 class Budget:
-    """The floats that one step may send, and how all groups spend them.
+    """The floats that one step may send, and how all groups spend them."""
 
-    Attributes:
-        dim: how many coordinates are sketched.
-        workers: among whom: the columns are a multiple of their number.
-    """
-
-    dim: int
-    workers: int
+    dim: int  # how many coordinates are sketched
+    workers: int  # among whom: the columns are a multiple of their number
 
     @property
     def _unit(self) -> int:
@@ -114,18 +103,16 @@ class Budget:
 
     def baselines(self) -> Group:
         """What the others are read against."""
-        base = self.base()
-        dense = replace(base, method="dense")
-        true_topk = replace(base, method="true_topk")
-        momentum = dense.with_variant(momentum="before")
+        base, dense = self.base(), replace(self.base(), method="dense")
+        momentum, true_topk = dense.with_variant(momentum="before"), replace(base, method="true_topk")
         return {"dense": dense, "dense, momentum": momentum, "true top-k": true_topk, "sketched": base}
 
     def hashes(self) -> Group:
         """Fresh in every step, or those of the first step for ever."""
         base = self.base()
         momenta = {"no momentum": base, "momentum": base.with_variant(momentum="before")}
-        fixed = {f"fixed, {name}": setting.with_variant(fresh_hashes=False) for name, setting in momenta.items()}
-        return {**{f"fresh, {name}": setting for name, setting in momenta.items()}, **fixed}
+        ways = {"fresh": True, "fixed": False}
+        return {f"{w}, {m}": s.with_variant(fresh_hashes=ways[w]) for w in ways for m, s in momenta.items()}
 
     def rows(self) -> Group:
         """Equal bytes: rows times columns is constant."""
@@ -148,8 +135,10 @@ class Budget:
 
     def share_of_bytes(self) -> Group:
         """The same at equal bytes: while candidates are few, all their sums go back to all ranks."""
-        spent = self._choice_bytes(self.base())
-        others = {p: spent - self._choice_bytes(self.base().with_config(oversample=p)) for p in AT_EQUAL_BYTES}
+        spent = choice_bytes(self.base().config, self.dim)
+        others = {
+            p: spent - choice_bytes(self.base().with_config(oversample=p).config, self.dim) for p in AT_EQUAL_BYTES
+        }
         return self._shares({oversample: self.table + spare // 4 for oversample, spare in others.items()})
 
     def _shares(self, tables: dict[int, int]) -> Group:
@@ -157,15 +146,12 @@ class Budget:
         cols = {oversample: table // (3 * self.workers) * self.workers for oversample, table in tables.items()}
         return {f"P {p}": self.base().with_config(oversample=p, cols=c) for p, c in cols.items() if c > 0}
 
-    def _choice_bytes(self, setting: Setting) -> int:
-        return choice_bytes(setting.config, self.dim)
-
     def heavymix(self) -> Group:
         """Equal bytes: what top-Pk spends on candidates goes into k, or into the table."""
         base = self.base()
         heavymix = base.with_config(selection="heavymix")
-        spent = self._choice_bytes(base)
-        spare = spent - self._choice_bytes(heavymix)
+        spent = choice_bytes(base.config, self.dim)
+        spare = spent - choice_bytes(heavymix.config, self.dim)
         columns = spare // (4 * 3 * self.workers) * self.workers
         return {
             "top-Pk": base,
@@ -177,8 +163,7 @@ class Budget:
         """Tables in 16 bits: of as many cells, which saves bytes, and of twice as many, at equal bytes."""
         base = self.base()
         group = {"float32": base}
-        names: tuple[Literal["float16", "bfloat16"], ...] = ("float16", "bfloat16")
-        for name in names:
+        for name in ("float16", "bfloat16"):
             rounded = base.with_variant(table_dtype=name)
             group[f"{name}, same size"] = rounded
             group[f"{name}, same bytes"] = rounded.with_config(cols=2 * base.config.cols)
@@ -188,8 +173,8 @@ class Budget:
         """Momentum before the sketch. At k = d masking leaves plain SGD, and no masking leaves momentum SGD."""
         ks = [*(int(factor * self.k) for factor in K_FACTORS if factor * self.k < self.dim), self.dim]
         before = self.base().with_variant(momentum="before")
-        masked = {f"{k}, masked": before.with_config(k=k) for k in ks}
-        return {**masked, **{f"{k}, not masked": before.with_variant(masking=False).with_config(k=k) for k in ks}}
+        ways = {"masked": before, "not masked": before.with_variant(masking=False)}
+        return {f"{k}, {way}": setting.with_config(k=k) for way, setting in ways.items() for k in ks}
 
 
 GROUPS: dict[str, Callable[[Budget], Group]] = {

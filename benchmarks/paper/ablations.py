@@ -47,11 +47,7 @@ POINTS = 10  # of a curve
 
 @dataclass(frozen=True)
 class Bench:
-    """What is common to all runs of a call.
-
-    Attributes:
-        rates: of every setting, instead of a search.
-    """
+    """What is common to all runs of a call."""
 
     images: Images
     model: str
@@ -61,7 +57,7 @@ class Bench:
     seeds: int
     workers: Workers
     transport: Transport
-    rates: Sequence[float] | None
+    rates: Sequence[float] | None  # of every setting, instead of a search
 
     def make_model(self) -> nn.Module:
         return MODELS[self.model](self.images.train_images.shape[1], self.hidden)

@@ -76,14 +76,9 @@ def points(runs: list[Record]) -> list[Point]:
         wanted = {"setting": summary["setting"], "rate": summary["best_rate"]}
         return [run for run in trained if wanted.items() <= run.items()]
 
-    return [
-        Point(
-            **{name: s[name] for name in ("group", "label", "fields", "best_rate", "at_edge")},
-            loss_by_rate={float(rate): loss for rate, loss in s["loss_by_rate"].items()},
-            runs=of(s),
-        )
-        for s in summaries
-    ]
+    names = ("group", "label", "fields", "best_rate", "at_edge")
+    rates = [{float(rate): loss for rate, loss in s["loss_by_rate"].items()} for s in summaries]
+    return [Point(*(s[n] for n in names), by_rate, of(s)) for s, by_rate in zip(summaries, rates, strict=True)]
 
 
 def draw(runs: list[Record], path: Path) -> str:
@@ -100,11 +95,11 @@ def draw(runs: list[Record], path: Path) -> str:
     for group, ax in zip(groups, axes.flat, strict=False):
         own = [p for p in all_points if p.group == group]
         if group == "baselines":  # the rates of other settings, too, that differ by what is not a size
-            own += [p for p in all_points if p.group == "momentum" and p.label != "none"]
-        panel = {"baselines": _draw_rates, "k": _draw_k}.get(group, _draw_labels)
-        panel(ax, own)
-        if group != "baselines":
-            _draw_references(ax, references)
+            _draw_rates(ax, own + [p for p in all_points if p.group == "momentum" and p.label != "none"])
+        else:
+            (_draw_k if group == "k" else _draw_labels)(ax, own)
+            for p in references:
+                ax.axhline(p.losses.mean(), color=REFERENCES[p.label], linestyle=":", linewidth=1)
         _finish(ax, TITLES[group])
     for row in axes:
         row[0].set_ylabel("training loss at the end")
@@ -150,21 +145,14 @@ def _draw_losses(ax: Any, at: Floats, own: Sequence[Point], style: str, **option
 
 def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
     """Loss over learning rate; what diverged is left out."""
-    for point in own:
-        rates = sorted(rate for rate, loss in point.loss_by_rate.items() if loss < SHOWN_LOSS)
-        losses = [point.loss_by_rate[rate] for rate in rates]
-        style = "o-" if point.group == "baselines" else "o--"
-        name = point.label if point.group == "baselines" else f"sketched, momentum {point.label}"
-        ax.plot(
-            rates, losses, style, color=COLOURS.get(point.label, "tab:purple"), markersize=3, linewidth=1.2, label=name
-        )
+    for p in own:
+        rates = sorted(rate for rate, loss in p.loss_by_rate.items() if loss < SHOWN_LOSS)
+        is_baseline = p.group == "baselines"
+        style = {"color": COLOURS.get(p.label, "tab:purple"), "markersize": 3, "linewidth": 1.2}
+        name = p.label if is_baseline else f"sketched, momentum {p.label}"
+        ax.plot(rates, [p.loss_by_rate[r] for r in rates], "o-" if is_baseline else "o--", label=name, **style)
     ax.set(xscale="log", xlabel="learning rate at its peak")
     ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-
-
-def _draw_references(ax: Any, references: Sequence[Point]) -> None:
-    for point in references:
-        ax.axhline(point.losses.mean(), color=REFERENCES[point.label], linestyle=":", linewidth=1)
 
 
 def _row(point: Point, target_loss: float) -> Sequence[str]:

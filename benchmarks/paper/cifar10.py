@@ -32,30 +32,23 @@ POINTS = 4  # of a run's curve; measuring one takes as long as 70 steps at small
 # Dense are biases and batch norms alone, less than 1 % of the model, as in the paper.
 EXCHANGE = {"weight_decay": 5e-4, "dense_below": 16, "deterministic": True}  # dense: norms and biases, of at most 512
 REAL_METHODS = ("dense", "sketched")
+SIZES = ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch")  # that an argument may change
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of an experiment.
-
-    Attributes:
-        batch: images per step, all workers together.
-        rate: the learning rate at its peak, for the mean gradient of a batch.
-        momentum: inside the exchange.
-        sketches: fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``.
-        workers: how many; the first is that of the part "accuracy".
-        sweep_steps, sweep_batch: of the part "workers".
-    """
+    """Sizes of an experiment."""
 
     width: int
     epochs: int
     train_images: int
-    batch: int
-    rate: float
-    momentum: float
-    workers: list[int]
-    sweep_steps: int
+    batch: int  # images per step, all workers together
+    rate: float  # the learning rate at its peak, for the mean gradient of a batch
+    momentum: float  # inside the exchange
+    workers: list[int]  # how many; the first is that of the part "accuracy"
+    sweep_steps: int  # of the part "workers"
     sweep_batch: int
+    # fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``
     sketches: list[dict[str, Any]]
 
     def steps_and_batch(self, part: str) -> tuple[int, int]:
@@ -91,13 +84,8 @@ class Choice:
 
     def labels(self, seed: int) -> Labels:
         """What tells runs apart."""
-        return {
-            "part": self.part,
-            "method": self.method,
-            "setting": self.setting(),
-            "workers": self.workers,
-            "seed": seed,
-        }
+        own = {"part": self.part, "method": self.method, "setting": self.setting()}
+        return {**own, "workers": self.workers, "seed": seed}
 
     def setting(self) -> str:
         c = self.config
@@ -110,16 +98,13 @@ class Choice:
 def choices(methods: Sequence[str], scale: Scale, parts: Sequence[str]) -> Iterator[Choice]:
     """All that is trained: methods and configurations side by side, then two methods on more and more workers."""
     configs = [config_of({"momentum": scale.momentum, **fields}, scale.width) for fields in scale.sketches]
-    first = scale.workers[0]
     of_method = {"dense": configs[:1], "true_topk": list({c.k: c for c in configs}.values()), "sketched": configs}
     if "accuracy" in parts:
-        for method in (m for m in methods if m in of_method):
-            for config in of_method[method]:
-                yield Choice("accuracy", method, config, first)
+        for method in methods:
+            yield from (Choice("accuracy", method, config, scale.workers[0]) for config in of_method.get(method, ()))
     if "workers" in parts:
         for method in (m for m in methods if m in ("sketched", "local_topk")):
-            for workers in scale.workers:
-                yield Choice("workers", method, configs[0], workers)
+            yield from (Choice("workers", method, configs[0], workers) for workers in scale.workers)
 
 
 def config_of(fields: dict[str, Any], width: int) -> SketchConfig:
@@ -149,18 +134,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help=told)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
     parser.add_argument("--workers", type=int, nargs="+", help="W; the first is that of the part 'accuracy'")
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", help="the paper's compression ratios, instead of the scale's"
-    )
+    told = "the paper's compression ratios, instead of the scale's"
+    parser.add_argument("--ratios", type=float, nargs="+", help=told)
     for name in ("k", "cols", "rows", "oversample"):
         parser.add_argument(f"--{name}", type=int, help="of one sketch instead of the scale's; k and cols together")
-    for name in ("width", "epochs", "train-images", "batch", "sweep-steps", "sweep-batch"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
+    for name in SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the scale's")
     parser.add_argument("--rate", type=float, help="peak of the learning rate, instead of the scale's")
     parser.add_argument("--momentum", type=float, help="inside the exchange, instead of the scale's")
     add_device(parser)
-    sizes = ("workers", "width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "ratios")
-    arguments = parse(parser, **dict.fromkeys(sizes, 1), rate=0)
+    arguments = parse(parser, **dict.fromkeys(SIZES, 1), workers=1, ratios=1, rate=0)
     if arguments.ratios and arguments.k is not None:
         parser.error("--ratios sets k and cols: give either --ratios or --k and --cols")
     if (arguments.k is None) != (arguments.cols is None):
@@ -181,21 +164,22 @@ def check_sizes(scale: Scale) -> None:
         if uneven:
             raise ValueError(f"a batch of {batch} has no equal parts for {uneven} workers: change --[sweep-]batch")
         if batch > scale.train_images:
-            raise ValueError(
-                f"a batch of {batch} is more than the {scale.train_images} training images: change --[sweep-]batch"
-            )
+            images = f"the {scale.train_images} training images"
+            raise ValueError(f"a batch of {batch} is more than {images}: change --[sweep-]batch")
 
 
 def scale_of(arguments: argparse.Namespace) -> Scale:
     """The scale asked for, with what was given in its place."""
-    sizes = ("width", "epochs", "train_images", "batch", "sweep_steps", "sweep_batch", "rate", "momentum", "workers")
     sketches = SCALES[arguments.scale].sketches
     if arguments.ratios:
         sketches = [{"ratio": ratio} for ratio in arguments.ratios]
     elif arguments.k is not None:
         sketches = [{"k": arguments.k, "cols": arguments.cols}]
     shape = given(arguments, "rows", "oversample")
-    own = {**given(arguments, *sizes), "sketches": [{**sketch, **shape} for sketch in sketches]}
+    own = {
+        **given(arguments, *SIZES, "rate", "momentum", "workers"),
+        "sketches": [{**sketch, **shape} for sketch in sketches],
+    }
     return replace(SCALES[arguments.scale], **own)
 
 
@@ -213,9 +197,8 @@ def main() -> None:
     chosen = list(choices(methods, scale, parts))
     if not chosen:
         raise ValueError(f"nothing to train: --parts {' '.join(parts)} has none of --methods {' '.join(methods)}")
-    session = Session(
-        arguments, "cifar10", asdict(scale) | {"test_images": len(data.test_labels)}, transport, arguments.device
-    )
+    settings = asdict(scale) | {"test_images": len(data.test_labels)}
+    session = Session(arguments, "cifar10", settings, transport, arguments.device)
     for choice in chosen:
         steps, batch = scale.steps_and_batch(choice.part)
         for seed in range(arguments.seeds if choice.part == "accuracy" else 1):

@@ -21,22 +21,16 @@ TEST_BATCH = 500
 
 @dataclass(frozen=True)
 class Task:
-    """What to train: fixed for a run.
-
-    Attributes:
-        data: images as float32 [n, 3, 32, 32], all on one device.
-        batch: images of all workers together; each has an equal share and normalises by its own.
-        seed: of the weights, the order of the images, their augmentation and the hashes.
-    """
+    """What to train: fixed for a run."""
 
     method: str
     config: SketchConfig
-    data: Images
+    data: Images  # images as float32 [n, 3, 32, 32], all on one device
     width: int
     steps: int
-    batch: int
+    batch: int  # images of all workers together; each has an equal share and normalises by its own
     rate: float
-    seed: int
+    seed: int  # of the weights, the order of the images, their augmentation and the hashes
 
     @property
     def steps_per_epoch(self) -> int:

@@ -25,21 +25,14 @@ PEAK = 5 / 24  # where the learning rate has its peak, as a fraction of all step
 
 @dataclass(frozen=True)
 class Task:
-    """What to train: fixed for a run.
+    """What to train: fixed for a run."""
 
-    Attributes:
-        make_model: without buffers; called under a seeded generator.
-        rate: the peak of the schedule.
-        batch: images per worker and step, drawn with replacement.
-        seed: of the initial weights and the draws.
-    """
-
-    make_model: Callable[[], nn.Module]
+    make_model: Callable[[], nn.Module]  # without buffers; called under a seeded generator
     images: Images
-    rate: float
+    rate: float  # the peak of the schedule
     steps: int
-    batch: int
-    seed: int
+    batch: int  # images per worker and step, drawn with replacement
+    seed: int  # of the initial weights and the draws
 
     def rate_at(self, step: int) -> float:
         """Of a step counted from 1: linear from 0 to the peak and back to 0, both ends left out."""

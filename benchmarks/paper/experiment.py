@@ -27,17 +27,11 @@ INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 @dataclass(frozen=True)
 class Traffic:
-    """Mean wire bytes that one rank sends per step, and how much less that is than a dense ring allreduce.
+    """Mean wire bytes that one rank sends per step, and how much less that is than a dense ring allreduce."""
 
-    Attributes:
-        wire_bytes_per_step: None for a method that exists in a simulation only.
-        compression_ratio: every byte counted; None likewise.
-        paper_compression_ratio: ``2 d / (|S| + Pk + k)``; indices and histograms are not counted.
-    """
-
-    wire_bytes_per_step: float | None
-    compression_ratio: float | None
-    paper_compression_ratio: float
+    wire_bytes_per_step: float | None  # None for a method that exists in a simulation only
+    compression_ratio: float | None  # every byte counted; None likewise
+    paper_compression_ratio: float  # ``2 d / (|S| + Pk + k)``; indices and histograms are not counted
 
     @staticmethod
     def of(ledger: CommLedger, exchanges: int = 1) -> Traffic:

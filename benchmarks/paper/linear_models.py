@@ -17,18 +17,12 @@ CHUNK = 10_000  # images judged at once
 
 @dataclass(frozen=True)
 class Problem:
-    """``mean_i loss(y_i <w, x_i>) + l2 / 2 ||w||^2`` for each class, with y = +1 for the class and -1 for the others.
-
-    Attributes:
-        loss: of the margins, elementwise.
-        slope: its derivative (a subgradient for the hinge).
-        l2: strong convexity; the bias is a weight like the others.
-    """
+    """``mean_i loss(y_i <w, x_i>) + l2 / 2 ||w||^2`` for each class, y = +1 for the class and -1 for the others."""
 
     name: str
-    loss: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    l2: float
+    loss: Callable[[Tensor], Tensor]  # of the margins, elementwise
+    slope: Callable[[Tensor], Tensor]  # its derivative (a subgradient for the hinge)
+    l2: float  # strong convexity; the bias is a weight like the others
 
 
 LOGISTIC = Problem("logistic", lambda m: softplus(-m), lambda m: -torch.sigmoid(-m), l2=0.01)

@@ -54,17 +54,13 @@ XI_MU = 20_000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one problem is trained, vanilla and sketched alike.
-
-    Attributes:
-        rate: ``eta_t`` from t and T.
-        weight: ``q_t`` of the average that Alg. 2 puts out; None: the last iterate is judged.
-        settings: of the exchange. HEAVYMIX has the rate inside the error (Alg. 2), top-k outside (Alg. 3).
-    """
+    """How one problem is trained, vanilla and sketched alike."""
 
     problem: Problem
-    rate: Callable[[int, int], float]
+    rate: Callable[[int, int], float]  # ``eta_t`` from t and T
+    # ``q_t`` of the average that Alg. 2 puts out; None: the last iterate is judged.
     weight: Callable[[int], float] | None
+    # of the exchange. HEAVYMIX has the rate inside the error (Alg. 2), top-k outside (Alg. 3).
     settings: dict[str, Any]
 
     @property
@@ -86,20 +82,15 @@ METHODS = ("vanilla", "sketched")
 
 @dataclass(frozen=True)
 class Task:
-    """What to train: fixed for a run.
-
-    Attributes:
-        batch: images per worker and step, drawn with replacement.
-        seed: of the draws and of the hashes.
-    """
+    """What to train: fixed for a run."""
 
     recipe: Recipe
     method: str
     train: Labelled
     test: Labelled
     steps: int
-    batch: int
-    seed: int
+    batch: int  # images per worker and step, drawn with replacement
+    seed: int  # of the draws and of the hashes
 
     def config(self) -> SketchConfig:
         return SKETCH(seed=self.seed, **self.recipe.settings)

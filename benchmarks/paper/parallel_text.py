@@ -135,15 +135,11 @@ def _train_pieces(text: Sequence[str], size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sentences padded with PAD at the end.
+    """Sentences padded with PAD at the end."""
 
-    Attributes:
-        source: int64 [sentences, source length], each ending with END.
-        target: int64 [sentences, 1 + target length], BEGIN … END: the model reads all but the last column and is to
-            put out all but the first.
-    """
-
-    source: Tensor
+    source: Tensor  # int64 [sentences, source length], each ending with END
+    # int64 [sentences, 1 + target length], BEGIN … END: the model reads all but the last column and is to put out all
+    # but the first
     target: Tensor
 
     @property

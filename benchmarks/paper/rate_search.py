@@ -11,13 +11,9 @@ FACTOR = 2.0  # between neighbouring rates of the grid; its root where it is ref
 
 @dataclass(frozen=True)
 class Search:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        losses: by learning rate, all that were tried.
-    """
-
-    losses: dict[float, float]
+    losses: dict[float, float]  # by learning rate, all that were tried
 
     @property
     def best(self) -> float:

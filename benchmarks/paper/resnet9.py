@@ -48,17 +48,11 @@ class ResNet9(nn.Module):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How each of n images is changed: drawn on the CPU, so that it is the same on every device.
+    """How each of n images is changed: drawn on the CPU, so that it is the same on every device."""
 
-    Attributes:
-        shifts: int64 [n, 2], rows and columns that the window is moved by, from -PAD to PAD.
-        flips: bool [n], left to right.
-        cuts: int64 [n, 2], top left corner of the square that is set to zero.
-    """
-
-    shifts: Tensor
-    flips: Tensor
-    cuts: Tensor
+    shifts: Tensor  # int64 [n, 2], rows and columns that the window is moved by, from -PAD to PAD
+    flips: Tensor  # bool [n], left to right
+    cuts: Tensor  # int64 [n, 2], top left corner of the square that is set to zero
 
     @staticmethod
     def draw(draw: np.random.Generator, images: int) -> Augmentation:

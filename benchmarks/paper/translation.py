@@ -52,17 +52,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Task:
-    """What to train: fixed for a run.
-
-    Attributes:
-        seed: of the weights, the order of sentences, dropout and the hashes.
-    """
+    """What to train: fixed for a run."""
 
     model: str
     method: str
     recipe: Recipe
     texts: Texts
-    seed: int
+    seed: int  # of the weights, the order of sentences, dropout and the hashes
     device: torch.device
 
     def make_model(self) -> Translator:

@@ -15,36 +15,22 @@ from benchmarks.paper.parallel_text import PAD, Batch
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model.
+    """Sizes of a model."""
 
-    Attributes:
-        width: of embeddings and layers.
-        layers: of the encoder, and of the decoder.
-        inner: width of the feed-forward layers (Transformer).
-        heads: of the attention (Transformer).
-        shared: one matrix for both embeddings and the output layer instead of three.
-    """
-
-    width: int
-    layers: int
-    inner: int = 0
-    heads: int = 1
-    shared: bool = True
+    width: int  # of embeddings and layers
+    layers: int  # of the encoder, and of the decoder
+    inner: int = 0  # width of the feed-forward layers (Transformer)
+    heads: int = 1  # of the attention (Transformer)
+    shared: bool = True  # one matrix for both embeddings and the output layer instead of three
     dropout: float = 0.1
 
 
 class Encoded(NamedTuple):
-    """What a decoder needs of a source.
+    """What a decoder needs of a source."""
 
-    Attributes:
-        memory: float32 [sentences, source length, width].
-        padding: bool [sentences, source length], True where there is no token.
-        state: of the encoder's recurrence at each sentence's end, each [layers, sentences, width]; empty for a
-            Transformer.
-    """
-
-    memory: Tensor
-    padding: Tensor
+    memory: Tensor  # float32 [sentences, source length, width]
+    padding: Tensor  # bool [sentences, source length], True where there is no token
+    # of the encoder's recurrence at each sentence's end, each [layers, sentences, width]; empty for a Transformer
     state: tuple[Tensor, ...] = ()
 
     def select(self, kept: Tensor) -> Encoded:

@@ -14,15 +14,10 @@ LABEL_SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class Method:
-    """An exchange and the paper's compression ratio that it is set up for.
+    """An exchange and the paper's compression ratio that it is set up for."""
 
-    Attributes:
-        exchange: of :data:`benchmarks.paper.model_exchange.METHODS`.
-        ratio: of what is sketched; true top-k takes its k from it, and without compression it means nothing.
-    """
-
-    exchange: str
-    ratio: float = 20
+    exchange: str  # of :data:`benchmarks.paper.model_exchange.METHODS`
+    ratio: float = 20  # of what is sketched; true top-k takes its k from it, and without compression it means nothing
 
     @property
     def real(self) -> bool:
@@ -40,27 +35,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained.
-
-    Attributes:
-        pieces: size of the vocabulary.
-        tokens: of one batch, see :meth:`benchmarks.paper.parallel_text.TokenPairs.cut`.
-        accumulate: batches per worker and step.
-        warmup: steps over which the learning rate rises.
-        factor: of the learning rate, see :meth:`rate`.
-        momentum: inside the exchange.
-        sketch: overrides of ``SketchConfig.for_compression``.
-    """
+    """How one model is trained."""
 
     shape: Shape
-    pieces: int
-    tokens: int
-    accumulate: int
+    pieces: int  # size of the vocabulary
+    tokens: int  # of one batch, see :meth:`benchmarks.paper.parallel_text.TokenPairs.cut`
+    accumulate: int  # batches per worker and step
     steps: int
-    warmup: int
-    factor: float
-    momentum: float = 0.9
-    sketch: Mapping[str, Any] = field(default_factory=dict)
+    warmup: int  # steps over which the learning rate rises
+    factor: float  # of the learning rate, see :meth:`rate`
+    momentum: float = 0.9  # inside the exchange
+    sketch: Mapping[str, Any] = field(default_factory=dict)  # overrides of ``SketchConfig.for_compression``
 
     def rate(self, step: int) -> float:
         """The learning rate of steps 1, 2, … (Vaswani et al. 2017, 5.3, times ``factor``)."""

@@ -19,19 +19,14 @@ TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 @dataclass(frozen=True)
 class Variant:
-    """Departures from Alg. 3 of the paper; the defaults are the paper's algorithm.
+    """Departures from Alg. 3 of the paper; the defaults are the paper's algorithm."""
 
-    Attributes:
-        fresh_hashes: False: the hash of step 0 in every step.
-        momentum: "before" the sketch, on every rank; "after" the selection, ``u <- m u + mean update``, one u for
-            all, and updates are dense; or "none".
-        masking: False: u is kept where v was sent.
-        table_dtype: what every rank's table is rounded to before the sum, which is float32.
-    """
-
-    fresh_hashes: bool = True
+    fresh_hashes: bool = True  # False: the hash of step 0 in every step
+    # "before" the sketch, on every rank; "after" the selection, ``u <- m u + mean update``, one u for all, and updates
+    # are dense; or "none"
     momentum: Literal["before", "after", "none"] = "before"
-    masking: bool = True
+    masking: bool = True  # False: u is kept where v was sent
+    # what every rank's table is rounded to before the sum, which is float32
     table_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
