@@ -51,6 +51,12 @@ def curves(runs: Iterable[Record], metric: str) -> Floats:
     return np.array([[point[metric] for point in run["curve"]] for run in runs])
 
 
+def mean_of(runs: Iterable[Record], name: str) -> float | None:
+    """Over seeds, of a figure of the run or of its end; None for what exists in a simulation only."""
+    values = [run[name] if name in run else run["final"][name] for run in runs]
+    return None if None in values else float(np.mean(values))
+
+
 def steps_of(run: Record) -> Floats:
     """The steps after which a run was measured."""
     return np.array([point["step"] for point in run["curve"]], dtype=np.float64)

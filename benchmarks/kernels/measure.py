@@ -122,12 +122,9 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     if torch_style is not None:
         elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
     extra_bytes = step_extra_bytes(setting, device)
-    records = lines(elapsed, setting, l2_cache_bytes(device))
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    records = lines(elapsed, setting, l2_bytes)
     return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": records}
-
-
-def l2_cache_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def random_gradients(setting: Setting, device: torch.device) -> list[Tensor]:

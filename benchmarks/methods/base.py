@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch import SketchConfig, Transport
+from hvd_sketch import SketchConfig
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 
 
@@ -30,15 +30,8 @@ class WholeGradient(Lean, Exchange):
 
     holds_gradient = True
 
-    def __init__(
-        self,
-        config: SketchConfig | None,
-        dim: int,
-        transport: Transport,
-        device: torch.device | str = "cpu",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(None, dim, transport, device, **options)
+    def __init__(self, config: SketchConfig | None, dim: int, *place: Any, **options: Unpack[Options]) -> None:
+        super().__init__(None, dim, *place, **options)
         self._gradient = torch.empty(0)
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.image_data import Images, hold_out, load_images
+from benchmarks.image_data import hold_out, load_images
 from benchmarks.models import MODELS
 from benchmarks.network.clock import over_hosts, quantiles, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together
@@ -18,42 +18,31 @@ from benchmarks.network.records import Record, Records, environment
 from benchmarks.network.training import Task, train
 from hvd_sketch.transport import Transport, resolve_transport
 
-
-@dataclass
-class Settings:
-    """What to train; see time_to_accuracy.py."""
-
-    lab: str
-    # (method, its learning rate or None to search for it, rates of the network without a record)
-    pending: list[tuple[str, float | None, list[str]]]
-    data_dir: str | None
-    records: str
-    # what every record says of this call: data, hosts, model, hidden, target, batch, most_steps, steps_between, seeds,
-    # learning_rates
-    common: Record
-
-    def task(self, data: Images) -> Task:
-        common = self.common
-        make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])
-        return Task(data, make_model, *(common[name] for name in ("target", "batch", "most_steps", "steps_between")))
+# method, its learning rate or None to search for it, and rates of the network without a record
+Pending = tuple[str, float | None, list[str]]
 
 
-def main(transport_name: str, settings: Settings) -> None:
+def main(
+    transport_name: str, lab: str, pending: list[Pending], data_dir: str | None, records: str, common: Record
+) -> None:
+    """``common``: what every record says of this call; see time_to_accuracy.py."""
     torch.set_num_threads(1)
     transport = resolve_transport(transport_name)
-    records = Records(Path(settings.records))
-    task = settings.task(load_images(Path(settings.data_dir) if settings.data_dir else None))
-    for method, learning_rate, rates in settings.pending:
-        about = {"method": method, "transport": transport_name} | settings.common
+    kept = Records(Path(records))
+    data = load_images(Path(data_dir) if data_dir else None)
+    make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])
+    task = Task(data, make_model, *(common[name] for name in ("target", "batch", "most_steps", "steps_between")))
+    for method, learning_rate, rates in pending:
+        about = {"method": method, "transport": transport_name} | common
         if learning_rate is None:
-            shape_together(transport, settings.lab, UNSHAPED)
-            found = search(task, method, settings.common["learning_rates"], transport)
+            shape_together(transport, lab, UNSHAPED)
+            found = search(task, method, common["learning_rates"], transport)
             learning_rate = found["learning_rate"]
-            keep(records, transport, about | {"search": True} | found)
+            keep(kept, transport, about | {"search": True} | found)
         for rate in rates:
-            shape_together(transport, settings.lab, rate)
-            measured = measure(task, method, learning_rate, settings.common["seeds"], transport)
-            keep(records, transport, about | {"rate": rate, "learning_rate": learning_rate} | measured)
+            shape_together(transport, lab, rate)
+            measured = measure(task, method, learning_rate, common["seeds"], transport)
+            keep(kept, transport, about | {"rate": rate, "learning_rate": learning_rate} | measured)
 
 
 def search(task: Task, method: str, learning_rates: list[float], transport: Transport) -> Record:
@@ -101,4 +90,4 @@ def keep(records: Records, transport: Transport, record: Record) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))
+    main(sys.argv[1], **json.loads(sys.argv[2]))

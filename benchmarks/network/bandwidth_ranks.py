@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,41 +21,33 @@ from benchmarks.network.records import Record, Records, environment
 from hvd_sketch.exchange.base import Exchange, Parameters
 from hvd_sketch.transport import Transport, resolve_transport
 
+Pending = tuple[str, int, list[str]]  # method, dim, and the rates of the network
 LEAST_REPEATS = 2
 MOST_SPLITS = 3  # splitting time takes exchanges of its own
 COLUMNS = MOST_ROWS = 1000  # of the matrices the gradient is made of, as PowerSGD sees it
 
 
-@dataclass
-class Settings:
-    """What to measure; see bandwidth.py."""
-
-    lab: str
-    hosts: int
-    pending: list[tuple[str, int, list[str]]]  # methods, dims, and rates that have no record yet
-    repeats: int
-    budget_s: float
-    records: str
-
-
-def main(transport_name: str, settings: Settings) -> None:
+def main(
+    transport_name: str, lab: str, hosts: int, pending: list[Pending], repeats: int, budget_s: float, records: str
+) -> None:
+    """What is ``pending`` has no record yet; see bandwidth.py."""
     torch.set_num_threads(1)  # Horovod's launcher does not tell torch
     transport = resolve_transport(transport_name)
-    records = Records(Path(settings.records))
-    for name, dim, rates in settings.pending:
+    kept = Records(Path(records))
+    for name, dim, rates in pending:
         inputs = Inputs(dim, transport.rank)
         clocked = ClockedTransport(transport)
         method = METHODS[name](clocked, dim, matrices(dim))
-        shape_together(transport, settings.lab, UNSHAPED)
+        shape_together(transport, lab, UNSHAPED)
         check(method, transport, inputs)
         exchanges = Exchanges(method, clocked, transport, inputs)
         exchanges.split()  # compiles what only it takes
         for rate in rates:
-            shape_together(transport, settings.lab, rate)
-            about = {"method": name, "transport": transport_name, "dim": dim, "hosts": settings.hosts, "rate": rate}
-            measured = exchanges.measure(settings.repeats, settings.budget_s)
+            shape_together(transport, lab, rate)
+            about = {"method": name, "transport": transport_name, "dim": dim, "hosts": hosts, "rate": rate}
+            measured = exchanges.measure(repeats, budget_s)
             if transport.rank == 0:
-                records.append(about | measured | environment())
+                kept.append(about | measured | environment())
                 print(about | measured, flush=True)
 
 
@@ -133,4 +124,4 @@ class Exchanges:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))
+    main(sys.argv[1], **json.loads(sys.argv[2]))

@@ -1,13 +1,17 @@
-"""What bandwidth.py shows of its records: tables in Markdown, and a plot of time against bandwidth."""
+"""What bandwidth.py shows: tables in Markdown, time against bandwidth, and up to which bandwidth compression pays.
+
+The time of an exchange is what its rank computes plus bytes over bandwidth: a straight line in 1 / bandwidth, where an
+unlimited network is the point 0. So between measured points the times are interpolated along it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Record, grouped, markdown, new_figure
-from benchmarks.network.break_even import DENSE, OURS, break_even, curve, fastest, name_bandwidth
 from benchmarks.network.lab import bits_per_s
 
 LABELS = {
@@ -19,16 +23,15 @@ LABELS = {
     "sketch20": "sketched 20×",
     "sketch100": "sketched 100×",
 }
-World = tuple[str, int, int]  # transport, dim, hosts
-
-
-def worlds(records: Sequence[Record]) -> dict[World, list[Record]]:
-    """Records that can be compared with each other."""
-    return grouped(records, "transport", "dim", "hosts")
+OURS = ("sketch20", "sketch100")
+DENSE = ("dense", "allreduce")
+Curve = dict[float, float]  # bit/s: seconds
+World = tuple[str, int, int]
+WORLD = ("transport", "dim", "hosts")  # records of one can be compared with each other
 
 
 def tables(records: Sequence[Record]) -> str:
-    return "\n\n".join(_table(world, group) for world, group in sorted(worlds(records).items()))
+    return "\n\n".join(_table(world, group) for world, group in sorted(grouped(records, *WORLD).items()))
 
 
 def _table(world: World, records: list[Record]) -> str:
@@ -43,7 +46,8 @@ def _table(world: World, records: list[Record]) -> str:
     rows = []
     for name, of in by_method.items():
         if of:
-            cells = {record["rate"]: _cell(record) for record in of}
+            splits = {r["rate"]: f"({r['compute_s']:.3f} + {r['network_s']:.3f})" for r in of}
+            cells = {r["rate"]: f"**{r['seconds']['median']:.3f}** {splits[r['rate']]}" for r in of}
             pays = name_bandwidth(break_even(curve(of), dense)) if name not in DENSE and dense else ""
             sent = of[0]["interface"]["mean_bytes"], of[0]["ledger_wire_bytes"]
             megabytes = [f"{each / 1e6:.2f}" for each in sent]
@@ -52,13 +56,9 @@ def _table(world: World, records: list[Record]) -> str:
     return f"{about}: {told}\n\n{markdown(head, rows)}"
 
 
-def _cell(record: Record) -> str:
-    return f"**{record['seconds']['median']:.3f}** ({record['compute_s']:.3f} + {record['network_s']:.3f})"
-
-
 def plot(records: Sequence[Record], path: Path) -> None:
     """A panel for each world, a row for each network; dotted: ours and the faster dense exchange take the same time."""
-    groups = worlds(records)
+    groups = grouped(records, *WORLD)
     networks = sorted({(transport, hosts) for transport, _, hosts in groups})
     dims = sorted({dim for _, dim, _ in groups})
     figure = new_figure(4.4 * len(dims), 0.4 + 3.3 * len(networks))
@@ -93,3 +93,43 @@ def _draw(panel: Any, world: World, records: list[Record]) -> None:
     panel.set(xscale="log", yscale="log", xlabel="bit/s (rightmost: not shaped)", ylabel="seconds per exchange")
     panel.set_title(f"{transport}, {hosts} hosts, dim {dim:,}")
     panel.grid(alpha=0.3)
+
+
+def curve(records: Iterable[Record]) -> Curve:
+    """Median seconds at each bandwidth."""
+    return {bits_per_s(record["rate"]): record["seconds"]["median"] for record in records}
+
+
+def fastest(curves: Iterable[Curve]) -> Curve:
+    """The least of several at each bandwidth that any of them has."""
+    least: Curve = {}
+    for each in curves:
+        for bandwidth, seconds in each.items():
+            least[bandwidth] = min(seconds, least.get(bandwidth, seconds))
+    return least
+
+
+def break_even(ours: Curve, theirs: Curve) -> float:
+    """The bandwidth in bit/s below which ours takes less time.
+
+    Infinite where ours is faster at every bandwidth both were measured at, 0 where at none: then the break-even lies
+    outside of what was measured, if there is one. Of several crossings the one at the lowest bandwidth.
+    """
+    shared = sorted(ours.keys() & theirs.keys())
+    gains = [(1 / bandwidth, theirs[bandwidth] - ours[bandwidth]) for bandwidth in shared]
+    if not gains or gains[0][1] <= 0:
+        return 0.0
+    for (slower, gain), (faster, next_gain) in pairwise(gains):
+        if next_gain <= 0:
+            at = faster + (slower - faster) * -next_gain / (gain - next_gain)
+            return 1 / at if at else float("inf")
+    return float("inf")
+
+
+def name_bandwidth(bandwidth: float) -> str:
+    """As people say it: "630 Mbit/s"."""
+    if bandwidth in (0.0, float("inf")):
+        return "at no rate measured" if bandwidth == 0.0 else "at every rate measured"
+    digits = f"{bandwidth:.2g}"
+    value = float(digits)
+    return f"below {value / 1e9:g} Gbit/s" if value >= 1e9 else f"below {value / 1e6:g} Mbit/s"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
@@ -47,7 +49,7 @@ class ClockedTransport(ForwardingTransport):
             return self._inner.start_reduce_scatter(tensor, ordered)
         handle = self._clock(lambda: self._inner.start_reduce_scatter(tensor, ordered), meet=not self._in_flight)
         self._in_flight += 1
-        return _ClockedHandle(self, handle)
+        return SimpleNamespace(wait=partial(self._finish, handle))
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         return self._clock(lambda: self._inner.alltoall(tensor))
@@ -58,8 +60,7 @@ class ClockedTransport(ForwardingTransport):
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         return self._clock(lambda: self._inner.broadcast_(tensor, root))
 
-    def finish(self, handle: Handle) -> Tensor:
-        """Wait for what :meth:`start_reduce_scatter` started."""
+    def _finish(self, handle: Handle) -> Tensor:
         self._in_flight -= 1
         return self._clock(handle.wait, meet=False)
 
@@ -74,14 +75,6 @@ class ClockedTransport(ForwardingTransport):
         self.network_s += time.perf_counter() - start_s
         self.waiting_s += start_s - arrived_s
         return result
-
-
-class _ClockedHandle:
-    def __init__(self, clock: ClockedTransport, handle: Handle) -> None:
-        self._clock, self._handle = clock, handle
-
-    def wait(self) -> Tensor:
-        return self._clock.finish(self._handle)
 
 
 def read_sent() -> Tensor:

@@ -51,33 +51,25 @@ def shape_together(transport: Transport, name: str, rate: str) -> None:
     transport.barrier()
 
 
-def run_ranks(name: str, transport: str, module: str, settings: dict[str, Any]) -> None:
-    """Run ``python -m module transport settings`` on a rank of each host.
-
-    Raises:
-        LabFailed: it did not end well on all.
-    """
-    environment = {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-    hosts = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
-    ranks = [sys.executable, "-m", module, transport, json.dumps(settings)]
-    _netlab("run", "--name", name, "--", str(ROOT / LAUNCHERS[transport]), *hosts, "--", *ranks, **environment)
-
-
 def run_pending(
     module: str, hosts: int, pending: Mapping[str, Sequence[Any]], records: Records, settings: Record
 ) -> None:
-    """Run a module on a network of its own, over each transport that has something pending.
+    """Run ``python -m module transport settings`` on hosts of its own, over each transport with something pending.
 
     Raises:
-        LabFailed: as :func:`run_ranks`.
+        LabFailed: it did not end well on all hosts.
     """
     if not any(pending.values()):
         return
     with lab(hosts) as name:
+        common = {"lab": name, "records": str(records.path.absolute())} | settings
+        where = ["--hosts", f"/run/netlab/{name}/hosts", "--interface", "eth0", "--threads", "1"]
         for transport, wanted in pending.items():
             if wanted:
-                common = {"lab": name, "pending": wanted, "records": str(records.path.absolute())}
-                run_ranks(name, transport, module, common | settings)
+                ranks = [sys.executable, "-m", module, transport, json.dumps(common | {"pending": wanted})]
+                launcher = str(ROOT / LAUNCHERS[transport])
+                environment = {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+                _netlab("run", "--name", name, "--", launcher, *where, "--", *ranks, **environment)
 
 
 def status_of(measure: Callable[[], None], records: Records) -> int:

@@ -14,7 +14,6 @@ import hvd_sketch
 from benchmarks.image_data import Images
 from benchmarks.methods import METHODS
 from benchmarks.network.clock import read_sent
-from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport import Transport
 
 SKETCH_RATIOS = {"sketch20": 20.0, "sketch100": 100.0}
@@ -49,11 +48,8 @@ class MethodOptimizer:
             parameter.grad = piece.view(parameter.shape)  # backward adds to it in place
         described = [(name, tuple(parameter.shape), "float32") for name, parameter in model.named_parameters()]
         self._method = METHODS[method](transport, dim, described)
+        self.ledger = self._method.ledger
         self._inner = torch.optim.SGD(parameters, lr=learning_rate)
-
-    @property
-    def ledger(self) -> CommLedger:
-        return self._method.ledger
 
     def zero_grad(self) -> None:
         self._gradient.zero_()

@@ -137,7 +137,7 @@ def main() -> None:
     budget = bench.budget()
     settings = {name: getattr(bench, name) for name in ("model", "hidden", "batch", "seeds", "rates")}
     settings |= {"dim": budget.dim, "workers": budget.workers}
-    session = Session(arguments, f"ablations_{bench.images.name}", settings, bench.transport, arguments.device)
+    session = Session(arguments, f"ablations_{bench.images.name}", settings, bench.transport)
     for name in arguments.groups:
         group = GROUPS[name](budget)
         possible = {label: s for label, s in group.items() if is_simulated(arguments) or s.is_real}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures import Floats, Record, draw_bars, final, longest, markdown, new_figure, spread, told
+from benchmarks.figures import Floats, Record, draw_bars, final, longest, markdown, mean_of, new_figure, spread, told
 
 TARGET_LOSS = {"ablations_mnist": 0.3, "ablations_cifar10": 1.5}  # whose first step the table gives
 TITLES = {
@@ -44,11 +44,6 @@ class Point:
     def losses(self) -> Floats:
         """[seeds]."""
         return final(self.runs, "train_loss")
-
-    def mean(self, name: str) -> float | None:
-        """Over seeds; None for what exists in the simulation only."""
-        values = [run[name] for run in self.runs]
-        return None if None in values else float(np.mean(values))
 
     def steps_to(self, loss: float) -> float | None:
         """The first step with a training loss as low, between points on a line, mean over seeds; None: not on all."""
@@ -162,7 +157,7 @@ def _row(point: Point, target_loss: float) -> Sequence[str]:
         *(point.group, point.label, f"{point.best_rate:g}" + " (at the edge)" * point.at_edge),
         *(spread(point.losses, ".3f"), spread(100 * final(point.runs, "test_error"), ".2f", " %")),
         "not reached" if steps is None else f"{steps:.0f}",
-        told(point.mean("wire_bytes_per_step"), ",.0f"),
-        *(told(point.mean(name), ".1f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
+        told(mean_of(point.runs, "wire_bytes_per_step"), ",.0f"),
+        *(told(mean_of(point.runs, name), ".1f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
         str(len(point.runs)),
     ]

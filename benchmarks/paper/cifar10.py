@@ -51,11 +51,6 @@ class Scale:
     # fields of the configurations compared; ``ratio`` stands for ``SketchConfig.for_compression``
     sketches: list[dict[str, Any]]
 
-    def steps_and_batch(self, part: str) -> tuple[int, int]:
-        if part == "workers":
-            return self.sweep_steps, self.sweep_batch
-        return self.epochs * (self.train_images // self.batch), self.batch
-
 
 SCALES = {
     "small": Scale(8, 3, 25_000, 32, 0.5, 0.0, [4, 16, 64, 256], 120, 256, [{"ratio": 10}, {"ratio": 20}]),
@@ -176,10 +171,8 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     elif arguments.k is not None:
         sketches = [{"k": arguments.k, "cols": arguments.cols}]
     shape = given(arguments, "rows", "oversample")
-    own = {
-        **given(arguments, *SIZES, "rate", "momentum", "workers"),
-        "sketches": [{**sketch, **shape} for sketch in sketches],
-    }
+    own = given(arguments, *SIZES, "rate", "momentum", "workers")
+    own["sketches"] = [{**sketch, **shape} for sketch in sketches]
     return replace(SCALES[arguments.scale], **own)
 
 
@@ -198,10 +191,12 @@ def main() -> None:
     if not chosen:
         raise ValueError(f"nothing to train: --parts {' '.join(parts)} has none of --methods {' '.join(methods)}")
     settings = asdict(scale) | {"test_images": len(data.test_labels)}
-    session = Session(arguments, "cifar10", settings, transport, arguments.device)
+    session = Session(arguments, "cifar10", settings, transport)
     for choice in chosen:
-        steps, batch = scale.steps_and_batch(choice.part)
-        for seed in range(arguments.seeds if choice.part == "accuracy" else 1):
+        steps, batch, seeds = scale.epochs * (scale.train_images // scale.batch), scale.batch, arguments.seeds
+        if choice.part == "workers":
+            steps, batch, seeds = scale.sweep_steps, scale.sweep_batch, 1
+        for seed in range(seeds):
             config = replace(choice.config, seed=seed)
             task = Task(choice.method, config, data, scale.width, steps, batch, scale.rate, seed)
             make = partial(Cifar10Training, task, choice.workers if is_simulated(arguments) else transport)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.figures import Floats, Record, draw_bars, final, grouped, markdown, new_figure, told
+from benchmarks.figures import Floats, Record, draw_bars, final, grouped, markdown, mean_of, new_figure, told
 
 NAMES = {"dense": "dense", "true_topk": "true top-k", "sketched": "sketched", "local_topk": "local top-k"}
 COLOURS = {"dense": "black", "true_topk": "tab:green", "sketched": "tab:orange", "local_topk": "tab:blue"}
@@ -18,71 +16,61 @@ HEAD = (
 )
 
 
-class Seeds:
-    """The runs that differ in their seed alone."""
-
-    def __init__(self, runs: list[Record]) -> None:
-        self.runs = runs
-        self.method, self.setting, self.workers = (runs[0][name] for name in ("method", "setting", "workers"))
-
-    def mean(self, figure: str) -> float | None:
-        """None where the method has no such figure."""
-        found = [run[figure] if figure in run else run["final"][figure] for run in self.runs]
-        return None if None in found else float(np.mean(found))
-
-    @property
-    def compression(self) -> float:
-        """As the paper counts."""
-        return self.mean("paper_compression_ratio") or 0.0
-
-    @property
-    def accuracies(self) -> Floats:
-        """In per cent."""
-        return 100 * final(self.runs, "test_accuracy")
+Groups = list[list[Record]]  # of runs that differ in their seed alone
 
 
 def draw(runs: list[Record], path: Path) -> str:
     """Write the figure; returns the tables as Markdown."""
-    groups = {name: list(map(Seeds, _by_seeds(runs, name))) for name in ("accuracy", "workers")}
+    accuracy, sweep = (_groups(run for run in runs if run["part"] == part) for part in ("accuracy", "workers"))
     figure = new_figure(13, 3.8)
     axes = figure.subplots(1, 3)
-    _draw_accuracy(axes[0], groups["accuracy"])
-    _draw_growth(axes[1], groups["workers"], "updated_per_step", "updated parameters per step")
-    _draw_growth(axes[2], groups["workers"], "wire_bytes_per_step", "bytes per worker and step")
+    _draw_accuracy(axes[0], accuracy)
+    _draw_growth(axes[1], sweep, "updated_per_step", "updated parameters per step")
+    _draw_growth(axes[2], sweep, "wire_bytes_per_step", "bytes per worker and step")
     figure.savefig(path, dpi=90)
-    return "\n\n".join(markdown(HEAD, map(_row, group)) for group in groups.values() if group)
+    return "\n\n".join(markdown(HEAD, map(_row, groups)) for groups in (accuracy, sweep) if groups)
 
 
-def _by_seeds(runs: list[Record], part: str) -> list[list[Record]]:
-    chosen = (run for run in runs if run["part"] == part)
-    return list(grouped(chosen, "method", "setting", "workers", "steps").values())
+def _groups(runs: Iterable[Record]) -> Groups:
+    return list(grouped(runs, "method", "setting", "workers", "steps").values())
 
 
-def _methods(groups: list[Seeds]) -> dict[str, list[Seeds]]:
-    return {
-        method: [group for group in groups if group.method == method]
-        for method in dict.fromkeys(g.method for g in groups)
-    }
+def _methods(groups: Groups, key: Callable[[list[Record]], float]) -> Iterator[tuple[str, Groups]]:
+    """Each method and its groups, ascending by ``key``."""
+    for method in dict.fromkeys(group[0]["method"] for group in groups):
+        yield method, sorted((group for group in groups if group[0]["method"] == method), key=key)
 
 
-def _draw_accuracy(ax: Any, groups: list[Seeds]) -> None:
-    for method, own in _methods(groups).items():
-        own.sort(key=lambda group: group.compression)
+def _compression(group: list[Record]) -> float:
+    """As the paper counts."""
+    return mean_of(group, "paper_compression_ratio") or 0.0
+
+
+def _workers(group: list[Record]) -> int:
+    return group[0]["workers"]
+
+
+def _accuracies(group: list[Record]) -> Floats:
+    """In per cent."""
+    return 100 * final(group, "test_accuracy")
+
+
+def _draw_accuracy(ax: Any, groups: Groups) -> None:
+    for method, own in _methods(groups, _compression):
         style = {"color": COLOURS[method], "label": NAMES[method], "linewidth": 1}
-        ratios, accuracies = [group.compression for group in own], [group.accuracies for group in own]
-        draw_bars(ax, ratios, accuracies, "o-" if method == "true_topk" else "o", **style)
+        line = "o-" if method == "true_topk" else "o"
+        draw_bars(ax, list(map(_compression, own)), list(map(_accuracies, own)), line, **style)
     ax.set(xscale="log", xlabel="compression, as the paper counts", ylabel="test accuracy (%)")
-    _finish(ax, [round(group.compression) for group in groups])
+    _finish(ax, [round(_compression(group)) for group in groups])
 
 
-def _draw_growth(ax: Any, groups: list[Seeds], figure: str, label: str) -> None:
-    for method, own in _methods(groups).items():
-        own.sort(key=lambda group: group.workers)
-        workers, values = [group.workers for group in own], [group.mean(figure) for group in own]
-        ax.plot(workers, values, "o-", color=COLOURS[method], label=NAMES[method], linewidth=1)
+def _draw_growth(ax: Any, groups: Groups, figure: str, label: str) -> None:
+    for method, own in _methods(groups, _workers):
+        values = [mean_of(group, figure) for group in own]
+        ax.plot(list(map(_workers, own)), values, "o-", color=COLOURS[method], label=NAMES[method], linewidth=1)
     ax.set(xscale="log", yscale="log", xlabel="workers", ylabel=label)
     ax.yaxis.set_minor_formatter("")
-    _finish(ax, [group.workers for group in groups])
+    _finish(ax, list(map(_workers, groups)))
 
 
 def _finish(ax: Any, ticks: list[int]) -> None:
@@ -94,13 +82,13 @@ def _finish(ax: Any, ticks: list[int]) -> None:
         ax.legend(fontsize=8)
 
 
-def _row(group: Seeds) -> Sequence[str]:
+def _row(group: list[Record]) -> Sequence[str]:
     """Of one method, setting and number of workers: means over seeds."""
-    found = group.accuracies
+    found = _accuracies(group)
     return [
-        *(NAMES[group.method], group.setting, str(group.workers)),
+        *(NAMES[group[0]["method"]], group[0]["setting"], str(_workers(group))),
         f"{found.mean():.1f} % ({found.min():.1f}–{found.max():.1f})",
-        *(told(group.mean(name), ",.0f") for name in ("updated_per_step", "wire_bytes_per_step")),
-        *(told(group.mean(name), ".2f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
-        str(len(group.runs)),
+        *(told(mean_of(group, name), ",.0f") for name in ("updated_per_step", "wire_bytes_per_step")),
+        *(told(mean_of(group, name), ".2f", "×") for name in ("compression_ratio", "paper_compression_ratio")),
+        str(len(group)),
     ]

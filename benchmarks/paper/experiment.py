@@ -80,28 +80,22 @@ class Session:
     """All runs of one call of an experiment: finished ones are in the results file, one may be in a checkpoint.
 
     Args:
-        arguments: those of :func:`add_arguments`.
-        experiment: its name.
+        arguments: those of every experiment.
         settings: what figures depend on beside the labels of a run; must be the same when resuming.
         transport: rank 0 writes the results and the log, every rank its own checkpoint.
-        device: where the model is.
 
     Raises:
         ValueError: resuming under other settings, or where nothing was begun.
     """
 
     def __init__(
-        self,
-        arguments: argparse.Namespace,
-        experiment: str,
-        settings: Mapping[str, Any],
-        transport: Transport,
-        device: torch.device,
+        self, arguments: argparse.Namespace, experiment: str, settings: Mapping[str, Any], transport: Transport
     ) -> None:
         self._path, self._every, self._transport = arguments.json, arguments.checkpoint_every, transport
         self._stop = StopRequest()
         self._log = self._path.with_suffix(".log.jsonl")
         self._checkpoint = checkpoint_path(self._path, transport.rank)
+        device = getattr(arguments, "device", torch.device("cpu"))
         about = {**describe_machine(device), "cores": os.cpu_count(), "command": _command()}
         self._results: dict[str, Any] = {"experiment": experiment, "settings": dict(settings), **about, "runs": []}
         if arguments.resume:

@@ -10,12 +10,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.figures import Record
 from benchmarks.paper import ablations_figure, cifar10_figure, mnist_figure, translation_figure
 
 # From all runs of an experiment and the path of its figure to its table.
-DRAW: dict[str, Callable[[list[dict[str, Any]], Path], str]] = {
+DRAW: dict[str, Callable[[list[Record], Path], str]] = {
     "mnist": mnist_figure.draw,
     "cifar10": cifar10_figure.draw,
     "ablations_mnist": ablations_figure.draw,
@@ -27,7 +27,7 @@ DRAW: dict[str, Callable[[list[dict[str, Any]], Path], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="what the experiments wrote with --json")
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    runs: dict[str, list[Record]] = defaultdict(list)
     figures: dict[str, Path] = {}
     for path in parser.parse_args().results:
         results = json.loads(path.read_text())

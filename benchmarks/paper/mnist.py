@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.image_data import load_mnist
 from benchmarks.paper.command_line import add_workers, connect, experiment_parser, parse, says_plainly
-from benchmarks.paper.exchanges import RealExchanges
 from benchmarks.paper.experiment import Session, Traffic, logarithmic
 from benchmarks.paper.linear_models import (
     CLASSES,
@@ -33,7 +32,7 @@ from benchmarks.paper.linear_models import (
     with_bias,
 )
 from benchmarks.paper.model_exchange import Workers, count_of
-from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
+from benchmarks.paper.simulation import RealExchanges, SimulatedAllreduce, SimulatedMean
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
 from hvd_sketch.transport import run_local
 
@@ -100,12 +99,7 @@ Exchange = SimulatedAllreduce | SimulatedMean | RealExchanges
 
 
 class LinearTraining:
-    """One :class:`benchmarks.paper.experiment.Training` of all ten classes.
-
-    Args:
-        workers: whose batches this process computes, among all that ``exchange`` connects.
-        traffic: of the exchange.
-    """
+    """A :class:`benchmarks.paper.experiment.Training` of all ten classes; ``workers`` are those of this process."""
 
     def __init__(self, task: Task, exchange: Exchange, workers: Sequence[int], traffic: Callable[[], Traffic]) -> None:
         self._task, self._exchange, self._workers, self.traffic = task, exchange, workers, traffic
@@ -209,7 +203,7 @@ def main() -> None:
     transport, workers = connect(arguments)
     train, test = with_bias(load_mnist(arguments.data_dir))
     settings = {"workers": count_of(workers), "batch": arguments.batch, "sketch": "7 x 40", "k": K, "P": 10}
-    session = Session(arguments, "mnist", settings, transport, torch.device("cpu"))
+    session = Session(arguments, "mnist", settings, transport)
     choices = product(arguments.recipes, arguments.steps, range(arguments.seeds), METHODS)
     for recipe, steps, seed, method in choices:
         task = Task(RECIPES[recipe], method, train, test, steps, arguments.batch, seed)

@@ -27,15 +27,7 @@ Workers = int | Transport  # so many in this process, or one on each rank
 
 
 class SimulatedModelExchange(Simulation):
-    """All workers in this process.
-
-    Args:
-        method: one of :data:`METHODS`; "dense" sends all tensors dense.
-        named: the model's parameters.
-        config: of the exchange.
-        workers: how many.
-        variant: of the algorithm.
-    """
+    """All workers in this process; ``method`` is one of :data:`METHODS`, "dense" sends all tensors dense."""
 
     def __init__(
         self, method: str, named: Sequence[NamedParameter], config: SketchConfig, workers: int, variant: Variant = PAPER
@@ -77,10 +69,9 @@ class RealModelExchange:
     def agree(self) -> None:
         if not self._exchange.average():
             raise FloatingPointError("a gradient is not finite: lower the learning rate")
-        self.updated = sum(self._updated_in(parameter) for parameter in self._parameters)
-
-    def _updated_in(self, parameter: Any) -> int:
-        return parameter.numel() if is_dense(parameter, self._dense_below) else int(parameter.grad.count_nonzero())
+        self.updated = sum(
+            p.numel() if is_dense(p, self._dense_below) else int(p.grad.count_nonzero()) for p in self._parameters
+        )
 
     def traffic(self) -> Traffic:
         return Traffic.of(self._exchange.ledger)

@@ -17,10 +17,7 @@ from hvd_sketch import SketchConfig
 class ModelTraining(ABC):
     """A :class:`benchmarks.paper.experiment.Training`; subclasses make gradients, give the rate, and measure.
 
-    Args:
-        model: the same on all ranks.
-        workers: all that take part.
-        method, config, variant: of the exchange.
+    ``model`` is the same on all ranks. ``method``, ``config`` and ``variant`` are those of the exchange.
     """
 
     def __init__(

@@ -79,35 +79,19 @@ def _read_lines(path: Path) -> list[str]:
     return [line.strip() for line in text.decode("utf-8").removesuffix("\n").split("\n")]  # not at U+2028 and its kin
 
 
-class Vocabulary:
-    """Byte pair encoding, one for both languages: :data:`PAD`, :data:`BEGIN`, :data:`END`, :data:`UNKNOWN`, pieces.
-
-    Args:
-        model: what SentencePiece serialised.
-    """
-
-    def __init__(self, model: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._pieces: Any = SentencePieceProcessor(model_proto=model)
-
-    def __len__(self) -> int:
-        return self._pieces.vocab_size()
-
-    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        return self._pieces.encode(list(sentences))
-
-    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        """Plain text again, spaces and punctuation as written."""
-        return self._pieces.decode([list(sentence) for sentence in tokens])
+Vocabulary = Any  # a SentencePieceProcessor: encodes and decodes lists of sentences
 
 
 def make_vocabulary(pairs: Pairs, size: int, folder: Path) -> Vocabulary:
-    """Of both sides of the training text, with exactly ``size`` pieces; kept in ``folder`` for the next call.
+    """Byte pair encoding of both languages: :data:`PAD`, :data:`BEGIN`, :data:`END`, :data:`UNKNOWN`, pieces.
+
+    Made from the training text, with exactly ``size`` entries, and kept in ``folder`` for the next call.
 
     Raises:
         ValueError: the text does not have so many pieces.
     """
+    from sentencepiece import SentencePieceProcessor
+
     text = [*pairs.source, *pairs.target]
     digest = hashlib.sha256("\n".join([str(size), *text]).encode()).hexdigest()
     kept = folder / f"pieces-{size}-{digest[:16]}.model"
@@ -115,7 +99,7 @@ def make_vocabulary(pairs: Pairs, size: int, folder: Path) -> Vocabulary:
         unfinished = kept.with_suffix(".unfinished")
         unfinished.write_bytes(_train_pieces(text, size))
         unfinished.replace(kept)
-    return Vocabulary(kept.read_bytes())
+    return SentencePieceProcessor(model_proto=kept.read_bytes())
 
 
 def _train_pieces(text: Sequence[str], size: int) -> bytes:

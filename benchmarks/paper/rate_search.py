@@ -29,10 +29,7 @@ class Search:
 def search_rates(first: Sequence[float], loss_at: Callable[[float], float], extensions: int) -> Search:
     """Try all of ``first``, then rates beyond the edge while the best lies there, then one on either side of the best.
 
-    Args:
-        first: rates a :data:`FACTOR` apart.
-        loss_at: what a rate leads to, finite.
-        extensions: at most so many rates beyond the edges.
+    ``first`` are rates a :data:`FACTOR` apart; at most ``extensions`` rates lie beyond its edges.
     """
     search = Search({rate: loss_at(rate) for rate in first})
     for _ in range(extensions):

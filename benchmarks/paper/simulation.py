@@ -8,6 +8,7 @@ Per coordinate and row 12 bytes of hash are written out, so this is for small di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hvd_sketch import SketchConfig
+from benchmarks.paper.experiment import Traffic
+from hvd_sketch import CommLedger, DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import load_backend
@@ -49,15 +51,12 @@ class SimulatedAllreduce:
         Args:
             gradients: float32 [workers of this process, problems, dim], finite.
         """
-        return torch.from_numpy(self._step_arrays(gradients.numpy()))
-
-    def _step_arrays(self, gradients: Floats) -> Floats:
-        workers, problems, _ = gradients.shape
+        c, produced = self._config, gradients.numpy()
+        workers, problems, _ = produced.shape
         if self._u is not None:
-            self._u *= np.float32(self._config.momentum)
-            self._u += gradients
-        self._v += gradients if self._u is None else self._u
-        c = self._config
+            self._u *= np.float32(c.momentum)
+            self._u += produced
+        self._v += produced if self._u is None else self._u
         cells, signs = _write_out(BlockHash(self._dim, c.rows, c.cols, workers, c.seed, self._step))
         tables = _summed_sketches(self._v, cells, signs, c.cols // workers * workers)
         estimates = _medians(tables, cells, signs)
@@ -70,7 +69,7 @@ class SimulatedAllreduce:
             for kept in (self._v,) if self._u is None else (self._v, self._u):
                 kept[:, problem, chosen] = 0
         self._step += 1
-        return update
+        return torch.from_numpy(update)
 
     def _candidates(self, tables: Floats, estimates: Floats) -> list[Ints]:
         """The coordinates of each problem that get exact sums: int64, ascending."""
@@ -127,6 +126,42 @@ class SimulatedMean:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._u = state["u"].clone()
+
+
+class RealExchanges:
+    """One exchange per problem over this rank's transport, one after the other. Communication: collective.
+
+    Args:
+        make: an exchange that writes into the ledger given.
+    """
+
+    def __init__(self, make: Callable[[CommLedger], SketchedAllreduce | DenseAllreduce], problems: int) -> None:
+        self._ledger = CommLedger(max_records=0)
+        self._exchanges = [make(self._ledger) for _ in range(problems)]
+
+    def step(self, gradients: Tensor) -> Tensor:
+        """See :meth:`SimulatedAllreduce.step`; this process has one worker."""
+        (own,) = gradients
+        updates = torch.zeros_like(own)
+        for exchange, gradient, update in zip(self._exchanges, own, updates, strict=True):
+            sent = exchange.step(gradient)
+            update[sent.indices] = sent.values
+        return updates
+
+    def traffic(self) -> Traffic:
+        """Of all steps, all problems together."""
+        return Traffic.of(self._ledger, len(self._exchanges))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "problems": [exchange.state_dict() for exchange in self._exchanges],
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for exchange, saved in zip(self._exchanges, state["problems"], strict=True):
+            exchange.load_state_dict(saved)
+        self._ledger.load_state_dict(state["ledger"])
 
 
 def _write_out(hash: BlockHash) -> tuple[Ints, Floats]:

@@ -83,7 +83,9 @@ class TranslationTraining(ModelTraining):
 
     def backward(self, worker: int) -> float:
         """The mean over all tokens of the worker's batches."""
-        torch.manual_seed(_dropout_seed(self._task.seed, self._done, worker))
+        # One for every worker and step, wherever the worker runs and whatever was drawn before.
+        dropout = np.random.SeedSequence([self._task.seed, self._done, worker])
+        torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
         accumulate, texts = self._task.recipe.accumulate, self._task.texts
         own = self._batches[worker * accumulate : (worker + 1) * accumulate]
         loaded = [texts.train.batch(numbers).to(self._task.device) for numbers in own]
@@ -114,11 +116,6 @@ class TranslationTraining(ModelTraining):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._stream.load_state_dict(state["stream"])
-
-
-def _dropout_seed(seed: int, step: int, worker: int) -> int:
-    """One for every worker and step, wherever the worker runs and whatever was drawn before."""
-    return int(np.random.SeedSequence([seed, step, worker]).generate_state(1, np.uint64)[0])
 
 
 def load_texts(data_dir: Path, cache_dir: Path, pieces: int, transport: Transport) -> Texts:
@@ -172,7 +169,7 @@ def main() -> None:
     settings = {"workers": count_of(workers), "label_smoothing": LABEL_SMOOTHING}
     settings |= {"bleu": bleu([""], [""]).signature, "decoding": "greedy"}
     settings["recipes"] = {model: asdict(recipe) for model, recipe in recipes.items()}
-    session = Session(arguments, "translation", settings, transport, arguments.device)
+    session = Session(arguments, "translation", settings, transport)
     for model, seed, method in product(arguments.models, range(arguments.seeds), arguments.methods):
         recipe = recipes[model]
         task = Task(model, method, recipe, texts[recipe.pieces], seed, arguments.device)

@@ -14,8 +14,6 @@ from hvd_sketch.exchange.candidates.sketch import SketchCandidates
 from hvd_sketch.exchange.feedback import Feedback
 from hvd_sketch.transport.base import Handle, finished, sum_in_rank_order
 
-TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -34,25 +32,13 @@ PAPER = Variant()
 
 
 class VariantAllreduce(SketchedAllreduce):
-    """The sketched exchange with a variant's departures.
-
-    Args:
-        variant: of the algorithm.
-        config: ``momentum`` is the factor, wherever the variant applies it.
-        dim, transport, device, **options: as for the exchange.
-    """
+    """The sketched exchange with a variant's departures; ``config.momentum`` is the factor, wherever it is applied."""
 
     def __init__(
-        self,
-        variant: Variant,
-        config: SketchConfig,
-        dim: int,
-        transport: Transport,
-        device: torch.device | str = "cpu",
-        **options: Any,
+        self, variant: Variant, config: SketchConfig, dim: int, transport: Transport, device: Any = "cpu", **more: Any
     ) -> None:
         before = config if variant.momentum == "before" else replace(config, momentum=0.0)
-        super().__init__(before, dim, transport, device, **options)
+        super().__init__(before, dim, transport, device, **more)
         if not variant.masking:
             self._feedback = _Unmasked(dim, before.momentum, device, transport.size, self._limits)
         if not variant.fresh_hashes or variant.table_dtype != "float32":
@@ -84,7 +70,7 @@ class _Unmasked(Feedback):
 class _Departing(SketchCandidates):
     def __init__(self, variant: Variant, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._fresh_hashes, self._dtype = variant.fresh_hashes, TABLE_DTYPES[variant.table_dtype]
+        self._fresh_hashes, self._dtype = variant.fresh_hashes, getattr(torch, variant.table_dtype)
 
     def begin(self, step: int) -> None:
         super().begin(step if self._fresh_hashes else 0)

@@ -20,7 +20,7 @@ from benchmarks.methods.top_k import LocalTopK
 from benchmarks.models import MODELS
 from benchmarks.network import accuracy_report, bandwidth_report
 from benchmarks.network.bandwidth_ranks import Inputs, matrices
-from benchmarks.network.break_even import break_even, fastest, name_bandwidth
+from benchmarks.network.bandwidth_report import break_even, fastest, name_bandwidth
 from benchmarks.network.checks import WrongResult, check, project
 from benchmarks.network.records import Records
 from benchmarks.network.time_to_accuracy import pending_over

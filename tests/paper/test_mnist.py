@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper import mnist_figure
-from benchmarks.paper.exchanges import RealExchanges
 from benchmarks.paper.experiment import INTERRUPTED, checkpoint_path
 from benchmarks.paper.linear_models import (
     CLASSES,
@@ -28,7 +27,7 @@ from benchmarks.paper.linear_models import (
     smoothed_hinge,
 )
 from benchmarks.paper.mnist import BETA, DIM, RECIPES, RHO, XI, XI_MU, K, Task, simulated_training
-from benchmarks.paper.simulation import SimulatedAllreduce, SimulatedMean
+from benchmarks.paper.simulation import RealExchanges, SimulatedAllreduce, SimulatedMean
 from hvd_sketch import CountSketch, DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.transport import run_local
 from tests.support.harness import run_command
