@@ -1,4 +1,4 @@
-"""``python -m hvd_sketch``: which version this is, and the kernels compiled before a job needs them."""
+"""``python -m hvd_sketch``: print the version, or compile the kernels before a job needs them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"hvd_sketch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    told = "compile the CPU kernels now and keep them (beside the package, or in NUMBA_CACHE_DIR): no job waits for it"
-    commands.add_parser("warm-up", help=told, description=told)
+    text = "compile the CPU kernels now and keep them (beside the package, or in NUMBA_CACHE_DIR): no job waits for it"
+    commands.add_parser("warm-up", help=text, description=text)
     parser.parse_args(arguments)
-    return _warm_up()
-
-
-def _warm_up() -> int:
-    from hvd_sketch.warm_up import warm_up
+    from hvd_sketch.warm_up import warm_up  # not before: it imports Numba, which --version does not need
 
     warm_up(print)
     return 0

@@ -1,4 +1,4 @@
-"""SketchConfig: every choice of the exchange in one frozen, validated value."""
+"""SketchConfig: all choices of the exchange in one frozen, validated value."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class SketchConfig:
         rows: rows of the table; the estimate is their median. At equal bytes three do as well as five or
             seven and cost less.
         oversample: ``P`` of the paper: ``P * k`` candidates get an exact value before the k largest are kept.
-            More => better choice, more bytes. Clamped so that ``P * k <= dim``. Plays no part in HEAVYMIX.
+            More => better choice, more bytes. Clamped so that ``P * k <= dim``. HEAVYMIX ignores it.
         momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
-        seed: of the hashes; every step hashes afresh from ``(seed, step)``.
+        seed: of the hashes; every step has its own hash, from ``(seed, step)``.
         selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
-        dense_below: tensors with fewer elements are exchanged dense, and those with ``ndim <= 1`` with fewer than 64
-            times as many: biases and norms. 0: all are sketched.
+        dense_below: tensors with fewer elements are exchanged dense. The limit is 64 times as high for tensors with
+            ``ndim <= 1``: biases and norms. 0: all are sketched.
         deterministic: sum in rank order on every transport, so that all give equal bits. On a GPU also call
-            ``torch.use_deterministic_algorithms(True)``, or the table is made by atomic additions in any order.
+            ``torch.use_deterministic_algorithms(True)``; otherwise atomic additions in any order make the table.
         sketch_in_backward: deprecated, without effect.
 
     Raises:
@@ -83,11 +83,11 @@ class SketchConfig:
             ratio: the paper's compression ratio, above 0; indices are not counted in it. HEAVYMIX counts with
                 ``oversample`` 1.
             dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
-            **overrides: any other field; given ``cols`` or ``k``, the rest of the floats go to the other.
+            **overrides: any other field. With ``cols``, k gets the rest of the floats; with ``k``, cols does.
 
         Raises:
-            ValueError: ``ratio`` not positive, ``dim`` below 1, another field out of range, or no table of at
-                least one column and no k of at least 1 fit the ratio.
+            ValueError: ``ratio`` not positive, ``dim`` below 1, another field out of range, or a ratio that leaves no
+                column or no k.
         """
         if not 0 < ratio < float("inf"):
             raise ValueError(f"ratio must be positive and finite, got {ratio!r}")

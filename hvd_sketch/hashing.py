@@ -53,7 +53,7 @@ class Purpose(IntEnum):
 def random_words(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Philox:
     """Philox keyed by ``(seed, step)``, at the start of a purpose's and row's own counter block.
 
-    Use ``random_raw()`` only: NumPy keeps its stream fixed, those of Generator methods may change.
+    Use ``random_raw()`` only: NumPy keeps its stream fixed, while the streams of Generator methods may change.
     """
     mask = 2**64 - 1
     key = np.array([seed & mask, step & mask], dtype=np.uint64)
@@ -85,9 +85,9 @@ def evaluate_cubic(coefficients: WordArray, x: npt.NDArray[np.integer]) -> WordA
 def block_size(dim: int, cols: int, shards: int) -> int:
     """Largest power of two ``<= min(256, C / 4, dim / (16 * shards))`` with ``C = cols // shards``, at least 1.
 
-    A block as long as the row meets almost every other block in exactly one lane, which is not how random
-    hashes collide: at dim 785, 7 x 40, the recall of ten adjacent heavy coordinates was 0.012 lower than under an
-    ideal hash with blocks of 32, of ten spread ones 0.014 higher; within 0.005 with blocks of 8.
+    A block as long as the row meets almost every other block in exactly one lane: random hashes do not collide so.
+    Recall at dim 785, 7 x 40, against an ideal hash: with blocks of 32, 0.012 lower for ten adjacent heavy coordinates
+    and 0.014 higher for ten spread ones; with blocks of 8, within 0.005.
     """
     limit = max(1, min(MAX_BLOCK, cols // shards // 4, dim // (16 * shards)))
     return 1 << (limit.bit_length() - 1)
@@ -95,7 +95,7 @@ def block_size(dim: int, cols: int, shards: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class BlockHash:
-    """Where every coordinate of a ``dim``-long vector lies in a ``[rows, shards, cols // shards]`` table.
+    """The cell of every coordinate of a ``dim``-long vector in a ``[rows, shards, cols // shards]`` table.
 
     Stores ``8 * rows + 4`` coefficients and nothing per coordinate.
 
@@ -117,10 +117,9 @@ class BlockHash:
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MAX_DIM:
             raise ValueError(f"dim must be between 1 and {MAX_DIM}, got {self.dim}")
-        if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}")
-        if self.shards < 1:
-            raise ValueError(f"shards must be at least 1, got {self.shards}")
+        for name in ("rows", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.cols < self.shards:
             raise ValueError(
                 f"cols must be at least 1 for each of the {self.shards} shards (one per rank), "
@@ -140,7 +139,7 @@ class BlockHash:
 
     @property
     def shard_cols(self) -> int:
-        """Columns of one shard's part of a row, ``C``."""
+        """Columns of one shard in a row, ``C``."""
         return self.cols // self.shards
 
     @property
@@ -159,12 +158,12 @@ class BlockHash:
         return np.where(bits == 1, np.float32(-1), np.float32(1))
 
     def offsets(self, row: int, block: IntArray) -> IntArray:
-        """Column of lane 0 of each block in its shard's part of the row: int64 in ``[0, C)``."""
+        """Column of lane 0 of each block, counted within its shard: int64 in ``[0, C)``."""
         words = evaluate_cubic(self.offset_coefficients[row], block)
         return ((words * np.uint64(self.shard_cols)) >> np.uint64(31)).astype(np.int64)
 
     def rotations(self, group: IntArray) -> IntArray:
-        """``rho``: by how much the shards of each group of ``W`` blocks are rotated, in ``[0, W)``."""
+        """``rho``: the rotation of the shards of each group of ``W`` blocks, in ``[0, W)``."""
         words = evaluate_cubic(self.shard_coefficients, group)
         return ((words * np.uint64(self.shards)) >> np.uint64(31)).astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Communication volume: one record for every collective, taken from the buffers handed to it."""
+"""Communication volume: one record for every collective, from the sizes of its buffers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. This is what the
-# transports really send (tests/netlab/test_wire.py), small allreduces apart: for flags and histograms Open MPI doubles
-# recursively, log2(W) times the payload, and for large ones at 3 ranks it sends 1.125 times the ring.
+# How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. The transports
+# really send these bytes (tests/netlab/test_wire.py), except in allreduces by Open MPI: small ones, of flags and
+# histograms, double recursively and send log2(W) times the payload; large ones at 3 ranks send 1.125 times the ring.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
 
 
@@ -21,15 +21,14 @@ class Record:
 
     Attributes:
         step: number of the step, from 0; -1 before the first.
-        phase: which part of the algorithm asked for it ("agree", "sketch", "select", "indices", …).
+        phase: of the algorithm ("agree", "sketch", "select", "indices", …).
         collective: "allreduce", "reduce_scatter", "alltoall", "allgather" or "broadcast".
         dtype: of the elements, as NumPy names it.
         payload_bytes: the whole logical vector: a reduce_scatter's or alltoall's input, an allgather's output,
             an allreduce's or broadcast's buffer.
-        wire_bytes: modelled from it: what one rank sends on average under the ring form,
-            ``passes * (W - 1) / W * payload_bytes``.
-        staged_bytes: copied between a device and the host for it, both ways, codes with the length they travel with;
-            0 where all is on the host, or the transport reads device memory itself.
+        wire_bytes: bytes that one rank sends on average in a ring, ``passes * (W - 1) / W * payload_bytes``.
+        staged_bytes: copied between a device and the host, both ways, codes as long as they travel; 0 where all is on
+            the host, or the transport reads device memory itself.
     """
 
     step: int
@@ -53,7 +52,7 @@ class Totals:
 
 
 class CommLedger:
-    """What one rank's exchange handed to the network, and what a dense exchange would have.
+    """The bytes of one rank's exchange, and of a dense exchange in its place.
 
     Totals and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None: all).
     """
@@ -65,7 +64,7 @@ class CommLedger:
         self._payload_bytes = 0
         self._wire_bytes = 0
         self._staged_bytes = 0
-        self._ring_bytes = 0  # passes * payload: the wire without its factor (W - 1) / W, which ratios do not need
+        self._ring_bytes = 0  # passes * payload, without the factor (W - 1) / W: it cancels in ratios
         self._dense_ring_bytes = 0
         self._paper_floats = 0
         self._dense_floats = 0
@@ -93,9 +92,9 @@ class CommLedger:
         self._ring_bytes += ring_bytes
 
     def compare_with_dense(self, elements: int, dense_bytes: int, paper_floats: int) -> None:
-        """Note what this step stood in for: a gradient of so many elements and bytes (in its own dtype).
+        """Add the dense exchange that this step replaces: of ``elements``, ``dense_bytes`` in the gradient's dtype.
 
-        ``paper_floats`` is what the paper counts for it, ``|S| + Pk + k``; ``2 * elements`` where it went dense.
+        ``paper_floats`` is the paper's count for this step, ``|S| + Pk + k``, or ``2 * elements`` for a dense one.
         """
         self._dense_floats += 2 * elements
         self._dense_ring_bytes += RING_PASSES["allreduce"] * dense_bytes
@@ -105,10 +104,9 @@ class CommLedger:
         return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes, self._staged_bytes)
 
     def compression_ratio(self) -> float:
-        """Bytes a ring allreduce of the dense gradient would send over the bytes we send, both modelled.
+        """Bytes of a ring allreduce of the dense gradient over the bytes we send, both modelled; NaN before any step.
 
-        Everything counts: indices, histograms, flags. The factor (W - 1) / W is in both and cancels, so the
-        ratio is defined on one rank too. NaN before the first step.
+        Everything counts: indices, histograms, flags. The factor (W - 1) / W cancels: one rank has a ratio, too.
         """
         return self._dense_ring_bytes / self._ring_bytes if self._ring_bytes else float("nan")
 
@@ -117,11 +115,11 @@ class CommLedger:
         return self._dense_floats / self._paper_floats if self._paper_floats else float("nan")
 
     def state_dict(self) -> dict[str, int]:
-        """All that was counted, without the records: so that totals of a resumed run are those of the whole."""
+        """All counts, without the records: the totals of a resumed run then cover the whole run."""
         return {name: count for name, count in vars(self).items() if isinstance(count, int)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting from a :meth:`state_dict`."""
+        """Continue from a :meth:`state_dict`."""
         vars(self).update(state)
 
     def write_jsonl(self, path: str | Path) -> None:

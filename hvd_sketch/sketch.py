@@ -19,9 +19,9 @@ class CountSketch:
     Args:
         dim: length of the vector, at least 1.
         rows, cols: shape of the table, all shards together; ``cols`` at least ``shards``.
-        seed, step: of the hash; sketches merge only under equal ones.
-        shards: parts the coordinates and the table's columns are dealt into, one for each rank.
-        device: where the table lies.
+        seed, step: of the hash; only sketches with equal ``seed`` and ``step`` merge.
+        shards: the coordinates and the table's columns are divided into shards, one for each rank.
+        device: of the table.
         backend: "reference" (NumPy), "numba" (CPU), "triton" (CUDA), or None for the fastest on ``device``.
 
     Attributes:
@@ -68,7 +68,7 @@ class CountSketch:
         return self
 
     def zero_(self, step: int | None = None) -> CountSketch:
-        """Empty the table; with ``step``, hash afresh for that step. Returns self."""
+        """Empty the table; with ``step``, use that step's hash from now on. Returns self."""
         self.table.zero_()
         if step is not None and step != self.hash.step:
             h = self.hash
@@ -129,12 +129,13 @@ def row_energies(table: Tensor) -> Tensor:
 def heavy_threshold(norm: float, k: int) -> int:
     """Magnitude bits above which a float32 is at least ``norm / sqrt(k)`` (paper, Alg. 1, line 3).
 
-    Where the norm does not fit, only infinities and NaN are above.
+    If that quotient exceeds float32, only infinities and NaN are above.
     """
-    if not norm / math.sqrt(k) <= np.finfo(np.float32).max:
-        return int(np.finfo(np.float32).max.view(np.int32))
-    least = np.float32(norm / math.sqrt(k))
-    if float(least) < norm / math.sqrt(k):
+    bound, greatest = norm / math.sqrt(k), np.finfo(np.float32).max
+    if not bound <= greatest:
+        return int(greatest.view(np.int32))
+    least = np.float32(bound)
+    if float(least) < bound:
         least = np.nextafter(least, np.float32(np.inf))
     return int(least.view(np.int32)) - 1
 
@@ -142,8 +143,8 @@ def heavy_threshold(norm: float, k: int) -> int:
 def fill_at_random(heavy: Tensor, k: int, dim: int, seed: int, step: int) -> Tensor:
     """``heavy`` and ``k - len(heavy)`` others, uniform without replacement: int64 [k], ascending, on its device.
 
-    The same on every rank: drawn by Floyd's algorithm (Bentley and Floyd 1987) from Philox under
-    ``(seed, step)`` among the ranks of the other coordinates, then mapped past the heavy ones.
+    Equal on every rank. Floyd's algorithm (Bentley and Floyd 1987) draws, from Philox under ``(seed, step)``, places
+    among the other coordinates.
     """
     missing = k - heavy.numel()
     others = dim - heavy.numel()
@@ -152,8 +153,8 @@ def fill_at_random(heavy: Tensor, k: int, dim: int, seed: int, step: int) -> Ten
     for last, word in zip(range(others - missing, others), words.tolist(), strict=True):
         candidate = (word * (last + 1)) >> 64  # uniform in [0, last] up to a bias of 2^-29
         drawn.add(last if candidate in drawn else candidate)
-    ranks = np.array(sorted(drawn), dtype=np.int64)
-    # The r-th other coordinate is r plus the number of heavy ones below it; heavy[i] - i others lie below heavy[i].
+    places = np.array(sorted(drawn), dtype=np.int64)
+    # Other coordinate number r is r plus the number of heavy ones below it; heavy[i] - i others are below heavy[i].
     taken = heavy.cpu().numpy()
-    below = np.searchsorted(taken - np.arange(taken.size), ranks, side="right")
-    return torch.from_numpy(np.sort(np.concatenate([taken, ranks + below]))).to(heavy.device)
+    below = np.searchsorted(taken - np.arange(taken.size), places, side="right")
+    return torch.from_numpy(np.sort(np.concatenate([taken, places + below]))).to(heavy.device)

@@ -148,11 +148,8 @@ def _marker() -> Path:
     sources = [Path(getfile(module)).stat() for module in (loops, host)]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [
-        platform.python_version(),
-        numba.__version__,
-        llvmlite.__version__,
-        llvmlite.binding.get_host_cpu_name(),
-        llvmlite.binding.get_host_cpu_features().flatten(),
+        *(platform.python_version(), numba.__version__, llvmlite.__version__),
+        *(llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()),
         *(f"{source.st_mtime_ns} {source.st_size}" for source in sources),
         *(setting for setting in settings if not setting.startswith(("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"))),
     ]

@@ -61,10 +61,11 @@ def _ints(values: list[int]) -> ir.Constant:
     return ir.Constant(_INTS, values)
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_INTS, ir.Undefined)
+def _splat(builder: Any, value: Any, lanes: int = LANES_PER_WORD) -> Any:
+    ints = ir.VectorType(_I32, lanes)
+    undefined = ir.Constant(ints, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, _ints([0] * LANES_PER_WORD))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ints, [0] * lanes))
 
 
 def _lanes_at(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:
@@ -141,8 +142,8 @@ def _store_median(
 def _median_network(builder: Any, votes: list[Any]) -> Any:
     """Min/max code for the median (mean of the middle two), 7 compare-exchanges for 5 rows.
 
-    Forgetful selection: of n // 2 + 2 votes neither the least nor the greatest is the median of n, so both
-    are dropped and one more vote is taken in.
+    Forgetful selection: of n // 2 + 2 votes neither the least nor the greatest is the median of n. So both
+    are dropped and one more vote is added, again and again.
     """
 
     def exchange(low: int, high: int) -> None:
@@ -170,7 +171,7 @@ def _median_network(builder: Any, votes: list[Any]) -> Any:
 
 @intrinsic
 def _prefetch(typing: Any, table: Any, cell: Any) -> Any:
-    """Ask for the cache line of ``table[cell]``."""
+    """Begin to load the cache line of ``table[cell]``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         table, cell = arguments
@@ -233,21 +234,14 @@ def _match_above(typing: Any, bits: Any, index: Any, threshold: Any) -> Any:
 @intrinsic
 def lowest_bit(typing: Any, mask: Any) -> Any:
     """Position of the lowest set bit of a uint64; MASK_LANES where there is none."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.intp(types.uint64), generate
+    defined = ir.Constant(ir.IntType(1), 0)  # also for 0
+    return types.intp(types.uint64), lambda context, builder, signature, words: builder.cttz(*words, defined)
 
 
 @intrinsic
 def count_ones(typing: Any, mask: Any) -> Any:
     """How many bits of a uint64 are set."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.intp(types.uint64), generate
+    return types.intp(types.uint64), lambda context, builder, signature, words: builder.ctpop(*words)
 
 
 @intrinsic
@@ -261,9 +255,7 @@ def _store_set_bits(typing: Any, out: Any, at: Any, table: Any, eight: Any, base
         data = context.make_array(signature.args[2])(context, builder, table).data
         source = builder.bitcast(builder.gep(data, [row]), bytes_.as_pointer())
         lanes = builder.zext(builder.load(source, align=1), ints)
-        undefined = ir.Constant(ints, ir.Undefined)
-        first = builder.insert_element(undefined, builder.trunc(base, _I32), ir.Constant(_I32, 0))
-        bases = builder.shuffle_vector(first, undefined, ir.Constant(ints, [0] * 8))
+        bases = _splat(builder, builder.trunc(base, _I32), 8)
         target = _lanes_at(context, builder, signature.args[0], out, at, ints)
         builder.store(builder.add(lanes, bases), target, align=4)
         return context.get_dummy_value()
@@ -273,7 +265,7 @@ def _store_set_bits(typing: Any, out: Any, at: Any, table: Any, eight: Any, base
 
 @intrinsic
 def _atomic_add(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Add to an int64 that other threads use too; returns what it was."""
+    """Add to an int64 that other threads also change; returns the old value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, index, value = arguments

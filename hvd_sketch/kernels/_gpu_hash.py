@@ -88,7 +88,7 @@ def sign_words(coefficients, row, word):
 
 
 @triton.jit
-def flipped(values, words, origin, place):
+def flip(values, words, origin, place):
     """Bits, int32, of a matrix of float32 values, negated where the coordinate's bit in the row's word is set."""
     bit = (origin & 15).to(tl.int32)[:, None] + place
     return values.to(tl.int32, bitcast=True) ^ ((words[:, None] >> bit) << 31)
@@ -111,7 +111,7 @@ def lanes(BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def wrapped(column, cols):
+def wrap(column, cols):
     return tl.where(column >= cols, column - cols, column)
 
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from hvd_sketch.kernels._gpu_hash import VARYING, columns, flipped, for_lanes, sign_words, tile_blocks, wrapped
+from hvd_sketch.kernels._gpu_hash import VARYING, columns, flip, for_lanes, sign_words, tile_blocks, wrap
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
 NETWORK_ROWS = 9  # medians of more rows are found by counting, which loads rows * rows votes instead of rows
@@ -29,10 +29,10 @@ def _vote(
     ``shard_row`` points to the first cell of each matrix row's shard in that row of the table.
     """
     column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
-    cells = shard_row[:, None] + wrapped(column[:, None] + place, cols)
+    cells = shard_row[:, None] + wrap(column[:, None] + place, cols)
     votes = tl.load(cells, mask=exists, other=0.0)
     magnitude = _magnitudes(votes)
-    key = _mirrored(flipped(votes, sign_words(coefficients, row, origin >> 4), origin, place))
+    key = _mirrored(flip(votes, sign_words(coefficients, row, origin >> 4), origin, place))
     return tl.where(magnitude > _INFINITY, magnitude, key)
 
 
@@ -54,13 +54,12 @@ def _sorted(a, b):
 
 @triton.jit
 def _medians(
-    table, coefficients, block, base, first, place, dim, cols, row_cells,
+    shard_row, coefficients, block, first, place, dim, cols, row_cells,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Medians over rows at the places ``place``, [1, WIDTH], of the tile's matrix: [TILE // LANES, WIDTH]."""
     WIDTH: tl.constexpr = place.shape[1]
     origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
-    shard_row = table + for_lanes(base, BLOCK, LANES, TILE)
     exists = origin[:, None] + place < dim
     if ROWS <= _NETWORK_ROWS:
         # The five least values so far, in order, of ROWS votes and some values below all votes. The last one will be
@@ -113,36 +112,28 @@ def _estimates(
     of another sign word. Four calls for a fourth of the places each give a thread four neighbours of one sign word.
     """
     block, base = tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
+    cells = table + for_lanes(base, BLOCK, LANES, TILE)
     first = (tl.arange(0, TILE // LANES) * LANES) % BLOCK
     if LANES < 4 or ROWS > _NETWORK_ROWS:
         place = tl.arange(0, LANES)[None, :]
-        median = _medians(
-            table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
-        )
+        median = _medians(cells, coefficients, block, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
     else:
         place = tl.arange(0, LANES // 4)[None, :] * 4
-        m0 = _medians(table, coefficients, block, base, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-        m1 = _medians(
-            table, coefficients, block, base, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
-        )
-        m2 = _medians(
-            table, coefficients, block, base, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
-        )
-        m3 = _medians(
-            table, coefficients, block, base, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE
-        )
+        m0 = _medians(cells, coefficients, block, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
+        m1 = _medians(cells, coefficients, block, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
+        m2 = _medians(cells, coefficients, block, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
+        m3 = _medians(cells, coefficients, block, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
         median = tl.join(tl.join(m0, m2), tl.join(m1, m3))
     return tl.reshape(median, (TILE,))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def estimate(
-    out, table, coefficients, start, stop, shard, dim, cols, row_cells,
-    OWNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr,
+    out, table, coefficients, start, stop, dim, cols, row_cells,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = start // TILE + tl.program_id(0).to(tl.int64)
-    median = _estimates(table, coefficients, tile, shard, dim, cols, row_cells, OWNED, ROWS, BLOCK, SHARDS, LANES, TILE)
+    median = _estimates(table, coefficients, tile, 0, dim, cols, row_cells, False, ROWS, BLOCK, SHARDS, LANES, TILE)
     position = tile * TILE + tl.arange(0, TILE)
     tl.store(out + position - start, median, mask=(position >= start) & (position < stop))
 

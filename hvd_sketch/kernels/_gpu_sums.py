@@ -5,17 +5,7 @@
 import triton
 import triton.language as tl
 
-from hvd_sketch.kernels._gpu_hash import (
-    VARYING,
-    columns,
-    flipped,
-    for_lanes,
-    lanes,
-    shards,
-    sign_words,
-    tile_blocks,
-    wrapped,
-)
+from hvd_sketch.kernels._gpu_hash import VARYING, columns, flip, for_lanes, lanes, shards, sign_words, tile_blocks, wrap
 
 # --- feedback and accumulate -------------------------------------------------------------------------------
 
@@ -57,8 +47,8 @@ def accumulate(
         value = tl.load(values + at, mask=mask)
     for row in range(first_row, last_row):
         column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
-        cells = (table + base)[:, None] + wrapped(column[:, None] + place, cols)
-        signed = flipped(value, sign_words(coefficients, row, origin >> 4), origin, place)
+        cells = (table + base)[:, None] + wrap(column[:, None] + place, cols)
+        signed = flip(value, sign_words(coefficients, row, origin >> 4), origin, place)
         tl.atomic_add(cells, signed.to(tl.float32, bitcast=True), mask=mask, sem="relaxed")
         table += row_cells
 
@@ -78,7 +68,7 @@ def list_landings(
     column = columns(coefficients, row, block, cols)
     shard = shards(coefficients, block, SHARDS)
     head = tl.minimum(column // BLOCK, lists - 1)
-    tail = tl.minimum(wrapped(column + BLOCK - 1, cols) // BLOCK, lists - 1)
+    tail = tl.minimum(wrap(column + BLOCK - 1, cols) // BLOCK, lists - 1)
     none = SHARDS * lists  # after all lists
     mask = at < count
     tl.store(tiles + 2 * at, shard * lists + head, mask=mask)
@@ -115,7 +105,7 @@ def gather(
         words |= sign_words(coefficients, row, (origin >> 4) + 1) << 16
         at = origin[:, None] + place - start
         lands = (lane[:, None] + place >= 0) & (lane[:, None] + place < BLOCK) & (at >= 0) & (at < size) & inside
-        value = flipped(tl.load(values + at, mask=lands, other=0.0), words, origin, place)
+        value = flip(tl.load(values + at, mask=lands, other=0.0), words, origin, place)
         total = tl.where(lands, total + value.to(tl.float32, bitcast=True), total)
     tl.store(table, total, mask=inside)
 

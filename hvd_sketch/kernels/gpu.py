@@ -25,13 +25,12 @@ select_above             8; 24 per coordinate returned                 -        
 
 Sorting: each block of 256 has two landings per row, each with a 4-byte key and an 8-byte position. Four radix passes
 of 8 bits read and write them: 2 * 4 * 24 / 256 bytes. So at 3 rows the atomic form moves 4 bytes through memory and the
-gathering form 14; therefore the atomic form is the default. That is reasoned, not measured: neither has run on a GPU
-yet. No data sheet says how fast L2 adds. If it adds at less than a third of the rate at which it reads, gathering is
-faster.
+gathering form 14: the atomic form is the default. This is not measured: neither has run on a GPU yet. Gathering is
+faster if L2 adds at less than a third of its read rate, which no data sheet states.
 
 Instructions of a thread per coordinate and row (sm_90 code by Triton 3.7, 3 rows): accumulate and estimate take 37, of
-which 10 or 11 are the hash. A block meets two tiles of the gathering form, and for each it takes about as many
-instructions, 29 % of them the hash.
+which 10 or 11 are the hash. The gathering form takes about as many for each of the two tiles that a block meets, 29 %
+of them the hash.
 """
 
 from __future__ import annotations
@@ -51,14 +50,11 @@ from hvd_sketch.kernels import _gpu_sums as sums
 from hvd_sketch.kernels.reference import clear_ as clear_  # torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
 
+Feedback = tuple[Tensor | None, Tensor | None, float]  # u, gradient, momentum
+NO_FEEDBACK: Feedback = None, None, 0.0
 ON_HOST = False
 TILE = 1024  # coordinates of a program: at least the largest block
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 COPIES = 256  # histograms side by side: most estimates are in about ten bins, where additions wait for each other
 
 
@@ -76,7 +72,7 @@ def feedback_accumulate_(
         feedback_(u, v, gradient, momentum)
         accumulate_gather_(hash, table, v, start)
     else:
-        accumulate_atomic_(hash, table, v, start, None, u, gradient, momentum)
+        accumulate_atomic_(hash, table, v, start, fed=(u, gradient, momentum))
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
@@ -89,22 +85,16 @@ def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows
 
 
 def accumulate_atomic_(
-    hash: BlockHash,
-    table: Tensor,
-    values: Tensor,
-    start: int,
-    rows: range | None = None,
-    u: Tensor | None = None,
-    gradient: Tensor | None = None,
-    momentum: float = 0.0,
+    hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None, fed: Feedback = NO_FEEDBACK
 ) -> None:
     """:func:`accumulate_` by atomic additions: the order of a cell's additions, and so its rounding, varies.
 
-    With a ``gradient``, :func:`feedback_` of u and ``values`` comes first.
+    With a gradient in ``fed``, :func:`feedback_` of u and ``values`` comes first.
     """
     assert table.is_contiguous() and values.is_contiguous()
     rows = range(hash.rows) if rows is None else rows
     size = values.numel()
+    u, gradient, momentum = fed
     numbers = momentum, start, size, hash.shard_cols, table[0].numel(), rows.start, rows.stop
     _launch(
         sums.accumulate, _tiles(start, size),
@@ -138,12 +128,11 @@ def accumulate_gather_(hash: BlockHash, table: Tensor, values: Tensor, start: in
 
 def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.estimate`."""
-    return _estimates(hash, table, start, stop, 0, OWNED=False)
-
-
-def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
-    """See :func:`hvd_sketch.kernels.reference.estimate_owned`."""
-    return _estimates(hash, shard_table, 0, hash.owned_size(shard), shard, OWNED=True)
+    assert table.is_contiguous()
+    out = torch.empty(stop - start, dtype=torch.float32, device=table.device)
+    numbers = device_coefficients(hash, table.device), start, stop, hash.dim, hash.shard_cols, table[0].numel()
+    _launch(selection.estimate, _tiles(start, stop - start), out, table, *numbers, ROWS=hash.rows, **_constants(hash))
+    return out
 
 
 def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
@@ -216,15 +205,6 @@ def _owned_estimates(hash: BlockHash, shard_table: Tensor, shard: int) -> _Sourc
     constants = {"ROWS": hash.rows, **_constants(hash)}
     numbers = device_coefficients(hash, shard_table.device), shard, hash.dim, hash.shard_cols
     return _Source(shard_table, ceil_div(longest, TILE), numbers, constants)
-
-
-def _estimates(hash: BlockHash, table: Tensor, start: int, stop: int, shard: int, OWNED: bool) -> Tensor:
-    assert table.is_contiguous()
-    out = torch.empty(stop - start, dtype=torch.float32, device=table.device)
-    numbers = device_coefficients(hash, table.device), start, stop, shard, hash.dim, hash.shard_cols, table[0].numel()
-    constants = {"OWNED": OWNED, "ROWS": hash.rows, **_constants(hash)}
-    _launch(selection.estimate, _tiles(start, stop - start), out, table, *numbers, **constants)
-    return out
 
 
 def _histogram(source: _Source, start: int, shift: int, bins: int) -> Tensor:

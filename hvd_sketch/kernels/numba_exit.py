@@ -1,4 +1,4 @@
-"""Numba's error messages without an escape code at the end of the user's program."""
+"""Numba without an escape code at the end of the user's program."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def keep_exit_silent() -> None:
-    """Numba's coloured messages no longer make colorama write ``ESC[0m`` to a terminal's stdout as the process ends.
+    """Keep colorama from writing ``ESC[0m`` to a terminal's stdout as the process ends. Communication: none.
 
-    Numba builds such messages, seen by nobody, while it compiles or loads a kernel, and calls ``colorama.init`` for
-    each. The first call registers ``colorama.reset_all`` to run at exit. Under mpirun the ranks' stdout is a terminal,
-    so every rank wrote it. Each message ends with its own reset: nothing is lost. A ``colorama.init`` of the user's
-    own works as before. Communication: none.
+    Numba builds coloured messages, which nobody sees, while it compiles or loads a kernel, and calls ``colorama.init``
+    for each. The first call registers ``colorama.reset_all`` to run at exit. Under mpirun the ranks' stdout is a
+    terminal, so every rank wrote the code. Each message ends with its own reset. The user's calls of ``colorama.init``
+    work as before.
     """
     try:
         initialise: Any = import_module("colorama.initialise")

@@ -1,10 +1,10 @@
 """The sketch kernels in plain NumPy: slow, readable, and the truth every other backend is tested against.
 
 A backend is a module with these functions. Tensors are float32 and contiguous, on the backend's
-device; ``hash`` is a :class:`~hvd_sketch.hashing.BlockHash`. None of them communicates.
+device; ``hash`` is a :class:`~hvd_sketch.hashing.BlockHash`. No function communicates.
 
-Functions that select take ``size``, how many they will find, where the caller knows it from a histogram: a device
-that works by itself then need not be waited for.
+Functions that select take the number of results as ``size`` where the caller knows it from a histogram: then they need
+not wait for a GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 
-ON_HOST = True  # whether the tensors lie in host memory
+ON_HOST = True  # whether the tensors are in host memory
 MAGNITUDE_MASK = 0x7FFFFFFF  # a float32 without its sign: unsigned order is the order of magnitudes
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
     """``u <- m * u + g``, ``v <- v + u`` (paper, Alg. 3, lines 1 and 2) in place, each operation rounded on its own.
 
-    All float32 [n]; ``u`` is None where momentum is 0: then it is g itself.
+    All float32 [n]. Where momentum is 0, ``u`` is None: ``v <- v + g``.
     """
     if u is not None:
         gradient = u.mul_(momentum).add_(gradient)
@@ -40,9 +40,7 @@ def feedback_accumulate_(
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
-    """Add coordinates ``start … start + len(values)`` to ``table`` [rows, shards, C] in place.
-
-    Only the given ``rows`` of it (consecutive ones); default all.
+    """Add coordinates ``start … start + len(values)`` to ``table`` [rows, shards, C], in all or the given rows.
 
     Source: Count Sketch update (paper, Alg. 4): ``S[j, h_j(i)] += s_j(i) * x``.
     """
@@ -52,28 +50,21 @@ def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows
 
 
 def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
-    """Median over rows for coordinates ``start … stop`` from a whole ``table`` [rows, shards, C].
+    """Median over rows for coordinates ``start … stop`` from ``table`` [rows, shards, C]: float32 [stop - start].
 
     For an even row count the mean of the two middle values (the lower one alone is biased).
-    Returns float32 [stop - start].
     """
     index = np.arange(start, stop, dtype=np.int64)
-    votes = np.empty((hash.rows, index.size), dtype=np.float32)
-    for row in range(hash.rows):
-        votes[row] = hash.signs(row, index) * table[row].numpy()[hash.cells(row, index)]
-    return torch.from_numpy(_median(votes))
+    return _median([hash.signs(j, index) * row.numpy()[hash.cells(j, index)] for j, row in enumerate(table)])
 
 
 def estimate_owned(hash: BlockHash, shard_table: Tensor, shard: int) -> Tensor:
-    """Median over rows for all coordinates of one shard, from its part ``shard_table`` [rows, C].
+    """Median over rows for a shard's coordinates, in its owner's order, from its table [rows, C].
 
-    Returns float32 [hash.owned_size(shard)] in the owner's own order.
+    Returns float32 [hash.owned_size(shard)].
     """
     index = hash.owned_to_global(shard, np.arange(hash.owned_size(shard), dtype=np.int64))
-    votes = np.empty((hash.rows, index.size), dtype=np.float32)
-    for row in range(hash.rows):
-        votes[row] = hash.signs(row, index) * shard_table[row].numpy()[hash.cells(row, index)[1]]
-    return torch.from_numpy(_median(votes))
+    return _median([hash.signs(j, index) * row.numpy()[hash.cells(j, index)[1]] for j, row in enumerate(shard_table)])
 
 
 def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
@@ -84,9 +75,9 @@ def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int
 def owned_histogram_kept(
     hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int, limit: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`owned_histogram`, and what it counts, as :func:`owned_above` returns it, padded with zeros at will.
+    """:func:`owned_histogram`, and the positions and values that it counts, as :func:`owned_above` returns them.
 
-    What is kept is not all, or None, where more than ``limit`` are counted.
+    Zeros may follow them. Where more than ``limit`` are counted, some are missing, or None is returned instead.
     """
     estimates = estimate_owned(hash, shard_table, shard)
     positions = select_above(estimates, start - 1)[:limit]
@@ -106,10 +97,10 @@ def owned_above(
 
 
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
-    """Counts float32 magnitude bits ``m`` (31 of them) in bins ``2**shift`` wide, from ``start`` upwards.
+    """Count the 31 magnitude bits ``m`` of float32 values in bins ``2**shift`` wide, from ``start`` upwards.
 
-    Of the non-zero values with ``m >= start``, count how many have each value of ``(m - start) >> shift``; all from
-    ``bins`` on count as ``bins``. Infinities and NaN count as the largest magnitudes. Returns int64 [bins + 1].
+    Bin ``min((m - start) >> shift, bins)`` counts a value that is not zero, with ``m >= start``. Infinities and NaN
+    count as the largest magnitudes. Returns int64 [bins + 1].
     """
     magnitude = _magnitude(values)
     counted = magnitude[(magnitude != 0) & (magnitude >= start)]
@@ -123,7 +114,7 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
     Zeros are never selected: a threshold below 0 counts as 0.
     """
     chosen = np.flatnonzero(_magnitude(values) > max(threshold, 0)).astype(np.int64)
-    # A device that relied on a wrong size would return too much or too little.
+    # A GPU would return too many or too few.
     assert size in (None, len(chosen)), f"{len(chosen)} are chosen, {size} were expected"
     return torch.from_numpy(chosen)
 
@@ -148,8 +139,8 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     """Write float32 ``values`` [n] at distinct ``indices`` of several tensors seen as one vector.
 
     Args:
-        targets: contiguous, of one dtype, which the values are rounded to; None in place of those to be let alone.
-        starts: int64 [len(targets) + 1], where in the vector each begins, and where it ends.
+        targets: contiguous, of one dtype, to which the values are rounded; None for a tensor that is not written.
+        starts: int64 [len(targets) + 1], where each target begins in the vector, and where the vector ends.
         indices: int64 [n], ascending.
     """
     cuts = torch.searchsorted(indices, starts).tolist()
@@ -158,12 +149,11 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
             target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
 
 
-def _median(votes: np.ndarray) -> np.ndarray:
-    votes.sort(axis=0)
-    rows = len(votes)
+def _median(votes: list[np.ndarray]) -> Tensor:
+    ordered, rows = np.sort(np.stack(votes), axis=0), len(votes)
     if rows % 2:
-        return votes[rows // 2].copy()
-    return (votes[rows // 2 - 1] + votes[rows // 2]) * np.float32(0.5)
+        return torch.from_numpy(ordered[rows // 2].copy())
+    return torch.from_numpy((ordered[rows // 2 - 1] + ordered[rows // 2]) * np.float32(0.5))
 
 
 def _magnitude(values: Tensor) -> np.ndarray:

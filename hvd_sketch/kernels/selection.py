@@ -1,9 +1,9 @@
-"""Where the ``count`` largest magnitudes end: a search by histograms, for a vector in memory or in shares of ranks.
+"""The threshold of the ``count`` largest magnitudes, found by histograms, of a vector in memory or in shares of ranks.
 
-Magnitudes are a float32's bits without the sign, which are ordered as the magnitudes are. Thresholds lie on a fixed
-grid of 16 to 2,048 bins per power of two: all from the edge upwards is taken, a few per cent more than ``count``, or
-less where the grid is fine. One histogram is enough where a lower bound on the threshold is known from the step before,
-two or three are otherwise. The result does not depend on that bound.
+A magnitude is a float32's bits without the sign: these integers have the order of the absolute values. Thresholds are
+on a fixed grid of 16 to 2,048 bins per power of two. All values from the edge of a bin upwards are taken: more than
+``count`` by a few per cent, or less where the grid is fine. One histogram is enough with a lower bound on the threshold
+from the previous step, otherwise two or three are needed. The result does not depend on the bound.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
 MAGNITUDE_BITS = 31
 OCTAVE = 1 << 23  # magnitude bits from one power of two to the next
-# More values in the boundary bin make the grid finer there: many equal ones would all be taken. In units of
-# ``count / bins`` a bin holds four to six of normal noise at 2 to 3 deviations, up to twelve of noisy estimates.
+# More values in the boundary bin make the grid finer there: many equal values would all be taken. In units of
+# ``count / bins``, a bin has four to six values of normal noise at 2 to 3 deviations, up to twelve noisy estimates.
 ALWAYS_IN_BOUNDARY_BIN = 64
 IN_BOUNDARY_BIN_PER_BIN = 4
 
@@ -30,11 +30,11 @@ Look = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where the ``count`` largest magnitudes end; equal on all ranks, but for ``own``.
+    """The threshold of the ``count`` largest magnitudes; equal on all ranks, except ``own``.
 
     Attributes:
-        edge: magnitude bits; everything from there upwards is taken, zeros never.
-        upper: magnitude bits where the boundary bin ends, in which the ``count``-th largest lies.
+        edge: magnitude bits; all values from there upwards are taken, zeros never.
+        upper: magnitude bits where the boundary bin ends. The ``count``-th largest value is in the boundary bin.
         excess: how many more than ``count`` are taken over all ranks, all of them in the boundary bin.
         own: how many this rank takes.
     """
@@ -48,21 +48,20 @@ class Threshold:
 def histogram_bins(count: int) -> int:
     """How many bins per power of two: near twice the root of ``count``.
 
-    A histogram of twice as many bins costs as many bytes more as it saves in values beyond ``count``.
+    There a histogram of twice as many bins costs the bytes that it saves in values beyond ``count``.
     """
     return 1 << min(max((count.bit_length() + 3) // 2, 4), 11)
 
 
 def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
-    """The highest edge of the grid from which at least ``count`` non-zero values lie upwards; 0 if there are fewer.
+    """The highest edge of the grid with at least ``count`` non-zero values from it upwards; 0 if there are fewer.
 
     Infinities and NaN count as the largest.
 
     Args:
         look: makes the histograms.
         count: how many values, at least 0.
-        lower_bound: magnitude bits below which the threshold hardly lies; equal on all ranks. A wrong one costs
-            further looks.
+        lower_bound: magnitude bits, probably below the threshold; equal on all ranks. A wrong bound costs more looks.
     """
     if count == 0:
         return Threshold(MAGNITUDE_MASK + 1, MAGNITUDE_MASK + 1, excess=0, own=0)

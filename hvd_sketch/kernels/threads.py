@@ -4,9 +4,8 @@ Numba's threads (``parallel=True``) are not used, because they belong to the use
 pool runs, forked workers of a DataLoader that use Numba die. Starting the pool changes the number of torch's threads.
 Its workqueue ends a process that enters it from two threads.
 
-Torch's threads have just computed the gradient. They wait for more work for some milliseconds without sleeping, and
-other threads would have to share the cores with them: a step of 25 million coordinates on two cores takes 50 ms on
-torch's threads and 57 ms beside them.
+Torch's threads have just computed the gradient and wait for more work for some milliseconds without sleeping: a step of
+25 million coordinates on two cores takes 50 ms on torch's threads, and 57 ms on others that share the cores with them.
 
 The caller never depends on a helper: it runs every index that no other thread has begun. Threads that start late, are
 busy with another call or cannot be started only cost time.

@@ -1,4 +1,4 @@
-"""Horovod through ``horovod.torch``, on all ranks or those of one process set."""
+"""Horovod through ``horovod.torch``, on all ranks or on the ranks of one process set."""
 
 from __future__ import annotations
 

@@ -31,29 +31,15 @@ class _Room:
         if self.combine is not None:
             self.combined = self.combine(self.shown)
 
-    def abort(self) -> None:
-        self.all_show.abort()
-        self.all_have_read.abort()
-
 
 class LocalTransport:
     """One rank of a group of threads; made by :func:`local_transports`. Sums are in rank order."""
 
+    overlaps = False
+
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
-        self._rank = rank
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return len(self._room.shown)
-
-    @property
-    def overlaps(self) -> bool:
-        return False
+        self.rank, self.size = rank, len(room.shown)
 
     def stages(self, device: torch.device) -> bool:
         return False
@@ -85,15 +71,16 @@ class LocalTransport:
 
     def abort(self) -> None:
         """Release the other ranks, now or at their next collective, with ``BrokenBarrierError``."""
-        self._room.abort()
+        self._room.all_show.abort()
+        self._room.all_have_read.abort()
 
     def _shown_to_me(self) -> list[Tensor]:
-        return [tensor[self._rank] for tensor in self._room.shown]
+        return [tensor[self.rank] for tensor in self._room.shown]
 
     def _exchange(self, tensor: Tensor, read: Callable[[Tensor], Tensor], combine: Combine | None = None) -> Tensor:
         """Show ``tensor`` to the group, read the combined tensors, and return once all have read."""
         room = self._room
-        room.shown[self._rank] = tensor
+        room.shown[self.rank] = tensor
         room.combine = combine  # the same on all ranks
         room.all_show.wait()
         result = read(room.combined)

@@ -17,13 +17,7 @@ HOST = torch.device("cpu")
 
 
 class MeteredTransport(ForwardingTransport):
-    """Records every collective.
-
-    Args:
-        inner: the transport that carries the collectives.
-        ledger: where the records go.
-        deterministic: sums are made in rank order.
-    """
+    """Records every collective of ``inner`` in ``ledger``; with ``deterministic`` it sums in rank order."""
 
     def __init__(self, inner: Transport, ledger: CommLedger, deterministic: bool = False) -> None:
         super().__init__(inner)
@@ -33,11 +27,9 @@ class MeteredTransport(ForwardingTransport):
 
     @contextmanager
     def phase(self, name: str, device: torch.device = HOST) -> Iterator[None]:
-        """Name the phase of the algorithm that the collectives inside belong to.
+        """The collectives inside belong to the phase ``name`` of the algorithm.
 
-        Args:
-            name: of the phase.
-            device: the device that host tensors for the collectives were copied from; their results are needed there.
+        Their host tensors were copied from ``device``, and the results are needed there.
         """
         outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
@@ -75,11 +67,9 @@ class MeteredTransport(ForwardingTransport):
         return super().broadcast_(tensor, root)
 
     def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
-        """Record a collective.
+        """Record a collective of the whole logical vector ``payload``.
 
         Args:
-            collective: its name.
-            payload: the whole logical vector.
             moved: bytes that this rank reads and writes; the transport stages them if the device needs that.
             copied: bytes that the caller copies between device and host where the payload is a host copy. Default:
                 ``moved``. A histogram is copied one way, in int64: its sums stay on the host.

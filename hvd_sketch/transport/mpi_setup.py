@@ -51,7 +51,7 @@ def channel_on(mpi: Any, comm: MPI.Intracomm) -> Channel:
 
 @cache
 def _channel_keyval(mpi: Any) -> int:
-    """The key of a communicator's channel. The user's own duplicates of the communicator do not inherit the channel."""
+    """The key of a communicator's channel, which the user's duplicates of the communicator do not inherit."""
     return mpi.Comm.Create_keyval(delete_fn=lambda comm, keyval, channel: channel.close())
 
 

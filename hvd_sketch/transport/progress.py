@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle
+from hvd_sketch.transport.base import Handle, Pending
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,13 +40,14 @@ class Progress:
             self._thread.start()
         self._in_flight += 1
         self._needed.set()
-        return _Driven(handle, self)
 
-    def leave(self) -> None:
-        """One handle less is in flight."""
-        self._in_flight -= 1
-        if self._in_flight == 0:
-            self._needed.clear()
+        def wait() -> Tensor:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._needed.clear()
+            return handle.wait()
+
+        return Pending(wait)
 
     def stop(self) -> None:
         """End the thread for good, before its communicator is freed; on return it has made its last call."""
@@ -60,12 +61,3 @@ class Progress:
             for _ in range(PROBES):
                 self._comm.Iprobe()
             time.sleep(POLL_INTERVAL_S)
-
-
-class _Driven:
-    def __init__(self, handle: Handle, progress: Progress) -> None:
-        self._handle, self._progress = handle, progress
-
-    def wait(self) -> Tensor:
-        self._progress.leave()
-        return self._handle.wait()

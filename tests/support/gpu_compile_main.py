@@ -89,7 +89,6 @@ def launch_all(hash: BlockHash) -> None:
     gpu.accumulate_atomic_(hash, table, v, 0)
     gpu.accumulate_gather_(hash, table, v, 0, range(1))
     gpu.estimate(hash, table, 0, hash.dim)
-    gpu.estimate_owned(hash, shard_table, 0)
     gpu.owned_histogram(hash, shard_table, 0, 0, 21, 1024)
     gpu.owned_above(hash, shard_table, 0, 1)
     gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
