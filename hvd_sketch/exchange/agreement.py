@@ -288,8 +288,8 @@ def _state_root(every: _Words) -> int | None:
     if len(set(every.steps[others].tolist())) > 1:
         raise RuntimeError(
             f"the ranks are at different steps, in rank order {every.steps.tolist()}: load checkpoints of the same "
-            "step on every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often (loops "
-            "of unequal length go into 'with optimizer.join():')"
+            "step on every rank, or on one rank and call broadcast_optimizer_state, and call step() equally often "
+            "(loops of unequal length go into 'with optimizer.join():')"
         )
     kinds = (every.flags & int(Flag.LOADED)) >> LOADED_SHIFT
     if len(set(kinds[others].tolist())) > 1:
