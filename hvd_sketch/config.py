@@ -58,10 +58,10 @@ class SketchConfig:
                 DeprecationWarning,
                 stacklevel=3,
             )
-        for name in ("rows", "cols", "k", "oversample"):
+        for name, least in {"rows": 1, "cols": 1, "k": 1, "oversample": 1, "dense_below": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -70,8 +70,6 @@ class SketchConfig:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.selection not in SOURCES:
             raise ValueError(f"selection must be one of {', '.join(map(repr, SOURCES))}, got {self.selection!r}")
-        if not isinstance(self.dense_below, int) or self.dense_below < 0:
-            raise ValueError(f"dense_below must be an integer of at least 0, got {self.dense_below!r}")
 
     @classmethod
     def for_compression(cls, ratio: float, dim: int, **overrides: Any) -> SketchConfig:

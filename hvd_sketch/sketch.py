@@ -85,10 +85,7 @@ class CountSketch:
         return self._kernels.estimate(self.hash, self.table, start, stop)
 
     def norm(self) -> float:
-        """Estimate of the vector's l2 norm: root of the median over rows of a row's sum of squares.
-
-        Source: Alon, Matias and Szegedy 1999.
-        """
+        """Estimate of the l2 norm: root of the median over rows of the sum of squares (Alon, Matias, Szegedy 1999)."""
         return math.sqrt(float(np.median(row_energies(self.table).numpy())))
 
     def top(self, count: int) -> Tensor:
@@ -103,11 +100,8 @@ class CountSketch:
     def heavymix(self, k: int, seed: int) -> Tensor:
         """HEAVYMIX (paper, Alg. 1): the heavy coordinates, filled up at random to k: int64 [k], ascending.
 
-        Heavy are those with ``estimate ** 2 >= norm ** 2 / k``, at most the k largest of them.
-
-        Args:
-            k: how many, between 1 and dim.
-            seed: of the random draw.
+        Heavy are those with ``estimate ** 2 >= norm ** 2 / k``, at most the k largest of them. ``1 <= k <= dim``;
+        ``seed`` is of the random draw.
         """
         if not 1 <= k <= self.hash.dim:
             raise ValueError(f"k must be between 1 and dim {self.hash.dim}, got {k}")

@@ -1,6 +1,5 @@
 """Triton code of the GPU kernels: estimates from the table, and the selection of large values."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
 
 import triton
 import triton.language as tl
@@ -156,9 +155,7 @@ def _tile_values(
 
 
 @triton.jit
-def _add_to_histogram(
-    counts, magnitude, edge, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr
-):  # fmt: skip
+def _add_to_histogram(counts, magnitude, edge, SHIFT: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr):
     """Add magnitudes from ``edge`` upwards to one of the histograms ``counts``, int32 [COPIES, BINS + 1]."""
     counted = (magnitude != 0) & (magnitude >= edge)
     bin = tl.minimum((magnitude - edge) >> SHIFT, BINS)

@@ -1,6 +1,5 @@
 """Triton code of the GPU kernels: additions to u, v and the table, and the writing of an update."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# A parameter's type is known when a kernel is compiled; an annotation would say constexpr or nothing.
 
 import triton
 import triton.language as tl

@@ -76,10 +76,7 @@ def feedback_accumulate_(
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
-    """See :func:`hvd_sketch.kernels.reference.accumulate_`.
-
-    :func:`accumulate_gather_` under ``torch.use_deterministic_algorithms``, otherwise :func:`accumulate_atomic_`.
-    """
+    """:func:`accumulate_gather_` under ``torch.use_deterministic_algorithms``, otherwise :func:`accumulate_atomic_`."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     (accumulate_gather_ if deterministic else accumulate_atomic_)(hash, table, values, start, rows)
 

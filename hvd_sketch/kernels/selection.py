@@ -90,13 +90,10 @@ def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
 
 
 def top_k(values: Tensor, k: int) -> Tensor:
-    """Positions of exactly the k largest magnitudes, ``min(k, number of non-zero values)``: int64, ascending.
+    """Positions of the k largest magnitudes of float32 [n], contiguous: int64, ascending, on the device of ``values``.
 
-    Of equal magnitudes the lower position is chosen. Infinities and NaN count as the largest. Communication: none.
-
-    Args:
-        values: float32 [n], contiguous, on any device; the result is on the same.
-        k: how many, at least 0.
+    Exactly ``min(k, number of non-zero values)``. Of equal magnitudes the lower position is chosen. Infinities and NaN
+    count as the largest. Communication: none.
     """
     kernels = load_backend(None, values.device)
 

@@ -89,11 +89,9 @@ class LocalTransport:
 
 
 def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport]:
-    """``size`` ranks for as many threads of this process.
+    """``size`` ranks, at least 1, for as many threads of this process.
 
-    Args:
-        size: how many ranks, at least 1.
-        timeout_s: the longest wait in one collective; then the waiting ranks raise ``threading.BrokenBarrierError``.
+    Ranks that wait for longer than ``timeout_s`` in one collective raise ``threading.BrokenBarrierError``.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -102,10 +100,7 @@ def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport
 
 
 class LocalRanks:
-    """Ranks as threads that run one function after another; the threads end with the context.
-
-    Args: see :func:`local_transports`.
-    """
+    """Ranks as threads that run one function after another, until the context ends; see :func:`local_transports`."""
 
     def __init__(self, size: int, timeout_s: float = 300.0) -> None:
         self.transports = local_transports(size, timeout_s)

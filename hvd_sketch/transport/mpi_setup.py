@@ -85,9 +85,7 @@ def import_mpi() -> Any:
 def check_communicator(mpi: Any, comm: Any) -> None:
     """Refuse a value that is no communicator, and a communicator that this rank cannot use. Communication: none.
 
-    Raises:
-        TypeError: ``comm`` is not an mpi4py communicator.
-        ValueError: this rank is not in it (``COMM_NULL``), or it joins two groups (an inter-communicator).
+    Raises: see :class:`hvd_sketch.transport.MPITransport`.
     """
     where = f"on rank {mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
     if not isinstance(comm, mpi.Comm):
