@@ -17,7 +17,7 @@ from hvd_sketch.model.parameters import FlatParameters
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.gpu.test_kernels import DEVICE
 from tests.gpu.test_kernels import poisoned_outputs as poisoned_outputs  # for these tests, too
-from tests.unit.test_kernels import random_integers
+from tests.support.vectors import random_integers
 
 
 def test_count_sketch() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
-from tests.unit.test_kernels import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
+from tests.support.vectors import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
