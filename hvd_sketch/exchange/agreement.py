@@ -50,31 +50,18 @@ class Loaded(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank knows before a step that the others do not.
+    """What one rank knows before a step that the others do not."""
 
-    Attributes:
-        finite: nothing of its gradient is NaN or infinite.
-        scaled: a ``GradScaler`` judges this step, too.
-        done: this rank has run out of data.
-        fresh: it has neither made a step nor loaded a state.
-        refusal: what it raises because it cannot take this step; None: it can.
-        held: its gradients are averaged already: nothing is to be exchanged, if all ranks say so.
-        forgives: a ``GradScaler`` has judged the skipped step before.
-        loaded: what kind of state it has loaded since its last step.
-        used: for each parameter whether it has a gradient here.
-        digest: of its parameters' bits, ``DIGEST_BITS`` wide and not 0; 0: not made.
-    """
-
-    finite: bool = True
-    scaled: bool = False
-    done: bool = False
-    fresh: bool = False
-    refusal: Exception | None = None
-    held: bool = False
-    forgives: bool = False
-    loaded: Loaded = Loaded.NOTHING
-    used: Sequence[bool] = ()
-    digest: int = 0
+    finite: bool = True  # nothing of its gradient is NaN or infinite
+    scaled: bool = False  # a GradScaler judges this step, too
+    done: bool = False  # it has run out of data
+    fresh: bool = False  # it has neither made a step nor loaded a state
+    refusal: Exception | None = None  # what it raises because it cannot take this step
+    held: bool = False  # its gradients are averaged already: if all ranks say so, nothing is to be exchanged
+    forgives: bool = False  # a GradScaler has judged the skipped step before
+    loaded: Loaded = Loaded.NOTHING  # what kind of state it has loaded since its last step
+    used: Sequence[bool] = ()  # for each parameter whether it has a gradient here
+    digest: int = 0  # of its parameters' bits, DIGEST_BITS wide and not 0; 0: not made
 
     def flags(self) -> Flag:
         flags = Flag.ARRIVED | Flag(self.loaded << LOADED_SHIFT)
@@ -93,25 +80,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know before they go on with a step, equal on every rank.
+    """What all ranks know before they go on with a step, equal on every rank."""
 
-    Attributes:
-        goes_on: the step is taken; False: all ranks skip it, hold averaged gradients, or have run out of data.
-        held: all ranks hold averaged gradients.
-        active: the ranks that still have data.
-        used: for each parameter whether any rank has a gradient of it.
-        compared: every rank has made a digest of its parameters.
-        drifted: they differ.
-        root: a rank that has loaded a state which the fresh ranks shall take over; None: no rank is fresh alone.
-    """
-
-    goes_on: bool
-    held: bool
-    active: tuple[int, ...]
-    used: tuple[bool, ...]
-    compared: bool
-    drifted: bool
-    root: int | None
+    goes_on: bool  # False: all ranks skip the step, hold averaged gradients, or have run out of data
+    held: bool  # all ranks hold averaged gradients
+    active: tuple[int, ...]  # the ranks that still have data
+    used: tuple[bool, ...]  # for each parameter whether any rank has a gradient of it
+    compared: bool  # every rank has made a digest of its parameters
+    drifted: bool  # the digests differ
+    root: int | None  # a rank with a loaded state for the fresh ranks to take over; None: none is fresh, or all are
 
 
 class StepAgreement:

@@ -20,7 +20,7 @@ from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.metered import MeteredTransport
 
 logger = logging.getLogger(__name__)
-Parameters = Sequence[tuple[str, tuple[int, ...], str]]
+Parameters = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape, dtype
 Ranges = Sequence[tuple[int, int]]  # coordinates from a start up to a stop; ascending, none of them empty
 
 
@@ -40,25 +40,15 @@ class SparseUpdate:
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every exchange.
+    """Keyword arguments of every exchange."""
 
-    Keys:
-        parameters: ``(name, shape, dtype)`` of what the gradient is made of, compared over the ranks; default none.
-        dense_bytes: size of the gradient in its own dtypes, for the ratio; default 4 bytes a coordinate.
-        limits: how large an element of the mean may be; default: what float32 holds.
-        name: tells the name of a coordinate, for messages.
-        ledger: to share one with another exchange; default a new one.
-        max_skips: more skipped steps in a row raise RuntimeError on every rank; default 25; 0: no limit.
-        flags: how many yes or no of its parameters every rank tells before a step; default one for each parameter.
-    """
-
-    parameters: Parameters
-    dense_bytes: int
-    limits: Limits
-    name: Callable[[int], str]
-    ledger: CommLedger
-    max_skips: int
-    flags: int
+    parameters: Parameters  # what the gradient is made of, compared over the ranks; default: nothing is said of it
+    dense_bytes: int  # size of the gradient in its own dtypes, for the ratio; default: 4 bytes a coordinate
+    limits: Limits  # how large an element of the mean may be; default: what float32 holds
+    name: Callable[[int], str]  # tells the name of a coordinate, for messages
+    ledger: CommLedger  # to share one with another exchange; default: a new one
+    max_skips: int  # more skipped steps in a row raise RuntimeError on every rank; default: 25; 0: no limit
+    flags: int  # how many yes or no every rank tells before a step; default: one for each parameter
 
 
 class Exchange:

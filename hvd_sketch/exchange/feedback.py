@@ -19,15 +19,10 @@ LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
 
 @dataclass(frozen=True)
 class Limits:
-    """How large the elements of a mean may be so that the parameters' dtypes hold them.
+    """How large the elements of a mean may be so that the parameters' dtypes hold them."""
 
-    Attributes:
-        ends: int64 [n], ascending: where run i of coordinates ends.
-        largest: [n], in the dtype of the mean: the largest magnitude in each run.
-    """
-
-    ends: Tensor
-    largest: Tensor
+    ends: Tensor  # int64 [n], ascending: where run i of coordinates ends
+    largest: Tensor  # [n], in the dtype of the mean: the largest magnitude in each run
 
     def at(self, indices: Tensor) -> Tensor:
         """The limit of every index, int64 [m]: float32 [m]."""

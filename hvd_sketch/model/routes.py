@@ -27,17 +27,11 @@ class MakeExchange(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """The parameters of a model whose gradients go through one exchange.
-
-    Attributes:
-        kind: of the exchange.
-        flat: the parameters as one vector.
-        numbers: of the parameters among all of the model.
-    """
+    """The parameters of a model whose gradients go through one exchange."""
 
     kind: Literal["sketched", "dense"]
-    flat: FlatParameters
-    numbers: Sequence[int]
+    flat: FlatParameters  # the parameters as one vector
+    numbers: Sequence[int]  # of the parameters among all of the model
 
     def used(self, used: Sequence[bool]) -> tuple[list[bool], Ranges]:
         """Which of these parameters are used, of a list for all of the model, and the coordinates of the others."""
