@@ -6,8 +6,9 @@
     for losses in train(model, optimizer, simulation, loss_of, batches):
         print(losses, simulation.ledger.compression_ratio())
 
-The ranks are real exchanges: updates, residuals and ledger are those of as many ranks under mpirun with
-``deterministic=True``, to the bit. Gradients come one rank after the other, so that only one of them is in memory.
+The ranks are real exchanges: updates, residuals and ledger are those of as many ranks that sum in rank order, to the
+bit. Gradients come one rank after the other, so that only one of them is in memory. The ranks share one model: its
+buffers (batch norm's statistics) and torch's random numbers (dropout) go on from rank to rank; real ranks' do not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hvd_sketch.model.routes import MakeExchange, routes_of
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
 Batch = TypeVar("Batch")
+AGREE_LIMIT_S = 3600.0  # for one collective: the ranks share this machine's cores
 
 
 class Simulation:
@@ -80,7 +82,7 @@ class Simulation:
         self._routes = routes_of(self._named, self._config)
         self._used: list[bool] = []  # which parameters have a gradient in this step
         self._next = 0  # the rank whose gradient comes next
-        self._threads = LocalRanks(ranks)
+        self._threads = LocalRanks(ranks, AGREE_LIMIT_S)
         ranks_exchanges = self._threads.run(partial(self._build, make))
         self._exchanges: list[list[Exchange]] = ranks_exchanges
         self.ledger = ranks_exchanges[0][0].ledger

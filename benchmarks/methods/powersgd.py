@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from math import prod
 from types import SimpleNamespace
 from typing import Any, Unpack
@@ -15,6 +17,7 @@ from benchmarks.methods.base import WholeGradient
 from hvd_sketch import SketchConfig, Transport
 from hvd_sketch.exchange.base import Options
 
+KEPT = ("error_dict", "p_memory_dict", "q_memory_dict", "iter")  # of torch's state, from step to step
 RANK = 4  # of the matrices; higher => closer to dense, more bytes
 
 
@@ -42,9 +45,19 @@ class PowerSGD(WholeGradient):
     Args: as for an exchange; ``parameters`` say where the matrices are in the gradient.
     """
 
-    def __init__(self, config: SketchConfig | None, dim: int, transport: Transport, **options: Unpack[Options]) -> None:
-        super().__init__(config, dim, transport, **options)
-        self._shapes = [shape for _, shape, _ in options.get("parameters", [("all", (dim,), "float32")])]
+    def __init__(
+        self,
+        config: SketchConfig | None,
+        dim: int,
+        transport: Transport,
+        device: torch.device | str = "cpu",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(config, dim, transport, device, **options)
+        shapes = [shape for _, shape, _ in options.get("parameters", ())]
+        if sum(map(prod, shapes)) != dim:
+            raise ValueError(f"PowerSGD needs parameters that make up the gradient of {dim} elements, got {shapes}")
+        self._shapes = shapes
         self._state = PowerSGDState(TransportGroup(self._comm), matrix_approximation_rank=RANK, start_powerSGD_iter=2)
         self._state.iter = self._state.start_powerSGD_iter  # compress from the first step on, as the others do
 
@@ -57,3 +70,12 @@ class PowerSGD(WholeGradient):
         pieces = gradient.split([prod(shape) for shape in self._shapes])
         parts = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
         return powerSGD_hook(self._state, bucket_of(gradient, parts)).wait()
+
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        kept = {name: deepcopy(getattr(self._state, name)) for name in KEPT}
+        return {**self._counters(self._comm.rank), **kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._load_counters(state)
+        for name in KEPT:
+            setattr(self._state, name, deepcopy(state[name]))

@@ -22,6 +22,7 @@ from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.simulate import Simulation
 
+REAL_METHODS = ("dense", "sketched")
 METHODS = ("dense", "true_topk", "sketched", "local_topk")
 Workers = int | Transport  # so many in this process, or one on each rank
 
@@ -56,6 +57,8 @@ class RealModelExchange:
     def __init__(
         self, method: str, named: Sequence[NamedParameter], config: SketchConfig, transport: Transport
     ) -> None:
+        if method not in REAL_METHODS:
+            raise ValueError(f"real ranks have {' and '.join(REAL_METHODS)}, got {method!r}")
         config = _config_of(method, config)
         self.workers: Sequence[int] = [transport.rank]
         self.updated = 0
@@ -70,7 +73,9 @@ class RealModelExchange:
         if not self._exchange.average():
             raise FloatingPointError("a gradient is not finite: lower the learning rate")
         self.updated = sum(
-            p.numel() if is_dense(p, self._dense_below) else int(p.grad.count_nonzero()) for p in self._parameters
+            p.numel() if is_dense(p, self._dense_below) else int(p.grad.count_nonzero())
+            for p in self._parameters
+            if p.grad is not None
         )
 
     def traffic(self) -> Traffic:
@@ -91,6 +96,8 @@ def connect_workers(
     named = list(model.named_parameters())
     if isinstance(workers, int):
         return SimulatedModelExchange(method, named, config, workers, variant)
+    if variant not in (PAPER, replace(PAPER, momentum="none")):
+        raise ValueError(f"real ranks have no variants of the algorithm, got {variant}")
     return RealModelExchange(method, named, config, workers)
 
 

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hvd_sketch.exchange.setup import gather_texts, name_ranks, tell_values
+from hvd_sketch.hashing import ceil_div
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.metered import MeteredTransport
 
@@ -44,7 +44,7 @@ class Loaded(IntEnum):
 
     NOTHING = 0
     OWN = 1
-    ANYONES = 2  # consolidated
+    CONSOLIDATED = 2
     PLAIN = 3  # of an optimizer without an exchange
 
 
@@ -199,18 +199,13 @@ class _Words:
         return np.flatnonzero(self.flags & int(flags) == 0).tolist()
 
 
-def agreement_bytes(size: int, parameters: int) -> int:
-    """How large the first collective of a step is, for so many ranks and parameters."""
-    return 8 * (size + _Counters(size, parameters).words)
-
-
 class _Counters:
     """One counter for each parameter, packed into int64 words: a sum over ranks overflows none."""
 
     def __init__(self, size: int, parameters: int) -> None:
         self._parameters = parameters
         self._per_word = COUNTER_BITS // size.bit_length()
-        self.words = ceil(parameters / self._per_word)
+        self.words = ceil_div(parameters, self._per_word)
         self._shifts = torch.arange(self._per_word) * size.bit_length()
         self._mask = (1 << size.bit_length()) - 1
 

@@ -181,7 +181,7 @@ class Exchange:
         raise NotImplementedError
 
     def count_step(self) -> None:
-        """A step is over, taken or skipped: the next one hashes afresh. Communication: none."""
+        """A step is over, taken or skipped: the next one has new hashes. Communication: none."""
         self._step += 1
         self._is_fresh, self._loaded = False, Loaded.NOTHING
 
@@ -199,7 +199,7 @@ class Exchange:
         step, skipped, loaded, *predictions = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
         self._step, self.agreement.skipped_steps = step, skipped
         self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
-        self._take_over(root, self._loaded == Loaded.ANYONES, own_step == step, predictions)
+        self._take_over(root, self._loaded == Loaded.CONSOLIDATED, own_step == step, predictions)
 
     def forget(self) -> None:
         """Momentum and residuals start from zero, as after loading the state of an optimizer without an exchange.
@@ -235,7 +235,7 @@ class Exchange:
         """What saves messages in the next step."""
         return []
 
-    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         """What :meth:`take_over_state` does beside the counters. Communication: collective."""
         raise NotImplementedError
 
@@ -248,7 +248,7 @@ class Exchange:
         expected = str(self.dtype).removeprefix("torch.")
         return Report(
             refusal=ValueError(
-                f"the gradient must be {expected} of shape ({self.dim},), or such parts in order, got {arrived}"
+                f"the gradient must be {expected} of shape ({self.dim},), or slices of it in order, got {arrived}"
             )
         )
 
@@ -289,7 +289,7 @@ class Exchange:
         self._step = state["step"]
         self.agreement.skipped_steps = state["skipped_steps"]
         self._is_fresh = self._is_fresh and state["step"] == 0  # its own, as Accelerate loads what it was given
-        self._loaded = Loaded.ANYONES if state["rank"] is None else Loaded.OWN
+        self._loaded = Loaded.CONSOLIDATED if state["rank"] is None else Loaded.OWN
 
 
 def _require_equal_setup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack
@@ -74,6 +75,12 @@ class DenseAllreduce(Exchange):
         self._gradient = (torch.cat(list(gradient)) if len(gradient) > 1 else gradient[0]).detach().contiguous()
         self._unused = unused
 
+    def mean(self, gradient: Tensor, unused: Ranges = ()) -> Tensor:
+        """Deprecated: :meth:`accumulate`, then :meth:`agree`. Communication: collective."""
+        warnings.warn("mean() is deprecated: call accumulate(), then agree()", DeprecationWarning, stacklevel=2)
+        self.accumulate([gradient], unused)
+        return self.agree().values
+
     def agree(self) -> SparseUpdate:
         """The mean over ranks with momentum, ``dtype`` [dim], finite; ``indices`` are None."""
         with self._comm.phase("dense"):
@@ -128,7 +135,7 @@ class DenseAllreduce(Exchange):
             self._u.masked_fill_(damaged, 0)
             self._count_reset(damaged.nonzero().flatten())
 
-    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         if self._momentum:
             self._transport.broadcast_(self._u, root)
 

@@ -60,7 +60,7 @@ class Feedback:
         limits = limits if limits is not None else no_limits(dim, device)
         self._limits = Limits(limits.ends, limits.largest.clamp(max=LARGEST_SUM / size))
         self._least_limit = float(self._limits.largest.min())
-        self._excess: tuple[Tensor, Tensor] | None = None  # coordinates, and what of v was not offered there
+        self._held_back: tuple[Tensor, Tensor] | None = None  # coordinates, and what of v was not offered there
 
     @property
     def u(self) -> Tensor:
@@ -79,11 +79,11 @@ class Feedback:
         return self._u[start:stop] if self.momentum else None, self.v[start:stop]
 
     def offer(self, indices: Tensor, out: Tensor) -> bool:
-        """Write v at ``indices`` (int64 [n]) to ``out`` (float32 [n]), cut to what fits.
+        """Write v at ``indices`` (int64 [n]) to ``out`` (float32 [n]), limited to what fits.
 
         False where v is not finite at one of them: then nothing can be offered before :meth:`reset_nonfinite_`.
         """
-        self._excess = None
+        self._held_back = None
         self._kernels.gather(self.v, indices, out=out)
         if not indices.numel():
             return True
@@ -92,7 +92,7 @@ class Feedback:
             limits = self._limits.at(indices)
             exceeding = (out.abs() > limits).nonzero().flatten()
             offered = torch.minimum(torch.maximum(out, -limits), limits)
-            self._excess = indices[exceeding], out[exceeding] - offered[exceeding]
+            self._held_back = indices[exceeding], out[exceeding] - offered[exceeding]
             out.copy_(offered)
         return largest < float("inf")
 
@@ -103,8 +103,8 @@ class Feedback:
         """
         for kept in (self.v, self._u) if self.momentum else (self.v,):
             self._kernels.clear_(kept, indices)
-        if self._excess is not None:
-            coordinates, rest = self._excess
+        if self._held_back is not None:
+            coordinates, rest = self._held_back
             sent = torch.isin(coordinates, indices)
             self.v[coordinates[sent]] = rest[sent]
 

@@ -38,6 +38,7 @@ class ResidualExchange(Exchange):
         super().__init__(config, dim, transport, device, **options)
         self.config = config
         self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
+        self._unused: Ranges = ()  # of the step that is under way
         self._predictors: list[ThresholdPredictor] = []  # in checkpoints: they save messages
 
     @property
@@ -52,6 +53,7 @@ class ResidualExchange(Exchange):
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """``u <- m * u + g``, ``v <- v + u``; see :meth:`Exchange.accumulate`."""
+        self._unused = unused
         for start, values in from_the_last(gradient, unused):
             self._feedback.add_(values, start)
 
@@ -76,10 +78,10 @@ class ResidualExchange(Exchange):
     def _predictions(self) -> list[int]:
         return [edge for predictor in self._predictors for edge in predictor.edges]
 
-    def _take_over(self, root: int, anyones: bool, at_same_step: bool, predictions: list[int]) -> None:
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         for number, predictor in enumerate(self._predictors):
             predictor.edges = predictions[2 * number], predictions[2 * number + 1]
-        if anyones:
+        if consolidated:
             for kept in self._feedback.tensors():
                 self._transport.broadcast_(kept, root)
         elif not at_same_step:

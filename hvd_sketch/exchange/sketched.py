@@ -16,6 +16,7 @@ from hvd_sketch.exchange.base import Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates import CandidateSource, load_source
 from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
+from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import histogram_bins, top_k
 from hvd_sketch.ledger import RING_PASSES
@@ -70,16 +71,24 @@ class SketchedAllreduce(ResidualExchange):
         self._predictor = ThresholdPredictor()  # of the k-th largest sum
         self._predictors = [self._source.predictor, self._predictor]
         self._ranges: Ranges = ()  # that were accumulated, the last first
-        self._unused: Ranges = ()
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
-        """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3)."""
+        """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3).
+
+        Where the transport overlaps, the sketch is made in :meth:`agree`, each row while the one before travels.
+        """
         slices = from_the_last(gradient, unused)
         self._ranges = [(start, start + values.numel()) for start, values in slices]
         self._unused = unused
         self._source.begin(self._step)
         for start, values in slices:
             self._feedback.add_(values, start, self._source.sketch)
+
+    def exchange(self, parts: Sequence[Tensor], unused: Ranges = ()) -> SparseUpdate:
+        """Deprecated: :meth:`accumulate`, then :meth:`agree`. Communication: collective."""
+        warnings.warn("exchange() is deprecated: call accumulate(), then agree()", DeprecationWarning, stacklevel=2)
+        self.accumulate(parts, unused)
+        return self.agree()
 
     def agree(self) -> SparseUpdate:
         """The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero."""
@@ -100,7 +109,7 @@ class SketchedAllreduce(ResidualExchange):
         They are finite: every rank offers of its v what fits, and has reset what is not finite.
         """
         size, count = self._comm.size, candidates.numel()
-        share = -(-count // size)
+        share = ceil_div(count, size)
         own = torch.empty(size * share, dtype=torch.float32, device=self._device)
         if not self._feedback.offer(candidates, own[:count]):
             self._count_reset(self._feedback.reset_nonfinite_())

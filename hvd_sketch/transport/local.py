@@ -16,13 +16,16 @@ T = TypeVar("T")
 Combine = Callable[[list[Tensor]], Tensor]
 
 
+NOTHING = torch.empty(0)
+
+
 class _Room:
     """What the ranks of one group share: the tensor that each rank shows, and the result for all ranks."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
-        self.shown: list[Tensor] = [torch.empty(0)] * size
+        self.shown: list[Tensor] = [NOTHING] * size
         self.combine: Combine | None = None
-        self.combined = torch.empty(0)
+        self.combined = NOTHING
         self.all_show = threading.Barrier(size, self._combine, timeout_s)
         self.all_have_read = threading.Barrier(size, timeout=timeout_s)
 
@@ -85,6 +88,9 @@ class LocalTransport:
         room.all_show.wait()
         result = read(room.combined)
         room.all_have_read.wait()
+        room.shown[self.rank] = NOTHING  # neither is kept until the next collective
+        if self.rank == 0:
+            room.combined = NOTHING
         return result
 
 

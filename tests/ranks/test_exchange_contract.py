@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods.allreduce import LibraryAllreduce
-from benchmarks.methods.top_k import LocalTopK, TrueTopK
+from benchmarks.methods.top_k import CountedTopK, LocalTopK, TrueTopK
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.exchange.base import Exchange, SparseUpdate
-from hvd_sketch.transport import LocalTransport, run_local
+from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.support.targets import integer_gradient
 
 DIM, STEPS = 2003, 5
@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[type[Exchange], dict[str, Any]]] = {
     "heavymix": (SketchedAllreduce, {"selection": "heavymix"}),
     "dense": (DenseAllreduce, {}),
     "local top-k": (LocalTopK, {}),
+    "counted top-k": (CountedTopK, {}),
     "true top-k": (TrueTopK, {}),
     "library": (LibraryAllreduce, {}),
 }
@@ -97,8 +98,20 @@ def test_a_bad_gradient_changes_nothing_and_unused_coordinates_stay(kind: str) -
         assert all(map(torch.equal, before, [exchange.residual, exchange.velocity]))
         exchange.accumulate([integer_gradient(DIM, transport.rank, 2)], unused=[(100, 300)])
         exchange.agree()
-        if kind != "true top-k":  # which sends what it has kept of them
-            after = [exchange.residual, exchange.velocity]
-            assert all(torch.equal(a[100:300], b[100:300]) for a, b in zip(before, after, strict=True))
+        after = [exchange.residual, exchange.velocity]
+        assert all(torch.equal(a[100:300], b[100:300]) for a, b in zip(before, after, strict=True))
 
     run_local(2, main, timeout_s=60)
+
+
+def test_names_of_before_still_work_with_a_warning() -> None:
+    def main(transport: LocalTransport) -> None:
+        gradient = integer_gradient(DIM, transport.rank, 0)
+        sketched, old = build("sketched", transport), build("sketched", transport)
+        with pytest.warns(DeprecationWarning, match="exchange"):
+            assert torch.equal(in_full(old.exchange([gradient])), in_full(sketched.step(gradient)))
+        dense, old = build("dense", transport), build("dense", transport)
+        with pytest.warns(DeprecationWarning, match="mean"):
+            assert torch.equal(old.mean(gradient), dense.step(gradient).values)
+
+    main(local_transports(1)[0])

@@ -59,14 +59,14 @@ def simulate(simulation: Simulation, model: Model, steps: range) -> list[list[Te
     return updates
 
 
-def real(transport: LocalTransport, dim: int, config: SketchConfig | None) -> tuple[list, CommLedger]:
+def real(transport: LocalTransport, dim: int, config: SketchConfig | None) -> tuple[list, CommLedger, list[Tensor]]:
     model, updates = Model(dim), []
     exchange = GradientExchange(list(model.named_parameters()), config, transport, check_every=0)
     for step in range(STEPS):
         model.backward(transport.rank, step)
         exchange.average()
         updates.append(model.gradients())
-    return updates, exchange.ledger
+    return updates, exchange.ledger, [own.residual.clone() for own in exchange._exchanges]
 
 
 def equal(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None]]) -> bool:
@@ -82,11 +82,14 @@ def sizes(ledger: CommLedger) -> Counter[tuple[Any, ...]]:
 @pytest.mark.parametrize(("dim", "settings"), [*CASES, (300, None)])
 def test_equals_real_ranks(dim: int, settings: dict[str, Any] | None, ranks: int) -> None:
     config = SketchConfig(deterministic=True, seed=7, dense_below=100, **settings) if settings else None
-    expected, ledger = run_local(ranks, lambda transport: real(transport, dim, config), timeout_s=60)[0]
+    results = run_local(ranks, lambda transport: real(transport, dim, config), timeout_s=60)
+    expected, ledger, _ = results[0]
     model = Model(dim)
     simulation = Simulation(model.named_parameters(), config, ranks)
     simulation.ledger.records = type(ledger.records)()  # which it does not keep
     assert equal(simulate(simulation, model, range(STEPS)), expected)
+    for exchanges, (_, _, residuals) in zip(simulation._exchanges, results, strict=True):
+        assert all(torch.equal(own.residual, kept) for own, kept in zip(exchanges, residuals, strict=True))
     assert sizes(simulation.ledger) == sizes(ledger)
     assert simulation.ledger.totals() == ledger.totals()
     assert simulation.ledger.compression_ratio() == ledger.compression_ratio()

@@ -10,6 +10,7 @@ from torch import Tensor
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
+from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import Threshold
 from hvd_sketch.sketch import CountSketch
@@ -84,7 +85,7 @@ class SketchCandidates:
     def _choose(self, summed: Tensor) -> Tensor:
         """Candidates from this rank's shard of the summed table. Communication: collective."""
         count = self._config.candidates(self._sketch.hash.dim)
-        limit = KEPT_PER_CANDIDATE * -(-count // self._comm.size) + KEPT_ALWAYS
+        limit = KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS
         estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
         threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
         self.predictor.update(threshold)
