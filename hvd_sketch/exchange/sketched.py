@@ -143,7 +143,7 @@ class SketchedAllreduce(ResidualExchange):
         positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
         if not threshold.excess:
             return positions, sums
-        chosen = top_k(sums, self.config.k)
+        chosen = top_k(sums, self.config.k, threshold.edge)
         return positions.index_select(0, to_device(chosen, self._device)), sums.index_select(0, chosen)
 
 

@@ -53,7 +53,7 @@ def histogram_bins(count: int) -> int:
     return 1 << min(max((count.bit_length() + 3) // 2, 4), 11)
 
 
-def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
+def search(look: Look, count: int, lower_bound: int = 0, exact: bool = False) -> Threshold:
     """The highest edge of the grid with at least ``count`` non-zero values from it upwards; 0 if there are fewer.
 
     Infinities and NaN count as the largest.
@@ -62,6 +62,7 @@ def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
         look: makes the histograms.
         count: how many values, at least 0.
         lower_bound: magnitude bits, probably below the threshold; equal on all ranks. A wrong bound costs more looks.
+        exact: look until nothing but equal magnitudes is in excess.
     """
     if count == 0:
         return Threshold(MAGNITUDE_MASK + 1, MAGNITUDE_MASK + 1, excess=0, own=0)
@@ -72,28 +73,29 @@ def search(look: Look, count: int, lower_bound: int = 0) -> Threshold:
     start, shift = (lower_bound >> grid << grid, grid) if lower_bound else (0, coarse)
     while True:
         own, total = look(start, shift, bins)
-        at_least = total.flip(0).cumsum(0).flip(0).tolist()  # values from each bin's edge upwards
-        if start == 0 and at_least[0] <= count:
+        at_least = total.flip(0).cumsum(0).flip(0)  # values from each bin's edge upwards
+        if start == 0 and int(at_least[0]) <= count:
             return Threshold(0, 0, excess=0, own=int(own.sum()))
-        if at_least[0] < count:
+        if int(at_least[0]) < count:
             start, shift = 0, coarse  # the lower bound was too high
             continue
-        bin = sum(number >= count for number in at_least) - 1
-        edge, excess = start + (bin << shift), at_least[bin] - count
+        bin = int((at_least >= count).sum()) - 1
+        edge, excess = start + (bin << shift), int(at_least[bin]) - count
         if bin == bins:  # the lower bound was too low
             start, shift = edge, coarse
             continue
-        is_crowded = at_least[bin] - at_least[bin + 1] > ALWAYS_IN_BOUNDARY_BIN + bins * IN_BOUNDARY_BIN_PER_BIN
-        if shift <= grid and (shift == 0 or excess == 0 or not is_crowded):
+        is_crowded = int(at_least[bin] - at_least[bin + 1]) > ALWAYS_IN_BOUNDARY_BIN + bins * IN_BOUNDARY_BIN_PER_BIN
+        is_fine = shift == 0 or excess == 0 or not (is_crowded or exact)
+        if is_fine and (shift <= grid or exact):
             return Threshold(edge, edge + (1 << shift), excess, own=int(own[bin:].sum()))
         start, shift = edge, max(shift - bin_bits, grid if shift > grid else 0)
 
 
-def top_k(values: Tensor, k: int) -> Tensor:
+def top_k(values: Tensor, k: int, lower_bound: int = 0) -> Tensor:
     """Positions of the k largest magnitudes of float32 [n], contiguous: int64, ascending, on the device of ``values``.
 
     Exactly ``min(k, number of non-zero values)``. Of equal magnitudes the lower position is chosen. Infinities and NaN
-    count as the largest. Communication: none.
+    count as the largest. A ``lower_bound`` on the magnitude bits of the k-th saves a look. Communication: none.
     """
     kernels = load_backend(None, values.device)
 
@@ -101,13 +103,11 @@ def top_k(values: Tensor, k: int) -> Tensor:
         counts = kernels.magnitude_histogram(values, start, shift, bins).cpu()
         return counts, counts
 
-    threshold = search(look, k)
+    threshold = search(look, k, lower_bound, exact=True)
     positions = kernels.select_above(values, threshold.edge - 1, threshold.own)
     if not threshold.excess:
         return positions
-    magnitudes = values.index_select(0, positions).view(torch.int32) & MAGNITUDE_MASK
-    boundary = (magnitudes < threshold.upper).nonzero().flatten()  # few: sorting all would take as long as a step
-    order = magnitudes[boundary].sort(descending=True, stable=True).indices
+    ties = (values.index_select(0, positions).view(torch.int32) & MAGNITUDE_MASK == threshold.edge).nonzero().flatten()
     keep = torch.ones_like(positions, dtype=torch.bool)
-    keep[boundary[order[len(order) - threshold.excess :]]] = False
+    keep[ties[len(ties) - threshold.excess :]] = False
     return positions[keep]
