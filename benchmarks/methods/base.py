@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -51,9 +52,12 @@ class WholeGradient(Lean, Exchange):
         self.count_step()
         return SparseUpdate(None, mean)
 
+    @abstractmethod
     def _mean_(self, gradient: Tensor) -> Tensor:
         """The mean over ranks, float32 [dim]; may be the gradient, overwritten. Communication: collective."""
-        raise NotImplementedError
+
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
+        """Nothing: what a rank keeps stays with it."""
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         return self._counters(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -51,7 +52,7 @@ class Options(TypedDict, total=False):
     flags: int  # how many yes or no every rank tells before a step; default: one for each parameter
 
 
-class Exchange:
+class Exchange(ABC):
     """Averages gradients over the ranks. The base of the sketched, the dense and any other exchange.
 
     A step has three parts::
@@ -110,14 +111,14 @@ class Exchange:
         self._comm = MeteredTransport(transport, self.ledger, config is not None and config.deterministic)
 
     @property
+    @abstractmethod
     def residual(self) -> Tensor:
         """What this rank produced and has not sent yet, [dim]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def velocity(self) -> Tensor:
         """The momentum, [dim]."""
-        raise NotImplementedError
 
     @property
     def step_number(self) -> int:
@@ -164,6 +165,7 @@ class Exchange:
             self.ledger.begin_step()
         return agreed
 
+    @abstractmethod
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """The local half of a step: take this rank's gradient in.
 
@@ -174,11 +176,10 @@ class Exchange:
 
         Communication: none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def agree(self) -> SparseUpdate:
         """The collective half of a step: the update, equal on all ranks. Communication: collective."""
-        raise NotImplementedError
 
     def count_step(self) -> None:
         """A step is over, taken or skipped: the next one has new hashes. Communication: none."""
@@ -211,6 +212,7 @@ class Exchange:
         if not self._is_fresh:
             self._loaded = Loaded.PLAIN
 
+    @abstractmethod
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """What is needed to go on.
 
@@ -221,23 +223,22 @@ class Exchange:
 
         Communication: none, or collective with ``consolidated`` (not counted in the ledger).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; every rank must load the same kind. Communication: none.
 
         Raises:
             ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
         """
-        raise NotImplementedError
 
     def _predictions(self) -> list[int]:
         """What saves messages in the next step."""
         return []
 
+    @abstractmethod
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         """What :meth:`take_over_state` does beside the counters. Communication: collective."""
-        raise NotImplementedError
 
     def _report_of(self, gradient: Sequence[Tensor], finite: bool) -> Report:
         """What this rank can say of consecutive slices of its gradient."""

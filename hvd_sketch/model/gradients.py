@@ -141,7 +141,8 @@ class GradientExchange:
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
                 exchange.take_over_state(agreed.root)
-        if agreed.compared and sums is not None:
+        if agreed.compared:
+            assert sums is not None, "all ranks have made a digest, this one too"
             self._judge_drift(agreed.drifted, sums)
         if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
@@ -173,6 +174,7 @@ class GradientExchange:
             route.flat.fill_gradients(float("nan"), route.used(agreed.used)[0])
 
     def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
+        # The dense one first on every rank, as in Simulation.
         for route, exchange, gradient in reversed(list(zip(self._routes, self._exchanges, packed, strict=True))):
             own, unused = route.used(used)
             exchange.accumulate(gradient, unused)
