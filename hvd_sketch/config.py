@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
-# Where the candidates come from, by the names that ``selection`` takes.
+# Where the candidates come from, by the names that ``candidates`` takes.
 SOURCES = {
-    "topk": "hvd_sketch.exchange.candidates.sketch.SketchCandidates",
+    "sketch": "hvd_sketch.exchange.candidates.sketch.SketchCandidates",
     "heavymix": "hvd_sketch.exchange.candidates.heavymix.HeavymixCandidates",
+    "nominate": "hvd_sketch.exchange.candidates.nominate.NominatedCandidates",
+    "random": "hvd_sketch.exchange.candidates.random.RandomCandidates",
 }
+WITH_TABLE = ("sketch", "heavymix")
+VALUE_BITS = TABLE_BITS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,46 +23,64 @@ class SketchConfig:
     """How gradients are compressed; must be equal on all ranks (compared at start-up).
 
     Attributes:
-        cols: columns of the sketch table. More => better estimates, more bytes.
         k: coordinates updated per step. More => closer to dense, more bytes.
+        cols: columns of the sketch table. More => better estimates, more bytes. Of no use without a table.
         rows: rows of the table; the estimate is their median. At equal bytes three do as well as five or
             seven and cost less.
         oversample: ``P`` of the paper: ``P * k`` candidates get an exact value before the k largest are kept.
-            More => better choice, more bytes. Clamped so that ``P * k <= dim``. HEAVYMIX ignores it.
+            More => better choice, more bytes. Clamped so that ``P * k <= dim``. HEAVYMIX ignores it. At 1 nothing is
+            chosen among the candidates: all are updated, by a sketch a few per cent more than k.
         momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
         seed: of the hashes; every step has its own hash, from ``(seed, step)``.
-        selection: ``"topk"`` is Alg. 3 of the paper, ``"heavymix"`` with momentum 0 its Alg. 2.
+        candidates: where the coordinates come from. ``"sketch"``: the largest estimates of the summed sketches (paper,
+            Alg. 3). ``"heavymix"``: of them the heavy ones, and others at random (with momentum 0 the paper's Alg. 2).
+            ``"nominate"``: every rank names its own ``k / ranks`` largest, and all of them are updated. ``"random"``:
+            drawn at random, the same on every rank, for nothing: the control.
+        value_bits: of a coordinate's value on the wire, 32, 16, 8 or 4. Fewer => more coordinates at equal bytes, each
+            less exact. What rounding leaves out stays in the residual. Below 32, ``oversample`` must be 1.
+        table_bits: of a table's cell on the wire, 32, 16, 8 or 4; rounded stochastically.
         dense_below: tensors with fewer elements are exchanged dense. The limit is 64 times as high for tensors with
             ``ndim <= 1``: biases and norms. 0: all are sketched.
         deterministic: sum in rank order on every transport, so that all give equal bits. On a GPU also call
             ``torch.use_deterministic_algorithms(True)``; otherwise atomic additions in any order make the table.
+        selection: deprecated: ``candidates``, in which ``"topk"`` is ``"sketch"``.
         sketch_in_backward: deprecated, without effect.
 
     Raises:
         ValueError: a value out of range; the message says which and what is allowed.
     """
 
-    cols: int
     k: int
+    cols: int = 0
     rows: int = 3
     oversample: int = 4
     momentum: float = 0.9
     weight_decay: float = 0.0
     seed: int = 0
-    selection: str = "topk"
+    candidates: str = "sketch"
+    value_bits: int = 32
+    table_bits: int = 32
     dense_below: int = 1024
     deterministic: bool = False
+    selection: InitVar[str | None] = None
     sketch_in_backward: InitVar[bool | None] = None
 
-    def __post_init__(self, sketch_in_backward: bool | None) -> None:
+    def __post_init__(self, selection: str | None, sketch_in_backward: bool | None) -> None:
+        if selection is not None:
+            candidates = "sketch" if selection == "topk" else selection
+            warnings.warn(f"selection is deprecated: give candidates={candidates!r}", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "candidates", candidates)
         if sketch_in_backward is not None:
             warnings.warn(
                 "sketch_in_backward is deprecated and without effect: no benchmark showed that it pays. Leave it out",
                 DeprecationWarning,
                 stacklevel=3,
             )
-        for name, least in {"rows": 1, "cols": 1, "k": 1, "oversample": 1, "dense_below": 0}.items():
+        if self.candidates not in SOURCES:
+            raise ValueError(f"candidates must be one of {', '.join(map(repr, SOURCES))}, got {self.candidates!r}")
+        least_cols = 1 if self.candidates in WITH_TABLE else 0
+        for name, least in {"rows": 1, "cols": least_cols, "k": 1, "oversample": 1, "dense_below": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -68,8 +90,14 @@ class SketchConfig:
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.selection not in SOURCES:
-            raise ValueError(f"selection must be one of {', '.join(map(repr, SOURCES))}, got {self.selection!r}")
+        for name, allowed in {"value_bits": VALUE_BITS, "table_bits": TABLE_BITS}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.value_bits < 32 and self.chooses:
+            raise ValueError(
+                f"oversample={self.oversample} chooses by exact values, which value_bits={self.value_bits} does not "
+                "send: set oversample=1, or value_bits=32 (SketchConfig.paper has the paper's settings)"
+            )
 
     @classmethod
     def for_compression(cls, ratio: float, dim: int, **overrides: Any) -> SketchConfig:
@@ -96,7 +124,7 @@ class SketchConfig:
             )
         given = cls(**{"cols": 1, "k": 1, **overrides})  # refuses what is out of range
         rows = given.rows
-        per_choice = (1 if given.selection == "heavymix" else given.oversample) + 1
+        per_choice = (given.oversample if given.chooses else 1) + 1
         floats = 2 * dim / ratio
         if "cols" in overrides and "k" in overrides:
             raise ValueError("give at most one of cols and k to for_compression: both fix the ratio already")
@@ -117,14 +145,68 @@ class SketchConfig:
             )
         return cls(**{**overrides, "cols": cols, "k": k})
 
-    def candidates(self, dim: int) -> int:
+    @property
+    def chooses(self) -> bool:
+        """Whether not all candidates are updated."""
+        return self.oversample > 1 and self.candidates != "heavymix"
+
+    def candidate_count(self, dim: int) -> int:
         """How many coordinates get an exact value each step: ``min(oversample * k, dim)``, or k for HEAVYMIX."""
-        return self.k if self.selection == "heavymix" else min(self.oversample * self.k, dim)
+        return min(self.oversample * self.k, dim) if self.chooses else self.k
 
     def paper_floats(self, dim: int) -> int:
         """``|S| + Pk + k``: floats per rank and step as the paper counts them, indices left out."""
-        return self.rows * self.cols + self.candidates(dim) + self.k
+        return self.rows * self.cols + self.candidate_count(dim) + self.k
 
     def paper_compression_ratio(self, dim: int) -> float:
         """``2 * dim / (|S| + Pk + k)`` (paper, section 5), for ``dim`` sketched coordinates."""
         return 2 * dim / self.paper_floats(dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """PowerSGD with factors of few bits; must be equal on all ranks (compared at start-up).
+
+    Attributes:
+        ratio: bytes of a dense ring allreduce over those of the factors, from which each matrix gets its rank: at least
+            1, then in turn, those with most entries per byte first. None: ``rank`` says it.
+        rank: of all matrices, at most their smaller side. More => closer to dense, more bytes. None: ``ratio`` says it.
+        value_bits: of a factor's entry on the wire, 32, 16, 8 or 4.
+        weight_decay: as in :class:`SketchConfig`.
+        seed: of the first right factors.
+        dense_below: as in :class:`SketchConfig`.
+        deterministic: as in :class:`SketchConfig`.
+
+    Raises:
+        ValueError: a value out of range, or not exactly one of ``ratio`` and ``rank``.
+
+    Source: Vogels et al., PowerSGD, NeurIPS 2019.
+    """
+
+    momentum: ClassVar[float] = 0.0  # the wrapped optimizer's own is the one to use
+
+    ratio: float | None = None
+    rank: int | None = None
+    value_bits: int = 4
+    weight_decay: float = 0.0
+    seed: int = 0
+    dense_below: int = 1024
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.rank is None):
+            raise ValueError(f"give either ratio or rank, got ratio={self.ratio!r} and rank={self.rank!r}")
+        if self.ratio is not None and not 0 < self.ratio < float("inf"):
+            raise ValueError(f"ratio must be positive and finite, got {self.ratio!r}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
+        if self.value_bits not in VALUE_BITS:
+            raise ValueError(f"value_bits must be one of {VALUE_BITS}, got {self.value_bits!r}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
+        for name in ("seed", "dense_below"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
+
+
+Compression = SketchConfig | LowRankConfig  # how an exchange compresses

@@ -48,6 +48,8 @@ class Purpose(IntEnum):
     OFFSET = 1
     SHARD = 2
     HEAVYMIX = 3
+    RANDOM = 4
+    DITHER = 5
 
 
 def random_words(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Philox:

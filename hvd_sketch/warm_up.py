@@ -24,6 +24,7 @@ import torch
 
 from hvd_sketch.coding import host
 from hvd_sketch.hashing import BlockHash
+from hvd_sketch.kernels import _cpu_few_bits as few_bits
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu
 
@@ -72,7 +73,7 @@ def _compiled() -> int:
 @cache
 def cached_kernels() -> list:
     """Every compiled function of the kernels and of the host's codes that Numba keeps on disk."""
-    functions = [function for module in (loops, host) for function in vars(module).values()]
+    functions = [function for module in (loops, few_bits, host) for function in vars(module).values()]
     return list({id(f): f for f in functions if hasattr(f, "stats") and f.stats.cache_path is not None}.values())
 
 
@@ -99,6 +100,8 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.keep_above(some_int32, v[: len(some)], MAGNITUDE_OF_ONE),
         lambda: _call_every_code(some_int32),
         lambda: cpu.merge_owned(hash, [some, some]),
+        lambda: cpu.subtract_at_(u, some, v[: len(some)]),
+        lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),
     ]
 
 
@@ -106,6 +109,7 @@ def _call_every_code(positions: torch.Tensor) -> None:
     values = torch.ones(len(positions))
     code = host.encode_positions(positions, DIM)
     host.decode_owned(BlockHash(DIM, 3, 40), code, torch.device("cpu"))
+    host.decode_union(torch.cat([code, code]), DIM, torch.device("cpu"))
     chosen = host.encode_choice(torch.arange(2), values)
     host.decode_choices(chosen, 1, len(values), torch.device("cpu"))
 
@@ -145,7 +149,7 @@ def _open_lock(folder: Path) -> int | None:
 @cache
 def _marker() -> Path:
     """The file that exists where the cache holds every kernel for this processor, this software and these sources."""
-    sources = [Path(getfile(module)).stat() for module in (loops, host)]
+    sources = [Path(getfile(module)).stat() for module in (loops, few_bits, host)]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [
         *(platform.python_version(), numba.__version__, llvmlite.__version__),

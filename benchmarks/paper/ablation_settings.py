@@ -43,7 +43,7 @@ class Setting:
     def name(self) -> str:
         """Equal for equal settings of one model: what runs are known by."""
         c, v = self.config, self.variant
-        choice = f"P {c.oversample}" if c.selection == "topk" else c.selection
+        choice = f"P {c.oversample}" if c.candidates == "sketch" else c.candidates
         size = {"dense": [], "true_topk": [f"k {c.k}"]}.get(self.method, [f"{c.rows} x {c.cols}", f"k {c.k}", choice])
         departures = {
             f"momentum {v.momentum}": v.momentum != "none",
@@ -65,7 +65,7 @@ class Setting:
 
     def described(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        config = {name: getattr(self.config, name) for name in ("rows", "cols", "k", "oversample", "selection")}
+        config = {name: getattr(self.config, name) for name in ("rows", "cols", "k", "oversample", "candidates")}
         return {"method": self.method, **config, "momentum_factor": self.config.momentum, **asdict(self.variant)}
 
 
@@ -145,7 +145,7 @@ class Budget:
     def heavymix(self) -> Group:
         """Equal bytes: what top-Pk spends on candidates goes into k, or into the table."""
         base = self.base()
-        heavymix = base.with_config(selection="heavymix")
+        heavymix = base.with_config(candidates="heavymix")
         spent = choice_bytes(base.config, self.dim)
         spare = spent - choice_bytes(heavymix.config, self.dim)
         columns = spare // (4 * 3 * self.workers) * self.workers
@@ -191,7 +191,7 @@ def choice_bytes(config: SketchConfig, dim: int) -> int:
 
     An index is coded in about one byte. HEAVYMIX keeps all its candidates; it codes the heavy ones only.
     """
-    candidates = config.candidates(dim)
+    candidates = config.candidate_count(dim)
     by_choice = candidates // 8 + 4 * config.k + RING_PASSES["allreduce"] * 4 * histogram_bins(config.k)
     returned = 4 * candidates if all_sums_travel(candidates, config.k) else by_choice
     return candidates + 4 * candidates + returned

@@ -64,11 +64,11 @@ class Recipe:
 
     @property
     def rate_inside(self) -> bool:
-        return self.settings["selection"] == "heavymix"
+        return self.settings["candidates"] == "heavymix"
 
 
-ALG2 = {"selection": "heavymix", "momentum": 0.0}
-ALG3 = {"selection": "topk", "momentum": 0.9}
+ALG2 = {"candidates": "heavymix", "momentum": 0.0}
+ALG3 = {"candidates": "sketch", "momentum": 0.9}
 RECIPES = {
     "logistic-alg2": Recipe(LOGISTIC, lambda t, steps: 1 / (t + XI), lambda t: (t + XI) ** 2, ALG2),
     "logistic-alg2-mu": Recipe(LOGISTIC, lambda t, steps: 100 / (t + XI_MU), lambda t: (t + XI_MU) ** 2, ALG2),

@@ -74,8 +74,8 @@ class SimulatedAllreduce:
     def _candidates(self, tables: Floats, estimates: Floats) -> list[Ints]:
         """The coordinates of each problem that get exact sums: int64, ascending."""
         c = self._config
-        if c.selection == "topk":
-            return [self._select(number, own, c.candidates(self._dim))[0] for number, own in enumerate(estimates)]
+        if c.candidates == "sketch":
+            return [self._select(number, own, c.candidate_count(self._dim))[0] for number, own in enumerate(estimates)]
         chosen = []
         for number, (own, norm) in enumerate(zip(estimates, _norms(tables, len(self._v)), strict=True)):
             own[(own.view(np.int32) & MAGNITUDE_MASK) <= heavy_threshold(norm, c.k)] = 0

@@ -42,8 +42,8 @@ class VariantAllreduce(SketchedAllreduce):
         if not variant.masking:
             self._feedback = _Unmasked(dim, before.momentum, device, transport.size, self._limits)
         if not variant.fresh_hashes or variant.table_dtype != "float32":
-            if config.selection != "topk":
-                raise ValueError(f"hashes and tables vary with selection 'topk' only, got {config.selection!r}")
+            if config.candidates != "sketch":
+                raise ValueError(f"hashes and tables vary with candidates 'sketch' only, got {config.candidates!r}")
             self._source = _Departing(variant, before, dim, self._comm, self._device)
             self._predictors = [self._source.predictor, self._predictor]
         self._factor = config.momentum

@@ -43,16 +43,12 @@ def encode_positions(positions: Tensor, span: int) -> Tensor:
 
 def decode_owned(hash: BlockHash, encoded: Tensor, device: torch.device, known: object = None) -> Tensor:
     """See :func:`hvd_sketch.coding.host.decode_owned`; ``known`` is not used, for all are decoded together."""
-    words = encoded.numpy().view(np.uint64)
-    streams: list[Stream] = []
-    start = 0
-    while start < len(words):
-        count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
-        unary_start = start + 1 + ceil_div(count * low_bits, 64)
-        unary_end = unary_start + _words_of_ones(words[unary_start:], count)
-        streams.append(Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end]))
-        start = unary_end
-    return _coordinates(hash, *_decode(streams, device)).sort().values
+    return _coordinates(hash, *_decode(_streams(encoded), device)).sort().values
+
+
+def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
+    """See :func:`hvd_sketch.coding.host.decode_union`; waits for the device, for the number of positions."""
+    return _decode(_streams(encoded), device)[1].unique()
 
 
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
@@ -79,6 +75,20 @@ def decode_choices(encoded: Tensor, ranks: int, share_length: int, device: torch
         at += count
     bits = _unpack(to_device(bitmaps, device)).view(ranks, -1)[:, :share_length]
     return _places_of_ones(bits, total), values
+
+
+def _streams(encoded: Tensor) -> list[Stream]:
+    """The codes that follow one another in uint8 [n], on the CPU."""
+    words = encoded.numpy().view(np.uint64)
+    streams: list[Stream] = []
+    start = 0
+    while start < len(words):
+        count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
+        unary_start = start + 1 + ceil_div(count * low_bits, 64)
+        unary_end = unary_start + _words_of_ones(words[unary_start:], count)
+        streams.append(Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end]))
+        start = unary_end
+    return streams
 
 
 def _encode(positions: Tensor, span: int) -> Tensor:

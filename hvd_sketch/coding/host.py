@@ -58,6 +58,27 @@ def decode_owned(
     return merge_owned(hash, owned).to(device)
 
 
+def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
+    """The positions that are in any of several codes, one after the other: int64, ascending, on ``device``.
+
+    Through a bit for each position below ``span``: a million of 25 million take a tenth of the time of a sort.
+    """
+    words = encoded.numpy().view(np.uint64)
+    codes = []
+    start = 0
+    while start < len(words):
+        positions, start = _decode_stream(words, start)
+        codes.append(positions)
+    if len(codes) == 1:
+        return codes[0].to(device)
+    bitmap = np.zeros(8 * ceil_div(span, 64), dtype=np.uint8)
+    for positions in codes:
+        _set_bits(positions.numpy(), bitmap)
+    union = np.empty(sum(map(len, codes)), dtype=np.int64)
+    end = _find_bits(bitmap.view(np.uint64), 0, union, 0)
+    return torch.from_numpy(union[:end]).to(device)
+
+
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
     """The positions of the code that begins at word ``start``, int64 [n], and the word where it ends."""
     count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Agreed, Loaded, Report, StepAgreement, all_finite
 from hvd_sketch.exchange.feedback import Limits, no_limits
 from hvd_sketch.exchange.setup import require_equal
@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     """Keyword arguments of every exchange."""
 
     parameters: Parameters  # what the gradient is made of, compared over the ranks; default: nothing is said of it
+    shapes: Sequence[tuple[int, ...]]  # of the tensors that make up the gradient; default: one vector
     dense_bytes: int  # size of the gradient in its own dtypes, for the ratio; default: 4 bytes a coordinate
     limits: Limits  # how large an element of the mean may be; default: what float32 holds
     name: Callable[[int], str]  # tells the name of a coordinate, for messages
@@ -87,7 +88,7 @@ class Exchange(ABC):
 
     def __init__(
         self,
-        config: SketchConfig | None,
+        config: Compression | None,
         dim: int,
         transport: Transport,
         device: torch.device | str = "cpu",
@@ -294,7 +295,7 @@ class Exchange(ABC):
 
 
 def _require_equal_setup(
-    transport: Transport, config: SketchConfig | None, dim: int, parameters: Parameters, max_skips: int
+    transport: Transport, config: Compression | None, dim: int, parameters: Parameters, max_skips: int
 ) -> None:
     fields: dict[str, object] = {"hash version": HASH_VERSION, "world size": transport.size, "dim": dim}
     settings = asdict(config) if config is not None else {"cols": "none: dense"}

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.transport.base import Transport, in_equal_shares, mean_over_ranks, sum_in_rank_order
@@ -35,7 +35,7 @@ class DenseAllreduce(Exchange):
 
     def __init__(
         self,
-        config: SketchConfig | None,
+        config: Compression | None,
         dim: int,
         transport: Transport,
         device: torch.device | str = "cpu",

@@ -60,6 +60,7 @@ class Feedback:
         limits = limits if limits is not None else no_limits(dim, device)
         self._limits = Limits(limits.ends, limits.largest.clamp(max=LARGEST_SUM / size))
         self._least_limit = float(self._limits.largest.min())
+        self._size = size
         self._held_back: tuple[Tensor, Tensor] | None = None  # coordinates, and what of v was not offered there
 
     @property
@@ -107,6 +108,20 @@ class Feedback:
             coordinates, rest = self._held_back
             sent = torch.isin(coordinates, indices)
             self.v[coordinates[sent]] = rest[sent]
+
+    def subtract_(self, indices: Tensor, sent: Tensor) -> None:
+        """Take what was sent, float32 [n], from v at ``indices``, and zero u there."""
+        self._kernels.subtract_at_(self.v, indices, sent)
+        if self.momentum:
+            self._kernels.clear_(self._u, indices)
+
+    def excess(self, indices: Tensor, sums: Tensor) -> Tensor | None:
+        """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes; None where all does."""
+        largest = self._least_limit * self._size
+        if not sums.numel() or float(torch.stack(torch.aminmax(sums)).abs().max()) <= largest:
+            return None
+        limits = self._limits.at(indices) * self._size
+        return sums - torch.minimum(torch.maximum(sums, -limits), limits)
 
     def reset_nonfinite_(self) -> Tensor:
         """Zero u and v wherever one of them is NaN or infinite; returns where: int64 [n], ascending."""

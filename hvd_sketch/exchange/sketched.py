@@ -14,6 +14,7 @@ from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.base import Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates import CandidateSource, load_source
+from hvd_sketch.exchange.few_bits import sum_in_few_bits
 from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import ceil_div
@@ -35,7 +36,7 @@ def all_sums_travel(candidates: int, k: int) -> bool:
 
 
 class SketchedAllreduce(ResidualExchange):
-    """Sketched gradient exchange with error feedback (paper, Alg. 3; Alg. 2 with ``selection="heavymix"``,
+    """Sketched gradient exchange with error feedback (paper, Alg. 3; Alg. 2 with ``candidates="heavymix"``,
     momentum 0 and gradients multiplied by the learning rate beforehand).
 
     Communication: the constructor and :meth:`step` are collective, all ranks in the same order.
@@ -57,7 +58,7 @@ class SketchedAllreduce(ResidualExchange):
         super().__init__(config, dim, transport, device, **options)
         if config.k > dim:
             raise ValueError(f"k must be at most dim, got k={config.k} for dim={dim}: lower k, or exchange dense")
-        if config.selection == "topk" and config.oversample * config.k > dim and transport.rank == 0:
+        if config.candidates == "sketch" and config.oversample * config.k > dim and transport.rank == 0:
             warnings.warn(
                 f"oversample * k = {config.oversample * config.k} exceeds dim {dim}: every coordinate is a "
                 "candidate in every step, and the sketch is sent for nothing",
@@ -67,7 +68,7 @@ class SketchedAllreduce(ResidualExchange):
             warm_up(logger.warning if transport.rank == 0 else None)  # no rank compiles inside the first step
         self._kernels = load_backend(None, self._device)
         self._coding = load_coding(self._kernels)
-        self._source: CandidateSource = load_source(config.selection)(config, dim, self._comm, self._device)
+        self._source: CandidateSource = load_source(config.candidates)(config, dim, self._comm, self._device)
         self._predictor = ThresholdPredictor()  # of the k-th largest sum
         self._predictors = [self._source.predictor, self._predictor]
         self._ranges: Ranges = ()  # that were accumulated, the last first
@@ -91,32 +92,50 @@ class SketchedAllreduce(ResidualExchange):
         return self.agree()
 
     def agree(self) -> SparseUpdate:
-        """The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero."""
+        """The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero.
+
+        All candidates, also where their sums are zero, with few-bit values.
+        """
         candidates = self._source.find(self._feedback.v, self._ranges)  # line 4: top-Pk of the summed sketches
         if self._unused:
             candidates = _without(candidates, self._unused)
-        own_sums = self._reduce_scatter_exact(candidates)  # lines 5 and 6: second round, exact values
-        positions, sums = self._top_k_sums(own_sums, candidates.numel())
-        indices = candidates.index_select(0, to_device(positions, self._device))
-        self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
+        offered = self._offer(candidates)
+        if self.config.value_bits < 32:
+            indices, sums = candidates, self._sum_in_few_bits(candidates, offered[: candidates.numel()])
+        else:
+            with self._comm.phase("exact"):  # lines 5 and 6: second round, exact values
+                own_sums = self._comm.start_reduce_scatter(offered.view(self._comm.size, -1)).wait()
+            positions, top_sums = self._top_k_sums(own_sums, candidates.numel())
+            indices = candidates.index_select(0, to_device(positions, self._device))
+            sums = to_device(top_sums, self._device)
+            self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         self.count_step()
-        return SparseUpdate(indices, to_device(sums, self._device) / self._comm.size)
+        return SparseUpdate(indices, sums / self._comm.size)
 
-    def _reduce_scatter_exact(self, candidates: Tensor) -> Tensor:
-        """Sums of v over ranks at this rank's share of the candidates: float32 [ceil(n / size)], zeros at the end.
+    def _offer(self, candidates: Tensor) -> Tensor:
+        """What this rank gives of v at the candidates: float32 [n], and zeros up to a multiple of the ranks.
 
-        They are finite: every rank offers of its v what fits, and has reset what is not finite.
+        Finite, and so is the sum: every rank offers of its v what fits, and has reset what is not finite.
         """
         size, count = self._comm.size, candidates.numel()
-        share = ceil_div(count, size)
-        own = torch.empty(size * share, dtype=torch.float32, device=self._device)
+        own = torch.empty(size * ceil_div(count, size), dtype=torch.float32, device=self._device)
         if not self._feedback.offer(candidates, own[:count]):
             self._count_reset(self._feedback.reset_nonfinite_())
             self._feedback.offer(candidates, own[:count])
         own[count:] = 0
-        with self._comm.phase("exact"):
-            return self._comm.start_reduce_scatter(own.view(size, share)).wait()  # which may use its memory
+        return own
+
+    def _sum_in_few_bits(self, candidates: Tensor, offered: Tensor) -> Tensor:
+        """Sums over ranks at all candidates: float32 [n], equal on all ranks. What was sent of v is taken from it."""
+        summed = sum_in_few_bits(self._comm, self._kernels, offered, self.config.value_bits)
+        sent, total = summed.sent, summed.total
+        excess = self._feedback.excess(candidates, total)
+        if excess is not None:  # by rounding up
+            total = total - excess
+            sent = sent - excess if self._comm.rank == 0 else sent
+        self._feedback.subtract_(candidates, sent)
+        return total
 
     def _top_k_sums(self, own_sums: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
         """Positions among the candidates, ascending, and sums, on the CPU, of the k largest; equal on all ranks.
@@ -124,7 +143,7 @@ class SketchedAllreduce(ResidualExchange):
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
         pick together and send one bit per candidate and the k sums: whichever takes less time.
         """
-        k = self.config.k
+        k = self.config.k if self.config.chooses else candidates
         if all_sums_travel(candidates, k):
             with self._comm.phase("values", self._device):
                 sums = self._comm.allgather(own_sums.cpu())  # so few that the host picks

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash, ceil_div
+from hvd_sketch.kernels import _cpu_few_bits as few_bits
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels.numba_exit import keep_exit_silent
+from hvd_sketch.kernels.reference import CHUNKS, LARGEST_CODES, LARGEST_SCALES, packed_bytes
 from hvd_sketch.kernels.reference import scatter_ as scatter_  # as it is
 from hvd_sketch.kernels.threads import run_on_threads
 
@@ -166,6 +168,32 @@ def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
 def clear_(vector: Tensor, indices: Tensor) -> None:
     """See :func:`hvd_sketch.kernels.reference.clear_`."""
     run_on_threads(_threads_for(indices.numel()), loops.clear, vector.numpy(), indices.numpy())
+
+
+def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See :func:`hvd_sketch.kernels.reference.subtract_at_`; equal to the bit."""
+    arguments = vector.numpy(), indices.numpy(), values.numpy()
+    run_on_threads(_threads_for(indices.numel()), few_bits.subtract_at, *arguments)
+
+
+def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.quantize`; equal to the bit."""
+    segments, length = values.shape
+    packed = np.empty((segments, packed_bytes(length, bits)), dtype=np.uint8)
+    rounding = np.uint32(dither or 0), dither is not None
+    run_on_threads(_threads_for(values.numel()), few_bits.quantize, packed, values.numpy(), _code(bits), *rounding)
+    return torch.from_numpy(packed)
+
+
+def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.dequantize_sum`; equal to the bit."""
+    total = np.empty((packed.shape[1], length), dtype=np.float32)
+    run_on_threads(_threads_for(total.size), few_bits.dequantize_sum, total, packed.numpy(), _code(bits))
+    return torch.from_numpy(total)
+
+
+def _code(bits: int) -> few_bits.Code:
+    return bits, CHUNKS[bits], LARGEST_CODES[bits], LARGEST_SCALES[bits]
 
 
 def merge_owned(hash: BlockHash, positions: list[Tensor]) -> Tensor:

@@ -15,10 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.hashing import BlockHash
+from hvd_sketch.hashing import BlockHash, ceil_div
 
 ON_HOST = True  # whether the tensors are in host memory
 MAGNITUDE_MASK = 0x7FFFFFFF  # a float32 without its sign: unsigned order is the order of magnitudes
+CHUNKS = {4: 64, 8: 256, 16: 256}  # by bits: how many values share a scale
+LARGEST_CODES = {bits: 2 ** (bits - 1) - 1 for bits in CHUNKS}
+LEAST_SCALE = 0x00800000  # bits of the smallest normal float32
+# Bits of the largest bfloat16 that times the largest code is finite.
+LARGEST_SCALES = {
+    bits: int(np.float32(np.finfo(np.float32).max / most).view(np.uint32)) & 0xFFFF0000
+    for bits, most in LARGEST_CODES.items()
+}
+
+
+def chunks_of(length: int, bits: int) -> int:
+    """How many scales a segment of few-bit codes has."""
+    return ceil_div(length, CHUNKS[bits])
+
+
+def packed_bytes(length: int, bits: int) -> int:
+    """How long a segment of few-bit codes is, see :func:`quantize`."""
+    return 2 * chunks_of(length, bits) + ceil_div(length * bits, 8)
 
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
@@ -135,6 +153,74 @@ def clear_(vector: Tensor, indices: Tensor) -> None:
     vector.index_fill_(0, indices, 0)
 
 
+def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
+    """``vector[indices[i]] -= values[i]`` for distinct int64 indices, all within it."""
+    vector[indices] -= values
+
+
+def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
+    """Few-bit codes of float32 [segments, length]: uint8 [segments, packed_bytes(length, bits)].
+
+    A segment is cut into chunks of ``CHUNKS[bits]`` values; the last one may be shorter. A chunk's scale is its largest
+    magnitude divided by the largest code, rounded up to a bfloat16. A value's code is its quotient by the scale,
+    rounded to the nearest integer, ties to even. Where the scale would be subnormal, all codes are 0.
+
+    With ``dither``, a number below 2**32, the rounding is stochastic: of 1.25, three in four become 1 and one becomes
+    2. Which ones is a function of ``dither`` and of the value's place.
+
+    A segment's bytes: the scales, 2 bytes each, then the codes. Codes of 8 and 16 bits are signed integers. Codes of 4
+    bits have 8 added; a chunk of n has ``h = ceil(n / 2)`` bytes of them: byte i holds code i in its lower half and
+    code h + i, or 0, in its upper half. All is little-endian.
+    """
+    segments, length = values.shape
+    codes = np.zeros((segments, chunks_of(length, bits), CHUNKS[bits]), dtype=np.float32)
+    codes.reshape(segments, -1)[:, :length] = values.numpy()
+    scale = _scales(np.abs(codes).max(axis=-1, keepdims=True, initial=0), bits)
+    with np.errstate(divide="ignore"):
+        codes *= np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    if dither is not None:
+        place = np.arange(segments * length, dtype=np.uint32).reshape(segments, length)
+        codes.reshape(segments, -1)[:, :length] += dither_at(place, dither)
+    most = LARGEST_CODES[bits]
+    codes = np.clip(np.rint(codes), -most, most)
+    scales = (scale.view(np.uint32) >> 16).astype("<u2").reshape(segments, -1).view(np.uint8)
+    if bits == 4:
+        packed = _packed_nibbles(codes, length)
+    else:
+        packed = codes.reshape(segments, -1)[:, :length].astype(f"<i{bits // 8}").view(np.uint8)
+    return torch.from_numpy(np.concatenate([scales, packed], axis=1))
+
+
+def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
+    """The sum of what codes stand for: float32 [segments, length], of uint8 [terms, segments, bytes], term by term.
+
+    Each is ``code * scale``, rounded to float32 before it is added.
+    """
+    _, segments, _ = packed.shape
+    scale_bytes = 2 * chunks_of(length, bits)
+    total = torch.zeros(segments, length)
+    for term in packed.numpy():
+        scales = np.ascontiguousarray(term[:, :scale_bytes]).view("<u2").astype(np.uint32) << 16
+        data = np.ascontiguousarray(term[:, scale_bytes:])
+        codes = _unpacked_nibbles(data, length) if bits == 4 else data.view(f"<i{bits // 8}")
+        each = np.repeat(scales.view(np.float32), CHUNKS[bits], axis=1)[:, :length]
+        total += torch.from_numpy(codes.astype(np.float32) * each)
+    return total
+
+
+def dither_at(place: np.ndarray, dither: int) -> np.ndarray:
+    """What stochastic rounding adds to the value at a place, uint32 [n], before it rounds: float32, in [-0.5, 0.5).
+
+    Source: the finalizer of MurmurHash3.
+    """
+    mixed = place ^ np.uint32(dither)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed ^= mixed >> np.uint32(shift)
+        mixed *= np.uint32(factor)
+    mixed ^= mixed >> np.uint32(16)
+    return (mixed >> np.uint32(8)).astype(np.float32) * np.float32(2**-24) - np.float32(0.5)
+
+
 def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write float32 ``values`` [n] at distinct ``indices`` of several tensors seen as one vector.
 
@@ -147,6 +233,38 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
         if target is not None and first < last:
             target.view(-1)[indices[first:last] - start] = values[first:last].to(target.dtype)
+
+
+def _scales(largest: np.ndarray, bits: int) -> np.ndarray:
+    """A chunk's scale from its largest magnitude, float32 with the bits of a bfloat16; 0 where it is subnormal."""
+    wanted = (largest / np.float32(LARGEST_CODES[bits])).astype(np.float32).view(np.uint32)
+    scale = np.minimum((wanted + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000), np.uint32(LARGEST_SCALES[bits]))
+    return np.where(scale < LEAST_SCALE, np.uint32(0), scale).astype(np.uint32).view(np.float32)
+
+
+def _packed_nibbles(codes: np.ndarray, length: int) -> np.ndarray:
+    """Two codes a byte, of float [segments, chunks, chunk]: uint8 [segments, ceil(length / 2)]."""
+    chunk = codes.shape[-1]
+    pieces = []
+    for number in range(codes.shape[1]):
+        count = min(chunk, length - number * chunk)
+        half = ceil_div(count, 2)
+        high = np.zeros((len(codes), half), dtype=np.uint8)
+        high[:, : count - half] = codes[:, number, half:count].astype(np.int8) + 8
+        pieces.append((codes[:, number, :half].astype(np.int8) + 8).astype(np.uint8) | high << 4)
+    return np.concatenate(pieces, axis=1) if pieces else np.zeros((len(codes), 0), dtype=np.uint8)
+
+
+def _unpacked_nibbles(data: np.ndarray, length: int) -> np.ndarray:
+    """What :func:`_packed_nibbles` packed: int8 [segments, length]."""
+    chunk = CHUNKS[4]
+    pieces = []
+    for first in range(0, length, chunk):
+        count = min(chunk, length - first)
+        half = ceil_div(count, 2)
+        both = data[:, first // 2 : first // 2 + half]
+        pieces.append(np.concatenate([both & 15, both >> 4], axis=1)[:, :count].astype(np.int8) - 8)
+    return np.concatenate(pieces, axis=1) if pieces else np.zeros((len(data), 0), dtype=np.int8)
 
 
 def _median(votes: list[np.ndarray]) -> Tensor:

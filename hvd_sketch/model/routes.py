@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Unpack
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.sketched import SketchedAllreduce
@@ -21,7 +21,7 @@ class MakeExchange(Protocol):
     """How the exchange of the large tensors is built. Communication: collective."""
 
     def __call__(
-        self, config: SketchConfig, dim: int, transport: Transport, device: torch.device, **options: Unpack[Options]
+        self, config: Any, dim: int, transport: Transport, device: torch.device, **options: Unpack[Options]
     ) -> Exchange: ...
 
 
@@ -40,7 +40,7 @@ class Route:
 
     def build(
         self,
-        config: SketchConfig | None,
+        config: Compression | None,
         transport: Transport,
         options: Options,
         *,
@@ -60,6 +60,7 @@ class Route:
         """
         own: Options = {
             **options,
+            "shapes": [tuple(parameter.shape) for parameter in self.flat.parameters],
             "dense_bytes": self.flat.dense_bytes,
             "limits": self.flat.limits(scale),
             "name": self.flat.name,
@@ -79,7 +80,7 @@ class Route:
             self.flat.unpack_sparse(update.indices, values, used)
 
 
-def routes_of(named: Sequence[NamedParameter], config: SketchConfig | None) -> list[Route]:
+def routes_of(named: Sequence[NamedParameter], config: Compression | None) -> list[Route]:
     """Which parameters are sketched and which go dense: at most one route of each kind, the sketched one first.
 
     Args:

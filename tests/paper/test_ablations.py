@@ -69,7 +69,7 @@ def plain(config: SketchConfig, variant: Variant) -> list[Tensor]:
         for own in v:
             table = CountSketch(*shape, backend="reference").accumulate_(own).table
             summed.table += table.to(getattr(torch, variant.table_dtype))
-        is_topk = config.selection == "topk"
+        is_topk = config.candidates == "sketch"
         if is_topk:
             found = torch.tensor(from_the_edge(summed.estimate().tolist(), config.oversample * config.k))
         else:
@@ -106,7 +106,7 @@ def test_variants_are_what_they_say(variant: Variant, rows: int) -> None:
 
 
 def test_heavymix_is_what_it_says() -> None:
-    config = replace(CONFIG, selection="heavymix")
+    config = replace(CONFIG, candidates="heavymix")
     for ours, expected in zip(simulated(config, NO_MOMENTUM), plain(config, NO_MOMENTUM), strict=True):
         assert torch.equal(ours, expected) and ours.count_nonzero() == config.k
 

@@ -36,10 +36,10 @@ from tests.support.plain import from_the_edge
 
 PROBLEMS = 3
 CONFIGS: list[dict[str, Any]] = [
-    {"rows": 7, "cols": 40, "k": 10, "oversample": 10, "selection": "heavymix", "momentum": 0.0},
+    {"rows": 7, "cols": 40, "k": 10, "oversample": 10, "candidates": "heavymix", "momentum": 0.0},
     {"rows": 7, "cols": 40, "k": 10, "oversample": 10, "momentum": 0.9},
     {"rows": 4, "cols": 61, "k": 30, "oversample": 2, "momentum": 0.0, "seed": 3},
-    {"rows": 1, "cols": 12, "k": 40, "selection": "heavymix", "momentum": 0.5},
+    {"rows": 1, "cols": 12, "k": 40, "candidates": "heavymix", "momentum": 0.5},
 ]
 
 

@@ -39,11 +39,11 @@ class RandomCandidates:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_nothing_is_lost_with_candidates_of_ones_own(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOURCES, "random", f"{__name__}.RandomCandidates")
+    monkeypatch.setitem(SOURCES, "by each", f"{__name__}.RandomCandidates")
     dim, steps = 2003, 6
 
     def main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
-        exchange = SketchedAllreduce(SketchConfig(cols=8, k=60, momentum=0.0, selection="random"), dim, transport)
+        exchange = SketchedAllreduce(SketchConfig(cols=8, k=60, momentum=0.0, candidates="by each"), dim, transport)
         sent = torch.zeros(dim)
         for step in range(steps):
             update = exchange.step(integer_gradient(dim, transport.rank, step))

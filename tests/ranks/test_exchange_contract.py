@@ -18,7 +18,7 @@ from tests.support.targets import integer_gradient
 DIM, STEPS = 2003, 5
 KINDS: dict[str, tuple[type[Exchange], dict[str, Any]]] = {
     "sketched": (SketchedAllreduce, {}),
-    "heavymix": (SketchedAllreduce, {"selection": "heavymix"}),
+    "heavymix": (SketchedAllreduce, {"candidates": "heavymix"}),
     "dense": (DenseAllreduce, {}),
     "local top-k": (LocalTopK, {}),
     "counted top-k": (CountedTopK, {}),

@@ -14,7 +14,7 @@ from hvd_sketch.transport import LocalTransport, local_transports, run_local
 
 LIMIT_S = 60
 RANKS = [1, 2, 3, 4]
-SETTINGS: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"selection": "heavymix"}, {"deterministic": True}]
+SETTINGS: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"candidates": "heavymix"}, {"deterministic": True}]
 
 
 def config(**settings: Any) -> SketchConfig:
@@ -65,7 +65,7 @@ def test_what_overflows_in_the_residual_is_reset_counted_and_named_once(
         return exchange.reset_coordinates, float(exchange.residual.abs().max()), exchange.velocity
 
     results = run_local(ranks, main, LIMIT_S)
-    if settings.get("selection") != "heavymix":  # which draws coordinates by chance: some leave before they overflow
+    if settings.get("candidates") != "heavymix":  # which draws coordinates by chance: some leave before they overflow
         assert [reset > 0 for reset, _, _ in results] == [rank == ranks - 1 for rank in range(ranks)]
         (told,) = caplog.messages
         assert f"rank {ranks - 1}: momentum or residual was NaN or infinite at " in told and "(coordinate " in told

@@ -21,7 +21,7 @@ DIM, STEPS = 1500, 5
 INTEGERS = {"cols": 160, "k": 25, "momentum": 0.0}
 CASES: list[dict[str, Any]] = [
     {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 150, "deterministic": True}},
-    {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 20, "deterministic": True, "selection": "heavymix"}},
+    {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 20, "deterministic": True, "candidates": "heavymix"}},
     {"dim": 200_003, "steps": 3, "config": {"cols": 9000, "k": 20_000, "oversample": 8, "deterministic": True}},
     {"dim": DIM, "steps": STEPS, "config": INTEGERS, "integers": True},
     {"dim": 2, "steps": 2, "config": {"cols": 8, "k": 1}, "integers": True},

@@ -20,7 +20,7 @@ STEPS = 5
 CASES: list[tuple[int, dict[str, Any]]] = [
     (1013, {"rows": 3, "cols": 160, "k": 40, "momentum": 0.9, "weight_decay": 0.1}),
     (40_007, {"rows": 4, "cols": 1201, "k": 3001, "oversample": 5, "momentum": 0.0}),
-    (2501, {"rows": 5, "cols": 401, "k": 100, "selection": "heavymix", "momentum": 0.0}),
+    (2501, {"rows": 5, "cols": 401, "k": 100, "candidates": "heavymix", "momentum": 0.0}),
 ]
 
 

@@ -50,7 +50,7 @@ class PlainSketchedSGD:
                 for j in range(c.rows):
                     table[j][cells[j][i]] = table[j].get(cells[j][i], 0.0) + signs[j][i] * v[i]
         estimate = [median(signs[j][i] * table[j][cells[j][i]] for j in range(c.rows)) for i in range(self.dim)]
-        candidates = from_the_edge(estimate, c.candidates(self.dim))
+        candidates = from_the_edge(estimate, c.candidate_count(self.dim))
         exact = {i: sum(v[i] for v in self.v) for i in candidates}
         chosen = sorted((i for i in candidates if exact[i]), key=lambda i: (-abs(exact[i]), i))[: c.k]
         for v in self.v:

@@ -135,7 +135,7 @@ def test_wire_ratio_is_close_to_the_papers() -> None:
     [
         ({"rows": 0}, "rows must be"), ({"cols": 0}, "cols must be"), ({"k": 0}, "k must be"),
         ({"oversample": 0}, "oversample"), ({"momentum": 1.0}, "momentum"), ({"momentum": -0.1}, "momentum"),
-        ({"weight_decay": -1.0}, "weight_decay"), ({"selection": "best"}, "selection"), ({"seed": 0.5}, "seed"),
+        ({"weight_decay": -1.0}, "weight_decay"), ({"candidates": "best"}, "candidates"), ({"seed": 0.5}, "seed"),
         ({"dense_below": -1}, "dense_below"), ({"k": 2.5}, "k must be"),
     ],
 )  # fmt: skip
@@ -160,7 +160,7 @@ def test_ratios_that_cannot_be_met(ratio: float, dim: int, overrides: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}, {"selection": "heavymix"}]
+    "overrides", [{}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}, {"candidates": "heavymix"}]
 )
 @pytest.mark.parametrize("ratio", [4, 20, 100])
 def test_for_compression_meets_the_ratio(ratio: float, overrides: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def training(transport):
         optimizer.step()
 
 for ranks in (1, 3):
-    for options in (dict(momentum=0.0), dict(momentum=0.9), dict(momentum=0.0, selection="heavymix"),
+    for options in (dict(momentum=0.0), dict(momentum=0.9), dict(momentum=0.0, candidates="heavymix"),
                     dict(momentum=0.9, deterministic=True)):
         for dim, k in ((785, 10), (20_011, 97), (100_003, 1500)):
             run_local(ranks, partial(steps, dim=dim, k=k, options=options), 100)

@@ -61,6 +61,6 @@ class SourceFactory(Protocol):
 
 
 def load_source(name: str) -> SourceFactory:
-    """The source that ``SketchConfig.selection`` names."""
+    """The source that ``SketchConfig.candidates`` names."""
     module, kind = SOURCES[name].rsplit(".", 1)
     return getattr(import_module(module), kind)

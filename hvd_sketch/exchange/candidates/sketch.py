@@ -10,7 +10,7 @@ from torch import Tensor
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
-from hvd_sketch.hashing import ceil_div
+from hvd_sketch.hashing import Purpose, ceil_div, random_words
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import Threshold
 from hvd_sketch.sketch import CountSketch
@@ -50,17 +50,31 @@ class SketchCandidates:
 
     @property
     def _overlaps(self) -> bool:
-        return self._comm.overlaps and self._comm.size > 1
+        return self._comm.overlaps and self._comm.size > 1 and self._config.table_bits == 32
 
     def begin(self, step: int) -> None:
         self._step = step
         self._sketch.zero_(step)
 
     def find(self, v: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        rows = self._sketch_rows(v, ranges) if self._overlaps else iter(self._sketch.table)
         with self._comm.phase("sketch"):
-            summed = self._reduce_scatter_rows(rows)
+            if self._config.table_bits < 32:
+                summed = self._sum_in_few_bits(self._config.table_bits)
+            else:
+                rows = self._sketch_rows(v, ranges) if self._overlaps else iter(self._sketch.table)
+                summed = self._reduce_scatter_rows(rows)
         return self._choose(summed)
+
+    def _sum_in_few_bits(self, bits: int) -> Tensor:
+        """This rank's shard of the sum of all sketches, each rounded to few-bit codes: float32 [rows, cols // size].
+
+        The rounding is stochastic, so that a cell of the sum is unbiased: see docs/design.md.
+        """
+        hash, size = self._sketch.hash, self._comm.size
+        shards = self._sketch.table.transpose(0, 1).reshape(size * hash.rows, hash.shard_cols)
+        dither = int(random_words(hash.seed, hash.step, Purpose.DITHER, self._comm.rank).random_raw()) >> 32
+        arrived = self._comm.alltoall(self._kernels.quantize(shards, bits, dither).view(size, hash.rows, -1))
+        return self._kernels.dequantize_sum(arrived, hash.shard_cols, bits)
 
     def _sketch_rows(self, v: Tensor, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         """The rows of the table, each when all of v has been added."""
@@ -84,7 +98,7 @@ class SketchCandidates:
 
     def _choose(self, summed: Tensor) -> Tensor:
         """Candidates from this rank's shard of the summed table. Communication: collective."""
-        count = self._config.candidates(self._sketch.hash.dim)
+        count = self._config.candidate_count(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS
         estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
         threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())

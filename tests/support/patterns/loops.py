@@ -123,7 +123,7 @@ def check_dense_keeps_float64(t: Transport) -> None:
 
 
 def check_training_goes_on_after_an_overflow(t: Transport) -> None:
-    for options in ({"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.0, "selection": "heavymix"}):
+    for options in ({"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.0, "candidates": "heavymix"}):
         exchange = SketchedAllreduce(SketchConfig(cols=100, k=10, **options), 1000, t)
         generator = torch.Generator().manual_seed(t.rank)
         for step in range(40):
