@@ -21,6 +21,9 @@ owned_histogram          0                                             4 r, read
 owned_above, .._kept     24 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
 magnitude_histogram      4                                             -            4 / M
 select_above             8; 24 per coordinate returned                 -            8 / M
+quantize                 4 read, bits / 8 + 2 / chunk written          -            (4 + bits / 8) / M
+dequantize_sum           4 written, bits / 8 + 2 / chunk a term read   -            (4 + terms * bits / 8) / M
+subtract_at_             76 per coordinate given: 12, and its sectors  -            76 / M
 =======================  ============================================  ===========  =======================
 
 Sorting: each block of 256 has two landings per row, each with a 4-byte key and an 8-byte position. Four radix passes
@@ -45,8 +48,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hvd_sketch.hashing import LANES_PER_WORD, MAX_BLOCK, BlockHash, ceil_div
+from hvd_sketch.kernels import _gpu_few_bits as few_bits
 from hvd_sketch.kernels import _gpu_selection as selection
 from hvd_sketch.kernels import _gpu_sums as sums
+from hvd_sketch.kernels.reference import CHUNKS, LARGEST_CODES, LARGEST_SCALES, chunks_of, packed_bytes
 from hvd_sketch.kernels.reference import clear_ as clear_  # torch's, on any device
 from hvd_sketch.kernels.reference import gather as gather
 
@@ -177,6 +182,46 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     arguments = addresses.to(values.device, non_blocking=True), starts, len(targets), indices, values, values.numel()
     constants = {"DTYPE": DTYPES[dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
     _launch(sums.scatter, ceil_div(values.numel(), TILE), *arguments, **constants)
+
+
+def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See :func:`hvd_sketch.kernels.reference.subtract_at_`; equal to the bit."""
+    size = indices.numel()
+    _launch(few_bits.subtract_at, ceil_div(size, TILE), vector, indices, values, size, TILE=TILE)
+
+
+def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.quantize`; equal to the bit."""
+    assert values.is_contiguous()
+    segments, length = values.shape
+    segment_bytes = packed_bytes(length, bits)
+    packed = torch.empty((segments, segment_bytes), dtype=torch.uint8, device=values.device)
+    if dither is not None:  # as int32: one type for all
+        dither -= dither >> 31 << 32
+    constants = {"MOST": LARGEST_CODES[bits], "LARGEST_SCALE": LARGEST_SCALES[bits], **_chunks(bits)}
+    programs = segments * _programs(length, bits)
+    _launch(few_bits.quantize, programs, packed, values, dither, length, segment_bytes, **constants)
+    return packed
+
+
+def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
+    """See :func:`hvd_sketch.kernels.reference.dequantize_sum`; equal to the bit."""
+    terms, segments, _ = packed.shape
+    packed = packed.contiguous()
+    total = torch.empty((segments, length), dtype=torch.float32, device=packed.device)
+    numbers = terms, length, packed.stride(0), packed.stride(1)
+    _launch(few_bits.dequantize_sum, segments * _programs(length, bits), total, packed, *numbers, **_chunks(bits))
+    return total
+
+
+def _chunks(bits: int) -> dict[str, Any]:
+    """What the kernels of few-bit codes are compiled with."""
+    return {"BITS": bits, "CHUNK": CHUNKS[bits], "CHUNKS": TILE // CHUNKS[bits], "enable_fp_fusion": False}
+
+
+def _programs(length: int, bits: int) -> int:
+    """How many programs a segment of few-bit codes takes."""
+    return ceil_div(chunks_of(length, bits), TILE // CHUNKS[bits])
 
 
 class _Source(NamedTuple):

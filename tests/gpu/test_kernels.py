@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu, reference
+from tests.support.few_bits import dithers, segments
 from tests.support.vectors import SPECIAL, hashes, magnitude, random_integers, random_values, ranges, vectors, windows
 
 HAS_GPU = torch.cuda.is_available()
@@ -40,7 +41,7 @@ class PoisonedTorch:
     def empty(size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(
             size if isinstance(size, tuple) else (size,),
-            torch.nan if dtype.is_floating_point else -1,
+            torch.nan if dtype.is_floating_point else 255 if dtype == torch.uint8 else -1,
             dtype=dtype,
             device=device,
         )
@@ -305,6 +306,28 @@ def test_scatter_equals_the_reference(data: st.DataObject, sizes: list[int], dty
     assert all(torch.equal(mine.cpu(), right) for mine, right in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("bits", gpu.CHUNKS)
+@some_examples
+@given(segments(), dithers(), st.integers(1, 3))
+def test_few_bit_codes_have_the_reference_bits(bits: int, values: Tensor, dither: int | None, terms: int) -> None:
+    length = values.shape[1]
+    (ours,) = on_device(values)
+    assert torch.equal(gpu.quantize(ours, bits, dither).cpu(), reference.quantize(values, bits, dither))
+    packed = torch.stack([reference.quantize(values * (0.3 * i + 0.1), bits, dither) for i in range(terms)])
+    (codes,) = on_device(packed)
+    assert same_bits(gpu.dequantize_sum(codes, length, bits), reference.dequantize_sum(packed, length, bits))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1500])
+def test_subtraction_has_the_reference_bits(size: int) -> None:
+    expected, sent = random_values(4000), random_values(size, 1)
+    indices = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(4000)[:size]))
+    ours, *arguments = on_device(expected, indices, sent)
+    gpu.subtract_at_(ours, *arguments)
+    reference.subtract_at_(expected, indices, sent)
+    assert same_bits(ours, expected)
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """To machine code, by Triton and ptxas, with neither spilled registers nor sums rounded once instead of twice."""
@@ -329,12 +352,16 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "count",
         "write_chosen",
         "scatter",
+        "quantize",
+        "dequantize_sum",
+        "subtract_at",
         "hash_tiles",  # of benchmarks/kernels/gpu_probes.py, as is the next
         "walk_tiles",
     }
     assert [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]] == []
     instructions = {name: {i for k in kernels if k["name"] == name for i in k["instructions"]} for name in names}
-    for name in ("feedback", "accumulate"):
+    # The division of quantize is made of FFMA.
+    for name in ("feedback", "accumulate", "dequantize_sum"):
         assert not any(i.startswith("FFMA") for i in instructions[name]), "m * u + g must be rounded twice"
         assert any(i.startswith("FMUL") for i in instructions[name])
     assert any(i.startswith("RED") for i in instructions["accumulate"])

@@ -94,6 +94,10 @@ def launch_all(hash: BlockHash) -> None:
     gpu.owned_histogram_kept(hash, shard_table, 0, 1, 12, 64, 100)
     gpu.magnitude_histogram(v, 0, 0, 2048)
     gpu.select_above(v, 1)
+    gpu.subtract_at_(v, torch.arange(100), v[:100])
+    for bits in gpu.CHUNKS:
+        for dither in (None, 3):
+            gpu.dequantize_sum(gpu.quantize(v.view(1, -1), bits, dither).unsqueeze(0), v.numel(), bits)
 
 
 if __name__ == "__main__":
