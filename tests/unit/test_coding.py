@@ -60,6 +60,39 @@ def test_positions_far_apart_survive_the_code(coding: ModuleType, chosen: list[i
         assert torch.equal(reader.decode_owned(hash, code, CPU), positions)
 
 
+@st.composite
+def several_codes(draw: st.DrawFn) -> tuple[int, list[np.ndarray]]:
+    """A span, and the ascending positions below it of each of some senders; some have none, some have all."""
+    span = draw(st.one_of(st.integers(1, 200), st.sampled_from([63, 64, 65, 1000, 4096, 5001])))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shares = draw(st.lists(st.sampled_from([0, 0.01, 0.3, 1]), min_size=1, max_size=6))
+    return span, [np.flatnonzero(random.random(span) < share) for share in shares]
+
+
+@both
+@given(several_codes(), st.sampled_from([np.int32, np.int64]))
+@settings(max_examples=150, deadline=None)
+def test_the_union_of_codes_is_the_union_of_their_positions(
+    coding: ModuleType, sent: tuple[int, list[np.ndarray]], dtype: type
+) -> None:
+    span, positions = sent
+    codes = [coding.encode_positions(torch.from_numpy(own.astype(dtype)), span) for own in positions]
+    expected = sorted(set().union(*(own.tolist() for own in positions)))
+    for reader in CODINGS:
+        decoded = reader.decode_union(torch.cat(codes), span, CPU)
+        assert decoded.dtype == torch.int64 and decoded.tolist() == expected
+
+
+@both
+def test_the_union_keeps_the_first_and_the_last_position(coding: ModuleType) -> None:
+    """Of a span that ends inside a word; and one code alone is its own union."""
+    span = 3 * 64 + 1
+    ends = [coding.encode_positions(torch.tensor([end]), span) for end in (span - 1, 0)]
+    for reader in CODINGS:
+        assert reader.decode_union(torch.cat(ends), span, CPU).tolist() == [0, span - 1]
+        assert reader.decode_union(ends[0], span, CPU).tolist() == [span - 1]
+
+
 @both
 @pytest.mark.parametrize(("mean_gap", "most_bytes"), [(4, 0.45), (25, 0.85), (250, 1.25), (2500, 1.7), (10**6, 2.8)])
 def test_the_code_is_within_a_tenth_of_a_bit_of_the_entropy(
