@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar
+
+from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes
 
 ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
 # Where the candidates come from, by the names that ``candidates`` takes.
@@ -21,6 +23,8 @@ VALUE_BITS = TABLE_BITS = (4, 8, 16, 32)
 @dataclass(frozen=True, kw_only=True)
 class SketchConfig:
     """How gradients are compressed; must be equal on all ranks (compared at start-up).
+
+    The defaults are what trained best at equal bytes; :meth:`paper` has the paper's.
 
     Attributes:
         k: coordinates updated per step. More => closer to dense, more bytes.
@@ -54,13 +58,13 @@ class SketchConfig:
     k: int
     cols: int = 0
     rows: int = 3
-    oversample: int = 4
-    momentum: float = 0.9
+    oversample: int = 1
+    momentum: float = 0.0
     weight_decay: float = 0.0
     seed: int = 0
     candidates: str = "sketch"
-    value_bits: int = 32
-    table_bits: int = 32
+    value_bits: int = 4
+    table_bits: int = 4
     dense_below: int = 1024
     deterministic: bool = False
     selection: InitVar[str | None] = None
@@ -79,7 +83,7 @@ class SketchConfig:
             )
         if self.candidates not in SOURCES:
             raise ValueError(f"candidates must be one of {', '.join(map(repr, SOURCES))}, got {self.candidates!r}")
-        least_cols = 1 if self.candidates in WITH_TABLE else 0
+        least_cols = 1 if self.has_table else 0
         for name, least in {"rows": 1, "cols": least_cols, "k": 1, "oversample": 1, "dense_below": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -101,7 +105,7 @@ class SketchConfig:
 
     @classmethod
     def for_compression(cls, ratio: float, dim: int, **overrides: Any) -> SketchConfig:
-        """The configuration that meets the paper's ``2 * dim / (rows * cols + oversample * k + k)``.
+        """The paper's settings at the paper's ratio, ``2 * dim / (rows * cols + oversample * k + k)``.
 
         Half the floats go to the table, half to the candidates and the update.
 
@@ -115,14 +119,8 @@ class SketchConfig:
             ValueError: ``ratio`` not positive, ``dim`` below 1, another field out of range, or a ratio that leaves no
                 column or no k.
         """
-        if not 0 < ratio < float("inf"):
-            raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
-        if dim < 1:
-            raise ValueError(
-                f"dim must be at least 1, got {dim}: where no tensor is large enough to be sketched, lower "
-                "dense_below, or exchange dense (sketch=None)"
-            )
-        given = cls(**{"cols": 1, "k": 1, **overrides})  # refuses what is out of range
+        _check_ratio(ratio, dim)
+        given = cls.paper(**{"cols": 1, "k": 1, **overrides})  # refuses what is out of range
         rows = given.rows
         per_choice = (given.oversample if given.chooses else 1) + 1
         floats = 2 * dim / ratio
@@ -143,7 +141,61 @@ class SketchConfig:
                 f"rows of at least one column and {per_choice} floats per updated coordinate: lower the ratio, "
                 f"rows or oversample"
             )
-        return cls(**{**overrides, "cols": cols, "k": k})
+        return cls.paper(**{**overrides, "cols": cols, "k": k})
+
+    @classmethod
+    def for_wire_ratio(cls, ratio: float, dim: int, ranks: int, **overrides: Any) -> SketchConfig:
+        """The configuration whose steps send a ``ratio``-th of a dense ring allreduce, every byte counted.
+
+        With a table, half of the bytes go to it. Nominations are taken to be distinct: where ranks name the same
+        coordinates, fewer bytes are sent.
+
+        Args:
+            ratio: bytes of the dense ring over ours, above 0: what ``CommLedger.compression_ratio`` then says of these
+                coordinates. Tensors that go dense are beside it: see :func:`hvd_sketch.recommended`.
+            dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
+            ranks: how many there will be.
+            **overrides: any other field, but ``k``. With ``cols``, k gets the rest of the bytes.
+
+        Raises:
+            ValueError: ``ratio`` not positive, ``dim`` or ``ranks`` below 1, another field out of range, or a ratio
+                that leaves no k.
+        """
+        _check_ratio(ratio, dim)
+        if ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {ranks}")
+        if "k" in overrides:
+            raise ValueError("for_wire_ratio finds k: give cols, or set both in SketchConfig(cols=…, k=…)")
+        budget = DENSE_BYTES * dim / ratio
+        config = cls(**{"cols": ranks, **overrides, "k": 1})
+        if config.has_table and "cols" not in overrides:
+            cell_bytes = coded_bytes(1 << 12, config.table_bits) / (1 << 12)
+            config = replace(config, cols=max(int(budget / 2 / config.rows / cell_bytes), ranks))
+        least, most = 0, dim + 1  # a k that fits, and one that does not
+        while most - least > 1:
+            middle = (least + most) // 2
+            fits = step_bytes(replace(config, k=middle), dim, ranks) <= budget
+            least, most = (middle, most) if fits else (least, middle)
+        if least == 0:
+            raise ValueError(
+                f"a ratio of {ratio:g} at dim {dim} leaves {budget:.0f} bytes per step, too few to update one "
+                "coordinate: lower the ratio"
+            )
+        return replace(config, k=least)
+
+    @classmethod
+    def paper(cls, **settings: Any) -> SketchConfig:
+        """The paper's settings: float32 values and tables, ``P = 4``, momentum 0.9 before the sketch.
+
+        Args:
+            **settings: ``cols``, ``k``, and any other field.
+        """
+        return cls(**{"oversample": 4, "momentum": 0.9, "value_bits": 32, "table_bits": 32, **settings})
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a Count Sketch travels."""
+        return self.candidates in WITH_TABLE
 
     @property
     def chooses(self) -> bool:
@@ -155,12 +207,26 @@ class SketchConfig:
         return min(self.oversample * self.k, dim) if self.chooses else self.k
 
     def paper_floats(self, dim: int) -> int:
-        """``|S| + Pk + k``: floats per rank and step as the paper counts them, indices left out."""
-        return self.rows * self.cols + self.candidate_count(dim) + self.k
+        """``|S| + Pk + k``: floats per rank and step as the paper counts them, indices left out.
+
+        Of a table and of values with fewer bits, the floats that have as many bits.
+        """
+        table = self.rows * self.cols if self.has_table else 0
+        return (table * self.table_bits + (self.candidate_count(dim) + self.k) * self.value_bits) // 32
 
     def paper_compression_ratio(self, dim: int) -> float:
         """``2 * dim / (|S| + Pk + k)`` (paper, section 5), for ``dim`` sketched coordinates."""
         return 2 * dim / self.paper_floats(dim)
+
+
+def _check_ratio(ratio: float, dim: int) -> None:
+    if not 0 < ratio < float("inf"):
+        raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
+    if dim < 1:
+        raise ValueError(
+            f"dim must be at least 1, got {dim}: where no tensor is large enough to be sketched, lower "
+            "dense_below, or exchange dense (sketch=None)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,9 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
 
 def exchange_of(setting: Setting, device: torch.device) -> SketchedAllreduce:
     sizes = {"rows": setting.rows, "cols": setting.cols, "k": setting.k, "oversample": setting.oversample}
-    return SketchedAllreduce(SketchConfig(**sizes, momentum=MOMENTUM), setting.dim, local_transports(1)[0], device)
+    return SketchedAllreduce(
+        SketchConfig.paper(**sizes, momentum=MOMENTUM), setting.dim, local_transports(1)[0], device
+    )
 
 
 class Steps:

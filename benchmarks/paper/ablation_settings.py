@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks.paper.variants import PAPER, Variant
 from hvd_sketch import SketchConfig
-from hvd_sketch.exchange.sketched import all_sums_travel
 from hvd_sketch.kernels.selection import histogram_bins
 from hvd_sketch.ledger import RING_PASSES
+from hvd_sketch.wire_bytes import all_sums_travel
 
 RATIO = 40  # what the base aims at, in the paper's count
 OVERSAMPLE = 4
@@ -95,7 +95,9 @@ class Budget:
         return self.table // (OVERSAMPLE + 1)
 
     def base(self) -> Setting:
-        return Setting(SketchConfig(rows=3, cols=self.table // 3, k=self.k, oversample=OVERSAMPLE, momentum=MOMENTUM))
+        return Setting(
+            SketchConfig.paper(rows=3, cols=self.table // 3, k=self.k, oversample=OVERSAMPLE, momentum=MOMENTUM)
+        )
 
     def baselines(self) -> Group:
         """What the others are read against."""

@@ -106,7 +106,7 @@ def config_of(fields: dict[str, Any], width: int) -> SketchConfig:
     """A configuration for the model of a width; ``ratio`` among its fields is that of the whole model."""
     given = {name: value for name, value in fields.items() if name != "ratio"} | EXCHANGE
     if "ratio" not in fields:
-        return SketchConfig(**given)
+        return SketchConfig.paper(**given)
     total = sum(p.numel() for p in ResNet9(width).parameters())
     sketched = sketched_dim(ResNet9(width).parameters(), given["dense_below"])
     floats = 2 * total / fields["ratio"] - 2 * (total - sketched)

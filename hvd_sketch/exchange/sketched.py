@@ -19,20 +19,13 @@ from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import histogram_bins, top_k
-from hvd_sketch.ledger import RING_PASSES
+from hvd_sketch.kernels.selection import top_k
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.warm_up import warm_up
+from hvd_sketch.wire_bytes import all_sums_travel
 
 logger = logging.getLogger(__name__)
-ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
-
-
-def all_sums_travel(candidates: int, k: int) -> bool:
-    """Whether sending every candidate's sum takes less time than to choose the k largest together first."""
-    choosing_bytes = candidates / 8 + 4 * k + 4 * RING_PASSES["allreduce"] * histogram_bins(k)
-    return 4 * candidates <= choosing_bytes + ROUND_BYTES
 
 
 class SketchedAllreduce(ResidualExchange):

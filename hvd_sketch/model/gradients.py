@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
 from hvd_sketch.exchange.base import Exchange, Options
-from hvd_sketch.exchange.sketched import SketchedAllreduce
+from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.parameters import NamedParameter
@@ -64,7 +64,7 @@ class GradientExchange:
     def __init__(
         self,
         named: Sequence[NamedParameter],
-        config: SketchConfig | None,
+        config: Compression | None,
         transport: Transport,
         *,
         wire_dtype: torch.dtype | None = None,
@@ -93,9 +93,9 @@ class GradientExchange:
         self._lead = self._exchanges[0]  # agrees on every step for both
 
     @property
-    def sketched(self) -> SketchedAllreduce | None:
-        """The sketched exchange; None where nothing is sketched."""
-        return next((exchange for exchange in self._exchanges if isinstance(exchange, SketchedAllreduce)), None)
+    def compressed(self) -> ResidualExchange | None:
+        """The exchange that compresses; None where all goes dense."""
+        return next((exchange for exchange in self._exchanges if isinstance(exchange, ResidualExchange)), None)
 
     @property
     def skipped_steps(self) -> int:

@@ -10,17 +10,23 @@ from typing import Any, NoReturn
 
 import torch
 
-from hvd_sketch.config import ALL_DENSE, SketchConfig
+from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
+from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.setup import refused_together, require_equal
-from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
-from hvd_sketch.model.wrapping import HorovodArguments, check_arguments, transport_of, warn_about_settings
+from hvd_sketch.model.wrapping import (
+    HorovodArguments,
+    check_arguments,
+    compression_of,
+    transport_of,
+    warn_about_settings,
+)
 from hvd_sketch.transport import HorovodTransport, Transport
 
 STATE_KEY = "hvd_sketch"
@@ -55,11 +61,11 @@ class DistributedOptimizer(ForwardingOptimizer):
             gradient now are exchanged.
         named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: names
             ``parameter.<group>.<index>``.
-        sketch: how to compress; None exchanges everything dense and adds no momentum.
+        sketch: how to compress, a ``SketchConfig`` or a ``LowRankConfig``; None exchanges everything dense.
         transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
         backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Taken
             and compared over the ranks; gradients add up until step() anyway.
-        compression: ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
+        compression: the same as ``sketch``; or ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
         op: ``hvd.Average``, the default, or ``hvd.Sum``.
         gradient_predivide_factor: taken and without effect: means are made in float32 and do not overflow.
         num_groups, groups: taken and without effect: all tensors travel together.
@@ -88,7 +94,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: Iterable[NamedParameter] | None = None,
-        sketch: SketchConfig | None = None,
+        sketch: Compression | None = None,
         transport: str | Transport = "horovod",
         backward_passes_per_step: int = 1,
         *,
@@ -102,6 +108,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
     ) -> None:
+        sketch, compression = compression_of(sketch, compression)
         self._transport, sketch = transport_of(transport, process_set, sketch)
         horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
         passes = {"backward_passes_per_step": (backward_passes_per_step, 1)}
@@ -137,9 +144,9 @@ class DistributedOptimizer(ForwardingOptimizer):
         return self._progress.guarded(f"{type(self.inner).__name__}.{name}", method)
 
     @property
-    def exchange(self) -> SketchedAllreduce | None:
-        """The sketched exchange, with ``residual`` and ``velocity``; None where nothing is sketched."""
-        return self._gradients.sketched
+    def exchange(self) -> ResidualExchange | None:
+        """The exchange that compresses, with ``residual`` and ``velocity``; None where all goes dense."""
+        return self._gradients.compressed
 
     @property
     def ledger(self) -> CommLedger:

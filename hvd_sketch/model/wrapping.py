@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.config import ALL_DENSE, SketchConfig
+from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
@@ -82,9 +82,22 @@ class HorovodArguments:
         return OPERATIONS[name]
 
 
+def compression_of(sketch: Any, compression: Any) -> tuple[Any, Any]:
+    """How to compress, from either argument, and what Horovod's own ``compression`` is then.
+
+    Raises:
+        ValueError: both say how to compress.
+    """
+    if not isinstance(compression, Compression):
+        return sketch, compression
+    if sketch is not None:
+        raise ValueError("sketch and compression both say how to compress: give one of them")
+    return compression, None
+
+
 def transport_of(
-    transport: str | Transport, process_set: Any, sketch: SketchConfig | None
-) -> tuple[Transport, SketchConfig | None]:
+    transport: str | Transport, process_set: Any, sketch: Compression | None
+) -> tuple[Transport, Compression | None]:
     """The transport to exchange over, and how to compress.
 
     A rank outside of its process set steps alone, as in Horovod: with one rank, and nothing sketched.
@@ -100,7 +113,7 @@ def transport_of(
         )
     if not hasattr(process_set, "included") or process_set.included():
         return HorovodTransport(process_set), sketch
-    alone = replace(sketch, dense_below=ALL_DENSE) if isinstance(sketch, SketchConfig) else sketch
+    alone = replace(sketch, dense_below=ALL_DENSE) if isinstance(sketch, Compression) else sketch
     return local_transports(1)[0], alone
 
 
@@ -118,12 +131,14 @@ def check_arguments(
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if sketch is not None and not isinstance(sketch, SketchConfig):
+    if sketch is not None and not isinstance(sketch, Compression):
         raise ValueError(
-            f"sketch must be a SketchConfig, or None for dense, got {_class_name(sketch)}: Horovod's other "
-            "arguments are taken by name (compression=…)"
+            f"sketch must be a SketchConfig, a LowRankConfig, or None for dense, got {_class_name(sketch)}: Horovod's "
+            "other arguments are taken by name (compression=…)"
         )
     horovod.check()
+    if isinstance(optimizer, torch.optim.Optimizer) and sketch is not None:
+        _refuse_momentum_twice(optimizer, sketch)
 
 
 def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:
@@ -144,15 +159,22 @@ def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:
         )
 
 
+def _refuse_momentum_twice(optimizer: torch.optim.Optimizer, sketch: Compression) -> None:
+    momentum = max(float(group.get("momentum") or 0) for group in optimizer.param_groups)
+    if momentum > 0 and sketch.momentum > 0:
+        raise ValueError(
+            f"momentum is applied twice: {type(optimizer).__name__} has {momentum:g} and the sketch "
+            f"{sketch.momentum:g}. Set one of them to 0: the sketch's, but for the paper's own settings"
+        )
+
+
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ``step`` cannot be called without a closure, as that of LBFGS."""
     parameters = inspect.signature(type(optimizer).step).parameters
     return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
 
 
-def warn_about_settings(
-    optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: SketchConfig
-) -> None:
+def warn_about_settings(optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: Compression) -> None:
     """Tell of settings that work, but hardly as they are meant."""
     sketched = [(name, p) for name, p in named if not is_dense(p, sketch.dense_below)]
     if not sketched:
@@ -169,7 +191,13 @@ def warn_about_settings(
             *(len(doubles), doubles[0]),
         )
     groups = optimizer.param_groups
-    momentum = max(float(g.get("momentum") or g.get("betas", (0,))[0]) for g in groups)
+    if any(float(g.get("momentum") or 0) > 0 for g in groups) and _fights_momentum(sketch):
+        logger.warning(
+            "%s has momentum, with which candidates=%r train worse than without: set momentum=0 and raise the learning "
+            "rate, or take candidates='nominate', or hvd_sketch.recommended(...).",
+            *(type(optimizer).__name__, getattr(sketch, "candidates", None)),
+        )
+    momentum = max(float(g.get("betas", (0,))[0]) for g in groups)
     if momentum > 0 and sketch.momentum > 0:
         logger.warning(
             "momentum is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
@@ -181,6 +209,11 @@ def warn_about_settings(
             "weight decay is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
             *(type(optimizer).__name__, decay, sketch.weight_decay),
         )
+
+
+def _fights_momentum(sketch: Compression) -> bool:
+    """Whether coordinates come at random, or by noisy estimates: momentum then repeats updates that are out of date."""
+    return isinstance(sketch, SketchConfig) and sketch.candidates != "nominate"
 
 
 def _class_name(thing: object) -> str:

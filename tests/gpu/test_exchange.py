@@ -65,7 +65,7 @@ def test_an_update_reaches_all_kinds_of_parameters(monkeypatch: pytest.MonkeyPat
 def test_exchange_selects_what_the_reference_selects(
     dim: int, k: int, ties: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SketchConfig(rows=3, cols=400, k=k, deterministic=True)
+    config = SketchConfig.paper(rows=3, cols=400, k=k, deterministic=True)
     gradients = [torch.ones(dim) if ties else random_integers(dim, seed) for seed in range(2)]
     lock = threading.Lock()  # the interpreter patches modules while it runs
     launch = gpu._launch

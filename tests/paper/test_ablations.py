@@ -28,7 +28,7 @@ from tests.support.paper import interrupt, runs, write_mnist
 from tests.support.plain import from_the_edge
 
 DIM, WORKERS, STEPS = 1013, 4, 4
-CONFIG = SketchConfig(rows=3, cols=160, k=40, oversample=3, momentum=0.9, seed=5)
+CONFIG = SketchConfig.paper(rows=3, cols=160, k=40, oversample=3, momentum=0.9, seed=5)
 BUDGETS = [Budget(198_800, 4), Budget(300_000, 2), Budget(1_000_000, 8)]
 
 

@@ -56,7 +56,7 @@ def gradients(step: int, workers: int, dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("settings", CONFIGS)
 def test_the_simulation_equals_real_exchanges(settings: dict[str, Any], workers: int) -> None:
     dim, steps = 201, 6
-    config = SketchConfig(deterministic=True, **settings)
+    config = SketchConfig.paper(deterministic=True, **settings)
     simulated = SimulatedAllreduce(config, dim, workers, PROBLEMS)
 
     def real(transport):
@@ -71,7 +71,7 @@ def test_the_simulation_equals_real_exchanges(settings: dict[str, Any], workers:
 
 def test_the_simulated_mean_equals_real_exchanges() -> None:
     workers, dim = 4, 201
-    config = SketchConfig(cols=4, k=1, momentum=0.9, deterministic=True)
+    config = SketchConfig.paper(cols=4, k=1, momentum=0.9, deterministic=True)
     simulated = SimulatedMean(0.9, dim, PROBLEMS)
 
     def real(transport):

@@ -17,7 +17,7 @@ from hvd_sketch import Simulation, SketchConfig
 from hvd_sketch.model.routes import MakeExchange
 
 DIM, WORKERS = 1013, 4
-CONFIG = SketchConfig(rows=3, cols=150, k=50, momentum=0.9, dense_below=0)
+CONFIG = SketchConfig.paper(rows=3, cols=150, k=50, momentum=0.9, dense_below=0)
 
 
 def gradients(step: int, workers: int) -> Tensor:
@@ -47,7 +47,7 @@ def updates_of(simulation: Simulation, steps: int) -> list[Tensor]:
 @pytest.mark.parametrize("method", [TrueTopK, CountedTopK])
 def test_top_k_without_a_sketch(method: MakeExchange, momentum: float) -> None:
     """The same written out with torch.topk."""
-    config = SketchConfig(cols=4, k=50, momentum=momentum, dense_below=0)
+    config = SketchConfig.paper(cols=4, k=50, momentum=momentum, dense_below=0)
     simulation = simulation_of(method, config)
     u, v = torch.zeros(2, WORKERS, DIM)
     for step, update in enumerate(updates_of(simulation, 2)):
@@ -74,7 +74,7 @@ def test_without_masking_u_goes_on_where_v_was_sent() -> None:
 
 def sketch_bytes(values: dict[int, float], table_dtype: Any) -> tuple[list[int], int]:
     """What one worker with k = P = 1 sends of a gradient, and the bytes of its table."""
-    config = SketchConfig(rows=3, cols=400, k=1, oversample=1, momentum=0.0, dense_below=0)
+    config = SketchConfig.paper(rows=3, cols=400, k=1, oversample=1, momentum=0.0, dense_below=0)
     simulation = simulation_of(partial(VariantAllreduce, Variant(table_dtype=table_dtype)), config, 1)
     simulation.ledger.records = type(simulation.ledger.records)()
     ((_, parameter),) = simulation._named

@@ -20,7 +20,7 @@ from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.transport.stall import StallWatch
 
 LIMIT_S = 60
-CONFIG = SketchConfig(cols=30, k=5, momentum=0.0)
+CONFIG = SketchConfig.paper(cols=30, k=5, momentum=0.0)
 
 
 def agree(ranks: int, report: Callable[[int], Report], step: int = 7, parameters: int = 0) -> list[Agreed]:

@@ -182,7 +182,7 @@ def test_residuals_of_a_distributed_optimizer_stay_with_their_rank() -> None:
     def rank_main(transport: LocalTransport) -> tuple[dict[str, Any], Tensor]:
         parameter = nn.Parameter(torch.zeros(8, 4))
         inner = torch.optim.Adam([parameter], lr=0.1 * (transport.rank + 1))
-        sketch = SketchConfig(cols=20, k=4, momentum=0.0, dense_below=8)
+        sketch = SketchConfig.paper(cols=20, k=4, momentum=0.0, dense_below=8)
         optimizer = DistributedOptimizer(inner, None, sketch, transport)
         parameter.grad = torch.full((8, 4), 1.0 + transport.rank)
         optimizer.step()

@@ -43,7 +43,9 @@ def test_nothing_is_lost_with_candidates_of_ones_own(ranks: int, monkeypatch: py
     dim, steps = 2003, 6
 
     def main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
-        exchange = SketchedAllreduce(SketchConfig(cols=8, k=60, momentum=0.0, candidates="by each"), dim, transport)
+        exchange = SketchedAllreduce(
+            SketchConfig.paper(cols=8, k=60, momentum=0.0, candidates="by each"), dim, transport
+        )
         sent = torch.zeros(dim)
         for step in range(steps):
             update = exchange.step(integer_gradient(dim, transport.rank, step))

@@ -29,7 +29,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("dim", "settings"), CASES)
 def test_equals_the_plain_algorithm(dim: int, settings: dict[str, Any], ranks: int) -> None:
     settings = {**settings, "momentum": 0.0}
-    plain = PlainSketchedSGD(SketchConfig(**settings), dim, ranks)
+    plain = PlainSketchedSGD(SketchConfig.paper(**settings), dim, ranks)
     results = run_local(ranks, lambda t: run_steps(t, dim, 6, settings, integers=True))
     for step in range(6):
         expected = plain.step([integer_gradient(dim, rank, step).tolist() for rank in range(ranks)])
@@ -78,7 +78,7 @@ def test_a_zero_sum_is_dropped_and_keeps_its_residual() -> None:
     """Ranks cancel at coordinate 5, whose estimate is not zero because coordinate 0 collides with it."""
 
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(rows=1, cols=2, k=2, oversample=5, momentum=0.0), 10, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(rows=1, cols=2, k=2, oversample=5, momentum=0.0), 10, transport)
         gradient = torch.zeros(10)
         gradient[5] = 3.0 if transport.rank == 0 else -3.0
         gradient[0] = 1.0
@@ -91,7 +91,7 @@ def test_a_zero_sum_is_dropped_and_keeps_its_residual() -> None:
 
 def test_all_zero_gradients_send_nothing() -> None:
     def main(transport):
-        return SketchedAllreduce(SketchConfig(cols=30, k=5), 100, transport).step(torch.zeros(100))
+        return SketchedAllreduce(SketchConfig.paper(cols=30, k=5), 100, transport).step(torch.zeros(100))
 
     for update in run_local(3, main):
         assert update.indices.numel() == update.values.numel() == 0 and not update.skipped
@@ -102,7 +102,7 @@ def test_a_rank_with_a_bad_gradient_makes_all_skip(bad: float) -> None:
     dim = 300
 
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(cols=60, k=10), dim, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=60, k=10), dim, transport)
         exchange.step(float_gradient(dim, transport.rank, 0))
         u, v = exchange.velocity.clone(), exchange.residual.clone()
         broken = float_gradient(dim, transport.rank, 1)
@@ -124,7 +124,7 @@ def test_a_rank_with_a_bad_gradient_makes_all_skip(bad: float) -> None:
 
 def test_a_verdict_from_elsewhere_makes_all_skip() -> None:
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(cols=60, k=10), 300, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=60, k=10), 300, transport)
         return exchange.step(torch.ones(300), finite=transport.rank != 0)
 
     with pytest.warns(RuntimeWarning, match="rank 0"):
@@ -134,7 +134,7 @@ def test_a_verdict_from_elsewhere_makes_all_skip() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_of_a_sum_that_overflows_what_fits_is_sent_and_the_rest_stays(ranks: int) -> None:
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(rows=1, cols=66, k=2, momentum=0.0), 64, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(rows=1, cols=66, k=2, momentum=0.0), 64, transport)
         gradient = torch.zeros(64)
         gradient[3] = 3e38
         sent, steps = torch.zeros((), dtype=torch.float64), 0
@@ -158,14 +158,14 @@ def test_different_setups_raise_on_every_rank() -> None:
             return str(error)
         return ""
 
-    base = SketchConfig(cols=30, k=5)
+    base = SketchConfig.paper(cols=30, k=5)
 
     def odd(**changes):
         return lambda t: build(t, **({"config": base} if t.rank != 1 else {"config": base, **changes}))
 
     for wrong, told in [
-        (odd(config=SketchConfig(cols=30, k=6)), "config.k: 5 on ranks 0, 2; 6 on rank 1"),
-        (odd(config=SketchConfig(cols=30, k=5, seed=1)), "config.seed: 0 on ranks 0, 2; 1 on rank 1"),
+        (odd(config=SketchConfig.paper(cols=30, k=6)), "config.k: 5 on ranks 0, 2; 6 on rank 1"),
+        (odd(config=SketchConfig.paper(cols=30, k=5, seed=1)), "config.seed: 0 on ranks 0, 2; 1 on rank 1"),
         (odd(dim=101), "dim: 100 on ranks 0, 2; 101 on rank 1"),
         (odd(parameters=(("v", (10, 10), "float32"),)), "parameter 0: w (10, 10) float32 on ranks 0, 2; v"),
         (odd(parameters=(("w", (100,), "float32"),)), "w (100,) float32 on rank 1"),
@@ -189,7 +189,7 @@ def test_a_different_hash_version_raises_on_every_rank(monkeypatch) -> None:
 
     def main(transport):
         with pytest.raises(ValueError, match="hash version"):
-            SketchedAllreduce(SketchConfig(cols=30, k=5), 100, transport)
+            SketchedAllreduce(SketchConfig.paper(cols=30, k=5), 100, transport)
         return True
 
     assert all(run_local(2, main))
@@ -201,10 +201,10 @@ def test_impossible_settings_are_refused_on_every_rank() -> None:
             SketchedAllreduce(config, dim, transport)
         return True
 
-    assert run_local(2, lambda t: main(t, SketchConfig(cols=10, k=51), "k must be at most dim"))
-    assert run_local(3, lambda t: main(t, SketchConfig(cols=2, k=5), "cols must be at least 1 for each of the 3"))
-    assert run_local(2, lambda t: main(t, SketchConfig(cols=10, k=5), "dim", dim=0))
-    exchange = SketchedAllreduce(SketchConfig(cols=10, k=5), 50, local_one())
+    assert run_local(2, lambda t: main(t, SketchConfig.paper(cols=10, k=51), "k must be at most dim"))
+    assert run_local(3, lambda t: main(t, SketchConfig.paper(cols=2, k=5), "cols must be at least 1 for each of the 3"))
+    assert run_local(2, lambda t: main(t, SketchConfig.paper(cols=10, k=5), "dim", dim=0))
+    exchange = SketchedAllreduce(SketchConfig.paper(cols=10, k=5), 50, local_one())
     for wrong in (torch.ones(49), torch.ones(50, dtype=torch.float64), torch.ones(5, 10)):
         with pytest.raises(ValueError, match="must be float32 of shape"):
             exchange.step(wrong)
@@ -218,7 +218,7 @@ def local_one():
 
 def test_clamping_is_said_once() -> None:
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(cols=30, k=30, momentum=0.0), 100, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=30, k=30, momentum=0.0), 100, transport)
         return [exchange.step(float_gradient(100, transport.rank, s)).indices.numel() for s in range(2)]
 
     with warnings.catch_warnings(record=True) as caught:
@@ -229,7 +229,7 @@ def test_clamping_is_said_once() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_resuming_is_bitwise(momentum: float) -> None:
-    config, dim = SketchConfig(cols=120, k=20, momentum=momentum), 700
+    config, dim = SketchConfig.paper(cols=120, k=20, momentum=momentum), 700
 
     def main(transport):
         first = SketchedAllreduce(config, dim, transport)
@@ -251,7 +251,7 @@ def test_resuming_is_bitwise(momentum: float) -> None:
 
 
 def test_a_consolidated_state_loads_at_any_world_size() -> None:
-    config, dim = SketchConfig(cols=120, k=20, momentum=0.5), 700
+    config, dim = SketchConfig.paper(cols=120, k=20, momentum=0.5), 700
 
     def save(transport):
         exchange = SketchedAllreduce(config, dim, transport)
@@ -277,7 +277,7 @@ def test_a_consolidated_state_loads_at_any_world_size() -> None:
 
 def test_checkpoints_of_different_steps_raise_on_every_rank() -> None:
     def main(transport):
-        exchange = SketchedAllreduce(SketchConfig(cols=30, k=5), 100, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=30, k=5), 100, transport)
         early = exchange.state_dict()
         exchange.step(torch.ones(100))
         if transport.rank == 1:
@@ -293,7 +293,7 @@ def test_checkpoints_of_different_steps_raise_on_every_rank() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_dense_is_the_mean(ranks: int, deterministic: bool) -> None:
     dim = 1001
-    config = SketchConfig(cols=1, k=1, momentum=0.5, deterministic=deterministic)
+    config = SketchConfig.paper(cols=1, k=1, momentum=0.5, deterministic=deterministic)
 
     def main(transport):
         plain = DenseAllreduce(None, dim, transport)

@@ -19,6 +19,8 @@ DIM, STEPS = 2003, 5
 KINDS: dict[str, tuple[type[Exchange], dict[str, Any]]] = {
     "sketched": (SketchedAllreduce, {}),
     "heavymix": (SketchedAllreduce, {"candidates": "heavymix"}),
+    "nominated": (SketchedAllreduce, {"candidates": "nominate", "oversample": 1}),
+    "random": (SketchedAllreduce, {"candidates": "random", "oversample": 1}),
     "dense": (DenseAllreduce, {}),
     "local top-k": (LocalTopK, {}),
     "counted top-k": (CountedTopK, {}),
@@ -31,7 +33,7 @@ ranked = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 
 def build(kind: str, transport: LocalTransport, momentum: float = 0.0) -> Exchange:
     make, settings = KINDS[kind]
-    return make(SketchConfig(cols=240, k=60, momentum=momentum, **settings), DIM, transport)
+    return make(SketchConfig.paper(cols=240, k=60, momentum=momentum, **settings), DIM, transport)
 
 
 def in_full(update: SparseUpdate) -> Tensor:
@@ -84,7 +86,7 @@ def test_goes_on_from_its_state_to_the_bit(kind: str, momentum: float) -> None:
     run_local(3, main, timeout_s=60)
 
 
-@pytest.mark.parametrize("kind", ["sketched", "dense", "true top-k"])
+@pytest.mark.parametrize("kind", ["sketched", "nominated", "random", "dense", "true top-k"])
 @pytest.mark.filterwarnings("ignore:all ranks skip this step")
 def test_a_bad_gradient_changes_nothing_and_unused_coordinates_stay(kind: str) -> None:
     def main(transport: LocalTransport) -> None:

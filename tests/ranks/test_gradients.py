@@ -50,7 +50,7 @@ def test_a_gradient_may_come_in_parts(ranks: int) -> None:
     dim, cuts = 3001, [0, 7, 1000, 1000, 2999]
 
     def main(transport: LocalTransport, in_parts: bool) -> list[Tensor]:
-        exchange = SketchedAllreduce(SketchConfig(cols=300, k=50), dim, transport)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=300, k=50), dim, transport)
         found = []
         for step in range(3):
             gradient = float_gradient(dim, transport.rank, step).mul(8).round()
@@ -81,7 +81,7 @@ def test_torchs_default_dtype_plays_no_part(dtype: torch.dtype) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        for config in (SketchConfig(cols=90, k=30, dense_below=8), None):
+        for config in (SketchConfig.paper(cols=90, k=30, dense_below=8), None):
             model = make_model().float()
             inner = SGD(model.parameters(), lr=0.1)
             optimizer = DistributedOptimizer(inner, model.named_parameters(), config, local_transports(1)[0])
@@ -95,7 +95,7 @@ def test_torchs_default_dtype_plays_no_part(dtype: torch.dtype) -> None:
 
 
 def test_a_gradient_that_requires_a_gradient() -> None:
-    exchange = SketchedAllreduce(SketchConfig(cols=30, k=5), 100, local_transports(1)[0])
+    exchange = SketchedAllreduce(SketchConfig.paper(cols=30, k=5), 100, local_transports(1)[0])
     for _ in range(2):
         update = exchange.step(torch.ones(100, requires_grad=True))
     assert update.indices.numel() == 5 and not exchange.residual.requires_grad
@@ -104,7 +104,7 @@ def test_a_gradient_that_requires_a_gradient() -> None:
 @pytest.mark.parametrize("saved", [0.0, 0.9])
 def test_dense_state_loads_under_another_momentum(saved: float) -> None:
     def make(momentum: float) -> DenseAllreduce:
-        return DenseAllreduce(SketchConfig(cols=30, k=5, momentum=momentum), 100, local_transports(1)[0])
+        return DenseAllreduce(SketchConfig.paper(cols=30, k=5, momentum=momentum), 100, local_transports(1)[0])
 
     first, second = make(saved), make(0.9 - saved)
     first.step(torch.ones(100))
@@ -125,7 +125,7 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("config", [SketchConfig(cols=60, k=8, dense_below=8, momentum=0.0), None])
+@pytest.mark.parametrize("config", [SketchConfig.paper(cols=60, k=8, dense_below=8, momentum=0.0), None])
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, 3e38), (torch.float16, 6e4)])
 def test_a_dense_sum_that_overflows_is_cut_to_what_fits(
     dtype: torch.dtype, bias: float, config: SketchConfig | None, ranks: int
@@ -134,7 +134,7 @@ def test_a_dense_sum_that_overflows_is_cut_to_what_fits(
 
     def main(transport: LocalTransport) -> tuple[list[float], int]:
         model = Half(dtype)
-        sketch = None if config is None else SketchConfig(**(vars(config) | {"momentum": 0.5}))
+        sketch = None if config is None else SketchConfig.paper(**(vars(config) | {"momentum": 0.5}))
         optimizer = DistributedOptimizer(SGD(model.parameters(), lr=1e-3), None, sketch, transport)
         updates = []
         for _ in range(2):
@@ -153,7 +153,7 @@ def test_a_dense_sum_that_overflows_is_cut_to_what_fits(
 
 def test_an_update_too_large_for_its_dtype_stays_in_the_residual() -> None:
     model = Half(torch.float16)
-    config = SketchConfig(cols=60, k=8, oversample=8, dense_below=8, momentum=0.0)
+    config = SketchConfig.paper(cols=60, k=8, oversample=8, dense_below=8, momentum=0.0)
     optimizer = DistributedOptimizer(SGD(model.parameters(), lr=1e-3), None, config, local_transports(1)[0])
     produced, sent, largest = torch.zeros(64), torch.zeros(64), 0.0
     for step in range(20):

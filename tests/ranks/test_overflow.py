@@ -18,7 +18,7 @@ SETTINGS: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"candidates": "heavymi
 
 
 def config(**settings: Any) -> SketchConfig:
-    return SketchConfig(**{"cols": 100, "k": 10, "momentum": 0.0, **settings})
+    return SketchConfig.paper(**{"cols": 100, "k": 10, "momentum": 0.0, **settings})
 
 
 @pytest.mark.parametrize("ranks", RANKS)

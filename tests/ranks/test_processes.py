@@ -57,7 +57,7 @@ def test_deterministic_sums_give_the_bits_of_threads(kind: str, ranks: int, case
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 def test_whole_numbers_agree_with_the_plain_algorithm(kind: str, ranks: int) -> None:
-    plain = PlainSketchedSGD(SketchConfig(**INTEGERS), DIM, ranks)
+    plain = PlainSketchedSGD(SketchConfig.paper(**INTEGERS), DIM, ranks)
     for step in range(STEPS):
         expected = plain.step([integer_gradient(DIM, rank, step).tolist() for rank in range(ranks)])
         for result in JOBS[kind, ranks].results():

@@ -26,7 +26,7 @@ def test_optimizers_that_cannot_be_wrapped() -> None:
         DistributedOptimizer(DistributedOptimizer(SGD(parameters), None, None, alone()), None, None, alone())
     with pytest.raises(TypeError, match="got Toy"):
         DistributedOptimizer(Toy(), None, None, alone())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="SketchConfig, or None for dense, got int"):
+    with pytest.raises(ValueError, match="LowRankConfig, or None for dense, got int"):
         DistributedOptimizer(SGD(parameters), None, 20, alone())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="transport must be"):
         DistributedOptimizer(SGD(parameters), None, None, "gloo")
@@ -151,7 +151,8 @@ def test_ranks_that_split_parameters_differently_all_raise() -> None:
 @pytest.mark.parametrize(
     ("inner", "sketch", "message"),
     [
-        (lambda p: SGD(p, momentum=0.9), {"momentum": 0.5}, "momentum is applied twice: SGD has 0.9"),
+        (lambda p: SGD(p, momentum=0.9), {}, "SGD has momentum, with which candidates='sketch' train worse"),
+        (lambda p: SGD(p, momentum=0.9), {"candidates": "nominate"}, None),
         (lambda p: Adam(p), {"momentum": 0.5}, "momentum is applied twice: Adam has 0.9"),
         (lambda p: SGD(p, weight_decay=0.1), {"weight_decay": 0.2}, "weight decay is applied twice: SGD has 0.1"),
         (lambda p: SGD(p), {"momentum": 0.5, "weight_decay": 0.1}, None),

@@ -81,7 +81,7 @@ def sizes(ledger: CommLedger) -> Counter[tuple[Any, ...]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("dim", "settings"), [*CASES, (300, None)])
 def test_equals_real_ranks(dim: int, settings: dict[str, Any] | None, ranks: int) -> None:
-    config = SketchConfig(deterministic=True, seed=7, dense_below=100, **settings) if settings else None
+    config = SketchConfig.paper(deterministic=True, seed=7, dense_below=100, **settings) if settings else None
     results = run_local(ranks, lambda transport: real(transport, dim, config), timeout_s=60)
     expected, ledger, _ = results[0]
     model = Model(dim)
@@ -96,7 +96,7 @@ def test_equals_real_ranks(dim: int, settings: dict[str, Any] | None, ranks: int
     assert simulation.ledger.paper_compression_ratio() == ledger.paper_compression_ratio()
 
 
-CONFIG = SketchConfig(rows=3, cols=160, k=40, momentum=0.9, dense_below=100)
+CONFIG = SketchConfig.paper(rows=3, cols=160, k=40, momentum=0.9, dense_below=100)
 
 
 def test_goes_on_from_its_state_to_the_bit() -> None:
@@ -127,14 +127,14 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(FloatingPointError, match=r"step 0: the gradient of rank 1"):
         simulation.accumulate(1)
     with pytest.raises(ValueError, match="k must be at most dim"):
-        Simulation(model.named_parameters(), SketchConfig(cols=40, k=10_000, dense_below=100), 2)
+        Simulation(model.named_parameters(), SketchConfig.paper(cols=40, k=10_000, dense_below=100), 2)
 
 
 def test_trains_any_model_on_batches_dealt_to_the_ranks() -> None:
     torch.manual_seed(0)
     model = nn.Linear(40, 30)
     batches = [torch.randn(8, 40) for _ in range(3 * 20 + 2)]  # the last two are too few for three ranks
-    config = SketchConfig(cols=300, k=200, momentum=0.0, dense_below=100)
+    config = SketchConfig.paper(cols=300, k=200, momentum=0.0, dense_below=100)
     simulation = Simulation(model.named_parameters(), config, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = list(train(model, optimizer, simulation, lambda m, batch: m(batch).square().mean(), batches))

@@ -21,7 +21,7 @@ from hvd_sketch import DistributedOptimizer, SketchConfig, broadcast_optimizer_s
 from hvd_sketch.transport import Transport
 from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, sketches, wrap
 
-SKETCH = SketchConfig(cols=200, k=40, momentum=0.0, dense_below=100)
+SKETCH = SketchConfig.paper(cols=200, k=40, momentum=0.0, dense_below=100)
 DECAYED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
     "AdamW": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),

@@ -18,7 +18,7 @@ from tests.support.targets import float_gradient
 
 def main(name: str, fault: str, note: str) -> None:
     transport = resolve_transport(name)
-    exchange = SketchedAllreduce(SketchConfig(cols=600, k=50), 5000, transport)
+    exchange = SketchedAllreduce(SketchConfig.paper(cols=600, k=50), 5000, transport)
     for step in range(10_000):
         if step == 3 and transport.rank == 1:
             Path(note).write_text(str(time.time()))

@@ -31,7 +31,7 @@ def exchange(name: str, folder: str) -> None:
     from tests.support.targets import float_gradient
 
     transport = resolve_transport(name)
-    sketched = SketchedAllreduce(SketchConfig(cols=600, k=50), 5000, transport)
+    sketched = SketchedAllreduce(SketchConfig.paper(cols=600, k=50), 5000, transport)
     report = Path(folder) / f"{socket.gethostname()}.jsonl"
     for step in count():
         sketched.step(float_gradient(5000, transport.rank, step))

@@ -27,7 +27,7 @@ def run_steps(
     transport: Transport, dim: int, steps: int, config: dict[str, Any], integers: bool = False
 ) -> dict[str, Any]:
     """A few steps of one exchange: its updates, what stays behind, and the ledger."""
-    exchange = SketchedAllreduce(SketchConfig(**config), dim, transport)
+    exchange = SketchedAllreduce(SketchConfig.paper(**config), dim, transport)
     gradient = integer_gradient if integers else float_gradient
     updates = [exchange.step(gradient(dim, transport.rank, step)) for step in range(steps)]
     return {
@@ -50,7 +50,7 @@ def train(transport: Transport, steps: int = 50) -> torch.Tensor:
     torch.manual_seed(transport.rank)  # different starts, made equal by the broadcast
     model = torch.nn.Sequential(torch.nn.Linear(40, 64), torch.nn.Tanh(), torch.nn.Linear(64, 30))
     broadcast_parameters(model.state_dict(), 0, transport)
-    config = SketchConfig(cols=300, k=60, momentum=0.5)
+    config = SketchConfig.paper(cols=300, k=60, momentum=0.5)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = DistributedOptimizer(inner, model.named_parameters(), config, transport)
     generator = torch.Generator().manual_seed(100 + transport.rank)

@@ -21,12 +21,14 @@ def everything(dim: int, **settings: Any) -> SketchConfig:
 
     So many columns that no estimate is an exact zero through a collision: those are never candidates.
     """
-    return SketchConfig(**{"cols": 100 * dim, "k": dim, "oversample": 1, "momentum": 0.0, "dense_below": 8, **settings})
+    return SketchConfig.paper(
+        **{"cols": 100 * dim, "k": dim, "oversample": 1, "momentum": 0.0, "dense_below": 8, **settings}
+    )
 
 
 def little(**settings: Any) -> SketchConfig:
     """10 of 60 coordinates a step, so that residuals fill up."""
-    return SketchConfig(**{"cols": 40, "k": 10, "oversample": 2, "momentum": 0.0, "dense_below": 8, **settings})
+    return SketchConfig.paper(**{"cols": 40, "k": 10, "oversample": 2, "momentum": 0.0, "dense_below": 8, **settings})
 
 
 class Toy(nn.Module):

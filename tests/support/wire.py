@@ -68,8 +68,8 @@ def weigh_exchanges(transport: Transport, dim: int, config: dict[str, Any], step
     with scales.weigh("idle"):
         time.sleep(IDLE_S)
     exchanges = {
-        "sketched": SketchedAllreduce(SketchConfig(**config), dim, transport),
-        "ordered": SketchedAllreduce(SketchConfig(**config, deterministic=True), dim, transport),
+        "sketched": SketchedAllreduce(SketchConfig.paper(**config), dim, transport),
+        "ordered": SketchedAllreduce(SketchConfig.paper(**config, deterministic=True), dim, transport),
         "dense": DenseAllreduce(None, dim, transport),
     }
     modelled: dict[str, int] = defaultdict(int)

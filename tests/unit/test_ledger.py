@@ -141,7 +141,7 @@ def test_wire_ratio_is_close_to_the_papers() -> None:
 )  # fmt: skip
 def test_bad_configurations(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SketchConfig(**{"cols": 10, "k": 2, **values})
+        SketchConfig.paper(**{"cols": 10, "k": 2, **values})
 
 
 @pytest.mark.parametrize(

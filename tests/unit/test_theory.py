@@ -192,7 +192,7 @@ def _descend(
     transport: Transport, objective: Objective, start: Tensor, steps: int, seed: int, forgets: bool = False
 ) -> tuple[list[float], list[float]]:
     """Squared norm of the gradient, and mean squared norm of the averaged stochastic gradient, before every step."""
-    config = SketchConfig(rows=5, cols=48, k=len(start) // 2, candidates="heavymix", momentum=0.0, seed=seed)
+    config = SketchConfig.paper(rows=5, cols=48, k=len(start) // 2, candidates="heavymix", momentum=0.0, seed=seed)
     exchange = SketchedAllreduce(config, len(start), transport)
     draw = torch.Generator().manual_seed(100 * seed + transport.rank)
     w, rate, norms, second_moments = start.clone(), 1 / math.sqrt(steps + 1), [], []

@@ -180,7 +180,7 @@ import hvd_sketch, hvd_sketch.kernels.cpu
 same(before, state())
 gradient = torch.arange(600_000.0)
 for options in (dict(momentum=0.9), dict(momentum=0.0), dict(momentum=0.0, candidates="heavymix")):
-    config = hvd_sketch.SketchConfig(cols=5000, k=300, **options)
+    config = hvd_sketch.SketchConfig.paper(cols=5000, k=300, **options)
     exchange = hvd_sketch.SketchedAllreduce(config, len(gradient), hvd_sketch.local_transports(1)[0])
     for _ in range(3):
         assert len(exchange.step(gradient).indices) == 300

@@ -28,7 +28,7 @@ import hvd_sketch
 from hvd_sketch.transport import run_local
 
 def steps(transport, dim, k, options):
-    config = hvd_sketch.SketchConfig(cols=900, k=k, **options)
+    config = hvd_sketch.SketchConfig.paper(cols=900, k=k, **options)
     exchange = hvd_sketch.SketchedAllreduce(config, dim, transport)
     random = torch.Generator().manual_seed(transport.rank)
     for _ in range(4):
@@ -66,7 +66,7 @@ warm_up(told.append)
 JOB = """
 import sys, hvd_sketch, torch
 from hvd_sketch.warm_up import _compiled
-config = hvd_sketch.SketchConfig(cols=90, k=9)
+config = hvd_sketch.SketchConfig.paper(cols=90, k=9)
 exchange = hvd_sketch.SketchedAllreduce(config, 999, hvd_sketch.MPITransport())
 print("constructed", file=sys.stderr, flush=True)
 exchange.step(torch.ones(999))

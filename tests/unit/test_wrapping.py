@@ -157,7 +157,7 @@ def test_a_flat_vector_of_weights_is_sketched_and_wide_biases_are_not(caplog: py
     assert sketched_dim([torch.nn.Parameter(torch.zeros(64 * 1024 - 1))]) == 0
     assert sketched_dim([torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(()))], dense_below=0) == 4
     model = Toy()
-    optimizer = wrap(alone(), model, SketchConfig(cols=60, k=5, momentum=0.0, dense_below=0))
+    optimizer = wrap(alone(), model, SketchConfig.paper(cols=60, k=5, momentum=0.0, dense_below=0))
     assert optimizer.exchange is not None and optimizer.exchange.dim == 63
     assert not caplog.messages
 

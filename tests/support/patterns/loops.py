@@ -124,7 +124,7 @@ def check_dense_keeps_float64(t: Transport) -> None:
 
 def check_training_goes_on_after_an_overflow(t: Transport) -> None:
     for options in ({"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.0, "candidates": "heavymix"}):
-        exchange = SketchedAllreduce(SketchConfig(cols=100, k=10, **options), 1000, t)
+        exchange = SketchedAllreduce(SketchConfig.paper(cols=100, k=10, **options), 1000, t)
         generator = torch.Generator().manual_seed(t.rank)
         for step in range(40):
             gradient = torch.randn(1000, generator=generator)
@@ -140,7 +140,7 @@ def check_training_goes_on_after_an_overflow(t: Transport) -> None:
 
 def check_nobody_has_a_batch_after_rank_0_loaded(t: Transport) -> None:
     """The dense exchange beside the sketched takes over the state as well."""
-    sketch = SketchConfig(cols=200, k=40, momentum=0.9, dense_below=100)
+    sketch = SketchConfig.paper(cols=200, k=40, momentum=0.9, dense_below=100)
     model = network()
     optimizer = wrap(t, model, sketch)
     loss(model, t.rank, 0).backward()

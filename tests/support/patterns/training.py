@@ -30,7 +30,7 @@ def sketches() -> Iterator[SketchConfig | None]:
     """Dense, sketched, sketched with momentum."""
     yield None
     for momentum in (0.0, 0.9):
-        yield SketchConfig(cols=200, k=40, momentum=momentum, dense_below=100)
+        yield SketchConfig.paper(cols=200, k=40, momentum=momentum, dense_below=100)
 
 
 def wrap(

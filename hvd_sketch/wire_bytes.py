@@ -1,0 +1,106 @@
+"""How many bytes a step sends, from its settings alone.
+
+All are ring bytes: what a collective moves past one rank, without the factor ``(ranks - 1) / ranks`` (see
+:mod:`hvd_sketch.ledger`). A dense ring allreduce of float32 has 8 per coordinate.
+"""
+
+from __future__ import annotations
+
+from math import log2
+from typing import Protocol
+
+from hvd_sketch.hashing import ceil_div
+from hvd_sketch.kernels.reference import packed_bytes
+from hvd_sketch.kernels.selection import histogram_bins
+from hvd_sketch.ledger import RING_PASSES
+
+DENSE_BYTES = 4 * RING_PASSES["allreduce"]  # of a coordinate
+ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
+CODE_OVERHEAD_BYTES = 20  # a rank's code of positions: its first word, and padding of two streams to whole words
+
+
+class Settings(Protocol):
+    """What of a ``SketchConfig`` decides about bytes."""
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def cols(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def candidates(self) -> str: ...
+
+    @property
+    def value_bits(self) -> int: ...
+
+    @property
+    def table_bits(self) -> int: ...
+
+    @property
+    def chooses(self) -> bool: ...
+
+    @property
+    def has_table(self) -> bool: ...
+
+    def candidate_count(self, dim: int) -> int: ...
+
+
+def all_sums_travel(candidates: int, k: int) -> bool:
+    """Whether sending every candidate's sum takes less time than to choose the k largest together first."""
+    return 4 * candidates <= _choosing_bytes(candidates, k) + ROUND_BYTES
+
+
+def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
+    """Ring bytes of a step of one sketched exchange, everything counted; nominations are taken to be distinct."""
+    count = settings.candidate_count(dim)
+    agreement = 8 * ranks * RING_PASSES["allreduce"]
+    return (
+        agreement
+        + table_bytes(settings, ranks)
+        + _finding_bytes(settings, dim, ranks)
+        + _values_bytes(settings, count, ranks)
+    )
+
+
+def table_bytes(settings: Settings, ranks: int) -> int:
+    """Ring bytes of the table: each rank's shard of every row."""
+    if not settings.has_table:
+        return 0
+    return settings.rows * ranks * coded_bytes(settings.cols // ranks, settings.table_bits)
+
+
+def coded_bytes(count: int, bits: int) -> int:
+    """What values of ``bits`` bits take, scales included."""
+    return 4 * count if bits == 32 else packed_bytes(count, bits)
+
+
+def position_bytes(mean_gap: float) -> float:
+    """What a position takes in a Rice code, for gaps that are geometrically distributed."""
+    return (log2(max(mean_gap, 1)) + 1.5) / 8
+
+
+def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
+    """To agree on the candidates."""
+    count = settings.candidate_count(dim)
+    codes = CODE_OVERHEAD_BYTES * ranks
+    if settings.candidates == "random":
+        return 0
+    if settings.candidates == "nominate":
+        return codes + count * position_bytes(dim * ranks / count)
+    return codes + count * position_bytes(dim / count) + 4 * RING_PASSES["allreduce"] * histogram_bins(count)
+
+
+def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
+    """The candidates' values, and back what is updated."""
+    one_way = ranks * coded_bytes(ceil_div(count, ranks), settings.value_bits)
+    if not settings.chooses or all_sums_travel(count, settings.k):
+        return 2 * one_way
+    return one_way + _choosing_bytes(count, settings.k)
+
+
+def _choosing_bytes(candidates: int, k: int) -> float:
+    return candidates / 8 + 4 * k + 4 * RING_PASSES["allreduce"] * histogram_bins(k)
