@@ -1,7 +1,8 @@
 """Sketched gradient exchange for data-parallel PyTorch over Horovod and MPI."""
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import LowRankConfig, SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce, SparseUpdate
+from hvd_sketch.exchange.low_rank import LowRankAllreduce
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -20,6 +21,8 @@ __all__ = [
     "DenseAllreduce",
     "DistributedOptimizer",
     "HorovodTransport",
+    "LowRankAllreduce",
+    "LowRankConfig",
     "MPITransport",
     "Simulation",
     "SketchConfig",

@@ -50,6 +50,7 @@ class Purpose(IntEnum):
     HEAVYMIX = 3
     RANDOM = 4
     DITHER = 5
+    LOW_RANK = 6
 
 
 def random_words(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Philox:

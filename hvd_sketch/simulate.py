@@ -22,14 +22,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.base import Exchange, SparseUpdate
-from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
-from hvd_sketch.model.routes import MakeExchange, routes_of
+from hvd_sketch.model.routes import MakeExchange, make_exchange, routes_of
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
 Batch = TypeVar("Batch")
@@ -58,7 +57,7 @@ class Simulation:
         named: the model's parameters, all on one device.
         sketch: how to compress, sums in rank order; None: all goes dense.
         ranks: how many, at least 1.
-        make: builds the exchange of the large tensors; default: the sketched one.
+        make: builds the exchange of the large tensors; default: the one that ``sketch`` is of.
 
     Attributes:
         ledger: of rank 0. Bytes are equal on all ranks.
@@ -71,9 +70,9 @@ class Simulation:
     def __init__(
         self,
         named: Iterable[NamedParameter],
-        sketch: SketchConfig | None,
+        sketch: Compression | None,
         ranks: int,
-        make: MakeExchange = SketchedAllreduce,
+        make: MakeExchange = make_exchange,
     ) -> None:
         self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         check_exchangeable(self._named)

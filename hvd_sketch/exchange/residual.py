@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.exchange.base import Exchange, Options, Ranges
 from hvd_sketch.exchange.feedback import Feedback
 from hvd_sketch.exchange.threshold import ThresholdPredictor
@@ -29,14 +29,14 @@ class ResidualExchange(Exchange):
 
     def __init__(
         self,
-        config: SketchConfig,
+        config: Compression,
         dim: int,
         transport: Transport,
         device: torch.device | str = "cpu",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(config, dim, transport, device, **options)
-        self.config = config
+        self.config: Any = config  # of the subclass's kind
         self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
         self._unused: Ranges = ()  # of the step that is under way
         self._predictors: list[ThresholdPredictor] = []  # in checkpoints: they save messages

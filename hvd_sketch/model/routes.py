@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import Compression
+from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.dense import DenseAllreduce
+from hvd_sketch.exchange.low_rank import LowRankAllreduce
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
 from hvd_sketch.transport.base import Transport
@@ -23,6 +24,16 @@ class MakeExchange(Protocol):
     def __call__(
         self, config: Any, dim: int, transport: Transport, device: torch.device, **options: Unpack[Options]
     ) -> Exchange: ...
+
+
+EXCHANGES: dict[type, MakeExchange] = {SketchConfig: SketchedAllreduce, LowRankConfig: LowRankAllreduce}
+
+
+def make_exchange(
+    config: Compression, dim: int, transport: Transport, device: torch.device, **options: Unpack[Options]
+) -> Exchange:
+    """The exchange that a configuration is of. Communication: collective."""
+    return EXCHANGES[type(config)](config, dim, transport, device, **options)
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Route:
         *,
         scale: float = 1.0,
         wire_dtype: torch.dtype | None = None,
-        make: MakeExchange = SketchedAllreduce,
+        make: MakeExchange = make_exchange,
     ) -> Exchange:
         """The exchange of these parameters on one rank. Communication: collective.
 
@@ -56,7 +67,7 @@ class Route:
             options: what both exchanges of a model share.
             scale: the update is multiplied by it afterwards, and must then fit the parameters' dtypes.
             wire_dtype: what a dense exchange sends; None: the dtype of its vector.
-            make: builds the exchange where this is not the dense one.
+            make: builds the exchange where this is not the dense one; default: the one that ``config`` is of.
         """
         own: Options = {
             **options,
