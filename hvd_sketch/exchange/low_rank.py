@@ -1,0 +1,234 @@
+"""PowerSGD: each matrix of the gradient travels as two thin factors, of few-bit values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.config import LowRankConfig
+from hvd_sketch.exchange.base import Options, SparseUpdate
+from hvd_sketch.exchange.feedback import LARGEST_SUM
+from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits
+from hvd_sketch.exchange.matrices import Matrix, as_matrices
+from hvd_sketch.exchange.matrices import least_bytes as least_bytes  # for users
+from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.hashing import Purpose, random_words
+from hvd_sketch.kernels import load_backend, low_rank
+from hvd_sketch.kernels.low_rank import orthonormalize_, product_
+from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.staging import to_device
+from hvd_sketch.warm_up import warm_up
+
+EXPONENT = 0x7F800000  # the bits of a float32's exponent: with all others 0 it is a power of two
+HEADROOM = 8  # for what rounding adds to sums, and products of factors of norm 1 to their largest entry
+logger = logging.getLogger(__name__)
+
+
+class LowRankAllreduce(ResidualExchange):
+    """Low-rank gradient exchange with error feedback: PowerSGD, with few-bit factors.
+
+    For every tensor's residual v, seen as a matrix M, and the right factor Q of the step before::
+
+        P <- sum over ranks of M Q        in few bits
+        P <- orthonormal columns of P
+        Q <- sum over ranks of M^T P      in few bits; this rank's addend, as it arrived, is S
+        update <- P Q^T / ranks,  v <- v - P S^T
+
+    Nothing is lost: over the ranks, what is taken from v adds up to ``ranks * update``, up to float32's rounding. All
+    ranks get the same bits; where they compute on GPUs, these must be of one model.
+
+    Communication: the constructor and :meth:`step` are collective, all ranks in the same order.
+
+    Args: see :class:`~hvd_sketch.exchange.base.Exchange`. ``shapes`` says which matrices there are; without it, the
+    vector is one.
+
+    Raises:
+        ValueError: on every rank: they were set up differently; ``dim`` below 1, or not that of ``shapes``; a ratio
+            that is too high for factors of rank 1.
+
+    Source: Vogels et al., PowerSGD, NeurIPS 2019, algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        config: LowRankConfig,
+        dim: int,
+        transport: Transport,
+        device: torch.device | str = "cpu",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(config, dim, transport, device, **options)
+        shapes = options.get("shapes", [(dim,)])
+        if dim < 1 or sum(map(prod, shapes)) != dim:
+            raise ValueError(f"dim must be at least 1 and what the shapes hold, {sum(map(prod, shapes))}, got {dim}")
+        self._matrices = as_matrices(shapes, config)
+        if self._device.type == "cpu":  # no rank compiles inside the first step
+            warm_up(logger.warning if transport.rank == 0 else None)
+            low_rank.warm_up()
+        self._kernels = load_backend(None, self._device)
+        # What a rank gives at most to a sum: then no sum and no product of summed factors overflows.
+        self._most = LARGEST_SUM / (HEADROOM * transport.size * max(matrix.rank for matrix in self._matrices))
+        self._right = torch.empty(sum(matrix.rank * matrix.cols for matrix in self._matrices), device=self._device)
+        for number, right in enumerate(self._rights()):
+            for column in range(len(right)):
+                right[column] = self._draw(number, column, 0)
+
+    def agree(self) -> SparseUpdate:
+        """The mean over ranks of what the factors hold, float32 [dim], finite; ``indices`` are None."""
+        numbers = [n for n, matrix in enumerate(self._matrices) if not self._is_unused(matrix)]
+        used = [self._matrices[number] for number in numbers]
+        lefts = self._agree_on_lefts(used, [self._rights()[number] for number in numbers])
+        summed = self._agree_on_rights(used, lefts)
+        mean = summed.total / self._comm.size
+        update = self._take_off(used, lefts, _by_matrix(summed.sent, used), _by_matrix(mean, used))
+        self._limit_(update)
+        floats = 2 * sum(matrix.rank * (matrix.rows + matrix.cols) for matrix in used)  # there and back
+        self.ledger.compare_with_dense(self.dim, self._dense_bytes, floats * self.config.value_bits // 32)
+        for number, right in zip(numbers, _by_matrix(mean, used), strict=True):
+            self._keep_right(number, right)
+        self.count_step()
+        return SparseUpdate(None, update)
+
+    def _agree_on_lefts(self, matrices: Sequence[Matrix], rights: Sequence[Tensor]) -> list[Tensor]:
+        """Orthonormal columns of the sum over ranks of ``M Q``: float32 [rank, rows] each, equal on all ranks."""
+        v = self._feedback.v
+        own = torch.empty(sum(matrix.rank * matrix.rows for matrix in matrices), device=self._device)
+
+        def multiply() -> None:
+            for matrix, right, out in zip(matrices, rights, _by_matrix(own, matrices, of_rows=True), strict=True):
+                matrix.times_right_(out, v, right)
+
+        multiply()
+        if not self._fits(own):
+            self._count_reset(self._feedback.reset_nonfinite_())
+            multiply()
+            self._make_fit_(own)
+        bits, phases = self.config.value_bits, ("left", "left sums")
+        total = sum_in_few_bits(self._comm, self._kernels, own, bits, phases).total
+        return [orthonormalize_(left) for left in _by_matrix(total, matrices, of_rows=True)]
+
+    def _agree_on_rights(self, matrices: Sequence[Matrix], lefts: Sequence[Tensor]) -> RoundedSum:
+        """The sum over ranks of ``M^T P``, all matrices' one after the other."""
+        own = torch.empty(sum(matrix.rank * matrix.cols for matrix in matrices), device=self._device)
+        for matrix, left, out in zip(matrices, lefts, _by_matrix(own, matrices), strict=True):
+            matrix.times_left_(out, self._feedback.v, left)
+        if not self._fits(own):
+            self._make_fit_(own)
+        bits, phases = self.config.value_bits, ("right", "right sums")
+        return sum_in_few_bits(self._comm, self._kernels, own, bits, phases)
+
+    def _take_off(
+        self, matrices: Sequence[Matrix], lefts: Sequence[Tensor], sent: Sequence[Tensor], mean: Sequence[Tensor]
+    ) -> Tensor:
+        """Take from v what this rank sent; returns the update, float32 [dim]. Unused coordinates stay and get zeros."""
+        v, update = self._feedback.v, _empty(self.dim, self._device)
+        spans = [_overlap(matrix, unused) for matrix in matrices for unused in self._unused]
+        kept = [(span, v[span].clone()) for span in spans if span.start < span.stop]
+        for matrix, left, own, right in zip(matrices, lefts, sent, mean, strict=True):
+            matrix.subtract_product_(v, left, own)
+            product_(update[matrix.start : matrix.stop], left, right)
+        for span, values in kept:
+            v[span] = values
+        for start, stop in self._unused:
+            update[start:stop] = 0
+        return update
+
+    def _limit_(self, update: Tensor) -> None:
+        """Limit the update to what the parameters' dtypes hold. Rank 0's v gets back what exceeds."""
+        start = 0
+        for stop, largest in zip(self._limits.ends.tolist(), self._limits.largest.tolist(), strict=True):
+            values = update[start:stop]
+            # Means are far below what float32 and bfloat16 hold, see _most.
+            if largest < LARGEST_SUM / self._comm.size / 2 and _largest(values) > largest:
+                limited = values.clamp(-largest, largest)
+                if self._comm.rank == 0:
+                    self._feedback.v[start:stop].add_(values - limited, alpha=self._comm.size)
+                values.copy_(limited)
+            start = stop
+
+    def _fits(self, factors: Tensor) -> bool:
+        return not factors.numel() or _largest(factors) <= self._most  # False for NaN
+
+    def _make_fit_(self, factors: Tensor) -> None:
+        """Limit products that are too large or overflowed. What of v is not sent for that reason stays there."""
+        torch.nan_to_num_(factors, 0.0, self._most, -self._most).clamp_(-self._most, self._most)
+
+    def _is_unused(self, matrix: Matrix) -> bool:
+        return any(start <= matrix.start and matrix.stop <= stop for start, stop in self._unused)
+
+    def _rights(self) -> list[Tensor]:
+        """Q of every matrix: float32 [rank, cols], the memory itself."""
+        return _by_matrix(self._right, self._matrices)
+
+    def _keep_right(self, number: int, right: Tensor) -> None:
+        """Begin the next step with ``right``, float32 [rank, cols], equal on all ranks.
+
+        Each column is divided by a power of two, so that M Q is about as large as M. A column of zeros is drawn.
+        """
+        largest = right.abs().amax(1, keepdim=True)
+        powers = (largest.view(torch.int32) & EXPONENT).view(torch.float32)
+        kept = self._rights()[number]
+        torch.div(right, powers, out=kept)
+        for column in (powers == 0).flatten().nonzero().flatten().tolist():
+            kept[column] = self._draw(number, column, self._step + 1)
+
+    def _draw(self, number: int, column: int, step: int) -> Tensor:
+        """A column of the right factor for a step: float32 [cols], uniform in [-1, 1), equal on all ranks."""
+        words = random_words(self.config.seed, step, Purpose.LOW_RANK, number << 32 | column)
+        raw = np.asarray(words.random_raw(self._matrices[number].cols))
+        values = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
+        return to_device(torch.from_numpy(values), self._device)
+
+    def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
+        """See :meth:`Exchange.state_dict`: step number, v, and the right factors, which are equal on all ranks."""
+        layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
+        return {**super().state_dict(consolidated), "right": self._right.clone(), "matrices": layout}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Exchange.load_state_dict`. Also refuses a state of other matrices or ranks of theirs."""
+        layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
+        saved = [tuple(sides) for sides in state.get("matrices", [])]
+        if saved != layout:
+            raise ValueError(
+                f"the saved state is of other matrices: (rows, columns, rank) {_tell(saved)} there, {_tell(layout)} "
+                "here: load it with the shapes and the ratio or rank that it was saved with"
+            )
+        super().load_state_dict(state)
+        self._right.copy_(state["right"])
+
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
+        super()._take_over(root, consolidated, at_same_step, predictions)
+        self._transport.broadcast_(self._right, root)
+
+
+def _by_matrix(factors: Tensor, matrices: Sequence[Matrix], of_rows: bool = False) -> list[Tensor]:
+    """The factors of matrices that are one vector: float32 [rank, cols] each, or [rank, rows]. No copies."""
+    lengths = [matrix.rank * (matrix.rows if of_rows else matrix.cols) for matrix in matrices]
+    parts = factors.split(lengths)
+    return [part.view(matrix.rank, -1) for part, matrix in zip(parts, matrices, strict=True)]
+
+
+def _overlap(matrix: Matrix, unused: tuple[int, int]) -> slice:
+    return slice(max(matrix.start, unused[0]), min(matrix.stop, unused[1]))
+
+
+def _empty(dim: int, device: torch.device) -> Tensor:
+    # On a CPU NumPy asks for huge pages, torch does not: the first write to 100 MB takes 10 instead of 37 ms.
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(dim, dtype=np.float32))
+    return torch.empty(dim, device=device)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; NaN where a value is. One pass, no copy."""
+    return float(torch.stack(torch.aminmax(values)).abs().max())
+
+
+def _tell(layout: Sequence[tuple[int, ...]]) -> str:
+    return f"{len(layout)} of them, {', '.join(map(str, layout[:5]))}" if layout else "none"

@@ -1,0 +1,60 @@
+"""What all ranks must compute alike from the summed factors of a matrix: an orthonormal basis, and a product.
+
+On CPUs every bit is equal whatever the CPU. On GPUs torch computes both: all ranks' GPUs must then be of one model.
+
+A factor of rank r is float32 [r, length], contiguous: its columns one after the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_sketch.kernels import _cpu_low_rank as loops
+from hvd_sketch.kernels import cpu
+from hvd_sketch.kernels.threads import run_on_threads
+
+
+def orthonormalize_(factor: Tensor) -> Tensor:
+    """Make the columns orthonormal, in place and in order; returns ``factor``. Communication: none.
+
+    A zero column, and one that depends on those before it, becomes zeros. All must be finite.
+    """
+    if factor.device.type == "cpu":
+        loops.orthonormalize(factor.numpy())
+        return factor
+    columns = factor.double()
+    for number, column in enumerate(columns):
+        before = column.norm()
+        for _ in range(2):
+            column -= columns[:number].T @ (columns[:number] @ column)
+        rest = column.norm()
+        is_new = rest > loops.LEAST_REST * before
+        column.copy_(torch.where(is_new, column / torch.where(is_new, rest, 1.0), 0.0))
+    return factor.copy_(columns)
+
+
+def product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``out <- left^T right``; returns ``out``. Communication: none.
+
+    Args:
+        out: float32 [entries]: rows of ``cols`` entries, the last of which may be shorter.
+        left: float32 [r, rows].
+        right: float32 [r, cols].
+    """
+    if out.device.type == "cpu":
+        run_on_threads(cpu._threads_for(out.numel()), loops.product, out.numpy(), left.numpy(), right.numpy())
+        return out
+    cols = right.shape[1]
+    whole = out.numel() // cols
+    torch.mm(left[:, :whole].t(), right, out=out[: whole * cols].view(whole, cols))
+    if whole < left.shape[1]:
+        out[whole * cols :] = left[:, whole] @ right[:, : out.numel() - whole * cols]
+    return out
+
+
+def warm_up() -> None:
+    """Compile both for CPUs where Numba's cache does not hold them, so that no step does. Communication: none."""
+    loops.orthonormalize(np.ones((1, 1), dtype=np.float32))
+    product_(torch.empty(1), torch.ones(1, 1), torch.ones(1, 1))
