@@ -100,6 +100,8 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.keep_above(some_int32, v[: len(some)], MAGNITUDE_OF_ONE),
         lambda: _call_every_code(some_int32),
         lambda: cpu.merge_owned(hash, [some, some]),
+        lambda: cpu.values_above(v, MAGNITUDE_OF_ONE, DIM),
+        lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
         lambda: cpu.subtract_at_(u, some, v[: len(some)]),
         lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),
     ]

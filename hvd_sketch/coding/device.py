@@ -17,6 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words
+from hvd_sketch.coding.host import words_of_ones
 from hvd_sketch.hashing import PRIME, BlockHash, ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels._cpu_loops import count_ones
@@ -85,7 +86,7 @@ def _streams(encoded: Tensor) -> list[Stream]:
     while start < len(words):
         count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
         unary_start = start + 1 + ceil_div(count * low_bits, 64)
-        unary_end = unary_start + _words_of_ones(words[unary_start:], count)
+        unary_end = unary_start + words_of_ones(words[unary_start:], count)
         streams.append(Stream(count, low_bits, words[start + 1 : unary_start], words[unary_start:unary_end]))
         start = unary_end
     return streams
@@ -179,16 +180,6 @@ def _on_device(pieces: list[npt.NDArray[np.generic]], device: torch.device) -> T
     words = empty_on_host((sum(map(len, pieces)),), torch.int64, device)
     np.concatenate([piece.view(np.int64) for piece in pieces], out=words.numpy())
     return to_device(words, device)
-
-
-@njit(cache=True, nogil=True)
-def _words_of_ones(words: Words, count: int) -> int:
-    """How many of the first words hold ``count`` set bits."""
-    at = 0
-    while count > 0:
-        count -= count_ones(words[at])
-        at += 1
-    return at
 
 
 @njit(cache=True, nogil=True)

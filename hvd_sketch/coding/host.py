@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words
 from hvd_sketch.hashing import BlockHash, ceil_div
-from hvd_sketch.kernels._cpu_loops import lowest_bit
-from hvd_sketch.kernels.cpu import merge_owned
+from hvd_sketch.kernels._cpu_loops import count_ones, lowest_bit
+from hvd_sketch.kernels.cpu import _threads_for, merge_owned
+from hvd_sketch.kernels.threads import run_on_threads
 
 SAMPLED_RUN = 64  # gaps in a row that are sampled to choose b
 ALL_SAMPLED = 4096  # of fewer positions all gaps are sampled
@@ -64,19 +65,33 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     Through a bit for each position below ``span``: a million of 25 million take a tenth of the time of a sort.
     """
     words = encoded.numpy().view(np.uint64)
-    codes = []
+    streams = _streams(words)
+    ends = streams[:, 1].cumsum()
+    # Memory of torch's: for large arrays NumPy asks the system for huge pages, which then takes 3 ms to make them.
+    positions = torch.empty(int(ends[-1]), dtype=torch.int64)
+    threads = _threads_for(len(positions))
+    run_on_threads(min(threads, len(streams)), _decode_streams, positions.numpy(), ends, words, streams)
+    if len(streams) == 1:
+        return positions.to(device)
+    bitmap = torch.empty(ceil_div(span, 64), dtype=torch.int64).numpy().view(np.uint64)
+    found = np.zeros(threads + 1, dtype=np.int64)
+    run_on_threads(threads, _unite, bitmap, found[1:], positions.numpy(), ends)
+    starts = found.cumsum()
+    union = torch.empty(int(starts[-1]), dtype=torch.int64)
+    run_on_threads(threads, _find_bits_of_threads, union.numpy(), starts, bitmap)
+    return union.to(device)
+
+
+def _streams(words: Words) -> IntArray:
+    """Of each code in ``words`` the word where it begins, its count and its low bits: int64 [codes, 3]."""
+    streams = []
     start = 0
     while start < len(words):
-        positions, start = _decode_stream(words, start)
-        codes.append(positions)
-    if len(codes) == 1:
-        return codes[0].to(device)
-    bitmap = np.zeros(8 * ceil_div(span, 64), dtype=np.uint8)
-    for positions in codes:
-        _set_bits(positions.numpy(), bitmap)
-    union = np.empty(sum(map(len, codes)), dtype=np.int64)
-    end = _find_bits(bitmap.view(np.uint64), 0, union, 0)
-    return torch.from_numpy(union[:end]).to(device)
+        count, low_bits = divmod(int(words[start]), 1 << COUNT_SHIFT)
+        streams.append((start, count, low_bits))
+        unary_start = start + 1 + ceil_div(count * low_bits, 64)
+        start = unary_start + words_of_ones(words[unary_start:], count)
+    return np.array(streams, dtype=np.int64)
 
 
 def _decode_stream(words: Words, start: int) -> tuple[Tensor, int]:
@@ -203,6 +218,66 @@ def _decode(low: Words, unary: Words, low_bits: int, positions: IntArray) -> int
         position += ((high << low_bits) | np.int64(value & mask)) + 1
         positions[i] = position
     return at
+
+
+@njit(cache=True, nogil=True)
+def words_of_ones(words: Words, count: int) -> int:
+    """How many of the first words hold ``count`` set bits."""
+    at = 0
+    while count > 0:
+        count -= count_ones(words[at])
+        at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _decode_streams(
+    positions: IntArray, ends: IntArray, words: Words, streams: IntArray, thread: int, threads: int
+) -> None:
+    """The positions of code i up to ``ends[i]``; each thread decodes some of the codes."""
+    for number in range(thread, len(streams), threads):
+        start, count, low_bits = streams[number]
+        unary_start = start + 1 + (count * low_bits + 63) // 64
+        own = positions[ends[number] - count : ends[number]]
+        _decode(words[start + 1 : unary_start], words[unary_start:], low_bits, own)
+
+
+@njit(cache=True, nogil=True)
+def _unite(bitmap: Words, found: IntArray, positions: IntArray, ends: IntArray, thread: int, threads: int) -> None:
+    """Set the bits of all codes' positions, in a piece of the bitmap, and count those that are set there."""
+    low, high = thread * len(bitmap) // threads, (thread + 1) * len(bitmap) // threads
+    bitmap[low:high] = np.uint64(0)
+    for code in range(len(ends)):
+        own = positions[ends[code - 1] if code else 0 : ends[code]]
+        for i in range(np.searchsorted(own, 64 * low), np.searchsorted(own, 64 * high)):
+            position = np.uint64(own[i])
+            bitmap[position >> np.uint64(6)] |= np.uint64(1) << (position & np.uint64(63))
+    count = 0
+    for word in bitmap[low:high]:
+        count += count_ones(word)
+    found[thread] = count
+
+
+@njit(cache=True, nogil=True)
+def _find_bits_of_threads(union: IntArray, starts: IntArray, bitmap: Words, thread: int, threads: int) -> None:
+    """The numbers of the set bits; each thread writes from its element of ``starts`` on.
+
+    Four of each word are written, whether the word has more or fewer: the end of a loop over the bits would be
+    mispredicted (1.9 instead of 1.0 ms of 600,000 bits in 25 million). Where that could reach the next thread's, the
+    loop is used.
+    """
+    low, high = thread * len(bitmap) // threads, (thread + 1) * len(bitmap) // threads
+    at, end = starts[thread], starts[thread + 1]
+    for number in range(low, high):
+        bits = bitmap[number]
+        count = count_ones(bits)
+        if count > 4 or at + 4 > end:
+            at = _find_bits(bitmap[number : number + 1], 64 * number, union, at)
+            continue
+        for i in range(4):
+            union[at + i] = 64 * number + lowest_bit(bits)
+            bits &= bits - np.uint64(1)
+        at += count
 
 
 @njit(cache=True, nogil=True)

@@ -701,6 +701,14 @@ def clear(vector: Array, indices: Array, thread: int, threads: int) -> None:
         vector[np.uint64(indices[i])] = np.float32(0)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def put(vector: Array, start: int, indices: Array, values: Array, thread: int, threads: int) -> None:
+    """``vector[indices[i] - start] = values[i]``."""
+    low, high = _range_of(thread, threads, indices.size)
+    for i in range(low, high):
+        vector[np.uint64(indices[i] - start)] = values[i]
+
+
 # --- selection ---------------------------------------------------------------------------------------------
 
 
@@ -775,6 +783,45 @@ def select_above(out: Array, starts: Array, bits: Array, threshold: int, thread:
     for index in range(low, full, MASK_LANES):
         at = _write_lanes(out, at, index, _match_above(bits, index, np.uint32(threshold)))
     _write_lanes(out, at, full, _mask_above(bits, full, high, threshold))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def values_above(spans: Array, found: Found, bits: Array, threshold: int, thread: int, threads: int) -> None:
+    """Positions of values above the threshold, and the values, in one pass: each thread into an equal piece of both.
+
+    ``spans``, int64 [2, threads], gets the begin and end of each thread's results. A thread stops when its piece is
+    full, and says that it ends one element further.
+
+    Two values of each group of lanes are written, whether the group has more or fewer: the end of a loop over them
+    would be mispredicted. So a pass takes as long as reading the values, where few are above.
+    """
+    low, high = _range_of(thread, threads, bits.size)
+    room = found[0].size // threads
+    start, stop = thread * room, (thread + 1) * room
+    at = start
+    for index in range(low, high, MASK_LANES):
+        mask = _mask_above(bits, index, high, threshold)
+        count = count_ones(mask)
+        if count <= 2 and at + 2 <= stop:
+            for i in range(2):  # of no bit, the lane is 0
+                _keep(found, at + i, index + (lowest_bit(mask) & (MASK_LANES - 1)), bits)
+                mask &= mask - _ONE
+            at += count
+            continue
+        if at + count > stop:
+            at = stop + 1
+            break
+        while mask != 0:
+            _keep(found, at, index + lowest_bit(mask), bits)
+            at += 1
+            mask &= mask - _ONE
+    spans[0, thread], spans[1, thread] = start, at
+
+
+@njit(inline="always")
+def _keep(found: Found, at: int, position: int, bits: Array) -> None:
+    found[0][np.uint64(at)] = position
+    found[1][np.uint64(at)] = bits[np.uint64(position)]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import numba
@@ -18,9 +19,9 @@ from torch import Tensor
 from hvd_sketch.hashing import BlockHash, ceil_div
 from hvd_sketch.kernels import _cpu_few_bits as few_bits
 from hvd_sketch.kernels import _cpu_loops as loops
+from hvd_sketch.kernels import reference
 from hvd_sketch.kernels.numba_exit import keep_exit_silent
 from hvd_sketch.kernels.reference import CHUNKS, LARGEST_CODES, LARGEST_SCALES, packed_bytes
-from hvd_sketch.kernels.reference import scatter_ as scatter_  # as it is
 from hvd_sketch.kernels.threads import run_on_threads
 
 ON_HOST = True
@@ -141,6 +142,23 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
     return torch.from_numpy(chosen)
 
 
+def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.values_above`."""
+    size = values.numel()
+    threads = _threads_for(size)
+    room = min(limit, ceil_div(size, threads)) + 2
+    # Memory of torch's, which is still there from the last step: NumPy's new huge pages took longer than the pass.
+    positions = torch.empty(threads * room, dtype=torch.int64)
+    kept = torch.empty(threads * room, dtype=torch.float32)
+    spans = np.empty((2, threads), dtype=np.int64)
+    found = positions.numpy(), _bits(kept)
+    run_on_threads(threads, loops.values_above, spans, found, _bits(values), max(threshold, 0))
+    if int((spans[1] - spans[0]).sum()) > limit:
+        return None
+    pieces = [slice(begin, end) for begin, end in spans.T.tolist()]
+    return torch.cat([positions[piece] for piece in pieces]), torch.cat([kept[piece] for piece in pieces])
+
+
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.keep_above`; the positions returned are int64."""
     bits, threshold = _bits(values), max(threshold, 0)
@@ -170,6 +188,19 @@ def clear_(vector: Tensor, indices: Tensor) -> None:
     run_on_threads(_threads_for(indices.numel()), loops.clear, vector.numpy(), indices.numpy())
 
 
+def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See :func:`hvd_sketch.kernels.reference.scatter_`."""
+    if any(target is not None and target.dtype != torch.float32 for target in targets):
+        reference.scatter_(targets, starts, indices, values)  # torch rounds to any dtype
+        return
+    at, given = indices.numpy(), values.numpy()
+    cuts = np.searchsorted(at, starts.numpy()).tolist()
+    for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
+        if target is not None and first < last:
+            arguments = target.view(-1).numpy(), start, at[first:last], given[first:last]
+            run_on_threads(_threads_for(last - first), loops.put, *arguments)
+
+
 def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
     """See :func:`hvd_sketch.kernels.reference.subtract_at_`; equal to the bit."""
     arguments = vector.numpy(), indices.numpy(), values.numpy()
@@ -178,6 +209,7 @@ def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
 
 def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.quantize`; equal to the bit."""
+    assert values.is_contiguous()
     segments, length = values.shape
     packed = np.empty((segments, packed_bytes(length, bits)), dtype=np.uint8)
     rounding = np.uint32(dither or 0), dither is not None
@@ -188,7 +220,8 @@ def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
 def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.dequantize_sum`; equal to the bit."""
     total = np.empty((packed.shape[1], length), dtype=np.float32)
-    run_on_threads(_threads_for(total.size), few_bits.dequantize_sum, total, packed.numpy(), _code(bits))
+    arguments = total, packed.contiguous().numpy(), _code(bits)
+    run_on_threads(_threads_for(total.size), few_bits.dequantize_sum, *arguments)
     return torch.from_numpy(total)
 
 

@@ -20,7 +20,7 @@ estimate                 4: written                                    4 r, read
 owned_histogram          0                                             4 r, read    4 r / L
 owned_above, .._kept     24 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
 magnitude_histogram      4                                             -            4 / M
-select_above             8; 24 per coordinate returned                 -            8 / M
+select_above, values_..  8; 24 per coordinate returned                 -            8 / M
 quantize                 4 read, bits / 8 + 2 / chunk written          -            (4 + bits / 8) / M
 dequantize_sum           4 written, bits / 8 + 2 / chunk a term read   -            (4 + terms * bits / 8) / M
 subtract_at_             76 per coordinate given: 12, and its sectors  -            76 / M
@@ -167,6 +167,12 @@ def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Te
 def select_above(values: Tensor, threshold: int, size: int | None = None) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.select_above`."""
     return _above(_elements(values), threshold, size)[0]
+
+
+def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.values_above`; waits for the device."""
+    chosen, kept = _above(_elements(values), threshold, None)
+    return (chosen, kept) if chosen.numel() <= limit else None
 
 
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,12 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
     return torch.from_numpy(chosen)
 
 
+def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """:func:`select_above`, and the values there, float32; None where there are more than ``limit``."""
+    chosen = select_above(values, threshold)
+    return (chosen, values[chosen]) if chosen.numel() <= limit else None
+
+
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
     chosen = select_above(values, threshold, size)

@@ -246,6 +246,9 @@ def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, value
         kept = gpu.keep_above(*on_device(positions), ours, threshold, size)
         for got, right in zip(kept, reference.keep_above(positions, values, threshold), strict=True):
             assert torch.equal(got.cpu().view(torch.int32), right.view(torch.int32))
+    found = gpu.values_above(ours, threshold, expected.numel())
+    assert found is not None and torch.equal(found[0].cpu(), expected) and same_bits(found[1], values[expected])
+    assert expected.numel() == 0 or gpu.values_above(ours, threshold, expected.numel() - 1) is None
 
 
 @pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])

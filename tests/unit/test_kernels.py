@@ -279,6 +279,42 @@ def test_selection_equals_the_reference(data: st.DataObject, values: Tensor, thr
 
 @few_examples
 @given(st.data(), vectors(), st.integers(1, 5))
+def test_selected_values_equal_the_reference(data: st.DataObject, values: Tensor, threads: int) -> None:
+    value = data.draw(st.sampled_from([*SPECIAL, *values.tolist()]))
+    threshold = magnitude(value) + data.draw(st.integers(-1, 0))
+    expected = reference.values_above(values, threshold, values.numel())
+    assert expected is not None
+    for limit in {0, expected[0].numel() - 1, expected[0].numel(), values.numel()} - {-1}:
+        with split_for(threads):
+            found = cpu.values_above(values, threshold, limit)
+        assert (found is None) == (expected[0].numel() > limit)
+        assert (reference.values_above(values, threshold, limit) is None) == (found is None)
+        if found is not None:
+            assert torch.equal(found[0], expected[0]) and same_bits(found[1], expected[1])
+
+
+@few_examples
+@given(st.data(), st.lists(st.integers(0, 90), min_size=1, max_size=6), st.integers(1, 5))
+def test_scatter_equals_the_reference(data: st.DataObject, sizes: list[int], threads: int) -> None:
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    share = data.draw(st.sampled_from([0, 0.1, 1]))
+    indices = (torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)) < share).nonzero().flatten()
+    values = random_values(len(indices))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    left_alone = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    ours, theirs = (
+        [None if alone else torch.ones(size, 1, dtype=dtype) for size, alone in zip(sizes, left_alone, strict=True)]
+        for _ in range(2)
+    )
+    with split_for(threads):
+        cpu.scatter_(ours, starts, indices, values)
+    reference.scatter_(theirs, starts, indices, values)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine is right is None or torch.equal(mine, right)
+
+
+@few_examples
+@given(st.data(), vectors(), st.integers(1, 5))
 def test_single_elements_equal_the_reference(data: st.DataObject, values: Tensor, threads: int) -> None:
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
     indices = torch.from_numpy(np.flatnonzero(random.random(values.numel()) < data.draw(st.floats(0, 1))))

@@ -49,7 +49,9 @@ def training(transport):
 
 for ranks in (1, 3):
     for options in (dict(momentum=0.0), dict(momentum=0.9), dict(momentum=0.0, candidates="heavymix"),
-                    dict(momentum=0.9, deterministic=True)):
+                    dict(momentum=0.9, deterministic=True), dict(oversample=1, value_bits=4, table_bits=8),
+                    dict(oversample=1, value_bits=16, candidates="nominate"),
+                    dict(oversample=1, value_bits=8, candidates="random")):
         for dim, k in ((785, 10), (20_011, 97), (100_003, 1500)):
             run_local(ranks, partial(steps, dim=dim, k=k, options=options), 100)
     run_local(ranks, training, 100)

@@ -12,9 +12,14 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Threshold, top_k
+from hvd_sketch.kernels.selection import Look, Threshold, search, top_k
 from hvd_sketch.transport.metered import MeteredTransport
 
+# Of v above its bound a rank keeps so many, in units of what it names, and some in any case. The bound is further below
+# the threshold than where a failure costs messages: what is kept costs little, a second look at v three passes over it.
+KEPT_PER_CANDIDATE = 4
+KEPT_ALWAYS = 1 << 16
+FURTHER_MARGIN = 1 << 18
 Ranges = Sequence[tuple[int, int]]
 
 
@@ -47,24 +52,43 @@ class NominatedCandidates:
 
     def _own_largest(self, v: Tensor, ranges: Ranges) -> Tensor:
         """The coordinates in ``ranges`` at which this rank's v is largest: int64, ascending."""
-        bound = self.predictor.lower_bound()
         spans = _joined(ranges)
-        # One look at v where the bound holds; what is above it is little more than what is wanted.
-        positions = self._above(v, spans, max(bound - 1, 0))
-        if bound and positions.numel() < self._own_count:
-            positions = self._above(v, spans, 0)
-        values = self._kernels.gather(v, positions, out=torch.empty(len(positions), device=self._device))
+        bound = max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
+        limit = KEPT_PER_CANDIDATE * self._own_count + KEPT_ALWAYS
+        found = self._values_above(v, spans, bound - 1, limit) if bound else None
+        if found is None or found[0].numel() < self._own_count:
+            threshold = search(self._look_at(v, spans), self._own_count)
+            found = self._values_above(v, spans, threshold.edge - 1, threshold.own)
+            assert found is not None
+        positions, values = found
         chosen = top_k(values, self._own_count)
         if chosen.numel():
-            least = values.index_select(0, chosen).abs().min().view(torch.int32)
-            edge = int(least)
+            edge = int(values.index_select(0, chosen).abs().min().view(torch.int32))
             self.predictor.update(Threshold(edge, edge + 1, excess=0, own=chosen.numel()))
         return positions.index_select(0, chosen)
 
-    def _above(self, v: Tensor, spans: Ranges, threshold: int) -> Tensor:
-        """Coordinates in ascending ``spans`` whose magnitude bits are above the threshold: int64, ascending."""
-        found = [self._kernels.select_above(v[start:stop], threshold) + start for start, stop in spans]
-        return torch.cat(found) if len(found) != 1 else found[0]
+    def _values_above(self, v: Tensor, spans: Ranges, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+        """Coordinates in ascending ``spans`` whose magnitude bits are above the threshold, int64, and v there.
+
+        None where a span has more than ``limit``.
+        """
+        pieces = [(torch.empty(0, dtype=torch.int64, device=self._device), v[:0])]
+        for start, stop in spans:
+            found = self._kernels.values_above(v[start:stop], threshold, limit)
+            if found is None:
+                return None
+            pieces.append((found[0] + start if start else found[0], found[1]))
+        positions, values = zip(*pieces, strict=True)
+        return torch.cat(positions), torch.cat(values)
+
+    def _look_at(self, v: Tensor, spans: Ranges) -> Look:
+        def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
+            counts = torch.zeros(bins + 1, dtype=torch.int64)
+            for first, last in spans:
+                counts += self._kernels.magnitude_histogram(v[first:last], start, shift, bins).cpu()
+            return counts, counts
+
+        return look
 
 
 def _joined(ranges: Ranges) -> Ranges:
