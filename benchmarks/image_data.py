@@ -59,16 +59,24 @@ def _load_digits() -> Images:
 
 def load_mnist(data_dir: Path) -> Images:
     """As :func:`load_images`, of MNIST."""
-    arrays = [_read_idx(data_dir, name) for name in MNIST_FILES]
-    train_images, train_labels, test_images, test_labels = arrays
-    return _standardised("mnist", train_images, train_labels, test_images, test_labels)
+    return _standardised("mnist", *read_mnist(data_dir))
 
 
 def load_cifar10(data_dir: Path) -> Images:
     """As :func:`load_images`, of CIFAR-10."""
+    return _standardised("cifar10", *read_cifar10(data_dir))
+
+
+def read_mnist(data_dir: Path) -> list[np.ndarray]:
+    """MNIST as its files have it, uint8: training images [n, 28, 28] and labels [n], test images and labels."""
+    return [_read_idx(data_dir, name) for name in MNIST_FILES]
+
+
+def read_cifar10(data_dir: Path) -> list[np.ndarray]:
+    """CIFAR-10 as its files have it, uint8: training images [n, 3072] and labels [n], test images and labels."""
     train = np.concatenate([_read_cifar10(data_dir / f"data_batch_{number}.bin") for number in range(1, 6)])
     test = _read_cifar10(next(iter(sorted(data_dir.glob("test_batch*.bin"))), data_dir / "test_batch.bin"))
-    return _standardised("cifar10", train[:, 1:], train[:, 0], test[:, 1:], test[:, 0])
+    return [train[:, 1:], train[:, 0], test[:, 1:], test[:, 0]]
 
 
 def _read_cifar10(path: Path) -> np.ndarray:

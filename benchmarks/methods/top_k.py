@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from benchmarks.methods.base import Lean
+from hvd_sketch.coding import host
 from hvd_sketch.exchange.base import SparseUpdate
 from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import top_k
 from hvd_sketch.transport.base import mean_over_ranks
+from hvd_sketch.wire_bytes import coded_bytes
 
 
 class _TopK(ResidualExchange):
@@ -43,6 +48,54 @@ class LocalTopK(Lean, _TopK):
     def _update(self, indices: Tensor, mean: Tensor) -> SparseUpdate:
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.config.k)
         return SparseUpdate(None, mean)
+
+
+class CodedTopK(LocalTopK):
+    """Local top-k with the codes of our own exchanges: positions in a Rice code, values of ``value_bits`` bits.
+
+    What rounding leaves out stays in v. u is zeroed where something was sent: with ``momentum`` this is Deep Gradient
+    Compression. On the CPU.
+    """
+
+    def __init__(self, *place: Any, **options: Any) -> None:
+        super().__init__(*place, **options)
+        self._kernels = load_backend(None, self._device)
+
+    def agree(self) -> SparseUpdate:
+        own = top_k(self._offered(), self.config.k)
+        codes = self._encode(self.residual[own])
+        with self._comm.phase("local"):
+            positions = _decode_each(self._comm.allgather(host.encode_positions(own, self.dim)))
+            gathered = self._comm.allgather(codes)
+        self._feedback.subtract_(own, self._decode(codes, own.numel()))
+        sizes = [coded_bytes(each.numel(), self.config.value_bits) for each in positions]
+        mean = torch.zeros(self.dim)
+        for indices, code in zip(positions, gathered.split(sizes), strict=True):
+            mean.index_add_(0, indices, self._decode(code, indices.numel()), alpha=1 / self._comm.size)
+        self.count_step()
+        return self._update(own, mean)
+
+    def _encode(self, values: Tensor) -> Tensor:
+        """uint8 [bytes] of float32 [n]."""
+        if self.config.value_bits == 32:
+            return values.view(torch.uint8)
+        return self._kernels.quantize(values.view(1, -1), self.config.value_bits)[0]
+
+    def _decode(self, code: Tensor, count: int) -> Tensor:
+        """float32 [count]."""
+        if self.config.value_bits == 32:
+            return code.clone().view(torch.float32)
+        return self._kernels.dequantize_sum(code.view(1, 1, -1), count, self.config.value_bits)[0]
+
+
+def _decode_each(encoded: Tensor) -> list[Tensor]:
+    """The positions of every rank's code, one after the other: int64 [n] each."""
+    words = encoded.numpy().view("uint64")
+    start, each = 0, []
+    while start < len(words):
+        positions, start = host._decode_stream(words, start)
+        each.append(positions)
+    return each
 
 
 class CountedTopK(LocalTopK):

@@ -1,0 +1,103 @@
+"""What is trained: a model on data for a number of steps, with the learning rates to begin a search at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy_per_byte import data
+from benchmarks.accuracy_per_byte.data import Data
+from benchmarks.accuracy_per_byte.models import Transformer, large_cnn, small_cnn
+from benchmarks.models import mlp
+
+BASE_WORKERS = 4  # up to so many have ``per_worker`` examples each; more share as many
+DENSE_BELOW = 512  # elements: the CNN's last matrix has 960, the default would leave it dense
+Kind = Literal["nesterov", "plain", "masked"]  # where the momentum is: after the exchange, nowhere, before it
+ADAM_RATE = 0.004
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train.
+
+    Attributes:
+        name: as the command line and the records have it.
+        title: for people.
+        make_model: from the number of classes; called under a seeded generator.
+        load: from the folder of all data sets.
+        steps: by default.
+        per_worker: examples in a worker's batch, up to :data:`BASE_WORKERS` workers.
+        rates: where to begin the search, by the kind of momentum; for a quarter of CIFAR's long run and more.
+        long_factor: of the rates with momentum from ``long`` steps on.
+        long: steps.
+        adam: the optimizer is Adam, whatever the exchange; the loss is the measure, not the accuracy.
+    """
+
+    name: str
+    title: str
+    make_model: Callable[[int], nn.Module]
+    load: Callable[[Path], Data]
+    steps: int
+    rates: Mapping[Kind, float]
+    per_worker: int = 32
+    long: int = 1000
+    long_factor: float = 0.5
+    adam: bool = False
+
+    def batch(self, workers: int) -> int:
+        """Examples per worker and step."""
+        return self.per_worker if workers <= BASE_WORKERS else max(self.per_worker * BASE_WORKERS // workers, 1)
+
+    def centre(self, kind: Kind, steps: int) -> float:
+        """The learning rate in the middle of the first grid."""
+        is_long = steps >= self.long and kind != "plain" and not self.adam
+        return self.rates[kind] * (self.long_factor if is_long else 1)
+
+
+def _cifar(name: str, title: str, make: Callable[[], nn.Module], steps: int, rates: Mapping[Kind, float]) -> Task:
+    return Task(name, title, lambda classes: make(), data.cifar10, steps, rates)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "mnist",
+            "MNIST, MLP of 269 k",
+            lambda classes: mlp(784, 256),
+            data.mnist,
+            400,
+            {"nesterov": 0.2, "plain": 1.6, "masked": 0.4},
+        ),
+        _cifar("cifar", "CIFAR-10, CNN of 139 k", small_cnn, 300, {"nesterov": 0.1, "plain": 0.8, "masked": 0.2}),
+        _cifar("cifar2m", "CIFAR-10, CNN of 2.0 M", large_cnn, 400, {"nesterov": 0.05, "plain": 0.8, "masked": 0.1}),
+        Task(
+            "lm",
+            "tiny Shakespeare, character transformer of 240 k, Adam",
+            Transformer,
+            data.shakespeare,
+            1500,
+            dict.fromkeys(("nesterov", "plain", "masked"), ADAM_RATE),
+            per_worker=4,
+            adam=True,
+        ),
+    )
+}
+
+
+@lru_cache(maxsize=2)
+def load(task: str, data_dir: Path) -> Data:
+    """The data of a task, once per process."""
+    return TASKS[task].load(data_dir)
+
+
+def initial_model(task: Task, classes: int, seed: int) -> nn.Module:
+    """With the weights that a seed gives."""
+    torch.manual_seed(seed)
+    return task.make_model(classes)

@@ -1,0 +1,167 @@
+"""One run: a model trained by simulated ranks, plain optimizer after the exchange, bytes from the ledger."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy_per_byte.data import Data
+from benchmarks.accuracy_per_byte.methods import METHODS, matrices
+from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.settings import dense_bytes
+from benchmarks.accuracy_per_byte.tasks import TASKS, Task, initial_model, load
+from benchmarks.paper.rate_search import rounded
+from hvd_sketch import Simulation
+from hvd_sketch.wire_bytes import DENSE_BYTES
+
+JUDGED_FROM = 60  # the step from which a loss above that of the first step is a divergence
+TRIAL_FRACTION = 4  # of a run's steps, to measure how often ranks name the same coordinates
+
+
+class Training:
+    """A model, its optimizer and the exchange of its gradients.
+
+    Args:
+        run: what to train.
+        data: of the task.
+        nominal_ratio: asked of the method's settings; default: the group's own.
+    """
+
+    def __init__(self, run: Run, data: Data, nominal_ratio: float | None = None) -> None:
+        group = run.group
+        self.run, self.data, self.task = run, data, TASKS[group.task]
+        self.model = initial_model(self.task, data.classes, run.seed)
+        method = METHODS[group.method]
+        named = list(self.model.named_parameters())
+        ratio = nominal_ratio or group.ratio
+        self.simulation: Simulation = method.simulate(named, group.workers, ratio, self.task.adam)
+        self.optimizer = optimizer_for(self.task, self.model, group.method)
+        self._batches = data.batches(group.workers, self.task.batch(group.workers), run.seed, group.skewed)
+        self._first_loss = math.nan
+        self.done = 0
+        self.gradient_s = 0.0  # time spent in the model itself
+
+    def step(self) -> bool:
+        """One step of all workers; False if the training has diverged."""
+        losses = []
+        for worker, batch in enumerate(next(self._batches)):
+            self.optimizer.zero_grad()
+            started = time.perf_counter()
+            loss = self.data.loss(self.model, batch)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            self.gradient_s += time.perf_counter() - started
+            if not self._accumulate(worker, losses[-1]):
+                return False
+        self.simulation.agree()
+        set_rate(self.optimizer, rate_at(self.run, self.done))
+        self.optimizer.step()
+        loss_now = sum(losses) / len(losses)
+        if self.done == 0:
+            self._first_loss = loss_now
+        self.done += 1
+        return self.done <= JUDGED_FROM or loss_now <= max(2 * self._first_loss, 3)
+
+    def _accumulate(self, worker: int, loss: float) -> bool:
+        if not math.isfinite(loss):
+            return False
+        try:
+            self.simulation.accumulate(worker)
+        except FloatingPointError:
+            return False
+        return True
+
+    def matrix_ratio(self) -> float:
+        """Bytes of a dense ring allreduce of the matrices over those sent for them, so far.
+
+        The dense exchange of the other tensors shares the ledger; its bytes are known and taken off.
+        """
+        sizes = [p.numel() for p in self.model.parameters()]
+        dim = sum(p.numel() for p in matrices(list(self.model.named_parameters())))
+        sent = DENSE_BYTES * sum(sizes) / self.simulation.ledger.compression_ratio()
+        rest = sum(sizes) - dim
+        return DENSE_BYTES * dim / (sent - dense_bytes(rest, self.run.group.workers))
+
+
+def optimizer_for(task: Task, model: nn.Module, method: str) -> torch.optim.Optimizer:
+    """A plain one of torch, with the momentum that goes with a method; its rate is set in every step."""
+    parameters: list[Tensor] = list(model.parameters())
+    if task.adam:
+        return torch.optim.Adam(parameters, lr=0.0)
+    if METHODS[method].kind == "nesterov":
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def rate_at(run: Run, step: int) -> float:
+    """The learning rate of a step, from 0: up over the first tenth, and down all the way."""
+    steps = run.group.steps
+    return run.rate * min(1, (step + 1) / max(steps // 10, 1)) * (1 - step / steps)
+
+
+def train(run: Run, data_dir: Path) -> Record:
+    """Train to the end or until it diverges; returns the record, without the commit."""
+    started = time.perf_counter()
+    data = load(run.group.task, data_dir)
+    nominal = nominal_ratio(run.group, data_dir)
+    training = Training(run, data, nominal)
+    loaded = time.perf_counter()
+    diverged = False
+    while training.done < run.group.steps and not diverged:
+        diverged = not training.step()
+    trained_s = time.perf_counter() - loaded
+    acc, loss = data.evaluate(training.model)
+    diverged = diverged or not math.isfinite(loss)
+    figures = {"acc": None if diverged or acc is None else round(acc, 3), "loss": None if diverged else round(loss, 5)}
+    times = {"setup_s": loaded - started, "seconds": trained_s, "gradient_s": training.gradient_s}
+    return {
+        **run.labels,
+        **figures,
+        "diverged": diverged,
+        **_traffic(training),
+        "nominal_ratio": nominal,
+        **{name: round(value, 2) for name, value in times.items()},
+    }
+
+
+def _traffic(training: Training) -> Record:
+    """Measured bytes; None for a method that exists in a simulation only, or before the first step."""
+    if not METHODS[training.run.group.method].is_sent or not training.done:
+        return {"matrix_ratio": None, "compression_ratio": None, "wire_bytes_per_step": None}
+    ledger = training.simulation.ledger
+    return {
+        "matrix_ratio": round(training.matrix_ratio(), 2),
+        "compression_ratio": round(ledger.compression_ratio(), 2),
+        "wire_bytes_per_step": round(ledger.totals().wire_bytes / training.done, 1),
+    }
+
+
+@lru_cache(maxsize=64)
+def nominal_ratio(group: Group, data_dir: Path) -> float:
+    """What to ask of a method's settings so that the measured ratio is the group's.
+
+    Where ranks name the same coordinates fewer bytes are sent: measured in a trial, at the rate in the middle of the
+    grid, and made up for.
+    """
+    if not METHODS[group.method].repeats:
+        return group.ratio
+    task = TASKS[group.task]
+    run = Run(group, task.centre(METHODS[group.method].kind, group.steps), 0)
+    data = load(group.task, data_dir)
+    nominal = group.ratio
+    for _ in range(2):
+        trial = Training(run, data, nominal)
+        while trial.done < max(group.steps // TRIAL_FRACTION, 1) and trial.step():
+            pass
+        nominal = rounded(nominal * group.ratio / trial.matrix_ratio())
+    return nominal
