@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isqrt, prod
+from math import floor, isqrt, prod
 
 import torch
 from torch import Tensor
@@ -109,12 +109,12 @@ def ranks_for_ratio(shapes: Sequence[tuple[int, ...]], ratio: float, bits: int) 
     sides = list(map(sides_of, shapes))
     entries = list(map(prod, shapes))
     costs = [least_bytes([shape], bits) for shape in shapes]
-    left = DENSE_BYTES * sum(entries) / ratio - sum(costs)
+    dense, least = DENSE_BYTES * sum(entries), sum(costs)
+    left = int(dense / ratio * (1 + 1e-12)) - least  # a ratio that was made from a number of bytes leaves as many
     if left < 0:
         raise ValueError(
-            f"a ratio of {ratio:g} leaves {DENSE_BYTES * sum(entries) / ratio:.0f} bytes per step, but factors of rank "
-            f"1 take {sum(costs)}: the highest ratio possible is {DENSE_BYTES * sum(entries) / sum(costs):.6g} with "
-            f"values of {bits} bits"
+            f"a ratio of {ratio:g} leaves {dense / ratio:.0f} bytes per step, but factors of rank 1 take {least}: the "
+            f"highest ratio possible is {floor(1000 * dense / least) / 1000:.3f} with values of {bits} bits"
         )
     ranks = [1] * len(sides)
     growing = sorted(range(len(sides)), key=lambda number: -entries[number] / costs[number])

@@ -76,26 +76,27 @@ def product(out: Array, left: Array, right: Array, thread: int, threads: int) ->
         left: float32 [rank, rows].
         right: float32 [rank, cols].
     """
-    rank, cols = right.shape
+    cols = right.shape[1]
     rows = left.shape[1]
     for row in range(thread * rows // threads, (thread + 1) * rows // threads):
-        first_of_row = row * cols
-        for first in range(0, min(cols, out.size - first_of_row), STRETCH):
-            begin, end = first_of_row + first, min(first_of_row + min(first + STRETCH, cols), out.size)
-            _row_of_product(out[begin:end], left[:, row], right[:, first : first + end - begin], rank)
+        count = min(cols, out.size - row * cols)
+        for first in range(0, count, STRETCH):
+            last = min(first + STRETCH, count)
+            _row_of_product(out[row * cols + first : row * cols + last], left, row, right, first, last)
 
 
 @njit(error_model="numpy")
-def _row_of_product(out: Array, left: Array, right: Array, rank: int) -> None:
-    count = np.uint64(out.size)
+def _row_of_product(out: Array, left: Array, row: int, right: Array, first: int, last: int) -> None:
+    count, rank = np.uint64(out.size), len(right)
     out[:] = np.float32(0)
     whole = rank // 4 * 4
     for j in range(0, whole, 4):  # four at a time write the row a quarter as often
-        a, b, c, d = left[j], left[j + 1], left[j + 2], left[j + 3]
-        of_a, of_b, of_c, of_d = right[j], right[j + 1], right[j + 2], right[j + 3]
+        a, b, c, d = left[j, row], left[j + 1, row], left[j + 2, row], left[j + 3, row]
+        of_a, of_b = right[j][first:last], right[j + 1][first:last]
+        of_c, of_d = right[j + 2][first:last], right[j + 3][first:last]
         for i in range(count):
             out[i] = (((out[i] + a * of_a[i]) + b * of_b[i]) + c * of_c[i]) + d * of_d[i]
     for j in range(whole, rank):
-        a, of_a = left[j], right[j]
+        a, of_a = left[j, row], right[j][first:last]
         for i in range(count):
             out[i] += a * of_a[i]

@@ -24,6 +24,10 @@ def orthonormalize_(factor: Tensor) -> Tensor:
     if factor.device.type == "cpu":
         loops.orthonormalize(factor.numpy())
         return factor
+    return _orthonormalize_by_torch_(factor)
+
+
+def _orthonormalize_by_torch_(factor: Tensor) -> Tensor:
     columns = factor.double()
     for number, column in enumerate(columns):
         before = column.norm()
@@ -46,6 +50,10 @@ def product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if out.device.type == "cpu":
         run_on_threads(cpu._threads_for(out.numel()), loops.product, out.numpy(), left.numpy(), right.numpy())
         return out
+    return _product_by_torch_(out, left, right)
+
+
+def _product_by_torch_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     cols = right.shape[1]
     whole = out.numel() // cols
     torch.mm(left[:, :whole].t(), right, out=out[: whole * cols].view(whole, cols))
