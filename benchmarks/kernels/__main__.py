@@ -10,6 +10,10 @@ faster it is than the same in torch (``bincount``, gather, ``median``, ``topk``:
 signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probes of the level-2 cache, whose
 "bandwidth" is a multiple of the copy's, and "limit" is the share of the bound that hvd_sketch/kernels/gpu.py derives.
 
+"quantise + pack" makes 4-bit codes of P k values, "unpack + add" sums those of 4 ranks; "few-bit codes" is both.
+"nominated step" is a step of one of 4 ranks with nominated candidates at a wire ratio of 150. The other ranks' messages
+are made up. Its unit is "copy beside it", timed in turn with it.
+
 Times are medians of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and
 times nothing when a result is wrong.
 """

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.checks import hash_only, recover, wrong_checksum, wrong_results, wrong_step
-from benchmarks.kernels.report import L2_BUFFER_BYTES, L2_PASSES, Setting, lines
+from benchmarks.kernels.few_bits import NominatedSteps, few_bit_operations, wrong_few_bits, wrong_nominated_step
+from benchmarks.kernels.report import COPY_BESIDE, L2_BUFFER_BYTES, L2_PASSES, Setting, lines
 from benchmarks.kernels.torch_style import TorchStyle
 from benchmarks.machine import peak_memory_of
 from hvd_sketch import SketchConfig, SketchedAllreduce
@@ -117,16 +118,34 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     wrong = wrong_results(hash, torch_style, setting.candidates, device) + wrong_checksum(gradients[0])
     if torch_style is not None and setting.rows % 2:  # torch's median of an even number is the lower middle
         wrong += wrong_step(hash, torch_style, exchange_of(setting, device), gradients[0], MOMENTUM, setting.candidates)
-    if wrong:
-        sys.exit("\n".join(wrong))
-    elapsed = time_ms(kernel_operations(hash, gradients[0], setting.candidates), rounds, device)
+    wrong += wrong_few_bits(device)
+    _exit_if(wrong)
+    operations = kernel_operations(hash, gradients[0], setting.candidates)
+    operations |= few_bit_operations(gradients[0][: setting.candidates])
+    elapsed = time_ms(operations, rounds, device)
     elapsed |= time_ms({"step": Steps(setting, gradients)}, rounds, device)
+    elapsed |= nominated_ms(gradients, rounds)
     if torch_style is not None:
         elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
     extra_bytes = step_extra_bytes(setting, device)
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     records = lines(elapsed, setting, l2_bytes)
     return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": records}
+
+
+def nominated_ms(gradients: list[Tensor], rounds: int) -> dict[str, list[float]]:
+    """Steps of nominated candidates, and copies of the vector between them."""
+    steps, buffer = NominatedSteps(gradients), torch.zeros_like(gradients[0])
+    for _ in range(STEPS_BEFORE):
+        steps()
+    _exit_if(wrong_nominated_step(steps))
+    operations: Operations = {COPY_BESIDE: lambda: buffer.copy_(gradients[0]), "nominated step": steps}
+    return time_ms(operations, rounds, gradients[0].device)
+
+
+def _exit_if(wrong: list[str]) -> None:
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 def random_gradients(setting: Setting, device: torch.device) -> list[Tensor]:
