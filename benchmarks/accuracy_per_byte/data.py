@@ -27,7 +27,9 @@ Batch = tuple[Tensor, Tensor]  # inputs and what to predict
 class Data(Protocol):
     """Training and test examples."""
 
-    classes: int  # that a model tells apart
+    @property
+    def classes(self) -> int:
+        """That a model tells apart."""
 
     def batches(self, workers: int, per_worker: int, seed: int, skewed: bool) -> Iterator[list[Batch]]:
         """For ever, the batches of all workers for one step."""

@@ -43,7 +43,8 @@ class Method:
             where something was sent. With Adam neither is used.
         configure: the configuration of a place; None: dense.
         make: builds the exchange of a place; None: the library does.
-        repeats: whether ranks may name the same coordinates, so that the bytes are known after a trial only.
+        needs_trial: whether its bytes depend on the gradients: where ranks name the same coordinates fewer are sent,
+            and a sketch may find a few more than k.
         is_sent: False for one that exists in a simulation only, whose bytes are not measured.
     """
 
@@ -51,7 +52,7 @@ class Method:
     kind: Kind
     configure: Callable[[Place], Any]
     make: Callable[[Place], Any] | None = None
-    repeats: bool = False
+    needs_trial: bool = False
     is_sent: bool = True
 
     def config(self, place: Place, adam: bool = False) -> Any:
@@ -111,8 +112,8 @@ def _low_rank(bits: int) -> Method:
 
 METHODS: dict[str, Method] = {
     "lowrank4": _low_rank(4),
-    "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), repeats=True),
-    "sketch4": Method("sketch, 4 bit", "plain", _sketched()),
+    "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), needs_trial=True),
+    "sketch4": Method("sketch, 4 bit", "plain", _sketched(), needs_trial=True),
     "random4": Method("random, 4 bit", "plain", _sketched(candidates="random")),
     "dense": Method("dense", "nesterov", lambda place: None),
     "local4": _local(4),

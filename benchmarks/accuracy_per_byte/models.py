@@ -41,7 +41,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         parts = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, width // HEADS)
-        attended = scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), is_causal=True)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(gelu(self.up(self.norm2(x))))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from benchmarks.paper.rate_search import rounded
 from hvd_sketch import Simulation
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
-JUDGED_FROM = 60  # the step from which a loss above that of the first step is a divergence
-TRIAL_FRACTION = 4  # of a run's steps, to measure how often ranks name the same coordinates
+JUDGED_AFTER = 61  # steps; then a loss well above that of the first step is a divergence
+TRIAL_FRACTION = 4  # of a run's steps, for which its bytes are measured beforehand
 
 
 class Training:
@@ -65,7 +64,7 @@ class Training:
         if self.done == 0:
             self._first_loss = loss_now
         self.done += 1
-        return self.done <= JUDGED_FROM or loss_now <= max(2 * self._first_loss, 3)
+        return self.done <= JUDGED_AFTER or loss_now <= max(2 * self._first_loss, 3)
 
     def _accumulate(self, worker: int, loss: float) -> bool:
         if not math.isfinite(loss):
@@ -109,11 +108,17 @@ def rate_at(run: Run, step: int) -> float:
     return run.rate * min(1, (step + 1) / max(steps // 10, 1)) * (1 - step / steps)
 
 
-def train(run: Run, data_dir: Path) -> Record:
-    """Train to the end or until it diverges; returns the record, without the commit."""
+def train(run: Run, data_dir: Path, nominal_ratio: float | None = None) -> Record:
+    """Train to the end or until it diverges; returns the record, without the commit.
+
+    Args:
+        run: what to train.
+        data_dir: the folder of all data sets.
+        nominal_ratio: of an earlier run of the group, to save the trial; see :func:`find_nominal_ratio`.
+    """
     started = time.perf_counter()
     data = load(run.group.task, data_dir)
-    nominal = nominal_ratio(run.group, data_dir)
+    nominal = nominal_ratio or find_nominal_ratio(run.group, data_dir)
     training = Training(run, data, nominal)
     loaded = time.perf_counter()
     diverged = False
@@ -146,22 +151,17 @@ def _traffic(training: Training) -> Record:
     }
 
 
-@lru_cache(maxsize=64)
-def nominal_ratio(group: Group, data_dir: Path) -> float:
+def find_nominal_ratio(group: Group, data_dir: Path) -> float:
     """What to ask of a method's settings so that the measured ratio is the group's.
 
-    Where ranks name the same coordinates fewer bytes are sent: measured in a trial, at the rate in the middle of the
-    grid, and made up for.
+    Where the bytes depend on the gradients they are measured in a trial: a quarter of the run of seed 0, at the rate in
+    the middle of the first grid.
     """
-    if not METHODS[group.method].repeats:
+    method = METHODS[group.method]
+    if not method.needs_trial:
         return group.ratio
-    task = TASKS[group.task]
-    run = Run(group, task.centre(METHODS[group.method].kind, group.steps), 0)
-    data = load(group.task, data_dir)
-    nominal = group.ratio
-    for _ in range(2):
-        trial = Training(run, data, nominal)
-        while trial.done < max(group.steps // TRIAL_FRACTION, 1) and trial.step():
-            pass
-        nominal = rounded(nominal * group.ratio / trial.matrix_ratio())
-    return nominal
+    run = Run(group, TASKS[group.task].centre(method.kind, group.steps), 0)
+    trial = Training(run, load(group.task, data_dir))
+    while trial.done < max(group.steps // TRIAL_FRACTION, 1) and trial.step():
+        pass
+    return rounded(group.ratio**2 / trial.matrix_ratio())

@@ -1,0 +1,134 @@
+"""The table and the figures of the records: every method at its best learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy_per_byte.methods import METHODS
+from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.search import best_rate, rates_tried
+from benchmarks.accuracy_per_byte.tasks import TASKS
+from benchmarks.figures import Floats, draw_bars, grouped, markdown, new_figure, spread, told
+
+HEAD = "method | result, mean (least–greatest) | learning rate | seeds | ratio, matrices | ratio, all | bytes per step"
+INTRODUCTION = """# Accuracy at equal wire bytes
+
+Made by `python -m benchmarks.accuracy_per_byte --report` from `runs.jsonl`, which has every run.
+
+Every method trains the same model on the same batches, over the library's own exchanges between simulated ranks
+(`hvd_sketch.Simulation`). Bytes are those that the ledger counted in the run: what one rank sends per step. The ratio
+is that of a dense ring allreduce to them, for the matrices alone, which are what is compressed, and for the whole
+model; tensors of one dimension go dense. Each method has its own best learning rate, of a grid of factors of 2 that
+grows until its best is inside. The rate was chosen with seed 0 by the same test set; the table has the mean over the
+seeds at that rate, and the least and the greatest. Sketch and random go with plain SGD, nominated, low rank, PowerSGD
+and dense with Nesterov momentum of 0.9 after the exchange, local top-k with a momentum of 0.9 before it (Deep Gradient
+Compression). The language model has Adam after every exchange. True top-k exists in a simulation only.
+PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
+"""
+
+
+def best_runs(records: Mapping[Run, Record]) -> dict[Group, list[Record]]:
+    """Of every group the runs at its best rate, by seed."""
+    of_group: dict[Group, list[Record]] = {}
+    for group in dict.fromkeys(run.group for run in records):
+        best = best_rate(group, records)
+        own = {run.seed: record for run, record in records.items() if run.group == group and run.rate == best}
+        if own:
+            of_group[group] = [own[seed] for seed in sorted(own)]
+    return of_group
+
+
+def results_of(runs: Iterable[Record]) -> Floats:
+    """Accuracy in per cent, or loss, of those that have not diverged."""
+    values = [run["acc"] if run["acc"] is not None else run["loss"] for run in runs if not run["diverged"]]
+    return np.array(values, dtype=np.float64)
+
+
+def write(records: Mapping[Run, Record], folder: Path) -> str:
+    """Write ``README.md`` and a figure for each task to a folder; returns the text."""
+    best = best_runs(records)
+    parts = [INTRODUCTION]
+    for (task,), own in grouped([{"task": group.task, "group": group} for group in best], "task").items():
+        groups = [entry["group"] for entry in own]
+        parts.append(f"## {TASKS[task].title}\n")
+        _draw(task, {group: best[group] for group in groups}, folder / f"{task}.png")
+        parts.append(f"![accuracy over bytes]({task}.png)\n")
+        parts += _tables(groups, best, records)
+    text = "\n".join(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _tables(groups: list[Group], best: Mapping[Group, list[Record]], records: Mapping[Run, Record]) -> list[str]:
+    """A table for each place, methods in the order of :data:`METHODS`; the dense one in every table of its place."""
+    parts = []
+    places = dict.fromkeys((g.workers, g.skewed, g.steps, g.ratio) for g in groups if g.method != "dense")
+    places = places or dict.fromkeys((g.workers, g.skewed, g.steps, g.ratio) for g in groups)
+    for workers, skewed, steps, ratio in sorted(places, key=lambda place: (place[2], place[0], place[1], place[3])):
+        here = [g for g in groups if (g.workers, g.skewed, g.steps) == (workers, skewed, steps)]
+        here = [g for g in here if g.ratio == ratio or g.method == "dense"]
+        here.sort(key=lambda g: list(METHODS).index(g.method))
+        labels = ", label-skewed" if skewed else ""
+        parts.append(f"### {ratio:g} times fewer bytes, {workers} ranks{labels}, {steps} steps\n")
+        parts.append(markdown(HEAD, [_row(group, best[group], records) for group in here]) + "\n")
+    return parts
+
+
+def _row(group: Group, runs: list[Record], records: Mapping[Run, Record]) -> list[str]:
+    results = results_of(runs)
+    unit, form = ("", ".4f") if TASKS[group.task].adam else (" %", ".2f")
+    reached = spread(results, form, unit) if len(results) else "diverged"
+    if 0 < len(results) < len(runs):
+        reached += f", {len(runs) - len(results)} diverged"
+    tried = rates_tried(group, records)
+    rate = runs[0]["rate"]
+    open_edge = " (edge of the grid)" if rate in (min(tried), max(tried)) else ""
+    return [
+        METHODS[group.method].title,
+        reached,
+        f"{rate:g}{open_edge}",
+        str(len(runs)),
+        *(told(_mean(runs, name), form) for name, form in (("matrix_ratio", ".1f"), ("compression_ratio", ".1f"))),
+        told(_mean(runs, "wire_bytes_per_step"), ",.0f"),
+    ]
+
+
+def _mean(runs: Iterable[Record], name: str) -> float | None:
+    values = [run[name] for run in runs if run[name] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
+    """One axis for each number of ranks, steps and kind of data."""
+    places = sorted({(group.steps, group.workers, group.skewed) for group in best})
+    figure = new_figure(1 + 4.6 * len(places), 4.2)
+    axes = figure.subplots(1, len(places), squeeze=False)[0]
+    for ax, (steps, workers, skewed) in zip(axes, places, strict=True):
+        here = {g: runs for g, runs in best.items() if (g.steps, g.workers, g.skewed) == (steps, workers, skewed)}
+        _draw_place(ax, here)
+        measure = "test loss" if TASKS[task].adam else "test accuracy (%)"
+        ax.set(xscale="log", xlabel="bytes per step and rank", ylabel=measure)
+        ax.set_title(f"{workers} ranks, {steps} steps{', label-skewed' if skewed else ''}", fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[-1].legend(fontsize=7)
+    figure.suptitle(TASKS[task].title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
+    for number, (name, method) in enumerate(METHODS.items()):
+        own = [(_mean(runs, "wire_bytes_per_step"), results_of(runs)) for g, runs in best.items() if g.method == name]
+        points = sorted(((x, values) for x, values in own if x is not None and len(values)), key=lambda point: point[0])
+        if not points:
+            continue
+        style = {"color": f"C{number % 10}", "label": method.title, "linewidth": 1, "markersize": 5}
+        if name == "dense":
+            ax.axhline(points[0][1].mean(), color="black", linestyle=":", label=f"dense, {points[0][0]:,.0f} bytes")
+            continue
+        draw_bars(ax, [x for x, _ in points], [values for _, values in points], "os^"[number // 10] + "-", **style)

@@ -1,0 +1,96 @@
+"""Does the runs of some groups in several processes, each run once, until all are done or the time is up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from benchmarks.accuracy_per_byte import records
+from benchmarks.accuracy_per_byte.methods import METHODS
+from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.search import wanted
+from benchmarks.accuracy_per_byte.tasks import TASKS
+from benchmarks.accuracy_per_byte.training import train
+from benchmarks.machine import commit
+
+Train = Callable[[Run, Path, float | None], Record]
+
+
+def next_run(groups: Sequence[Group], seeds: int, done: dict[Run, Record], taken: set[Run]) -> Run | None:
+    """The first run of the first group that has one to do; None where all wait for runs under way."""
+    for group in groups:
+        centre = TASKS[group.task].centre(METHODS[group.method].kind, group.steps)
+        for run in wanted(group, centre, seeds, done):
+            if run not in taken:
+                return run
+    return None
+
+
+def run_all(
+    groups: Sequence[Group],
+    seeds: int,
+    data_dir: Path,
+    path: Path,
+    *,
+    processes: int = 2,
+    minutes: float | None = None,
+    tell: Callable[[str], None] = print,
+    train: Train = train,
+) -> None:
+    """Do what is not in the file yet.
+
+    Args:
+        groups: most important first.
+        seeds: runs of each group at its best rate.
+        data_dir: the folder of all data sets.
+        path: of the records; finished runs are appended, with the commit at the start.
+        processes: that train at the same time, with one thread each.
+        minutes: after which no run is started; None: never.
+        tell: gets a line for every finished run.
+        train: makes a record of a run.
+    """
+    done, taken, version = records.read(path), set[Run](), commit()
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    under_way: dict[Future[Record], Run] = {}
+    with _pool(processes) as pool:
+        while True:
+            while len(under_way) < processes and time.monotonic() < deadline:
+                run = next_run(groups, seeds, done, taken)
+                if run is None:
+                    break
+                taken.add(run)
+                under_way[pool.submit(train, run, data_dir, _known_ratio(run, done))] = run
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                done[run] = {**future.result(), "commit": version, "recorded": time.strftime("%Y-%m-%d")}
+                records.append(path, [done[run]])
+                tell(_told(run, done[run]))
+
+
+def _known_ratio(run: Run, done: dict[Run, Record]) -> float | None:
+    """The nominal ratio that a trial found for the group."""
+    return next((record["nominal_ratio"] for other, record in done.items() if other.group == run.group), None)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[variable] = "1"  # before the processes import torch and Numba
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _told(run: Run, record: Record) -> str:
+    if record["diverged"]:
+        reached = "diverged"
+    else:
+        reached = f"loss {record['loss']:.4f}" if record["acc"] is None else f"accuracy {record['acc']:.2f} %"
+    ratio = "" if record["matrix_ratio"] is None else f", {record['matrix_ratio']:.1f}x"
+    return f"{run.title}: {reached}{ratio}, {record['seconds']:.1f} s ({record['gradient_s']:.1f} in the model)"

@@ -1,0 +1,199 @@
+"""Accuracy per byte: methods meet their bytes, runs are real exchanges, and a search is done once, at the best rate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.accuracy_per_byte import records, report, search
+from benchmarks.accuracy_per_byte.methods import METHODS, Place, matrices
+from benchmarks.accuracy_per_byte.plans import groups_at, targets
+from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.schedule import run_all
+from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
+from benchmarks.accuracy_per_byte.training import Training, optimizer_for, rate_at, set_rate, train
+from benchmarks.methods.top_k import CodedTopK
+from hvd_sketch import SketchConfig
+from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.transport import run_local
+from tests.support.paper import write_mnist
+
+SENT = [name for name, method in METHODS.items() if method.is_sent and name != "dense"]
+WORKERS, STEPS = 4, 24
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mnist").mkdir()
+    write_mnist(folder / "mnist")
+    return folder
+
+
+def group_of(method: str, ratio: float = 150.0, steps: int = STEPS) -> Group:
+    return Group("mnist", WORKERS, False, steps, method, ratio)
+
+
+@pytest.mark.parametrize("method", SENT)
+def test_a_method_meets_the_ratio_by_its_ledger(method: str, data_dir: Path) -> None:
+    record = train(Run(group_of(method), 0.1, 0), data_dir)
+    assert record["matrix_ratio"] == pytest.approx(150, rel=0.05)
+    assert not record["diverged"] and 0 <= record["acc"] <= 100
+    assert 0.7 < record["compression_ratio"] / record["matrix_ratio"] < 0.85  # 522 biases beside 268,800 elements
+
+
+def test_a_diverged_run_has_no_accuracy(data_dir: Path) -> None:
+    record = train(Run(group_of("random4", steps=80), 1e4, 0), data_dir)
+    assert record["diverged"] and record["acc"] is None and record["loss"] is None
+
+
+def parameters_of_real_ranks(run: Run, data_dir: Path, steps: int) -> list[torch.Tensor]:
+    """What rank 0 of as many threads has after some steps of the library's own exchange."""
+    data, task, group = load("mnist", data_dir), TASKS["mnist"], run.group
+    of_steps = list(islice(data.batches(WORKERS, task.batch(WORKERS), run.seed, group.skewed), steps))
+    models = [initial_model(task, data.classes, run.seed) for _ in range(WORKERS)]
+    shapes = [tuple(p.shape) for p in matrices(list(models[0].named_parameters()))]
+    config = METHODS[group.method].config(Place(shapes, WORKERS, group.ratio))
+
+    def rank_main(transport: Any) -> list[torch.Tensor]:
+        model = models[transport.rank]
+        optimizer = optimizer_for(task, model, group.method)
+        deterministic = replace(config, deterministic=True) if config is not None else None
+        exchange = GradientExchange(list(model.named_parameters()), deterministic, transport)
+        for step, batches in enumerate(of_steps):
+            optimizer.zero_grad()
+            data.loss(model, batches[transport.rank]).backward()
+            assert exchange.average()
+            set_rate(optimizer, rate_at(run, step))
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    return run_local(WORKERS, rank_main)[0]
+
+
+@pytest.mark.parametrize("method", ["lowrank4", "nominate4", "sketch4", "random4", "paper", "dense"])
+def test_a_run_equals_real_ranks(method: str, data_dir: Path) -> None:
+    steps, run = 5, Run(group_of(method), 0.1, 1)
+    training = Training(run, load("mnist", data_dir))
+    start = [p.detach().clone() for p in training.model.parameters()]
+    for _ in range(steps):
+        assert training.step()
+    for expected, parameter, before in zip(
+        parameters_of_real_ranks(run, data_dir, steps), training.model.parameters(), start, strict=True
+    ):
+        assert torch.equal(expected, parameter.detach()) and not torch.equal(before, parameter.detach())
+
+
+@pytest.mark.parametrize("method", ["powersgd32", "powersgd16", "local8", "truetopk"])
+def test_a_competitor_trains_alike_every_time(method: str, data_dir: Path) -> None:
+    trained = []
+    for _ in range(2):
+        training = Training(Run(group_of(method), 0.1, 0), load("mnist", data_dir))
+        for _ in range(3):
+            assert training.step()
+        trained.append(torch.cat([p.detach().flatten() for p in training.model.parameters()]))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_coded_local_top_k_sends_or_keeps_everything(bits: int) -> None:
+    dim, k = 3000, 50
+    config = SketchConfig(k=k, value_bits=bits, candidates="random")
+    drawn = torch.randn(WORKERS, dim, generator=torch.Generator().manual_seed(1)) ** 3
+
+    def rank_main(transport: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        exchange = CodedTopK(config, dim, transport)
+        update = exchange.step(drawn[transport.rank])
+        return update.values, exchange.residual
+
+    ranks = run_local(WORKERS, rank_main)
+    assert all(torch.equal(update, ranks[0][0]) for update, _ in ranks)
+    kept = sum(residual for _, residual in ranks)
+    assert torch.allclose(kept + WORKERS * ranks[0][0], drawn.sum(0), atol=1e-4)
+    assert k <= int(ranks[0][0].count_nonzero()) <= WORKERS * k
+
+
+def record_of(run: Run, acc: float | None) -> Record:
+    traffic = {"matrix_ratio": run.group.ratio, "compression_ratio": 100.0, "wire_bytes_per_step": 1000.0}
+    result = {"acc": acc, "loss": None if acc is None else 1.0, "diverged": acc is None, "nominal_ratio": 1.0}
+    return {**run.labels, **result, **traffic, "seconds": 0.1, "gradient_s": 0.1}
+
+
+def best_at(peak: float, run: Run) -> Record:
+    """Accuracy falls off on both sides of a rate; twice above it the run diverges."""
+    return record_of(run, None if run.rate > 2 * peak else 90 - abs(run.rate - peak) + run.seed)
+
+
+def trained_to_the_end(peak: float, seeds: int) -> list[Run]:
+    """All runs of a search, in order."""
+    group, done = group_of("nominate4"), dict[Run, Record]()
+    while new := search.wanted(group, 0.2, seeds, done):
+        done[new[0]] = best_at(peak, new[0])
+    return list(done)
+
+
+@pytest.mark.parametrize(
+    ("peak", "rates"),
+    [
+        (0.2, [0.2, 0.1, 0.4]),
+        (0.8, [0.2, 0.1, 0.4, 0.8, 1.6]),
+        (0.05, [0.2, 0.1, 0.4, 0.05, 0.025]),
+        (0.01, [0.2, 0.1, 0.4, 0.05, 0.025, 0.0125, 0.00625]),
+    ],
+)
+def test_the_grid_grows_until_its_best_is_inside(peak: float, rates: list[float]) -> None:
+    done = trained_to_the_end(peak, seeds=3)
+    assert [run.rate for run in done if run.seed == 0] == rates
+    assert [run.seed for run in done[-2:]] == [1, 2] and len({run.rate for run in done[-2:]}) == 1
+    assert done[-1].rate == min(rates, key=lambda rate: abs(rate - peak))
+
+
+def test_a_grid_does_not_grow_for_ever() -> None:
+    assert sum(run.seed == 0 for run in trained_to_the_end(1e-9, seeds=1)) == search.MOST_RATES
+
+
+def quick(run: Run, data_dir: Path, nominal_ratio: float | None) -> Record:
+    return best_at(0.4, run)
+
+
+def refuse(run: Run, data_dir: Path, nominal_ratio: float | None) -> Record:
+    raise AssertionError(f"{run} was done before")
+
+
+def test_a_run_that_is_in_the_file_is_not_repeated(tmp_path: Path) -> None:
+    path, told = tmp_path / "deep" / "runs.jsonl", list[str]()
+    groups = groups_at([("mnist", 4, False, 400, 150.0)], ["nominate4", "dense"])
+    run_all(groups, 2, tmp_path, path, processes=1, tell=told.append, train=quick)
+    whole = records.read(path)
+    assert len(told) == len(whole) == 4 + 1 + 4 + 1
+    assert all(record["commit"] for record in whole.values())
+    run_all(groups, 2, tmp_path, path, processes=1, tell=told.append, train=refuse)
+    text = path.read_text()
+    path.write_text(text[:-10])  # a crash while the last run was being written
+    assert len(records.read(path)) == len(whole) - 1
+    run_all(groups, 2, tmp_path, path, processes=1, tell=told.append, train=quick)
+    assert records.read(path).keys() == whole.keys() and len(told) == len(whole) + 1
+    run_all(groups, 3, tmp_path, path, processes=1, minutes=0, tell=told.append, train=refuse)
+
+
+def test_the_table_has_the_best_rate_and_the_spread_of_its_seeds(tmp_path: Path) -> None:
+    runs = [*trained_to_the_end(0.4, seeds=3), Run(group_of("dense", 1.0), 0.2, 0)]
+    made = {run: best_at(0.4, run) for run in runs}
+    text = report.write(made, tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1][:4] == ["nominated, 4 bit", "91.00 % (90.00–92.00)", "0.4", "3"]
+    assert rows[2][0] == "dense" and "edge" in rows[2][2]
+    assert (tmp_path / "README.md").read_text() == text and (tmp_path / "mnist.png").stat().st_size > 5000
+
+
+def test_the_plan_begins_with_what_matters_most() -> None:
+    first = targets()[:7]
+    assert {(group.task, group.steps) for group in first} == {("mnist", 400)}
+    assert {group.method for group in first} > {"lowrank4", "nominate4", "sketch4", "random4", "dense"}
+    assert json.loads(json.dumps(Run(first[0], 0.1, 0).labels)) == Run(first[0], 0.1, 0).labels
