@@ -8,6 +8,7 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
+from hvd_sketch.model.recommended import recommended
 from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport import HorovodTransport, MPITransport, Transport, local_transports
@@ -32,5 +33,6 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "local_transports",
+    "recommended",
     "sketched_dim",
 ]

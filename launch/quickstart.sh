@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains one model twice, dense and sketched, and compares accuracy and bytes.
+# Trains one model twice, dense and compressed, and compares accuracy and bytes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

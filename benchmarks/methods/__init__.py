@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterable
 from benchmarks.methods.allreduce import HalfPrecision, LibraryAllreduce
 from benchmarks.methods.powersgd import PowerSGD
 from benchmarks.methods.top_k import LocalTopK
-from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce, Transport
+from hvd_sketch import (
+    DenseAllreduce,
+    LowRankAllreduce,
+    LowRankConfig,
+    SketchConfig,
+    SketchedAllreduce,
+    Transport,
+)
 from hvd_sketch.exchange.base import Exchange, Parameters
 
 TOPK_LIKE_RATIO = 20.0  # local top-k sends as many coordinates as a sketch of this ratio updates
+FEW_BIT_RATIO = 150.0  # of bytes on the wire
 
 
 # From this rank's end of the network, the length of the gradient, and what it is made of. Communication: collective.
@@ -29,6 +37,17 @@ def _method(kind: type[Exchange], ratio: float | None = None) -> Method:
     return build
 
 
+def _nominated(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+    config = SketchConfig.for_wire_ratio(FEW_BIT_RATIO, dim, transport.size, candidates="nominate")
+    return SketchedAllreduce(config, dim, transport, parameters=parameters)
+
+
+def _low_rank(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+    shapes = [shape for _, shape, _ in parameters]
+    config = LowRankConfig(ratio=FEW_BIT_RATIO)
+    return LowRankAllreduce(config, dim, transport, parameters=parameters, shapes=shapes)
+
+
 METHODS: dict[str, Method] = {
     "dense": _method(DenseAllreduce),
     "allreduce": _method(LibraryAllreduce),
@@ -37,6 +56,8 @@ METHODS: dict[str, Method] = {
     "powersgd": _method(PowerSGD),
     "sketch20": _method(SketchedAllreduce, 20.0),
     "sketch100": _method(SketchedAllreduce, 100.0),
+    "nominate150": _nominated,
+    "lowrank150": _low_rank,
 }
 TRANSPORTS_WITHOUT = {"fp16": ("mpi",)}
 

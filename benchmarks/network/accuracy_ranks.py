@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from benchmarks.models import MODELS
 from benchmarks.network.clock import over_hosts, quantiles, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together
 from benchmarks.network.records import Record, Records, environment
-from benchmarks.network.training import Task, train
+from benchmarks.network.training import Rate, Task, train
 from hvd_sketch.transport import Transport, resolve_transport
 
-# method, its learning rate or None to search for it, and rates of the network without a record
-Pending = tuple[str, float | None, list[str]]
+# method, its learning rate and momentum or None to search for them, and rates of the network without a record
+Pending = tuple[str, dict[str, float] | None, list[str]]
 
 
 def main(
@@ -32,41 +33,42 @@ def main(
     data = load_images(Path(data_dir) if data_dir else None)
     make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])
     task = Task(data, make_model, *(common[name] for name in ("target", "batch", "most_steps", "steps_between")))
-    for method, learning_rate, rates in pending:
+    for method, known, rates in pending:
         about = {"method": method, "transport": transport_name} | common
-        if learning_rate is None:
+        if known is None:
             shape_together(transport, lab, UNSHAPED)
-            found = search(task, method, common["learning_rates"], transport)
-            learning_rate = found["learning_rate"]
+            grid = [Rate(*each) for each in product(common["learning_rates"], common["momenta"])]
+            found = search(task, method, grid, transport)
+            known = {name: found[name] for name in ("learning_rate", "momentum")}
             keep(kept, transport, about | {"search": True} | found)
         for rate in rates:
             shape_together(transport, lab, rate)
-            measured = measure(task, method, learning_rate, common["seeds"], transport)
-            keep(kept, transport, about | {"rate": rate, "learning_rate": learning_rate} | measured)
+            measured = measure(task, method, Rate(**known), common["seeds"], transport)
+            keep(kept, transport, about | {"rate": rate} | known | measured)
 
 
-def search(task: Task, method: str, learning_rates: list[float], transport: Transport) -> Record:
-    """The learning rate of the grid that reaches the target in the fewest steps, judged on held-out training images.
+def search(task: Task, method: str, grid: list[Rate], transport: Transport) -> Record:
+    """The rate of the grid that reaches the target in the fewest steps, judged on held-out training images.
 
     Where none does, the one with the best accuracy in the end.
     """
     judged = replace(task, data=hold_out(task.data))
-    steps: dict[float, int] = {}
-    accuracy: dict[float, float] = {}
+    steps: dict[Rate, int] = {}
+    accuracy: dict[Rate, float] = {}
     limit = task.most_steps
-    for learning_rate in learning_rates:
-        course = train(judged, method, learning_rate, transport, limit)
-        accuracy[learning_rate] = max(point[-1] for point in course.curve)
+    for rate in grid:
+        course = train(judged, method, rate, transport, limit)
+        accuracy[rate] = max(point[-1] for point in course.curve)
         if course.reached:
-            limit = steps[learning_rate] = course.steps
-    best = min(learning_rates, key=lambda each: (steps.get(each, task.most_steps + 1), -accuracy[each]))
-    tried = [[each, steps.get(each), round(accuracy[each], 4)] for each in learning_rates]
-    return {"learning_rate": best, "tried": tried}
+            limit = steps[rate] = course.steps
+    best = min(grid, key=lambda each: (steps.get(each, task.most_steps + 1), -accuracy[each]))
+    tried = [[each.learning_rate, each.momentum, steps.get(each), round(accuracy[each], 4)] for each in grid]
+    return asdict(best) | {"tried": tried}
 
 
-def measure(task: Task, method: str, learning_rate: float, seeds: int, transport: Transport) -> Record:
+def measure(task: Task, method: str, rate: Rate, seeds: int, transport: Transport) -> Record:
     """Training runs on the whole training set: wall time, steps, bytes."""
-    courses = [train(replace(task, seed=seed), method, learning_rate, transport) for seed in range(seeds)]
+    courses = [train(replace(task, seed=seed), method, rate, transport) for seed in range(seeds)]
     seconds = [slowest(transport, sum(course.step_s))[0] for course in courses]
     last = courses[-1]
     return {

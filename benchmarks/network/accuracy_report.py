@@ -19,14 +19,20 @@ def table(records: Sequence[Record]) -> str:
         rate: min((r["seconds"]["median"] for r in records if r["rate"] == rate and r["reached"]), default=0)
         for rate in rates
     }
-    head = f" | learning rate | steps | {' | '.join(f's at {rate}' for rate in rates)} | MB sent per host | ratio"
+    times = " | ".join(f"s at {rate}" for rate in rates)
+    head = f" | learning rate | momentum | steps | {times} | MB sent per host | ratio"
     rows = []
     for (transport, method), own in grouped(records, "transport", "method").items():
         by_rate = {record["rate"]: record for record in own}
-        times = [_seconds(by_rate.get(rate), best[rate]) for rate in rates]
-        about = [f"{LABELS[method]}, {transport}", f"{own[0]['learning_rate']:g}", str(own[0]["steps"])]
+        seconds = [_seconds(by_rate.get(rate), best[rate]) for rate in rates]
+        about = [
+            f"{LABELS[method]}, {transport}",
+            f"{own[0]['learning_rate']:g}",
+            f"{own[0]['momentum']:g}",
+            str(own[0]["steps"]),
+        ]
         sent = f"{own[0]['interface']['mean_bytes'] / 1e6:.1f}"
-        rows.append([*about, *times, sent, f"{own[0]['ratio']:.1f}"])
+        rows.append([*about, *seconds, sent, f"{own[0]['ratio']:.1f}"])
     return markdown(head, rows)
 
 

@@ -22,8 +22,10 @@ LABELS = {
     "powersgd": "PowerSGD, rank 4",
     "sketch20": "sketched 20×",
     "sketch100": "sketched 100×",
+    "nominate150": "nominated, 4 bits, 150×",
+    "lowrank150": "low rank, 4 bits, 150×",
 }
-OURS = ("sketch20", "sketch100")
+OURS = ("sketch20", "sketch100", "nominate150", "lowrank150")
 DENSE = ("dense", "allreduce")
 Curve = dict[float, float]  # bit/s: seconds
 World = tuple[str, int, int]

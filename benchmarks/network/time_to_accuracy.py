@@ -2,9 +2,9 @@
 
     sudo -E python -m benchmarks.network.time_to_accuracy --data-dir MNIST --rates 1gbit 100mbit --json accuracy.json
 
-Every method gets the learning rate of one small grid that reaches the target in the fewest steps, or comes nearest to
-it, judged on held-out training images over an unshaped network. Then it trains at each rate, and the clock stands
-still while accuracy is measured. A setting that has its record in the JSON file is not run again.
+Every method gets the learning rate and momentum of one small grid that reach the target in the fewest steps, or come
+nearest to it, judged on held-out training images over an unshaped network. Then it trains at each rate, and the clock
+stands still while accuracy is measured. A setting that has its record in the JSON file is not run again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,19 @@ from benchmarks.network.accuracy_report import plot, table
 from benchmarks.network.lab import at_least, network_parser, run_pending, status_of
 from benchmarks.network.records import Record, Records
 
-SETTING = ("hosts", "model", "hidden", "target", "batch", "most_steps", "steps_between", "seeds", "learning_rates")
-METHODS = ["allreduce", "fp16", "topk", "powersgd", "sketch20", "sketch100"]
+SETTING = (
+    "hosts",
+    "model",
+    "hidden",
+    "target",
+    "batch",
+    "most_steps",
+    "steps_between",
+    "seeds",
+    "learning_rates",
+    "momenta",
+)
+METHODS = ["allreduce", "fp16", "topk", "powersgd", "sketch20", "nominate150", "lowrank150"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps-between", type=at_least(1), default=10, help="evaluations (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="runs of each setting (default: %(default)s)")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[0.8, 0.4, 0.2], metavar="RATE")
+    told = "Nesterov's, after the exchange (default: 0 and 0.9)"
+    parser.add_argument("--momenta", type=float, nargs="+", default=[0.0, 0.9], metavar="MOMENTUM", help=told)
     parser.add_argument("--hosts", type=at_least(2), default=4, help="default: %(default)s")
     arguments = parser.parse_args()
     if not 0 < arguments.target <= 1:
@@ -56,15 +69,17 @@ def run(arguments: argparse.Namespace, common: Record, records: Records) -> None
 
 def pending_over(
     transport: str, arguments: argparse.Namespace, common: Record, records: Records
-) -> list[tuple[str, float | None, list[str]]]:
-    """Methods, their learning rates where a search over any transport found them, and rates without a record."""
+) -> list[tuple[str, dict[str, float] | None, list[str]]]:
+    """Methods, their rates where a search over any transport found them, and the network's rates without a record."""
     wanted = []
     for method in methods_over(transport, arguments.methods):
         about = common | {"method": method}
         searched = [record for record in records.read() if (about | {"search": True}).items() <= record.items()]
         rates = [rate for rate in arguments.rates if not records.has(**about, transport=transport, rate=rate)]
         if rates:
-            wanted.append((method, searched[0]["learning_rate"] if searched else None, rates))
+            names = ("learning_rate", "momentum")
+            known = {name: searched[0][name] for name in names} if searched else None
+            wanted.append((method, known, rates))
     return wanted
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,44 @@ from torch import Tensor, nn
 
 import hvd_sketch
 from benchmarks.image_data import Images
-from benchmarks.methods import METHODS
+from benchmarks.methods import FEW_BIT_RATIO, METHODS
 from benchmarks.network.clock import read_sent
+from hvd_sketch import LowRankConfig, SketchConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
 
-SKETCH_RATIOS = {"sketch20": 20.0, "sketch100": 100.0}
+
+def _paper(ratio: float, model: nn.Module, ranks: int) -> Compression:
+    return SketchConfig.for_compression(ratio, hvd_sketch.sketched_dim(model.parameters()), momentum=0.0)
+
+
+def _nominated(model: nn.Module, ranks: int) -> Compression:
+    dim = hvd_sketch.sketched_dim(model.parameters())
+    return SketchConfig.for_wire_ratio(FEW_BIT_RATIO, dim, ranks, candidates="nominate")
+
+
+def _low_rank(model: nn.Module, ranks: int) -> Compression:
+    return LowRankConfig(ratio=FEW_BIT_RATIO)
+
+
+# How ours compress, from the model and the number of ranks.
+OURS: dict[str, Callable[[nn.Module, int], Compression]] = {
+    "sketch20": partial(_paper, 20.0),
+    "sketch100": partial(_paper, 100.0),
+    "nominate150": _nominated,
+    "lowrank150": _low_rank,
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How SGD steps."""
+
+    learning_rate: float
+    momentum: float  # Nesterov's, after the exchange
+
+    def sgd(self, parameters: Iterable[Tensor]) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, self.learning_rate, self.momentum, nesterov=self.momentum > 0)
 
 
 @dataclass
@@ -39,7 +73,7 @@ class Course:
 class MethodOptimizer:
     """SGD on what a method makes of the gradients."""
 
-    def __init__(self, method: str, model: nn.Module, transport: Transport, learning_rate: float) -> None:
+    def __init__(self, method: str, model: nn.Module, transport: Transport, rate: Rate) -> None:
         parameters = list(model.parameters())
         dim = sum(parameter.numel() for parameter in parameters)
         self._gradient = torch.zeros(dim)
@@ -49,7 +83,7 @@ class MethodOptimizer:
         described = [(name, tuple(parameter.shape), "float32") for name, parameter in model.named_parameters()]
         self._method = METHODS[method](transport, dim, described)
         self.ledger = self._method.ledger
-        self._inner = torch.optim.SGD(parameters, lr=learning_rate)
+        self._inner = rate.sgd(parameters)
 
     def zero_grad(self) -> None:
         self._gradient.zero_()
@@ -60,14 +94,14 @@ class MethodOptimizer:
         self._inner.step()
 
 
-def make_optimizer(method: str, model: nn.Module, transport: Transport, learning_rate: float) -> Any:
+def make_optimizer(method: str, model: nn.Module, transport: Transport, rate: Rate) -> Any:
     """Ours as a user would make it; the others the leanest way."""
-    if method not in SKETCH_RATIOS:
-        return MethodOptimizer(method, model, transport, learning_rate)
-    dim = hvd_sketch.sketched_dim(model.named_parameters())
-    sketch = hvd_sketch.SketchConfig.for_compression(SKETCH_RATIOS[method], dim, momentum=0.0)
-    inner = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    return hvd_sketch.DistributedOptimizer(inner, model.named_parameters(), sketch=sketch, transport=transport)
+    if method not in OURS:
+        return MethodOptimizer(method, model, transport, rate)
+    compression = OURS[method](model, transport.size)
+    inner, named = rate.sgd(model.parameters()), model.named_parameters()
+    # A rate of the grid that diverges ends with a bad accuracy, not with an error.
+    return hvd_sketch.DistributedOptimizer(inner, named, compression=compression, transport=transport, max_skips=0)
 
 
 @dataclass
@@ -83,12 +117,12 @@ class Task:
     seed: int = 0
 
 
-def train(task: Task, method: str, learning_rate: float, transport: Transport, most_steps: int | None = None) -> Course:
+def train(task: Task, method: str, rate: Rate, transport: Transport, most_steps: int | None = None) -> Course:
     """Until the target or ``most_steps``. Communication: collective; all ranks see the same accuracy."""
     torch.manual_seed(task.seed)
     model = task.make_model()
     hvd_sketch.broadcast_parameters(model.named_parameters(), 0, transport)
-    optimizer = make_optimizer(method, model, transport, learning_rate)
+    optimizer = make_optimizer(method, model, transport, rate)
     batches = endless_batches(len(task.data.train_labels), task.batch, task.seed, transport)
     course = Course()
     while not course.reached and course.steps < (most_steps or task.most_steps):

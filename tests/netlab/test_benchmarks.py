@@ -272,7 +272,7 @@ def test_time_to_accuracy_end_to_end(tmp_path) -> None:
     status, output = benchmark(
         "network.time_to_accuracy",
         *("--hosts", "2", "--rates", "1gbit", "--hidden", "128", "--batch", "32", "--target", "0.8"),
-        *("--most-steps", "100", "--learning-rates", "0.2", "0.4", "--transports", "mpi"),
+        *("--most-steps", "100", "--learning-rates", "0.2", "0.4", "--momenta", "0", "--transports", "mpi"),
         *("--methods", "allreduce", "sketch20", "--json", str(figures), "--plot", str(picture)),
     )
     assert status == 0, output
@@ -293,7 +293,13 @@ def test_tables_say_where_ours_loses() -> None:
     def record(method: str, rate: str, seconds: float) -> dict:
         return {
             **{"method": method, "transport": "mpi", "dim": 1000, "hosts": 2, "rate": rate, "compute_s": 0.1},
-            **{"network_s": 0.2, "seconds": {"median": seconds}, "ledger_wire_bytes": 10**6, "learning_rate": 0.1},
+            **{
+                "network_s": 0.2,
+                "seconds": {"median": seconds},
+                "ledger_wire_bytes": 10**6,
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+            },
             **{"interface": {"mean_bytes": 10**6}, "reached": seconds < 9, "steps": 7, "ratio": 2.0, "accuracy": 0.5},
         }
 

@@ -1,0 +1,60 @@
+"""Which compression to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+
+from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
+from hvd_sketch.exchange.matrices import least_bytes
+from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.wire_bytes import DENSE_BYTES
+
+DENSE_BELOW = 1024
+
+
+def recommended(
+    parameters: Iterable[Tensor | NamedParameter],
+    ratio: float,
+    ranks: int,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+) -> Compression:
+    """The compression that trained best at equal bytes on models like this one.
+
+    Low rank with 4-bit factors, where the ratio leaves every matrix at least rank 1; otherwise nominated coordinates
+    with 4-bit values. Either goes with the momentum of the wrapped optimizer, ``SGD(momentum=0.9, nesterov=True)``, at
+    half the dense learning rate to the whole of it, or with Adam at its own rate.
+
+    Evidence: benchmarks/results/accuracy_per_byte.
+
+    Args:
+        parameters: ``model.parameters()`` or ``model.named_parameters()``.
+        ratio: bytes of a dense ring allreduce of the whole model over those to be sent; every byte counts, also of the
+            tensors that go dense.
+        ranks: how many there will be.
+        optimizer: the one that is wrapped.
+
+    Raises:
+        ValueError: tensors that go dense take more than the ratio leaves; an optimizer of another name.
+
+    Communication: none.
+    """
+    if optimizer not in ("sgd", "adam"):
+        raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}")
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
+    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    total = sum(tensor.numel() for tensor in tensors)
+    compressed = [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
+    dim = sum(tensor.numel() for tensor in compressed)
+    budget = DENSE_BYTES * total / ratio - DENSE_BYTES * (total - dim)
+    if budget <= 0:
+        raise ValueError(
+            f"the {total - dim} elements of small tensors that go dense take more than a ratio of {ratio:g} leaves: at "
+            f"most {total / max(total - dim, 1):.0f} is possible"
+        )
+    own_ratio = DENSE_BYTES * dim / budget
+    if least_bytes([tuple(tensor.shape) for tensor in compressed], bits=4) <= budget:
+        return LowRankConfig(ratio=own_ratio)
+    return SketchConfig.for_wire_ratio(own_ratio, dim, ranks, candidates="nominate")
