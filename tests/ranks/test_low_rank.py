@@ -13,7 +13,7 @@ from hvd_sketch import DistributedOptimizer, LowRankAllreduce, LowRankConfig, Si
 from hvd_sketch.exchange.agreement import Report
 from hvd_sketch.exchange.base import Options
 from hvd_sketch.model.gradients import GradientExchange
-from hvd_sketch.transport import LocalTransport, Transport, run_local
+from hvd_sketch.transport import LocalTransport, Transport, local_transports, run_local
 from tests.ranks.test_simulate import STEPS, Model, equal, real, simulate, sizes
 from tests.support.worlds import register
 
@@ -168,6 +168,15 @@ def test_without_shapes_the_vector_is_one_matrix() -> None:
         assert exchange.state_dict()["matrices"] == [(45, 45, 2)]
 
     run_local(2, main, LIMIT_S)
+
+
+def test_an_update_that_is_kept_keeps_its_memory() -> None:
+    exchange = build(local_transports(1)[0])
+    kept = exchange.step(gradient(0, 0)).values[5:]
+    before = kept.clone()
+    place = exchange.step(gradient(0, 1)).values.data_ptr()
+    assert torch.equal(kept, before)
+    assert exchange.step(gradient(0, 2)).values.data_ptr() == place
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
