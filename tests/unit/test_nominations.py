@@ -59,5 +59,8 @@ def test_a_good_prediction_saves_further_looks(monkeypatch: pytest.MonkeyPatch) 
     candidates = candidates_of(5000, 50)
     v = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     expected = candidates.find(v, [(0, 5000)])
-    monkeypatch.setattr(nominate, "search", None)
+    searches = []
+    search = nominate.search
+    monkeypatch.setattr(nominate, "search", lambda *args, **named: searches.append(args) or search(*args, **named))
     assert torch.equal(candidates.find(v, [(0, 5000)]), expected)
+    assert len(searches) == 1, "v was looked at again, not only what was kept of it"

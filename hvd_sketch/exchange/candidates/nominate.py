@@ -60,12 +60,18 @@ class NominatedCandidates:
             threshold = search(self._look_at(v, spans), self._own_count)
             found = self._values_above(v, spans, threshold.edge - 1, threshold.own)
             assert found is not None
-        positions, values = found
-        chosen = top_k(values, self._own_count)
-        if chosen.numel():
-            edge = int(values.index_select(0, chosen).abs().min().view(torch.int32))
-            self.predictor.update(Threshold(edge, edge + 1, excess=0, own=chosen.numel()))
-        return positions.index_select(0, chosen)
+        return self._largest_of(*found, bound)
+
+    def _largest_of(self, positions: Tensor, values: Tensor, bound: int) -> Tensor:
+        """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""
+        threshold = search(self._look_at(values, [(0, values.numel())]), self._own_count, bound, exact=True)
+        positions, values = self._kernels.keep_above(positions, values, threshold.edge - 1, threshold.own)
+        if values.numel():  # where all are taken, the edge that was found is 0
+            edge = int(values.abs().min().view(torch.int32))
+            self.predictor.update(Threshold(edge, edge + 1, threshold.excess, threshold.own))
+        if threshold.excess:  # of equal magnitudes
+            return positions.index_select(0, top_k(values, self._own_count))
+        return positions
 
     def _values_above(self, v: Tensor, spans: Ranges, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
         """Coordinates in ascending ``spans`` whose magnitude bits are above the threshold, int64, and v there.
