@@ -21,11 +21,15 @@ from hvd_sketch.simulate import Simulation
 
 @dataclass(frozen=True)
 class Place:
-    """Where an exchange is used: the matrices that it compresses, how many ranks, and how many times fewer bytes."""
+    """Where an exchange is used: the matrices that it compresses, how many ranks, and how many times fewer bytes.
+
+    ``seed`` is that of hashes, random coordinates and first factors.
+    """
 
     shapes: Sequence[Shape]
     ranks: int
     ratio: float
+    seed: int = 0
 
     @property
     def dim(self) -> int:
@@ -43,8 +47,9 @@ class Method:
             where something was sent. With Adam neither is used.
         configure: the configuration of a place; None: dense.
         make: builds the exchange of a place; None: the library does.
-        needs_trial: whether its bytes depend on the gradients: where ranks name the same coordinates fewer are sent,
-            and a sketch may find a few more than k.
+        trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
+            a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
+            more than k, where ranks of matrices are whole numbers. 0: they are.
         is_sent: False for one that exists in a simulation only, whose bytes are not measured.
     """
 
@@ -52,19 +57,26 @@ class Method:
     kind: Kind
     configure: Callable[[Place], Any]
     make: Callable[[Place], Any] | None = None
-    needs_trial: bool = False
+    trial: float = 0.0
     is_sent: bool = True
 
     def config(self, place: Place, adam: bool = False) -> Any:
         """Of the exchange; None: dense."""
         config = self.configure(place)
-        return replace(config, momentum=0.9) if self.kind == "masked" and not adam else config
+        if config is None:
+            return None
+        momentum = {"momentum": 0.9} if self.kind == "masked" and not adam else {}
+        return replace(config, seed=place.seed, **momentum)
 
-    def simulate(self, named: Sequence[NamedParameter], ranks: int, ratio: float, adam: bool = False) -> Simulation:
+    def simulate(self, named: Sequence[NamedParameter], place: Place, adam: bool = False) -> Simulation:
         """All ranks' exchanges of one model's gradients."""
-        place = Place([tuple(p.shape) for p in matrices(named)], ranks, ratio)
         options = {"make": self.make(place)} if self.make else {}
-        return Simulation(named, self.config(place, adam), ranks, **options)
+        return Simulation(named, self.config(place, adam), place.ranks, **options)
+
+
+def place_of(named: Sequence[NamedParameter], ranks: int, ratio: float, seed: int) -> Place:
+    """For a model."""
+    return Place([tuple(p.shape) for p in matrices(named)], ranks, ratio, seed)
 
 
 def matrices(named: Sequence[NamedParameter]) -> list[torch.Tensor]:
@@ -107,13 +119,13 @@ def _low_rank(bits: int) -> Method:
 
         return LowRankConfig(ratio=place.ratio, value_bits=bits, dense_below=DENSE_BELOW)
 
-    return Method(f"low rank, {bits} bit", "nesterov", configure)
+    return Method(f"low rank, {bits} bit", "nesterov", configure, trial=0.001)
 
 
 METHODS: dict[str, Method] = {
     "lowrank4": _low_rank(4),
-    "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), needs_trial=True),
-    "sketch4": Method("sketch, 4 bit", "plain", _sketched(), needs_trial=True),
+    "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), trial=0.25),
+    "sketch4": Method("sketch, 4 bit", "plain", _sketched(), trial=0.25),
     "random4": Method("random, 4 bit", "plain", _sketched(candidates="random")),
     "dense": Method("dense", "nesterov", lambda place: None),
     "local4": _local(4),
@@ -121,7 +133,10 @@ METHODS: dict[str, Method] = {
     "lowrank8": _low_rank(8),
     "local32": _local(32),
     "paper": Method(
-        "the paper's sketch, 32 bit, P = 4", "plain", _sketched(oversample=4, value_bits=32, table_bits=32)
+        "the paper's sketch, 32 bit, P = 4",
+        "plain",
+        _sketched(oversample=4, value_bits=32, table_bits=32),
+        trial=0.25,
     ),
     "powersgd16": _powersgd(2, torch.float16),
     "powersgd32": _powersgd(4, None),

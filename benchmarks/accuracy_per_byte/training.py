@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy_per_byte.data import Data
-from benchmarks.accuracy_per_byte.methods import METHODS, matrices
+from benchmarks.accuracy_per_byte.methods import METHODS, matrices, place_of
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.settings import dense_bytes
 from benchmarks.accuracy_per_byte.tasks import TASKS, Task, initial_model, load
@@ -19,7 +19,6 @@ from hvd_sketch import Simulation
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
 JUDGED_AFTER = 61  # steps; then a loss well above that of the first step is a divergence
-TRIAL_FRACTION = 4  # of a run's steps, for which its bytes are measured beforehand
 
 
 class Training:
@@ -37,8 +36,8 @@ class Training:
         self.model = initial_model(self.task, data.classes, run.seed)
         method = METHODS[group.method]
         named = list(self.model.named_parameters())
-        ratio = nominal_ratio or group.ratio
-        self.simulation: Simulation = method.simulate(named, group.workers, ratio, self.task.adam)
+        place = place_of(named, group.workers, nominal_ratio or group.ratio, run.seed)
+        self.simulation: Simulation = method.simulate(named, place, self.task.adam)
         self.optimizer = optimizer_for(self.task, self.model, group.method)
         self._batches = data.batches(group.workers, self.task.batch(group.workers), run.seed, group.skewed)
         self._first_loss = math.nan
@@ -154,14 +153,14 @@ def _traffic(training: Training) -> Record:
 def find_nominal_ratio(group: Group, data_dir: Path) -> float:
     """What to ask of a method's settings so that the measured ratio is the group's.
 
-    Where the bytes depend on the gradients they are measured in a trial: a quarter of the run of seed 0, at the rate in
-    the middle of the first grid.
+    Where the settings alone do not say, the bytes are measured in a trial: the first steps of the run of seed 0, at the
+    rate in the middle of the first grid.
     """
     method = METHODS[group.method]
-    if not method.needs_trial:
+    if not method.trial:
         return group.ratio
     run = Run(group, TASKS[group.task].centre(method.kind, group.steps), 0)
     trial = Training(run, load(group.task, data_dir))
-    while trial.done < max(group.steps // TRIAL_FRACTION, 1) and trial.step():
+    while trial.done < max(int(group.steps * method.trial), 1) and trial.step():
         pass
     return rounded(group.ratio**2 / trial.matrix_ratio())

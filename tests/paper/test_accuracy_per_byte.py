@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy_per_byte import records, report, search
-from benchmarks.accuracy_per_byte.methods import METHODS, Place, matrices
+from benchmarks.accuracy_per_byte.methods import METHODS, place_of
 from benchmarks.accuracy_per_byte.plans import groups_at, targets
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.schedule import run_all
@@ -58,8 +58,8 @@ def parameters_of_real_ranks(run: Run, data_dir: Path, steps: int) -> list[torch
     data, task, group = load("mnist", data_dir), TASKS["mnist"], run.group
     of_steps = list(islice(data.batches(WORKERS, task.batch(WORKERS), run.seed, group.skewed), steps))
     models = [initial_model(task, data.classes, run.seed) for _ in range(WORKERS)]
-    shapes = [tuple(p.shape) for p in matrices(list(models[0].named_parameters()))]
-    config = METHODS[group.method].config(Place(shapes, WORKERS, group.ratio))
+    place = place_of(list(models[0].named_parameters()), WORKERS, group.ratio, run.seed)
+    config = METHODS[group.method].config(place)
 
     def rank_main(transport: Any) -> list[torch.Tensor]:
         model = models[transport.rank]
