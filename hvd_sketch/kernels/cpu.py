@@ -104,14 +104,20 @@ def _owned_upto(
     spans = np.empty((2, threads), dtype=np.int64)
     arguments = spans, (positions, values), _numbered(hash, shard_table, shard), max(threshold, 0), limit
     run_on_threads(threads, loops.owned_above, *arguments)
+    return _joined((positions, values), spans, limit)
+
+
+def _joined(found: loops.Found, spans: np.ndarray, limit: int) -> tuple[Tensor, Tensor] | None:
+    """What all threads found, moved together; ``spans`` [2, threads] is where. None for more than ``limit``."""
     if int((spans[1] - spans[0]).sum()) > limit:
         return None
     first = at = int(spans[0, 0])
     for begin, end in spans.T.tolist():
         if begin > at:  # otherwise it is where it belongs
-            for found in (positions, values):
-                found[at : at + end - begin] = found[begin:end]
+            for array in found:
+                array[at : at + end - begin] = array[begin:end]
         at += end - begin
+    positions, values = found
     return torch.from_numpy(positions[first:at]), torch.from_numpy(values[first:at])
 
 
@@ -153,10 +159,7 @@ def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Te
     spans = np.empty((2, threads), dtype=np.int64)
     found = positions.numpy(), _bits(kept)
     run_on_threads(threads, loops.values_above, spans, found, _bits(values), max(threshold, 0))
-    if int((spans[1] - spans[0]).sum()) > limit:
-        return None
-    pieces = [slice(begin, end) for begin, end in spans.T.tolist()]
-    return torch.cat([positions[piece] for piece in pieces]), torch.cat([kept[piece] for piece in pieces])
+    return _joined((positions.numpy(), kept.numpy()), spans, limit)
 
 
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -195,10 +198,18 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
         return
     at, given = indices.numpy(), values.numpy()
     cuts = np.searchsorted(at, starts.numpy()).tolist()
-    for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False):
-        if target is not None and first < last:
-            arguments = target.view(-1).numpy(), start, at[first:last], given[first:last]
-            run_on_threads(_threads_for(last - first), loops.put, *arguments)
+    parts = [
+        (target.view(-1).numpy(), start, at[first:last], given[first:last])
+        for target, start, first, last in zip(targets, starts.tolist(), cuts, cuts[1:], strict=False)
+        if target is not None and first < last
+    ]
+
+    def put_share(thread: int, threads: int) -> None:
+        for part in parts:
+            loops.put(*part, thread, threads)
+
+    # One call for all targets: most of them are not worth a thread on their own.
+    run_on_threads(_threads_for(len(at)), put_share)
 
 
 def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:

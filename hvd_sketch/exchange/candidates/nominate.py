@@ -66,9 +66,10 @@ class NominatedCandidates:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""
         threshold = search(self._look_at(values, [(0, values.numel())]), self._own_count, bound, exact=True)
         positions, values = self._kernels.keep_above(positions, values, threshold.edge - 1, threshold.own)
-        if values.numel():  # where all are taken, the edge that was found is 0
+        if not threshold.edge and values.numel():  # all were taken, and no edge was looked for
             edge = int(values.abs().min().view(torch.int32))
-            self.predictor.update(Threshold(edge, edge + 1, threshold.excess, threshold.own))
+            threshold = Threshold(edge, edge + 1, excess=0, own=threshold.own)
+        self.predictor.update(threshold)
         if threshold.excess:  # of equal magnitudes
             return positions.index_select(0, top_k(values, self._own_count))
         return positions
@@ -78,14 +79,16 @@ class NominatedCandidates:
 
         None where a span has more than ``limit``.
         """
-        pieces = [(torch.empty(0, dtype=torch.int64, device=self._device), v[:0])]
+        pieces = []
         for start, stop in spans:
             found = self._kernels.values_above(v[start:stop], threshold, limit)
             if found is None:
                 return None
             pieces.append((found[0] + start if start else found[0], found[1]))
-        positions, values = zip(*pieces, strict=True)
-        return torch.cat(positions), torch.cat(values)
+        if len(pieces) == 1:
+            return pieces[0]
+        positions = torch.cat([torch.empty(0, dtype=torch.int64, device=self._device), *(p for p, _ in pieces)])
+        return positions, torch.cat([v[:0], *(values for _, values in pieces)])
 
     def _look_at(self, v: Tensor, spans: Ranges) -> Look:
         def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
