@@ -19,9 +19,10 @@ def score(record: Record) -> float:
 
 
 def rates_tried(group: Group, records: Mapping[Run, Record]) -> dict[float, float]:
-    """The score of each rate tried with seed 0."""
-    own = [(run, record) for run, record in records.items() if run.group == group and run.seed == 0]
-    return {run.rate: score(record) for run, record in own}
+    """The score of each rate tried with seed 0; the worst where any seed diverged."""
+    own = [(run, record) for run, record in records.items() if run.group == group]
+    lost = {run.rate for run, record in own if record["diverged"]}
+    return {run.rate: -math.inf if run.rate in lost else score(record) for run, record in own if run.seed == 0}
 
 
 def best_rate(group: Group, records: Mapping[Run, Record]) -> float | None:
