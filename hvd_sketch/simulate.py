@@ -141,7 +141,7 @@ class Simulation:
 
     def _agree(self, transport: LocalTransport) -> list[SparseUpdate]:
         exchanges = self._exchanges[transport.rank]
-        exchanges[0].begin_step(Report(used=self._used))
+        exchanges[0].begin_step(Report(used=self._used), unused=self._routes[0].used(self._used)[1])
         updates = [exchange.agree() for exchange in reversed(exchanges)]
         return updates if transport.rank == 0 else []  # they are equal
 

@@ -102,6 +102,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.merge_owned(hash, [some, some]),
         lambda: cpu.values_above(v, MAGNITUDE_OF_ONE, DIM),
         lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
+        lambda: cpu.sums_above(v, u, 0, DIM),
         lambda: cpu.subtract_at_(u, some, v[: len(some)]),
         lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -23,6 +23,9 @@ STEP_BITS = 27
 DIGEST_BITS = 26
 LOADED_SHIFT = 8  # of a flag
 COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
+
+# From this rank's words, int64 [n], to all ranks', int64 [ranks, n]. Communication: collective.
+Carry = Callable[[Tensor], Tensor]
 
 
 class Flag(IntFlag):
@@ -107,21 +110,29 @@ class StepAgreement:
         self._warned = False
         self._counters = _Counters(size, parameters)
 
-    def agree(self, comm: MeteredTransport, step: int, report: Report) -> Agreed:
+    def agree(self, comm: MeteredTransport, step: int, report: Report, carry: Carry | None = None) -> Agreed:
         """Tell the others this rank's report and hear theirs.
 
-        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter.
+        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter; or what ``carry``
+        does, in the phase of the caller.
 
         Raises:
             RuntimeError: on every rank: one refuses the step (and raises its refusal itself), has left by
                 ``hvd.join()``, or is at another step, whose hashes do not fit; too many steps in a row were skipped.
         """
-        words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
-        words[comm.rank] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
-        self._counters.fill(words[comm.size :], report.used)
-        with comm.phase("agree"):
-            sums = comm.allreduce_(words)
-        every = _Words(sums[: comm.size])
+        own = torch.zeros(1 + self._counters.words, dtype=torch.int64)
+        own[0] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
+        self._counters.fill(own[1:], report.used)
+        if carry is None:
+            words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
+            words[comm.rank], words[comm.size :] = own[0], own[1:]
+            with comm.phase("agree"):
+                sums = comm.allreduce_(words)
+            firsts, counters = sums[: comm.size], sums[comm.size :]
+        else:
+            words = carry(own)
+            firsts, counters = words[:, 0].contiguous(), words[:, 1:].sum(0)
+        every = _Words(firsts)
         _refuse_together(comm, every, report.refusal)
         _check_joined(comm, every)
         held = _all_hold(every)
@@ -133,7 +144,7 @@ class StepAgreement:
             goes_on=self._judge(every),
             held=held,
             active=tuple(every.not_saying(Flag.DONE)),
-            used=self._counters.read(sums[comm.size :]),
+            used=self._counters.read(counters),
             compared=compared,
             drifted=compared and bool((every.digests != every.digests[0]).any()),
             root=root,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import Compression
-from hvd_sketch.exchange.agreement import Agreed, Loaded, Report, StepAgreement, all_finite
+from hvd_sketch.exchange.agreement import Agreed, Carry, Loaded, Report, StepAgreement, all_finite
 from hvd_sketch.exchange.feedback import Limits, no_limits
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.hashing import HASH_VERSION
@@ -144,14 +144,20 @@ class Exchange(ABC):
         Communication: collective.
         """
         slices = [gradient] if isinstance(gradient, Tensor) else list(gradient)
-        if not self.begin_step(self._report_of(slices, finite)).goes_on:
+        if not self.begin_step(self._report_of(slices, finite), slices).goes_on:
             self.count_step()
             return self._nothing()
         self.accumulate(slices)
         return self.agree()
 
-    def begin_step(self, report: Report) -> Agreed:
+    def begin_step(self, report: Report, gradient: Sequence[Tensor] = (), unused: Ranges = ()) -> Agreed:
         """Agree on a step: whether all take it, and from which state.
+
+        Args:
+            report: what this rank knows.
+            gradient: what :meth:`accumulate` will get, where it has not had it yet, so that what is to be sent of it
+                can travel with the report; not modified. Empty: nothing is known of it.
+            unused: coordinates that this rank has no gradient of.
 
         Communication: collective.
         """
@@ -159,12 +165,20 @@ class Exchange(ABC):
         if not may_take_no_step:
             self.ledger.begin_step()
         report = replace(report, fresh=self._is_fresh, loaded=self._loaded)
-        agreed = self.agreement.agree(self._comm, self._step, report)
+        carry = self._carry(report, gradient, unused)
+        agreed = self.agreement.agree(self._comm, self._step, report, carry)
         if agreed.root is not None:
             self.take_over_state(agreed.root)
         if may_take_no_step and agreed.active and not agreed.held:
             self.ledger.begin_step()
         return agreed
+
+    def _carry(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Carry | None:
+        """A collective of the exchange's own that carries the report, too; None: it travels alone.
+
+        Which it is must be equal on all ranks, and u and v must stay as they are.
+        """
+        return None
 
     @abstractmethod
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:

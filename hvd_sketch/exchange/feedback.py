@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from hvd_sketch.sketch import CountSketch
 
 # The largest float32 but for rounding: W addends of a W-th of it each have a finite sum.
 LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
+
+# Start, stop and gradient of coordinates, ascending; where the gradient is None, v has taken it in.
+Parts = Sequence[tuple[int, int, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,28 @@ class Feedback:
 
     def _slices_of(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
         return self._u[start:stop] if self.momentum else None, self.v[start:stop]
+
+    def offer_early(self, indices: Tensor, parts: Parts) -> tuple[Tensor, bool]:
+        """What v will be at ``indices`` when the gradient has been taken in, with momentum 0, limited to what fits.
+
+        Args:
+            indices: int64 [n], ascending.
+            parts: with the gradient that v has not taken in yet.
+
+        Returns:
+            float32 [n], with 0 where v will not be finite and has to be reset; whether it will be finite everywhere.
+        """
+        values = self._kernels.gather(self.v, indices, out=torch.empty(indices.numel(), device=self.v.device))
+        for start, stop, gradient in parts:
+            if gradient is not None:
+                first, last = torch.searchsorted(indices, torch.tensor([start, stop], device=values.device)).tolist()
+                values[first:last] += gradient[indices[first:last] - start]
+        damaged = ~torch.isfinite(values)
+        is_finite = not bool(damaged.any())
+        if not is_finite:
+            values.masked_fill_(damaged, 0)
+        limits = self._limits.at(indices)
+        return torch.minimum(torch.maximum(values, -limits), limits), is_finite
 
     def offer(self, indices: Tensor, out: Tensor) -> bool:
         """Write v at ``indices`` (int64 [n]) to ``out`` (float32 [n]), limited to what fits.

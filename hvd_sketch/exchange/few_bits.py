@@ -25,6 +25,19 @@ class RoundedSum:
     sent: Tensor
 
 
+@dataclass(frozen=True)
+class RoundedShares:
+    """One rank's values, rounded, before they travel.
+
+    Attributes:
+        codes: uint8 [ranks, bytes], a share for each owner of sums.
+        sent: float32 [ranks, share], what the codes stand for.
+    """
+
+    codes: Tensor
+    sent: Tensor
+
+
 def sum_in_few_bits(
     comm: MeteredTransport,
     kernels: ModuleType,
@@ -48,20 +61,48 @@ def sum_in_few_bits(
         bits: 4, 8, 16 or 32.
         phases: of the two collectives, in the ledger.
     """
-    shares = in_equal_shares(values, comm.size)  # [size, share]
     if bits == 32:
         with comm.phase(phases[0]):
-            exact_sum = comm.reduce_scatter(shares)  # [share]
+            exact_sum = comm.reduce_scatter(in_equal_shares(values, comm.size))  # [share]
         with comm.phase(phases[1]):
             return RoundedSum(comm.allgather(exact_sum)[: values.numel()], values)
-    length = shares.shape[1]
-    codes = kernels.quantize(shares, bits)
-    sent = kernels.dequantize_sum(codes.unsqueeze(0), length, bits)
+    shares = rounded_shares(kernels, values, comm.size, bits)
     with comm.phase(phases[0]):
-        arrived = comm.alltoall(codes)  # [size, bytes]
+        arrived = comm.alltoall(shares.codes)  # [size, bytes]
+    return sum_of_shares(comm, kernels, shares, arrived, values.numel(), bits, phases[1])
+
+
+def rounded_shares(kernels: ModuleType, values: Tensor, ranks: int, bits: int) -> RoundedShares:
+    """The first half of :func:`sum_in_few_bits`, before anything travels. Communication: none."""
+    shares = in_equal_shares(values, ranks)  # [ranks, share]
+    codes = kernels.quantize(shares, bits)
+    return RoundedShares(codes, kernels.dequantize_sum(codes.unsqueeze(0), shares.shape[1], bits))
+
+
+def sum_of_shares(
+    comm: MeteredTransport,
+    kernels: ModuleType,
+    shares: RoundedShares,
+    arrived: Tensor,
+    count: int,
+    bits: int,
+    phase: str = "values",
+) -> RoundedSum:
+    """The second half of :func:`sum_in_few_bits`, when the codes have arrived.
+
+    Communication: collective; one allgather.
+
+    Args:
+        comm, kernels, bits: as there.
+        shares: this rank's; overwritten.
+        arrived: uint8 [size, bytes], the ranks' codes of this rank's share.
+        count: how many values there are.
+        phase: of the collective, in the ledger.
+    """
+    sent, length = shares.sent, shares.sent.shape[1]
     own_sum = kernels.dequantize_sum(arrived.unsqueeze(1), length, bits)  # [1, share]
-    with comm.phase(phases[1]):
+    with comm.phase(phase):
         rounded = comm.allgather(kernels.quantize(own_sum, bits))  # [size, bytes]
     total = kernels.dequantize_sum(rounded.unsqueeze(0), length, bits)  # [size, share]
     sent[comm.rank] += total[comm.rank] - own_sum[0]
-    return RoundedSum(total.view(-1)[: values.numel()], sent.view(-1)[: values.numel()])
+    return RoundedSum(total.view(-1)[:count], sent.view(-1)[:count])

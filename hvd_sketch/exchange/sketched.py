@@ -12,9 +12,12 @@ from torch import Tensor
 
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.agreement import Carry, Report
+from hvd_sketch.exchange.along import Along, EarlyValues
 from hvd_sketch.exchange.base import Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates import CandidateSource, load_source
-from hvd_sketch.exchange.few_bits import sum_in_few_bits
+from hvd_sketch.exchange.feedback import Parts
+from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits, sum_of_shares
 from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import ceil_div
@@ -65,6 +68,11 @@ class SketchedAllreduce(ResidualExchange):
         self._predictor = ThresholdPredictor()  # of the k-th largest sum
         self._predictors = [self._source.predictor, self._predictor]
         self._ranges: Ranges = ()  # that were accumulated, the last first
+        self._along = Along(config, self._source, self._feedback, self._comm, self._kernels)
+
+    def _carry(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Carry | None:
+        takes_step = report.finite and report.refusal is None and not report.held
+        return self._along.carry(self._step, _parts(self.dim, gradient, unused) if takes_step else None)
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3).
@@ -89,22 +97,47 @@ class SketchedAllreduce(ResidualExchange):
 
         All candidates, also where their sums are zero, with few-bit values.
         """
+        early = self._along.values()
+        if early is not None:
+            return self._finish_early(early)
         candidates = self._source.find(self._feedback.v, self._ranges)  # line 4: top-Pk of the summed sketches
         if self._unused:
-            candidates = _without(candidates, self._unused)
+            candidates = candidates[_is_used(candidates, self._unused)]
         offered = self._offer(candidates)
         if self.config.value_bits < 32:
-            indices, sums = candidates, self._sum_in_few_bits(candidates, offered[: candidates.numel()])
-        else:
-            with self._comm.phase("exact"):  # lines 5 and 6: second round, exact values
-                own_sums = self._comm.start_reduce_scatter(offered.view(self._comm.size, -1)).wait()
-            positions, top_sums = self._top_k_sums(own_sums, candidates.numel())
-            indices = candidates.index_select(0, to_device(positions, self._device))
-            sums = to_device(top_sums, self._device)
-            self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
+            bits, own = self.config.value_bits, offered[: candidates.numel()]
+            summed = sum_in_few_bits(self._comm, self._kernels, own, bits)
+            return self._finish(candidates, self._take_off(candidates, summed))
+        with self._comm.phase("exact"):  # lines 5 and 6: second round, exact values
+            own_sums = self._comm.start_reduce_scatter(offered.view(self._comm.size, -1)).wait()
+        positions, sums = self._top_k_sums(own_sums, candidates.numel())
+        indices = candidates.index_select(0, to_device(positions, self._device))
+        self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
+        return self._finish(indices, to_device(sums, self._device))
+
+    def _finish_early(self, early: EarlyValues) -> SparseUpdate:
+        """The update of values that have travelled with the agreement."""
+        if not early.is_finite:
+            self._count_reset(self._feedback.reset_nonfinite_())
+        candidates, bits = early.candidates, self.config.value_bits
+        summed = sum_of_shares(self._comm, self._kernels, early.shares, early.arrived, candidates.numel(), bits)
+        if self._unused:
+            is_used = _is_used(candidates, self._unused)
+            candidates, summed = candidates[is_used], RoundedSum(summed.total[is_used], summed.sent[is_used])
+        return self._finish(candidates, self._take_off(candidates, summed))
+
+    def _finish(self, indices: Tensor, sums: Tensor) -> SparseUpdate:
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         self.count_step()
         return SparseUpdate(indices, sums / self._comm.size)
+
+    def count_step(self) -> None:
+        super().count_step()
+        self._along.forget()
+
+    def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
+        self._along.forget()  # was of this rank's step, and its v
+        super()._take_over(root, consolidated, at_same_step, predictions)
 
     def _offer(self, candidates: Tensor) -> Tensor:
         """What this rank gives of v at the candidates: float32 [n], and zeros up to a multiple of the ranks.
@@ -119,9 +152,8 @@ class SketchedAllreduce(ResidualExchange):
         own[count:] = 0
         return own
 
-    def _sum_in_few_bits(self, candidates: Tensor, offered: Tensor) -> Tensor:
-        """Sums over ranks at all candidates: float32 [n], equal on all ranks. What was sent of v is taken from it."""
-        summed = sum_in_few_bits(self._comm, self._kernels, offered, self.config.value_bits)
+    def _take_off(self, candidates: Tensor, summed: RoundedSum) -> Tensor:
+        """Take from v what was sent of it. Returns the sums over ranks, float32 [n], equal on all ranks."""
         sent, total = summed.sent, summed.total
         excess = self._feedback.excess(candidates, total)
         if excess is not None:  # by rounding up
@@ -159,7 +191,16 @@ class SketchedAllreduce(ResidualExchange):
         return positions.index_select(0, to_device(chosen, self._device)), sums.index_select(0, chosen)
 
 
-def _without(candidates: Tensor, unused: Ranges) -> Tensor:
-    """The candidates that are not in any of the ranges."""
+def _parts(dim: int, gradient: Sequence[Tensor], unused: Ranges) -> Parts:
+    """Slices of a gradient without the coordinates that are unused; without a gradient, what is used of ``dim``."""
+    if not gradient:
+        bounds = [0, *(bound for pair in unused for bound in pair), dim]
+        return [(start, stop, None) for start, stop in zip(bounds[::2], bounds[1::2], strict=True) if start < stop]
+    slices = reversed(from_the_last(gradient, unused))
+    return [(start, start + values.numel(), values) for start, values in slices]
+
+
+def _is_used(candidates: Tensor, unused: Ranges) -> Tensor:
+    """Which candidates are not in any of the ranges: bool [n]."""
     bounds = torch.tensor([bound for pair in unused for bound in pair], device=candidates.device)
-    return candidates[torch.bucketize(candidates, bounds, right=True) % 2 == 0]
+    return torch.bucketize(candidates, bounds, right=True) % 2 == 0

@@ -32,6 +32,7 @@ CHUNK = 1 << 17  # coordinates of u, v and g that go through the caches on the w
 MASK_LANES = 64  # lanes searched at once for magnitudes above a threshold
 # Which bits of a byte are set, ascending, and zeros up to eight.
 SET_BITS = np.array([[*(bit for bit in range(8) if byte >> bit & 1), *[0] * 8][:8] for byte in range(256)], np.uint8)
+SUMS = 512  # of two vectors that are looked at at once, before they are written
 SUBCOUNTS = 4  # histograms filled in turn, a power of two
 
 Array = np.ndarray
@@ -798,29 +799,58 @@ def values_above(spans: Array, found: Found, bits: Array, threshold: int, thread
     low, high = _range_of(thread, threads, bits.size)
     room = found[0].size // threads
     start, stop = thread * room, (thread + 1) * room
-    at = start
+    spans[0, thread], spans[1, thread] = start, _keep_all(found, start, stop, bits, low, high, 0, threshold)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def sums_above(
+    spans: Array, found: Found, values: Array, addends: Array, threshold: int, thread: int, threads: int
+) -> None:
+    """:func:`values_above` of sums, a piece of which is in the first-level cache at a time."""
+    low, high = _range_of(thread, threads, values.size)
+    room = found[0].size // threads
+    at, stop = thread * room, (thread + 1) * room
+    spans[0, thread] = at
+    sums = np.empty(SUMS, dtype=np.float32)
+    for first in range(low, high, SUMS):
+        count = min(SUMS, high - first)
+        _add(sums, values[first : first + count], addends[first : first + count])
+        at = _keep_all(found, at, stop, sums.view(np.uint32), 0, count, first, threshold)
+        if at > stop:
+            break
+    spans[1, thread] = at
+
+
+@njit
+def _add(sums: Array, values: Array, addends: Array) -> None:
+    for i in range(np.uint64(values.size)):
+        sums[i] = values[i] + addends[i]
+
+
+@njit
+def _keep_all(found: Found, at: int, stop: int, bits: Array, low: int, high: int, origin: int, threshold: int) -> int:
+    """Write what is above the threshold among ``low … high`` to ``found[at:stop]``; where it ends, or one beyond."""
     for index in range(low, high, MASK_LANES):
         mask = _mask_above(bits, index, high, threshold)
         count = count_ones(mask)
         if count <= 2 and at + 2 <= stop:
             for i in range(2):  # of no bit, the lane is 0
-                _keep(found, at + i, index + (lowest_bit(mask) & (MASK_LANES - 1)), bits)
+                _keep(found, at + i, index + (lowest_bit(mask) & (MASK_LANES - 1)), origin, bits)
                 mask &= mask - _ONE
             at += count
             continue
         if at + count > stop:
-            at = stop + 1
-            break
+            return stop + 1
         while mask != 0:
-            _keep(found, at, index + lowest_bit(mask), bits)
+            _keep(found, at, index + lowest_bit(mask), origin, bits)
             at += 1
             mask &= mask - _ONE
-    spans[0, thread], spans[1, thread] = start, at
+    return at
 
 
 @njit(inline="always")
-def _keep(found: Found, at: int, position: int, bits: Array) -> None:
-    found[0][np.uint64(at)] = position
+def _keep(found: Found, at: int, position: int, origin: int, bits: Array) -> None:
+    found[0][np.uint64(at)] = origin + position
     found[1][np.uint64(at)] = bits[np.uint64(position)]
 
 

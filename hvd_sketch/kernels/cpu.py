@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numba
@@ -150,6 +150,17 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
 
 def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
     """See :func:`hvd_sketch.kernels.reference.values_above`."""
+    return _found_above(limit, loops.values_above, values, threshold)
+
+
+def sums_above(values: Tensor, addends: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.sums_above`; equal to the bit."""
+    return _found_above(limit, loops.sums_above, values, threshold, addends.numpy())
+
+
+def _found_above(
+    limit: int, kernel: Callable[..., None], values: Tensor, threshold: int, *addends: np.ndarray
+) -> tuple[Tensor, Tensor] | None:
     size = values.numel()
     threads = _threads_for(size)
     room = min(limit, ceil_div(size, threads)) + 2
@@ -158,7 +169,8 @@ def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Te
     kept = torch.empty(threads * room, dtype=torch.float32)
     spans = np.empty((2, threads), dtype=np.int64)
     found = positions.numpy(), _bits(kept)
-    run_on_threads(threads, loops.values_above, spans, found, _bits(values), max(threshold, 0))
+    given = (values.numpy(), *addends) if addends else (_bits(values),)
+    run_on_threads(threads, kernel, spans, found, *given, max(threshold, 0))
     return _joined((positions.numpy(), kept.numpy()), spans, limit)
 
 

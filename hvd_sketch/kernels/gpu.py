@@ -175,6 +175,11 @@ def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Te
     return (chosen, kept) if chosen.numel() <= limit else None
 
 
+def sums_above(values: Tensor, addends: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """See :func:`hvd_sketch.kernels.reference.sums_above`; waits for the device."""
+    return values_above(values + addends, threshold, limit)
+
+
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`hvd_sketch.kernels.reference.keep_above`."""
     chosen, kept = _above(_elements(values), threshold, size)

@@ -143,6 +143,11 @@ def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Te
     return (chosen, values[chosen]) if chosen.numel() <= limit else None
 
 
+def sums_above(values: Tensor, addends: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """:func:`values_above` of ``values + addends``, which other backends do not write to memory."""
+    return values_above(values + addends, threshold, limit)
+
+
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
     """Of ``positions`` and ``values`` [n], those that :func:`select_above` chooses by the values."""
     chosen = select_above(values, threshold, size)

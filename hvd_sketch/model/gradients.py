@@ -136,7 +136,9 @@ class GradientExchange:
                 report = replace(report, digest=digest(sums))
         except (RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
-        agreed = self._lead.begin_step(replace(report, used=self._flags()))
+        report = replace(report, used=self._flags())
+        own_unused = self._routes[0].used(report.used)[1]
+        agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         self._is_over = not agreed.active
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:

@@ -118,7 +118,7 @@ def test_goes_on_from_its_state_to_the_bit(source: str) -> None:
     run_local(3, main, timeout_s=60)
 
 
-@pytest.mark.parametrize(("source", "collectives"), [("nominate", 4), ("random", 3)])
+@pytest.mark.parametrize(("source", "collectives"), [("nominate", 3), ("random", 2)])
 def test_bytes_of_a_coordinate_and_collectives_of_a_step(source: str, collectives: int) -> None:
     ranks, dim, steps = 4, 1_000_000, 3
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.feedback import Parts
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
@@ -20,7 +21,6 @@ from hvd_sketch.transport.metered import MeteredTransport
 KEPT_PER_CANDIDATE = 4
 KEPT_ALWAYS = 1 << 16
 FURTHER_MARGIN = 1 << 18
-Ranges = Sequence[tuple[int, int]]
 
 
 class NominatedCandidates:
@@ -29,7 +29,7 @@ class NominatedCandidates:
     A coordinate is found if it is large on any rank, not only if its sum is. Bytes do not grow with the number of
     ranks, because each names fewer.
 
-    Args, communication: see :mod:`hvd_sketch.exchange.candidates`; one allgather.
+    Args, communication: see :mod:`hvd_sketch.exchange.candidates`; one allgather, none after :meth:`hear`.
     """
 
     sketch = None
@@ -40,19 +40,29 @@ class NominatedCandidates:
         self._dim, self._comm, self._device = dim, comm, device
         self._kernels = load_backend(None, device)
         self._coding = load_coding(self._kernels)
+        self._heard: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Nothing depends on the step."""
 
-    def find(self, v: Tensor, ranges: Ranges) -> Tensor:
-        encoded = self._coding.encode_positions(self._own_largest(v, ranges), self._dim)
-        with self._comm.phase("indices", self._device):
-            gathered = self._comm.allgather(encoded)
-            return self._coding.decode_union(gathered, self._dim, self._device)
+    def find(self, v: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        gathered, self._heard = self._heard, None
+        if gathered is None:
+            encoded = self.nominate(v, [(start, stop, None) for start, stop in ranges])
+            with self._comm.phase("indices", self._device):
+                gathered = self._comm.allgather(encoded)
+        return self._coding.decode_union(gathered, self._dim, self._device)
 
-    def _own_largest(self, v: Tensor, ranges: Ranges) -> Tensor:
-        """The coordinates in ``ranges`` at which this rank's v is largest: int64, ascending."""
-        spans = _joined(ranges)
+    def nominate(self, v: Tensor, parts: Parts) -> Tensor:
+        """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
+        return self._coding.encode_positions(self._own_largest(v, _joined(parts)), self._dim)
+
+    def hear(self, codes: Tensor | None) -> None:
+        """All ranks' codes have arrived already, one after the other; None: they have not, or are not wanted."""
+        self._heard = codes
+
+    def _own_largest(self, v: Tensor, spans: Parts) -> Tensor:
+        """The coordinates in some parts at which this rank's v is largest: int64, ascending."""
         bound = max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
         limit = KEPT_PER_CANDIDATE * self._own_count + KEPT_ALWAYS
         found = self._values_above(v, spans, bound - 1, limit) if bound else None
@@ -64,7 +74,7 @@ class NominatedCandidates:
 
     def _largest_of(self, positions: Tensor, values: Tensor, bound: int) -> Tensor:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""
-        threshold = search(self._look_at(values, [(0, values.numel())]), self._own_count, bound, exact=True)
+        threshold = search(self._look_at(values, [(0, values.numel(), None)]), self._own_count, bound, exact=True)
         positions, values = self._kernels.keep_above(positions, values, threshold.edge - 1, threshold.own)
         if not threshold.edge and values.numel():  # all were taken, and no edge was looked for
             edge = int(values.abs().min().view(torch.int32))
@@ -74,14 +84,17 @@ class NominatedCandidates:
             return positions.index_select(0, top_k(values, self._own_count))
         return positions
 
-    def _values_above(self, v: Tensor, spans: Ranges, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
-        """Coordinates in ascending ``spans`` whose magnitude bits are above the threshold, int64, and v there.
+    def _values_above(self, v: Tensor, spans: Parts, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
+        """Coordinates in some parts where the magnitude bits of v are above the threshold, int64, and v there.
 
-        None where a span has more than ``limit``.
+        None where a part has more than ``limit``.
         """
         pieces = []
-        for start, stop in spans:
-            found = self._kernels.values_above(v[start:stop], threshold, limit)
+        for start, stop, gradient in spans:
+            if gradient is None:
+                found = self._kernels.values_above(v[start:stop], threshold, limit)
+            else:
+                found = self._kernels.sums_above(v[start:stop], gradient, threshold, limit)
             if found is None:
                 return None
             pieces.append((found[0] + start if start else found[0], found[1]))
@@ -90,22 +103,23 @@ class NominatedCandidates:
         positions = torch.cat([torch.empty(0, dtype=torch.int64, device=self._device), *(p for p, _ in pieces)])
         return positions, torch.cat([v[:0], *(values for _, values in pieces)])
 
-    def _look_at(self, v: Tensor, spans: Ranges) -> Look:
+    def _look_at(self, v: Tensor, spans: Parts) -> Look:
         def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
             counts = torch.zeros(bins + 1, dtype=torch.int64)
-            for first, last in spans:
-                counts += self._kernels.magnitude_histogram(v[first:last], start, shift, bins).cpu()
+            for first, last, gradient in spans:
+                values = v[first:last] if gradient is None else v[first:last] + gradient
+                counts += self._kernels.magnitude_histogram(values, start, shift, bins).cpu()
             return counts, counts
 
         return look
 
 
-def _joined(ranges: Ranges) -> Ranges:
-    """The same coordinates in ascending ranges that do not touch each other."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if joined and joined[-1][1] == start:
-            joined[-1] = joined[-1][0], stop
+def _joined(parts: Parts) -> Parts:
+    """The same parts in ascending order, those without a gradient joined where they touch each other."""
+    joined: list[tuple[int, int, Tensor | None]] = []
+    for start, stop, gradient in sorted(parts, key=lambda part: part[0]):
+        if joined and joined[-1][1] == start and joined[-1][2] is None and gradient is None:
+            joined[-1] = joined[-1][0], stop, None
         else:
-            joined.append((start, stop))
+            joined.append((start, stop, gradient))
     return joined
