@@ -19,10 +19,14 @@ pytestmark = pytest.mark.multiprocess
 WORLDS = [("mpi", 4), ("mpi", 3), ("horovod-gloo", 2), ("horovod-mpi", 2)]
 DIM, STEPS = 1500, 5
 INTEGERS = {"cols": 160, "k": 25, "momentum": 0.0}
+FEW_BITS = {"oversample": 1, "momentum": 0.0, "value_bits": 4, "table_bits": 8}  # summed in rank order always
 CASES: list[dict[str, Any]] = [
     {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 150, "deterministic": True}},
     {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 20, "deterministic": True, "candidates": "heavymix"}},
     {"dim": 200_003, "steps": 3, "config": {"cols": 9000, "k": 20_000, "oversample": 8, "deterministic": True}},
+    {"dim": 20_011, "steps": 4, "config": {"cols": 900, "k": 300, **FEW_BITS}},
+    {"dim": 20_011, "steps": 4, "config": {"k": 300, "candidates": "nominate", **FEW_BITS}},
+    {"dim": 20_011, "steps": 4, "config": {"k": 600, "candidates": "random", **FEW_BITS}},
     {"dim": DIM, "steps": STEPS, "config": INTEGERS, "integers": True},
     {"dim": 2, "steps": 2, "config": {"cols": 8, "k": 1}, "integers": True},
 ]
@@ -45,7 +49,7 @@ def test_after_fifty_steps_all_ranks_hold_the_same_bits(kind: str, ranks: int) -
 
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(6))
 def test_deterministic_sums_give_the_bits_of_threads(kind: str, ranks: int, case: int) -> None:
     for ours, local in zip(JOBS[kind, ranks].results(), on_threads(ranks), strict=True):
         ours, local = ours["cases"][case], local["cases"][case]
@@ -61,5 +65,5 @@ def test_whole_numbers_agree_with_the_plain_algorithm(kind: str, ranks: int) -> 
     for step in range(STEPS):
         expected = plain.step([integer_gradient(DIM, rank, step).tolist() for rank in range(ranks)])
         for result in JOBS[kind, ranks].results():
-            assert result["cases"][3]["indices"][step].tolist() == list(expected)
-            assert result["cases"][3]["values"][step].tolist() == torch.tensor(list(expected.values())).tolist()
+            assert result["cases"][6]["indices"][step].tolist() == list(expected)
+            assert result["cases"][6]["values"][step].tolist() == torch.tensor(list(expected.values())).tolist()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hvd_sketch import DistributedOptimizer, broadcast_parameters
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.transport import Transport
 
@@ -45,12 +45,20 @@ def run_many(transport: Transport, cases: list[dict[str, Any]]) -> list[dict[str
     return [run_steps(transport, **case) for case in cases]
 
 
-def train(transport: Transport, steps: int = 50) -> torch.Tensor:
-    """A small model on data that differ between ranks, sketched and dense tensors together: all parameters."""
+TRAININGS: dict[str, Compression] = {
+    "paper": SketchConfig.paper(cols=300, k=60, momentum=0.5),
+    "sketch": SketchConfig(cols=300, k=300),
+    "nominate": SketchConfig(k=300, candidates="nominate"),
+    "random": SketchConfig(k=600, candidates="random"),
+    "low rank": LowRankConfig(rank=2),
+}
+
+
+def train(transport: Transport, config: Compression, steps: int = 50) -> torch.Tensor:
+    """A small model on data that differ between ranks, compressed and dense tensors together: all parameters."""
     torch.manual_seed(transport.rank)  # different starts, made equal by the broadcast
     model = torch.nn.Sequential(torch.nn.Linear(40, 64), torch.nn.Tanh(), torch.nn.Linear(64, 30))
     broadcast_parameters(model.state_dict(), 0, transport)
-    config = SketchConfig.paper(cols=300, k=60, momentum=0.5)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = DistributedOptimizer(inner, model.named_parameters(), config, transport)
     generator = torch.Generator().manual_seed(100 + transport.rank)
@@ -63,4 +71,5 @@ def train(transport: Transport, steps: int = 50) -> torch.Tensor:
 
 def everything(transport: Transport, cases: list[dict[str, Any]]) -> dict[str, Any]:
     """:func:`run_many` and :func:`train` in one launch."""
-    return {"cases": run_many(transport, cases), "parameters": train(transport)}
+    parameters = [train(transport, config) for config in TRAININGS.values()]
+    return {"cases": run_many(transport, cases), "parameters": torch.stack(parameters)}
