@@ -91,7 +91,9 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
         return 0
     if settings.candidates == "nominate":
         return codes + count * position_bytes(dim * ranks / count)
-    return codes + count * position_bytes(dim / count) + 4 * RING_PASSES["allreduce"] * histogram_bins(count)
+    counted_together = settings.chooses or settings.candidates == "heavymix"
+    histogram = 4 * RING_PASSES["allreduce"] * histogram_bins(count) if counted_together else 0
+    return codes + count * position_bytes(dim / count) + histogram
 
 
 def _values_bytes(settings: Settings, count: int, ranks: int) -> float:

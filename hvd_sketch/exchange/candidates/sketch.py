@@ -12,7 +12,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import Purpose, ceil_div, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Threshold
+from hvd_sketch.kernels.selection import Threshold, search
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport.base import Handle
 from hvd_sketch.transport.metered import MeteredTransport
@@ -101,7 +101,10 @@ class SketchCandidates:
         count = self._config.candidate_count(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS
         estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
-        threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
+        if self._config.chooses:
+            threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
+        else:
+            threshold = _own_threshold(estimates, ceil_div(count, self._comm.size), self.predictor.lower_bound())
         self.predictor.update(threshold)
         return self._allgather_candidates(estimates.above(threshold)[0])
 
@@ -116,3 +119,13 @@ class SketchCandidates:
         with self._comm.phase("indices", self._device):
             gathered = self._comm.allgather(encoded)
             return self._coding.decode_owned(hash, gathered, self._device, (rank, encoded, positions))
+
+
+def _own_threshold(estimates: Magnitudes, count: int, lower_bound: int) -> Threshold:
+    """Of the ``count`` largest magnitudes of this rank's share. Communication: none."""
+
+    def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
+        counts = estimates.histogram(start, shift, bins)
+        return counts, counts
+
+    return search(look, count, lower_bound, exact=True)
