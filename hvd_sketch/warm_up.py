@@ -26,7 +26,8 @@ from hvd_sketch.coding import host
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_few_bits as few_bits
 from hvd_sketch.kernels import _cpu_loops as loops
-from hvd_sketch.kernels import cpu
+from hvd_sketch.kernels import _cpu_low_rank as low_rank_loops
+from hvd_sketch.kernels import cpu, low_rank
 
 COMPILING_S = 20  # on one core of a 2.6 GHz Zen 4
 DIM = 300  # of the vectors that the kernels are called with
@@ -73,7 +74,7 @@ def _compiled() -> int:
 @cache
 def cached_kernels() -> list:
     """Every compiled function of the kernels and of the host's codes that Numba keeps on disk."""
-    functions = [function for module in (loops, few_bits, host) for function in vars(module).values()]
+    functions = [function for module in (loops, few_bits, low_rank_loops, host) for function in vars(module).values()]
     return list({id(f): f for f in functions if hasattr(f, "stats") and f.stats.cache_path is not None}.values())
 
 
@@ -102,6 +103,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.merge_owned(hash, [some, some]),
         lambda: cpu.values_above(v, MAGNITUDE_OF_ONE, DIM),
         lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
+        low_rank.warm_up,
         lambda: cpu.sums_above(v, u, 0, DIM),
         lambda: cpu.subtract_at_(u, some, v[: len(some)]),
         lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),
@@ -152,7 +154,7 @@ def _open_lock(folder: Path) -> int | None:
 @cache
 def _marker() -> Path:
     """The file that exists where the cache holds every kernel for this processor, this software and these sources."""
-    sources = [Path(getfile(module)).stat() for module in (loops, few_bits, host)]
+    sources = [Path(getfile(module)).stat() for module in (loops, few_bits, low_rank_loops, host)]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [
         *(platform.python_version(), numba.__version__, llvmlite.__version__),

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_sketch.coding import COUNT_SHIFT, MOST_LOW_BITS, TRIED_LOW_BITS, Words
 from hvd_sketch.hashing import BlockHash, ceil_div
 from hvd_sketch.kernels._cpu_loops import count_ones, lowest_bit
-from hvd_sketch.kernels.cpu import _threads_for, merge_owned
+from hvd_sketch.kernels.cpu import merge_owned, threads_for
 from hvd_sketch.kernels.threads import run_on_threads
 
 SAMPLED_RUN = 64  # gaps in a row that are sampled to choose b
@@ -69,7 +69,7 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     ends = streams[:, 1].cumsum()
     # Memory of torch's: for large arrays NumPy asks the system for huge pages, which then takes 3 ms to make them.
     positions = torch.empty(int(ends[-1]), dtype=torch.int64)
-    threads = _threads_for(len(positions))
+    threads = threads_for(len(positions))
     run_on_threads(min(threads, len(streams)), _decode_streams, positions.numpy(), ends, words, streams)
     if len(streams) == 1:
         return positions.to(device)

@@ -20,7 +20,7 @@ from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.matrices import least_bytes as least_bytes  # for users
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.hashing import Purpose, random_words
-from hvd_sketch.kernels import load_backend, low_rank
+from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.low_rank import orthonormalize_, product_
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.staging import to_device
@@ -73,7 +73,6 @@ class LowRankAllreduce(ResidualExchange):
         self._matrices = as_matrices(shapes, config)
         if self._device.type == "cpu":  # no rank compiles inside the first step
             warm_up(logger.warning if transport.rank == 0 else None)
-            low_rank.warm_up()
         self._kernels = load_backend(None, self._device)
         # What a rank gives at most to a sum: then no sum and no product of summed factors overflows.
         self._most = LARGEST_SUM / (HEADROOM * transport.size * max(matrix.rank for matrix in self._matrices))

@@ -34,7 +34,7 @@ keep_exit_silent()
 
 def feedback_(u: Tensor | None, v: Tensor, gradient: Tensor, momentum: float) -> None:
     """See :func:`hvd_sketch.kernels.reference.feedback_`; equal to the bit."""
-    run_on_threads(_threads_for(v.numel()), loops.feedback, _feedback(u, v, gradient, momentum))
+    run_on_threads(threads_for(v.numel()), loops.feedback, _feedback(u, v, gradient, momentum))
 
 
 def feedback_accumulate_(
@@ -43,7 +43,7 @@ def feedback_accumulate_(
     """See :func:`hvd_sketch.kernels.reference.feedback_accumulate_`; equal to the bit."""
     pieces = np.zeros((2, ceil_div(v.numel(), loops.CHUNK)), dtype=np.int64)  # taken and done, of each chunk
     arguments = _flat(table), _feedback(u, v, gradient, momentum), start, _hash_numbers(hash), *pieces
-    run_on_threads(_threads_for(v.numel()), loops.feedback_accumulate, *arguments)
+    run_on_threads(threads_for(v.numel()), loops.feedback_accumulate, *arguments)
 
 
 def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows: range | None = None) -> None:
@@ -53,7 +53,7 @@ def accumulate_(hash: BlockHash, table: Tensor, values: Tensor, start: int, rows
     row_cells = hash.shards * hash.shard_cols
     first, count = (rows.start, len(rows)) if rows is not None else (0, hash.rows)
     cells = _flat(table), first * row_cells, count * row_cells
-    run_on_threads(_threads_for(values.numel()), loops.accumulate, *cells, values.numpy(), start, _hash_numbers(hash))
+    run_on_threads(threads_for(values.numel()), loops.accumulate, *cells, values.numpy(), start, _hash_numbers(hash))
 
 
 def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
@@ -61,13 +61,13 @@ def estimate(hash: BlockHash, table: Tensor, start: int, stop: int) -> Tensor:
     # NumPy asks for huge pages, torch does not: the first write to 100 MB takes 10 instead of 37 ms.
     out = np.empty(stop - start, dtype=np.float32)
     if out.size:
-        run_on_threads(_threads_for(out.size), loops.estimate, out, _flat(table), start, _hash_numbers(hash))
+        run_on_threads(threads_for(out.size), loops.estimate, out, _flat(table), start, _hash_numbers(hash))
     return torch.from_numpy(out)
 
 
 def owned_histogram(hash: BlockHash, shard_table: Tensor, shard: int, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.owned_histogram`."""
-    threads = _threads_for(hash.owned_size(shard))
+    threads = threads_for(hash.owned_size(shard))
     counts = _no_counts(threads, bins)
     run_on_threads(threads, loops.owned_histogram, counts, _numbered(hash, shard_table, shard), start, shift)
     return torch.from_numpy(counts.sum(axis=0))
@@ -97,7 +97,7 @@ def _owned_upto(
 ) -> tuple[Tensor, Tensor] | None:
     """Positions and values of estimates with magnitude bits above ``threshold``; None for more than ``limit``."""
     size = hash.owned_size(shard)
-    threads = _threads_for(size)
+    threads = threads_for(size)
     room = min(ceil_div(size, hash.block * threads) * hash.block, limit + loops.STRETCH * hash.block)
     positions = _mapped(threads * room, np.int32 if size < 2**31 else np.int64)
     values = _mapped(threads * room, np.float32)
@@ -133,7 +133,7 @@ def _mapped(count: int, dtype: type) -> np.ndarray:
 
 def magnitude_histogram(values: Tensor, start: int, shift: int, bins: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.magnitude_histogram`; equal to the bit."""
-    threads = _threads_for(values.numel())
+    threads = threads_for(values.numel())
     counts = _no_counts(threads, bins)
     run_on_threads(threads, loops.histogram, counts, _bits(values), start, shift)
     return torch.from_numpy(counts.sum(axis=0))
@@ -162,7 +162,7 @@ def _found_above(
     limit: int, kernel: Callable[..., None], values: Tensor, threshold: int, *addends: np.ndarray
 ) -> tuple[Tensor, Tensor] | None:
     size = values.numel()
-    threads = _threads_for(size)
+    threads = threads_for(size)
     room = min(limit, ceil_div(size, threads)) + 2
     # Memory of torch's, which is still there from the last step: NumPy's new huge pages took longer than the pass.
     positions = torch.empty(threads * room, dtype=torch.int64)
@@ -186,7 +186,7 @@ def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | No
 
 def _starts(bits: np.ndarray, threshold: int) -> np.ndarray:
     """Where each thread writes the values it finds above the threshold, and how many all find: int64 [threads + 1]."""
-    threads = _threads_for(bits.size)
+    threads = threads_for(bits.size)
     counts = np.zeros(threads + 1, dtype=np.int64)
     run_on_threads(threads, loops.count_above, counts[1:], bits, threshold)
     return counts.cumsum()
@@ -194,13 +194,13 @@ def _starts(bits: np.ndarray, threshold: int) -> np.ndarray:
 
 def gather(values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.gather`."""
-    run_on_threads(_threads_for(indices.numel()), loops.gather, out.numpy(), values.numpy(), indices.numpy())
+    run_on_threads(threads_for(indices.numel()), loops.gather, out.numpy(), values.numpy(), indices.numpy())
     return out
 
 
 def clear_(vector: Tensor, indices: Tensor) -> None:
     """See :func:`hvd_sketch.kernels.reference.clear_`."""
-    run_on_threads(_threads_for(indices.numel()), loops.clear, vector.numpy(), indices.numpy())
+    run_on_threads(threads_for(indices.numel()), loops.clear, vector.numpy(), indices.numpy())
 
 
 def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -221,13 +221,13 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
             loops.put(*part, thread, threads)
 
     # One call for all targets: most of them are not worth a thread on their own.
-    run_on_threads(_threads_for(len(at)), put_share)
+    run_on_threads(threads_for(len(at)), put_share)
 
 
 def subtract_at_(vector: Tensor, indices: Tensor, values: Tensor) -> None:
     """See :func:`hvd_sketch.kernels.reference.subtract_at_`; equal to the bit."""
     arguments = vector.numpy(), indices.numpy(), values.numpy()
-    run_on_threads(_threads_for(indices.numel()), few_bits.subtract_at, *arguments)
+    run_on_threads(threads_for(indices.numel()), few_bits.subtract_at, *arguments)
 
 
 def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
@@ -236,7 +236,7 @@ def quantize(values: Tensor, bits: int, dither: int | None = None) -> Tensor:
     segments, length = values.shape
     packed = np.empty((segments, packed_bytes(length, bits)), dtype=np.uint8)
     rounding = np.uint32(dither or 0), dither is not None
-    run_on_threads(_threads_for(values.numel()), few_bits.quantize, packed, values.numpy(), _code(bits), *rounding)
+    run_on_threads(threads_for(values.numel()), few_bits.quantize, packed, values.numpy(), _code(bits), *rounding)
     return torch.from_numpy(packed)
 
 
@@ -244,7 +244,7 @@ def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
     """See :func:`hvd_sketch.kernels.reference.dequantize_sum`; equal to the bit."""
     total = np.empty((packed.shape[1], length), dtype=np.float32)
     arguments = total, packed.contiguous().numpy(), _code(bits)
-    run_on_threads(_threads_for(total.size), few_bits.dequantize_sum, *arguments)
+    run_on_threads(threads_for(total.size), few_bits.dequantize_sum, *arguments)
     return torch.from_numpy(total)
 
 
@@ -301,7 +301,7 @@ def _share_of_cores() -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
-def _threads_for(size: int) -> int:
+def threads_for(size: int) -> int:
     """How many threads ``size`` values are worth."""
     limit = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, _share_of_cores())
     return max(1, min(limit, size // MIN_PER_THREAD))

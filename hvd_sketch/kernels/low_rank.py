@@ -48,7 +48,7 @@ def product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
         right: float32 [r, cols].
     """
     if out.device.type == "cpu":
-        run_on_threads(cpu._threads_for(out.numel()), loops.product, out.numpy(), left.numpy(), right.numpy())
+        run_on_threads(cpu.threads_for(out.numel()), loops.product, out.numpy(), left.numpy(), right.numpy())
         return out
     return _product_by_torch_(out, left, right)
 

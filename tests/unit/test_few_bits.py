@@ -23,7 +23,7 @@ some_examples = settings(max_examples=80, deadline=None)
 
 
 def split_for(threads: int) -> mock._patch:
-    return mock.patch.object(cpu, "_threads_for", lambda size: threads)
+    return mock.patch.object(cpu, "threads_for", lambda size: threads)
 
 
 def rounded(values: Tensor, bits: int, dither: int | None = None) -> Tensor:

@@ -75,7 +75,7 @@ def poisoned_outputs() -> Iterator[None]:
 def split_for(threads: int) -> Iterator[None]:
     """Split every kernel's work for a number of threads, whatever its size and the machine's threads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_threads_for", lambda size: threads)
+        patch.setattr(cpu, "threads_for", lambda size: threads)
         yield
 
 

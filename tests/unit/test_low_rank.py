@@ -150,7 +150,7 @@ def test_a_product_has_the_bits_of_plain_operations(rank: int, rows: int, cols: 
         expected += of_left[:, None] * of_right
     entries = rows * cols - short
     out = torch.full((entries,), float("nan"))
-    with mock.patch.object(cpu, "_threads_for", lambda size: threads):
+    with mock.patch.object(cpu, "threads_for", lambda size: threads):
         assert product_(out, left, right) is out
     assert torch.equal(out, torch.from_numpy(expected).view(-1)[:entries])
     by_torch = _product_by_torch_(torch.empty(entries), left, right)

@@ -27,7 +27,7 @@ import os, sys, threading
 import torch
 torch.set_num_threads(2 if "torchs" in sys.argv else 1)
 from hvd_sketch.kernels import cpu, threads
-cpu._threads_for = lambda size: 2
+cpu.threads_for = lambda size: 2
 assert threads._team.is_usable, "no OpenMP was found in torch"
 assert threads._team.suits(2, torch.get_num_threads()) == ("torchs" in sys.argv)
 torch.ones(1_000_000).sum()
@@ -269,16 +269,16 @@ def test_results_for_any_number_of_threads(
 ) -> None:
     run_on(threads)
     hash = BlockHash(400_000, 3, 20_000, 2)  # several chunks
-    monkeypatch.setattr(cpu, "_threads_for", lambda size: 1)
+    monkeypatch.setattr(cpu, "threads_for", lambda size: 1)
     alone = results(hash, 0)
-    monkeypatch.setattr(cpu, "_threads_for", lambda size: threads)
+    monkeypatch.setattr(cpu, "threads_for", lambda size: threads)
     assert all(torch.equal(one, many) for one, many in zip(alone, results(hash, 0), strict=True))
 
 
 def test_callers_in_several_threads(run_on: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     run_on(3)
     hash = BlockHash(200_000, 3, 10_000, 2)
-    monkeypatch.setattr(cpu, "_threads_for", lambda size: 3)
+    monkeypatch.setattr(cpu, "threads_for", lambda size: 3)
     alone = [results(hash, seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(results, [hash] * 16, [*range(4)] * 4, timeout=100))
