@@ -33,7 +33,7 @@ class SketchConfig:
             seven and cost less.
         oversample: ``P`` of the paper: ``P * k`` candidates get an exact value before the k largest are kept.
             More => better choice, more bytes. Clamped so that ``P * k <= dim``. HEAVYMIX ignores it. At 1 nothing is
-            chosen among the candidates: all are updated, by a sketch a few per cent more than k.
+            chosen among the candidates: all are updated, of a sketch ``k / dim`` of every owner's.
         momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
         seed: of the hashes; every step has its own hash, from ``(seed, step)``.
@@ -270,9 +270,10 @@ class LowRankConfig:
             raise ValueError(f"value_bits must be one of {VALUE_BITS}, got {self.value_bits!r}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
-        for name in ("seed", "dense_below"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if not isinstance(self.dense_below, int) or self.dense_below < 0:
+            raise ValueError(f"dense_below must be an integer of at least 0, got {self.dense_below!r}")
 
 
 Compression = SketchConfig | LowRankConfig  # how an exchange compresses

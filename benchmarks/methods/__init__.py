@@ -20,6 +20,8 @@ from hvd_sketch import (
     Transport,
 )
 from hvd_sketch.exchange.base import Exchange, Parameters
+from hvd_sketch.exchange.matrices import least_bytes
+from hvd_sketch.wire_bytes import DENSE_BYTES
 
 TOPK_LIKE_RATIO = 20.0  # local top-k sends as many coordinates as a sketch of this ratio updates
 FEW_BIT_RATIO = 150.0  # of bytes on the wire
@@ -44,7 +46,8 @@ def _nominated(transport: Transport, dim: int, parameters: Parameters) -> Exchan
 
 def _low_rank(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
     shapes = [shape for _, shape, _ in parameters]
-    config = LowRankConfig(ratio=FEW_BIT_RATIO)
+    highest = DENSE_BYTES * dim / least_bytes(shapes, bits=4)  # at rank 1
+    config = LowRankConfig(ratio=min(FEW_BIT_RATIO, highest))
     return LowRankAllreduce(config, dim, transport, parameters=parameters, shapes=shapes)
 
 

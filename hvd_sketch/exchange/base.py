@@ -58,7 +58,7 @@ class Exchange(ABC):
 
     A step has three parts::
 
-        begin_step(report) -> goes on?   collective: is any gradient not finite? then all ranks skip the step
+        begin_step(report, gradient)     collective: is any gradient not finite? then all ranks skip the step
         accumulate(gradient)             local: momentum, residual, sketch
         agree() -> SparseUpdate          collective: the update, equal on all ranks
 

@@ -15,6 +15,7 @@ from hvd_sketch.sketch import CountSketch
 
 # The largest float32 but for rounding: W addends of a W-th of it each have a finite sum.
 LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
+ROUNDED_UP = 1 + 2**-6  # a code stands for at most so many times the value: scales are rounded up to a bfloat16
 
 # Start, stop and gradient of coordinates, ascending; where the gradient is None, v has taken it in.
 Parts = Sequence[tuple[int, int, Tensor | None]]
@@ -46,6 +47,7 @@ class Feedback:
 
     Args:
         size: how many ranks' offers are added.
+        few_bits: whether offers are rounded to few-bit codes, which may stand for a little more.
         limits: of the mean over the ranks; default: what float32 holds.
 
     Attributes:
@@ -54,14 +56,21 @@ class Feedback:
     """
 
     def __init__(
-        self, dim: int, momentum: float, device: torch.device | str, size: int = 1, limits: Limits | None = None
+        self,
+        dim: int,
+        momentum: float,
+        device: torch.device | str,
+        size: int = 1,
+        limits: Limits | None = None,
+        few_bits: bool = False,
     ) -> None:
         self.momentum = momentum
         self.v = _zeros(dim, device)
         self._u = _zeros(dim if momentum else 0, device)
         self._kernels = load_backend(None, self.v.device)
         limits = limits if limits is not None else no_limits(dim, device)
-        self._limits = Limits(limits.ends, limits.largest.clamp(max=LARGEST_SUM / size))
+        largest = LARGEST_SUM / size / (ROUNDED_UP if few_bits else 1)
+        self._limits = Limits(limits.ends, limits.largest.clamp(max=largest))
         self._least_limit = float(self._limits.largest.min())
         self._size = size
         self._held_back: tuple[Tensor, Tensor] | None = None  # coordinates, and what of v was not offered there

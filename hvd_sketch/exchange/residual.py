@@ -37,7 +37,9 @@ class ResidualExchange(Exchange):
     ) -> None:
         super().__init__(config, dim, transport, device, **options)
         self.config: Any = config  # of the subclass's kind
-        self._feedback = Feedback(dim, config.momentum, device, transport.size, self._limits)
+        self._feedback = Feedback(
+            dim, config.momentum, device, transport.size, self._limits, few_bits=config.value_bits < 32
+        )
         self._unused: Ranges = ()  # of the step that is under way
         self._predictors: list[ThresholdPredictor] = []  # in checkpoints: they save messages
 

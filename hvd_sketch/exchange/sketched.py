@@ -95,7 +95,7 @@ class SketchedAllreduce(ResidualExchange):
     def agree(self) -> SparseUpdate:
         """The k coordinates with the largest exact sums among the candidates, fewer where fewer are not zero.
 
-        All candidates, also where their sums are zero, with few-bit values.
+        With ``P = 1`` all candidates; with few-bit values also where their sums are zero.
         """
         early = self._along.values()
         if early is not None:

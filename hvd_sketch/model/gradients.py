@@ -137,7 +137,8 @@ class GradientExchange:
         except (RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
         report = replace(report, used=self._flags())
-        own_unused = self._routes[0].used(report.used)[1]
+        # A rank without data uses nothing, but offers what is left in its residual.
+        own_unused = () if report.done else self._routes[0].used(report.used)[1]
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         self._is_over = not agreed.active
         if agreed.root is not None:

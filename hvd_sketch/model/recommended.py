@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
+from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
@@ -27,7 +28,9 @@ def recommended(
     with 4-bit values. Either goes with the momentum of the wrapped optimizer, ``SGD(momentum=0.9, nesterov=True)``, at
     half the dense learning rate to the whole of it, or with Adam at its own rate.
 
-    Evidence: benchmarks/results/accuracy_per_byte.
+    Evidence (benchmarks/results/accuracy_per_byte; per cent, three seeds), for low rank, nominated, random and dense:
+    at 150 times fewer bytes MNIST 96.6, 96.1, 96.2, 96.8; CIFAR-10 in 1,500 steps 66.8, 66.1, 66.4, 67.8; with 16 ranks
+    in 300 steps 51.3, 48.5, 49.5, 53.2; at 1,000 times, 2 million parameters, 58.2, 57.3, 51.9, 61.1.
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.
@@ -43,12 +46,15 @@ def recommended(
     """
     if optimizer not in ("sgd", "adam"):
         raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}")
+    if not 0 < ratio < float("inf") or ranks < 1:
+        raise ValueError(f"ratio must be positive and finite, and ranks at least 1, got {ratio!r} and {ranks!r}")
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     total = sum(tensor.numel() for tensor in tensors)
     compressed = [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
     dim = sum(tensor.numel() for tensor in compressed)
-    budget = DENSE_BYTES * total / ratio - DENSE_BYTES * (total - dim)
+    agreement = 8 * ranks * RING_PASSES["allreduce"]
+    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement
     if budget <= 0:
         raise ValueError(
             f"the {total - dim} elements of small tensors that go dense take more than a ratio of {ratio:g} leaves: at "

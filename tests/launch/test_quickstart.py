@@ -62,7 +62,7 @@ def test_reads_mnist_files(tmp_path) -> None:
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
         with gzip.open(tmp_path / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
             file.write(labels)
-    status, output = quickstart("--hidden", "64", "--data-dir", str(tmp_path), "--plot", str(tmp_path / "p.png"))
+    status, output = quickstart("--hidden", "256", "--data-dir", str(tmp_path), "--plot", str(tmp_path / "p.png"))
     assert status == 0, output
     assert "mnist: 256 training and 64 test images" in output
 

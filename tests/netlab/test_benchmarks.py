@@ -196,7 +196,7 @@ def test_bandwidth_end_to_end(tmp_path) -> None:
     status, output = benchmark("network.bandwidth", *arguments)
     assert status == 0, output
     records = json.loads(figures.read_text())
-    names = {"dense", "allreduce", "topk", "powersgd", "sketch20", "sketch100"}
+    names = {"dense", "allreduce", "topk", "powersgd", "sketch20", "sketch100", "nominate150", "lowrank150"}
     assert {(r["method"], r["rate"]) for r in records} == {(name, rate) for name in names for rate in ("none", "1gbit")}
     for record in records:
         assert record["seconds"]["q10"] <= record["seconds"]["median"] <= record["seconds"]["q90"]
@@ -306,7 +306,7 @@ def test_tables_say_where_ours_loses() -> None:
     records = [record("allreduce", "1gbit", 1.0), record("powersgd", "1gbit", 0.5), record("sketch20", "1gbit", 9.0)]
     text = bandwidth_report.tables(records)
     assert "at no rate measured" in text and "at every rate measured" in text
-    assert "| PowerSGD, rank 4, mpi | 0.1 | 7 | **0.5** |" in accuracy_report.table(records)
+    assert "| PowerSGD, rank 4, mpi | 0.1 | 0.9 | 7 | **0.5** |" in accuracy_report.table(records)
     assert "not reached (50.00%)" in accuracy_report.table(records)
 
 

@@ -195,3 +195,37 @@ def test_few_bits_refuse_a_choice_by_exact_values() -> None:
     with pytest.warns(DeprecationWarning, match="candidates='sketch'"):
         old = SketchConfig.paper(k=5, cols=30, selection="topk")
     assert old == SketchConfig.paper(k=5, cols=30)
+
+
+@pytest.mark.parametrize("source", ["nominate", "random"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_values_near_the_largest_float_are_sent_in_parts(source: str, ranks: int) -> None:
+    """A scale is rounded up: without headroom the sum of codes would be infinite."""
+    largest = torch.finfo(torch.float32).max
+
+    def main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
+        exchange = SketchedAllreduce(SketchConfig(k=64, **SOURCES[source]), 256, transport)
+        update = exchange.step(torch.full((256,), largest * 0.99))
+        assert exchange.reset_coordinates == 0
+        assert bool(torch.isfinite(update.values).all()) and bool(torch.isfinite(exchange.residual).all())
+        full = torch.zeros(256, dtype=torch.float64)
+        full[update.indices] = update.values.double() * ranks
+        return full, exchange.residual.double()
+
+    results = run_local(ranks, main, timeout_s=60)
+    kept = sum(residual for _, residual in results)
+    produced = torch.full((256,), 0.99 * largest * ranks, dtype=torch.float64)
+    assert torch.allclose(results[0][0] + kept, produced, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 64), (3, 64)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_coarse_tables_do_not_find_more_than_k(ranks: int, rows: int, cols: int) -> None:
+    """Estimates from 4-bit cells are often equal: owners keep the lower positions."""
+
+    def main(transport: LocalTransport) -> None:
+        exchange = SketchedAllreduce(SketchConfig(k=40, rows=rows, cols=cols), 20_000, transport)
+        for step in range(4):
+            assert len(exchange.step(gradient(transport.rank, step, 20_000)).values) <= 40 + ranks
+
+    run_local(ranks, main, timeout_s=60)

@@ -17,11 +17,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch import DistributedOptimizer, SketchConfig, broadcast_optimizer_state
+from hvd_sketch import DistributedOptimizer, LowRankConfig, SketchConfig, broadcast_optimizer_state
+from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
-from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, sketches, wrap
+from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, wrap
 
 SKETCH = SketchConfig.paper(cols=200, k=40, momentum=0.0, dense_below=100)
+NOMINATED = SketchConfig(k=40, candidates="nominate", dense_below=100)
+COMPRESSIONS = (None, SKETCH, NOMINATED, LowRankConfig(rank=1, dense_below=100))
 DECAYED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
     "AdamW": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
@@ -196,7 +199,7 @@ def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def check_horovods_broadcast_of_a_fresh_optimizer(t: Transport) -> None:
     """No parameter moves, also by weight decay; all ranks get the root's learning rate."""
     for make in DECAYED.values():
-        for sketch in sketches():
+        for sketch in COMPRESSIONS:
             model = network()
             inner = make(model.parameters())
             inner.param_groups[0]["lr"] *= 1 + t.rank
@@ -211,7 +214,7 @@ def check_broadcasts_after_rank_0_has_loaded(t: Transport) -> None:
     ours = partial(broadcast_optimizer_state, transport=t)
     horovods = hvd.broadcast_optimizer_state
     for name, broadcast in (("SGD", horovods), ("AdamW", horovods), ("SGD", ours)):
-        for sketch in sketches():
+        for sketch in COMPRESSIONS:
             for consolidated in (True, False):
                 resume_on_rank_0(t, DECAYED[name], broadcast, sketch, consolidated)
 
@@ -220,7 +223,7 @@ def resume_on_rank_0(
     t: Transport,
     make: Callable[..., torch.optim.Optimizer],
     broadcast: Callable[..., None],
-    sketch: SketchConfig | None,
+    sketch: Compression | None,
     consolidated: bool,
 ) -> None:
     model = network()
@@ -257,7 +260,7 @@ def check_our_broadcast_of_a_plain_optimizers_checkpoint(t: Transport) -> None:
     model = network()
     theirs = hvd.DistributedOptimizer(DECAYED["SGD"](model.parameters()), model.named_parameters())
     two_steps(t, model, theirs)
-    for sketch in sketches():
+    for sketch in COMPRESSIONS:
         resumed = network()  # without the hooks of Horovod's own
         resumed.load_state_dict(model.state_dict())
         ours = DistributedOptimizer(DECAYED["SGD"](resumed.parameters()), resumed.named_parameters(), sketch, t)

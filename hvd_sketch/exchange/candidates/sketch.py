@@ -12,7 +12,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import Purpose, ceil_div, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Threshold, search
+from hvd_sketch.kernels.selection import Threshold, search, top_k
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport.base import Handle
 from hvd_sketch.transport.metered import MeteredTransport
@@ -29,6 +29,9 @@ class SketchCandidates:
     The table is summed by reduce_scatter: each rank holds the sum of the columns of its own shard only, and
     judges the coordinates that hash into them, alone. So no two ranks can disagree through rounding, and the
     time to recover falls with the number of ranks.
+
+    Where all candidates are kept (``P = 1``), every owner names ``k / dim`` of its own shard, and the ranks count
+    nothing together: hashing deals the large coordinates out evenly.
 
     Where the transport overlaps, each row is sketched while the one before travels. Elsewhere error feedback fills all
     rows in its own pass over v.
@@ -101,12 +104,16 @@ class SketchCandidates:
         count = self._config.candidate_count(self._sketch.hash.dim)
         limit = KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS
         estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
+        own_count = ceil_div(count * self._sketch.hash.owned_size(self._comm.rank), self._sketch.hash.dim)
         if self._config.chooses:
             threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
         else:
-            threshold = _own_threshold(estimates, ceil_div(count, self._comm.size), self.predictor.lower_bound())
+            threshold = _own_threshold(estimates, own_count, self.predictor.lower_bound())
         self.predictor.update(threshold)
-        return self._allgather_candidates(estimates.above(threshold)[0])
+        positions, values = estimates.above(threshold)
+        if threshold.excess and not self._config.chooses:  # equal estimates, of which coarse tables have many
+            positions = positions[top_k(values, own_count)]
+        return self._allgather_candidates(positions)
 
     def _find_threshold(self, estimates: Magnitudes, count: int, lower_bound: int = 0) -> Threshold:
         with self._comm.phase("select", self._device):

@@ -13,6 +13,7 @@ from hvd_sketch import (
     DistributedOptimizer,
     SketchConfig,
 )
+from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
 
 
@@ -36,7 +37,7 @@ def sketches() -> Iterator[SketchConfig | None]:
 def wrap(
     transport: Transport,
     model: nn.Module,
-    sketch: SketchConfig | None,
+    sketch: Compression | None,
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     **options: Any,
 ) -> DistributedOptimizer:
