@@ -38,7 +38,7 @@ from hvd_sketch.transport import run_local
 
 DIM = 28 * 28 + 1
 K = 10
-SKETCH = partial(SketchConfig, rows=7, cols=40, k=K, oversample=10, deterministic=True)
+SKETCH = partial(SketchConfig.paper, rows=7, cols=40, k=K, oversample=10, deterministic=True)
 STEPS = {"small": 1000, "full": 10_000}
 LBFGS_ITERATIONS = {"small": 20, "full": 300}
 AUDITED_STEPS = 10  # of each simulated run are made by real exchanges first: they must agree, and give the traffic
