@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,11 +81,21 @@ def _known_ratio(run: Run, done: dict[Run, Record]) -> float | None:
     return next((record["nominal_ratio"] for other, record in done.items() if other.group == run.group), None)
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[variable] = "1"  # before the processes import torch and Numba
+@contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes with one thread each. They take the environment when they start, before they import torch and Numba."""
+    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    os.environ.update(dict.fromkeys(before, "1"))
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _told(run: Run, record: Record) -> str:
