@@ -17,7 +17,7 @@ SOURCES = {
     "random": "hvd_sketch.exchange.candidates.random.RandomCandidates",
 }
 WITH_TABLE = ("sketch", "heavymix")
-VALUE_BITS = TABLE_BITS = (4, 8, 16, 32)
+BITS = (4, 8, 16, 32)  # of a value on the wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class SketchConfig:
             seven and cost less.
         oversample: ``P`` of the paper: ``P * k`` candidates get an exact value before the k largest are kept.
             More => better choice, more bytes. Clamped so that ``P * k <= dim``. HEAVYMIX ignores it. At 1 nothing is
-            chosen among the candidates: all are updated, of a sketch ``k / dim`` of every owner's.
+            chosen among the candidates: all are updated. Of a sketch every owner then names its own share of them.
         momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
         seed: of the hashes; every step has its own hash, from ``(seed, step)``.
@@ -94,9 +94,9 @@ class SketchConfig:
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        for name, allowed in {"value_bits": VALUE_BITS, "table_bits": TABLE_BITS}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("value_bits", "table_bits"):
+            if getattr(self, name) not in BITS:
+                raise ValueError(f"{name} must be one of {BITS}, got {getattr(self, name)!r}")
         if self.value_bits < 32 and self.chooses:
             raise ValueError(
                 f"oversample={self.oversample} chooses by exact values, which value_bits={self.value_bits} does not "
@@ -266,8 +266,8 @@ class LowRankConfig:
             raise ValueError(f"ratio must be positive and finite, got {self.ratio!r}")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        if self.value_bits not in VALUE_BITS:
-            raise ValueError(f"value_bits must be one of {VALUE_BITS}, got {self.value_bits!r}")
+        if self.value_bits not in BITS:
+            raise ValueError(f"value_bits must be one of {BITS}, got {self.value_bits!r}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
         if not isinstance(self.seed, int):

@@ -57,13 +57,17 @@ def all_sums_travel(candidates: int, k: int) -> bool:
 def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
     """Ring bytes of a step of one sketched exchange, everything counted; nominations are taken to be distinct."""
     count = settings.candidate_count(dim)
-    agreement = 8 * ranks * RING_PASSES["allreduce"]
     return (
-        agreement
+        agreement_bytes(ranks)
         + table_bytes(settings, ranks)
         + _finding_bytes(settings, dim, ranks)
         + _values_bytes(settings, count, ranks)
     )
+
+
+def agreement_bytes(ranks: int) -> int:
+    """Ring bytes of the agreement before a step, but for what says which parameters have gradients."""
+    return 8 * ranks * RING_PASSES["allreduce"]
 
 
 def table_bytes(settings: Settings, ranks: int) -> int:

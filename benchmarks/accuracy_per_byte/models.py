@@ -60,12 +60,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
         self.positions = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        own_blocks = [Block(width) for _ in range(blocks)]
+        self.blocks = nn.ModuleList(own_blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
         with torch.no_grad():
             self.embedding.weight.mul_(0.02)
-        for block in self.blocks:
-            block.reset()  # type: ignore[operator]
+        for block in own_blocks:
+            block.reset()
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.embedding(text) + self.positions[: text.shape[1]]

@@ -28,6 +28,7 @@ seeds at that rate, and the least and the greatest. Sketch and random go with pl
 and dense with Nesterov momentum of 0.9 after the exchange, local top-k with a momentum of 0.9 before it (Deep Gradient
 Compression). The language model has Adam after every exchange. True top-k exists in a simulation only.
 PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
+A row with fewer than three seeds, or with its rate at the edge of the grid, is not finished.
 """
 
 
@@ -112,6 +113,8 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
         here = {g: runs for g, runs in best.items() if (g.steps, g.workers, g.skewed) == (steps, workers, skewed)}
         _draw_place(ax, here)
         measure = "test loss" if TASKS[task].adam else "test accuracy (%)"
+        low, high = ax.get_xlim()
+        ax.set_xlim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
         ax.set(xscale="log", xlabel="bytes per step and rank", ylabel=measure)
         ax.set_title(f"{workers} ranks, {steps} steps{', label-skewed' if skewed else ''}", fontsize=10)
         ax.grid(alpha=0.3)

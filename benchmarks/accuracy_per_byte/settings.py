@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from hvd_sketch.ledger import RING_PASSES
-from hvd_sketch.wire_bytes import CODE_OVERHEAD_BYTES, DENSE_BYTES, coded_bytes, position_bytes
+from hvd_sketch.wire_bytes import CODE_OVERHEAD_BYTES, DENSE_BYTES, agreement_bytes, coded_bytes, position_bytes
 
 POWERSGD_GAIN = 2  # torch compresses a matrix only where its factors have less than half of its elements
 Shape = tuple[int, ...]
@@ -20,11 +20,6 @@ TOLERANCE = 1.05  # by which an integer rank may exceed the budget
 def budget_of(ratio: float, dim: int, ranks: int) -> float:
     """Ring bytes per step that are left beside the agreement."""
     return DENSE_BYTES * dim / ratio - agreement_bytes(ranks)
-
-
-def agreement_bytes(ranks: int) -> int:
-    """Ring bytes of the agreement before a step."""
-    return 8 * ranks * RING_PASSES["allreduce"]
 
 
 def dense_bytes(dim: int, ranks: int) -> int:

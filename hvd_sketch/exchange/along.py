@@ -74,6 +74,7 @@ class Along:
             parts: the coordinates that this rank uses, with its gradient where v has not taken it in yet; None: this
                 rank cannot take the step.
         """
+        self.forget()  # what a step that was not taken has left
         if self._nominating is not None:
             return partial(self._carry_nominations, self._nominating, parts)
         if self._known is not None:
@@ -131,6 +132,11 @@ def allgather_along(comm: MeteredTransport, words: Tensor, code: Tensor) -> tupl
         every_words.append(own_words)
         codes.append(gathered[at : at + int(length)])
         at += int(length)
+    if len(every_words) < comm.size:  # by hvd.join(), which adds nothing to an allgather
+        raise RuntimeError(
+            f"{comm.size - len(every_words)} of {comm.size} ranks left this step, perhaps by hvd.join(), which cannot "
+            "stand in for a compressed exchange: put the training loop into 'with optimizer.join():' on every rank"
+        )
     return torch.stack(every_words), torch.cat(codes)
 
 

@@ -17,7 +17,6 @@ from hvd_sketch.exchange.base import Options, SparseUpdate
 from hvd_sketch.exchange.feedback import LARGEST_SUM
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits
 from hvd_sketch.exchange.matrices import Matrix, as_matrices
-from hvd_sketch.exchange.matrices import least_bytes as least_bytes  # for users
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.hashing import Purpose, random_words
 from hvd_sketch.kernels import load_backend

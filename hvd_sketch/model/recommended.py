@@ -9,11 +9,8 @@ from torch import Tensor
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
-from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.model.parameters import NamedParameter, is_dense
-from hvd_sketch.wire_bytes import DENSE_BYTES
-
-DENSE_BELOW = 1024
+from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
 
 
 def recommended(
@@ -51,10 +48,9 @@ def recommended(
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     total = sum(tensor.numel() for tensor in tensors)
-    compressed = [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
+    compressed = [tensor for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
     dim = sum(tensor.numel() for tensor in compressed)
-    agreement = 8 * ranks * RING_PASSES["allreduce"]
-    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement
+    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement_bytes(ranks)
     if budget <= 0:
         raise ValueError(
             f"the {total - dim} elements of small tensors that go dense take more than a ratio of {ratio:g} leaves: at "

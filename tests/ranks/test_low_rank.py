@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from io import BytesIO
 from math import prod
@@ -121,9 +122,11 @@ def test_goes_on_from_its_state_to_the_bit(bits: int) -> None:
 
 
 def test_an_optimizer_goes_on_from_a_file() -> None:
+    torch.manual_seed(0)  # not on the ranks: threads share torch's generator
+    initial = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 64))
+
     def train(transport: LocalTransport, resumes: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 64))
+        model = deepcopy(initial)
 
         def wrapped() -> DistributedOptimizer:
             inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

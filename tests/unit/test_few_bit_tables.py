@@ -73,8 +73,8 @@ def follow(transport: LocalTransport, bits: int) -> Run:
         rounded = transport.allgather(source._sum_in_few_bits(bits)).view(hash.table_shape)
         exact = transport.allreduce_(table.clone())
         bound = transport.allreduce_(torch.tensor([largest_variance(table, bits)], dtype=torch.float64))
-        estimates = (reference.estimate(hash, sums, 0, FOLLOWED).double().numpy() for sums in (rounded, exact))
-        rows.append((*estimates, float((rounded - exact).double().square().mean()), float(bound)))  # type: ignore[arg-type]
+        found, expected = (reference.estimate(hash, sums, 0, FOLLOWED).double().numpy() for sums in (rounded, exact))
+        rows.append((found, expected, float((rounded - exact).double().square().mean()), float(bound)))
     return Run(*map(np.array, zip(*rows, strict=True)))
 
 

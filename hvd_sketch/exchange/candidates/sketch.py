@@ -30,7 +30,7 @@ class SketchCandidates:
     judges the coordinates that hash into them, alone. So no two ranks can disagree through rounding, and the
     time to recover falls with the number of ranks.
 
-    Where all candidates are kept (``P = 1``), every owner names ``k / dim`` of its own shard, and the ranks count
+    Where all candidates are kept (``P = 1``), every owner names its own shard's part of k, and the ranks count
     nothing together: hashing deals the large coordinates out evenly.
 
     Where the transport overlaps, each row is sketched while the one before travels. Elsewhere error feedback fills all
