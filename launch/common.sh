@@ -96,6 +96,15 @@ share_cores() {
     fi
 }
 
+# keep_freed_memory: exports what glibc does with memory that a rank frees, unless that is set already. By default large
+# tensors go back to the system, which must then clear their pages again in every step. Of a step of 1.3 M parameters,
+# backward and SGD among it, that took 2.0 of 12.9 ms on one rank, and 2 to 5 of 27 to 38 with 4 ranks on 2 cores. A
+# rank keeps up to 256 MB that it has freed.
+keep_freed_memory() {
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} # the largest that glibc takes
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-268435456}
+}
+
 # open_mpi_settings: sets settings, an array of what Open MPI's mpirun is told, however it is started. What horovodrun
 # --mpi says by itself is left out: of a parameter that is given twice Open MPI takes both values, joined by a comma.
 open_mpi_settings() {
@@ -125,6 +134,7 @@ prepare() {
     # shellcheck source=launch/env.sh
     source "$checkout/launch/env.sh" || exit 2
     share_cores
+    keep_freed_memory
 }
 
 # run_or_show ARGS...: runs the command line in place of this shell, or prints it under --dry-run.

@@ -17,8 +17,8 @@ Starts N ranks under mpirun. One rank that fails (an exception, sys.exit with a 
   --dry-run          print the command line and exit
   -h, --help         this text
 
-PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, HOROVOD_*, NCCL_*, NUMBA_*, TORCH_* and
-TRITON_* reach every rank.
+PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, HOROVOD_*, MALLOC_*, NCCL_*, NUMBA_*,
+TORCH_* and TRITON_* reach every rank.
 EOF
 }
 
@@ -28,7 +28,7 @@ forwarded_names() {
     for name in PATH OPAL_PREFIX LD_LIBRARY_PATH PYTHONPATH; do
         [[ -z ${!name:-} ]] || echo "$name"
     done
-    compgen -e | grep -E '^(HVD_SKETCH|HOROVOD|NCCL|NUMBA|TORCH|TRITON)_' |
+    compgen -e | grep -E '^(HVD_SKETCH|HOROVOD|MALLOC|NCCL|NUMBA|TORCH|TRITON)_' |
         grep -Fvx "$(printf '%s\n' "${thread_variables[@]}")" | LC_ALL=C sort
 }
 

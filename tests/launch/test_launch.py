@@ -16,7 +16,7 @@ EAGER = "--mca btl_tcp_eager_limit 2097152 --mca btl_tcp_rndv_eager_limit 209715
 PREFIX = f"--prefix {VENV}"
 TCP = f"--mca oob_tcp_if_include eth0 --mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {EAGER}"
 YIELD = "--mca mpi_yield_when_idle 1"
-FORWARDED = "-x PATH -x OPAL_PREFIX -x HVD_SKETCH_VENV"
+FORWARDED = "-x PATH -x OPAL_PREFIX -x HVD_SKETCH_VENV -x MALLOC_MMAP_THRESHOLD_ -x MALLOC_TRIM_THRESHOLD_"
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_mpirun_forwards_what_is_set_and_no_more(bare):
     variables = dict.fromkeys([*names, "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"], "1")
     _, output = bare("launch/mpirun.sh", "--dry-run", "-n", "1", "ls", **variables)
     assert (
-        "-x PATH -x OPAL_PREFIX -x LD_LIBRARY_PATH -x PYTHONPATH -x HOROVOD_X -x HVD_SKETCH_A -x HVD_SKETCH_VENV "
+        "-x PATH -x OPAL_PREFIX -x LD_LIBRARY_PATH -x PYTHONPATH -x HOROVOD_X -x HVD_SKETCH_A -x HVD_SKETCH_VENV -x MALLOC_MMAP_THRESHOLD_ -x MALLOC_TRIM_THRESHOLD_ "
         "-x NCCL_DEBUG -x NUMBA_CACHE_DIR -x TORCH_HOME ls"
     ) in output
 

@@ -63,4 +63,4 @@ def test_a_good_prediction_saves_further_looks(monkeypatch: pytest.MonkeyPatch) 
     search = nominate.search
     monkeypatch.setattr(nominate, "search", lambda *args, **named: searches.append(args) or search(*args, **named))
     assert torch.equal(candidates.find(v, [(0, 5000)]), expected)
-    assert len(searches) == 1, "v was looked at again, not only what was kept of it"
+    assert not searches, "v was looked at again, not only what was kept of it"

@@ -74,15 +74,11 @@ class NominatedCandidates:
 
     def _largest_of(self, positions: Tensor, values: Tensor, bound: int) -> Tensor:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""
-        threshold = search(self._look_at(values, [(0, values.numel(), None)]), self._own_count, bound, exact=True)
-        positions, values = self._kernels.keep_above(positions, values, threshold.edge - 1, threshold.own)
-        if not threshold.edge and values.numel():  # all were taken, and no edge was looked for
-            edge = int(values.abs().min().view(torch.int32))
-            threshold = Threshold(edge, edge + 1, excess=0, own=threshold.own)
-        self.predictor.update(threshold)
-        if threshold.excess:  # of equal magnitudes
-            return positions.index_select(0, top_k(values, self._own_count))
-        return positions
+        chosen = top_k(values, self._own_count, bound)
+        if chosen.numel():
+            edge = int(values.index_select(0, chosen).abs().min().view(torch.int32))
+            self.predictor.update(Threshold(edge, edge + 1, excess=0, own=chosen.numel()))
+        return positions.index_select(0, chosen)
 
     def _values_above(self, v: Tensor, spans: Parts, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
         """Coordinates in some parts where the magnitude bits of v are above the threshold, int64, and v there.
