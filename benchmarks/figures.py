@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hvd_sketch.files import replaced
 
 Record = dict[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -17,6 +20,12 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure of matplotlib to a file, in the format of its suffix; the file is never half there."""
+    with replaced(path) as draft:
+        figure.savefig(draft, dpi=dpi)
 
 
 def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:

@@ -18,9 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 import hvd_sketch
-from benchmarks.figures import new_figure
+from benchmarks.figures import new_figure, save_figure
 from benchmarks.image_data import Images, hold_out, load_images
 from benchmarks.models import mlp
+from hvd_sketch.files import replaced
 from hvd_sketch.transport import Transport, resolve_transport
 
 
@@ -71,7 +72,8 @@ def main() -> None:
     if transport.rank == 0:
         print(report(runs, data, transport.size, arguments))
         if arguments.json:
-            arguments.json.write_text(json.dumps(summary(runs, transport.size), indent=2) + "\n")
+            with replaced(arguments.json) as draft:
+                draft.write_text(json.dumps(summary(runs, transport.size), indent=2) + "\n")
         if arguments.plot:
             plot(runs, arguments.plot)
             print(f"Loss over bytes: {arguments.plot}")
@@ -204,7 +206,7 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="payload per rank so far (MB)", ylabel="training loss of the epoch")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def search_grid(data: Images, transport: Transport, arguments: argparse.Namespace) -> None:

@@ -1,18 +1,23 @@
-"""Communication volume: one record for every collective, from the sizes of its buffers."""
+"""Communication volume: every collective is counted, from the sizes of its buffers."""
 
 from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from hvd_sketch.files import replaced
 
 # How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. The transports
 # really send these bytes (tests/netlab/test_wire.py), except in allreduces by Open MPI: small ones, of flags and
 # histograms, double recursively and send log2(W) times the payload; large ones at 3 ranks send 1.125 times the ring.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
+RECENT = 1000  # records kept where no others are asked for: those of 100 to 300 steps, in a quarter of a megabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,13 @@ class Totals:
 class CommLedger:
     """The bytes of one rank's exchange, and of a dense exchange in its place.
 
-    Totals and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None: all).
+    Totals, also those by phase, and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None:
+    all). The memory of a ledger does not grow with the steps, unless all records are kept.
     """
 
-    def __init__(self, max_records: int | None = 100_000) -> None:
+    def __init__(self, max_records: int | None = RECENT) -> None:
         self.records: deque[Record] = deque(maxlen=max_records)
+        self._by_phase: dict[str, list[int]] = {}  # collectives, payload, wire, staged bytes
         self._step = -1
         self._collectives = 0
         self._payload_bytes = 0
@@ -73,6 +80,10 @@ class CommLedger:
     def step(self) -> int:
         """Number of the current step, from 0; -1 before the first."""
         return self._step
+
+    def keep_records(self, max_records: int | None = None) -> None:
+        """Keep the most recent ``max_records`` from now on; None: all, some 250 bytes each. Communication: none."""
+        self.records = deque(self.records, maxlen=max_records)
 
     def begin_step(self) -> None:
         self._step += 1
@@ -90,6 +101,9 @@ class CommLedger:
         self._wire_bytes += wire_bytes
         self._staged_bytes += staged_bytes
         self._ring_bytes += ring_bytes
+        counts = self._by_phase.setdefault(phase, [0, 0, 0, 0])
+        for number, count in enumerate((1, payload_bytes, wire_bytes, staged_bytes)):
+            counts[number] += count
 
     def compare_with_dense(self, elements: int, dense_bytes: int, paper_floats: int) -> None:
         """Add the dense exchange that this step replaces: of ``elements``, ``dense_bytes`` in the gradient's dtype.
@@ -103,6 +117,10 @@ class CommLedger:
     def totals(self) -> Totals:
         return Totals(self._step + 1, self._collectives, self._payload_bytes, self._wire_bytes, self._staged_bytes)
 
+    def by_phase(self) -> dict[str, Totals]:
+        """The totals of every phase, in the order of their first collectives; ``steps`` are those of all phases."""
+        return {phase: Totals(self._step + 1, *counts) for phase, counts in self._by_phase.items()}
+
     def compression_ratio(self) -> float:
         """Bytes of a ring allreduce of the dense gradient over the bytes we send, both modelled; NaN before any step.
 
@@ -114,15 +132,24 @@ class CommLedger:
         """``2 * d / (|S| + Pk + k)`` as the paper counts, indices left out; NaN before the first step."""
         return self._dense_floats / self._paper_floats if self._paper_floats else float("nan")
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """All counts, without the records: the totals of a resumed run then cover the whole run."""
-        return {name: count for name, count in vars(self).items() if isinstance(count, int)}
+        by_phase = {phase: list(counts) for phase, counts in self._by_phase.items()}
+        return {name: count for name, count in vars(self).items() if isinstance(count, int)} | {"by_phase": by_phase}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
-        vars(self).update(state)
+        counts = {name: count for name, count in state.items() if name != "by_phase"}
+        vars(self).update(counts)
+        self._by_phase = {phase: list(counts) for phase, counts in state.get("by_phase", {}).items()}
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write the records kept, one JSON object per line. Communication: none."""
-        with open(path, "w", encoding="utf-8") as file:
+        """Write the records kept, one JSON object per line, to a file that is replaced whole or not at all.
+
+        Raises:
+            OSError: it could not be written, and is as it was.
+
+        Communication: none.
+        """
+        with replaced(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in self.records)

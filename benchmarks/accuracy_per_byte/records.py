@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from hvd_sketch.files import append_lines
 
 Record = dict[str, Any]
 
@@ -76,8 +77,4 @@ def read(path: Path) -> dict[Run, Record]:
 def append(path: Path, records: Iterable[Record]) -> None:
     """Write finished runs to the end of a file, so that they survive a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_short + "".join(json.dumps(record) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, map(json.dumps, records))

@@ -12,7 +12,8 @@ from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.search import best_rate, rates_tried
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.figures import Floats, draw_bars, grouped, markdown, new_figure, spread, told
+from benchmarks.figures import Floats, draw_bars, grouped, markdown, new_figure, save_figure, spread, told
+from hvd_sketch.files import replaced
 
 HEAD = "method | result, mean (least–greatest) | learning rate | seeds | ratio, matrices | ratio, all | bytes per step"
 INTRODUCTION = """# Accuracy at equal wire bytes
@@ -61,7 +62,8 @@ def write(records: Mapping[Run, Record], folder: Path) -> str:
         parts += _tables(groups, best, records)
     text = "\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    with replaced(folder / "README.md") as draft:
+        draft.write_text(text, encoding="utf-8")
     return text
 
 
@@ -121,7 +123,7 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
     axes[-1].legend(fontsize=7)
     figure.suptitle(TASKS[task].title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:

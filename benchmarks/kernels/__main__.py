@@ -30,6 +30,7 @@ import torch
 from benchmarks.kernels.measure import measure
 from benchmarks.kernels.report import Setting, plot, print_table
 from benchmarks.machine import describe_machine
+from hvd_sketch.files import replaced
 
 
 def whole_number(text: str) -> int:
@@ -72,7 +73,8 @@ def main() -> None:
         reports.append(measure(setting, device, arguments.rounds, not arguments.no_torch))
         print_table(reports[-1])
         if arguments.json:  # after each setting: a long run that is ended leaves what it has
-            arguments.json.write_text(json.dumps(machine | {"settings": reports}, indent=1) + "\n")
+            with replaced(arguments.json) as draft:
+                draft.write_text(json.dumps(machine | {"settings": reports}, indent=1) + "\n")
     if arguments.plot:
         plot(reports, arguments.plot)
 

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import new_figure
+from benchmarks.figures import new_figure, save_figure
 from hvd_sketch.model.gradients import CHECK_EVERY
 
 
@@ -130,4 +130,4 @@ def plot(reports: list[dict], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="time in copies of the vector")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

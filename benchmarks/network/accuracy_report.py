@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.figures import Record, grouped, markdown, new_figure
+from benchmarks.figures import Record, grouped, markdown, new_figure, save_figure
 from benchmarks.network.bandwidth_report import LABELS
 from benchmarks.network.lab import bits_per_s
 
@@ -57,4 +57,4 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set(xscale="log", xlabel="MB sent by each host so far (ledger)", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

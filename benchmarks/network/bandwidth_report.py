@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Record, grouped, markdown, new_figure
+from benchmarks.figures import Record, grouped, markdown, new_figure, save_figure
 from benchmarks.network.lab import bits_per_s
 
 LABELS = {
@@ -73,7 +73,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 _draw(panel, world, groups[world])
     lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines() if line.get_label()[0] != "_"}
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def _draw(panel: Any, world: World, records: list[Record]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import commit
+from hvd_sketch.files import replaced
 
 Record = dict[str, Any]
 
@@ -27,9 +28,8 @@ class Records:
 
     def append(self, record: Record) -> None:
         lines = ",\n".join(json.dumps(each) for each in [*self.read(), record])
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        draft.write_text(f"[\n{lines}\n]\n")
-        draft.replace(self.path)
+        with replaced(self.path) as draft:
+            draft.write_text(f"[\n{lines}\n]\n")
 
     def has(self, **setting: Any) -> bool:
         """Whether a record of this setting is there."""

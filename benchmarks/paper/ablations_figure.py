@@ -9,7 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures import Floats, Record, draw_bars, final, longest, markdown, mean_of, new_figure, spread, told
+from benchmarks.figures import (
+    Floats,
+    Record,
+    draw_bars,
+    final,
+    longest,
+    markdown,
+    mean_of,
+    new_figure,
+    save_figure,
+    spread,
+    told,
+)
 
 TARGET_LOSS = {"ablations_mnist": 0.3, "ablations_cifar10": 1.5}  # whose first step the table gives
 TITLES = {
@@ -98,7 +110,7 @@ def draw(runs: list[Record], path: Path) -> str:
         _finish(ax, TITLES[group])
     for row in axes:
         row[0].set_ylabel("training loss at the end")
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     target = TARGET_LOSS[path.stem]
     head = (
         f"group | setting | best rate | training loss | test error | steps to a loss of {target:g} | "

@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Floats, Record, draw_bars, final, grouped, markdown, mean_of, new_figure, told
+from benchmarks.figures import (
+    Floats,
+    Record,
+    draw_bars,
+    final,
+    grouped,
+    markdown,
+    mean_of,
+    new_figure,
+    save_figure,
+    told,
+)
 
 NAMES = {"dense": "dense", "true_topk": "true top-k", "sketched": "sketched", "local_topk": "local top-k"}
 COLOURS = {"dense": "black", "true_topk": "tab:green", "sketched": "tab:orange", "local_topk": "tab:blue"}
@@ -27,7 +38,7 @@ def draw(runs: list[Record], path: Path) -> str:
     _draw_accuracy(axes[0], accuracy)
     _draw_growth(axes[1], sweep, "updated_per_step", "updated parameters per step")
     _draw_growth(axes[2], sweep, "wire_bytes_per_step", "bytes per worker and step")
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     return "\n\n".join(markdown(HEAD, map(_row, groups)) for groups in (accuracy, sweep) if groups)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from hvd_sketch import CommLedger
+from hvd_sketch.files import append_lines, replaced
 from hvd_sketch.transport import Transport
 
 Labels = Mapping[str, str | int | float]
@@ -187,22 +188,24 @@ class Session:
 
     def _write(self) -> None:
         if self._transport.rank == 0:
-            _replace(self._path, lambda path: path.write_text(_one_run_per_line(self._results)))
+            with replaced(self._path) as draft:
+                draft.write_text(_one_run_per_line(self._results))
 
     def _save_if_due(self, state: dict[str, Any], training: Training) -> None:
         stopping = self._stop.agreed(self._transport)
         if stopping or state["done"] % self._every == 0:
             whole = {**state, "training": training.state_dict()}
-            # Nobody gives up its last one before all have this one: mpirun kills ranks a second after Ctrl-C.
-            _replace(self._checkpoint, lambda path: torch.save(whole, path), self._transport.barrier)
+            with replaced(self._checkpoint) as draft:
+                torch.save(whole, draft)
+                # Nobody gives up its last one before all have this one: mpirun kills ranks a second after Ctrl-C.
+                self._transport.barrier()
         if stopping:
             self._write_log({**state["labels"], "step": state["done"], "event": "interrupted"})
             sys.exit(INTERRUPTED)
 
     def _write_log(self, line: Mapping[str, Any]) -> None:
         if self._transport.rank == 0:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_lines(self._log, [json.dumps(line)])
 
 
 def _one_run_per_line(results: Mapping[str, Any]) -> str:
@@ -225,11 +228,3 @@ def logarithmic(steps: int, per_decade: int = 10) -> set[int]:
 def checkpoint_path(results: Path, rank: int) -> Path:
     """Of a rank, beside the results."""
     return results.with_suffix(f".checkpoint{rank}")
-
-
-def _replace(path: Path, write: Callable[[Path], object], wait: Callable[[], None] = lambda: None) -> None:
-    """Write a file that is never half there, whenever the process ends."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    write(unfinished)
-    wait()
-    unfinished.replace(path)

@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures import Floats, Record, curves, draw_band, final, longest, markdown, new_figure, spread, steps_of
+from benchmarks.figures import (
+    Floats,
+    Record,
+    curves,
+    draw_band,
+    final,
+    longest,
+    markdown,
+    new_figure,
+    save_figure,
+    spread,
+    steps_of,
+)
 from benchmarks.paper.mnist import METHODS, RECIPES
 
 COLOURS = {"vanilla": "tab:blue", "sketched": "tab:orange"}
@@ -68,7 +80,7 @@ def draw(runs: list[Record], path: Path) -> str:
             ax.legend(fontsize=6.5, loc="upper right")
     axes[0, 0].set_ylabel("training objective above the minimum")
     axes[1, 0].set_ylabel("error (fraction)")
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     return markdown(HEAD, [row for recipe in recipes for row in _rows(runs, recipe)])
 
 

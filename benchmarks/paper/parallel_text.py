@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hvd_sketch.files import replaced
+
 PAD, BEGIN, END, UNKNOWN = range(4)
 LANGUAGES = ("en", "de")
 FILES = (("train",), ("valid", "val"), ("test", "test_2016_flickr"))  # of WMT14, of Multi30k
@@ -96,9 +98,8 @@ def make_vocabulary(pairs: Pairs, size: int, folder: Path) -> Vocabulary:
     digest = hashlib.sha256("\n".join([str(size), *text]).encode()).hexdigest()
     kept = folder / f"pieces-{size}-{digest[:16]}.model"
     if not kept.exists():
-        unfinished = kept.with_suffix(".unfinished")
-        unfinished.write_bytes(_train_pieces(text, size))
-        unfinished.replace(kept)
+        with replaced(kept) as draft:
+            draft.write_bytes(_train_pieces(text, size))
     return SentencePieceProcessor(model_proto=kept.read_bytes())
 
 

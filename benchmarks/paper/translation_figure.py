@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.figures import Record, curves, draw_band, final, longest, markdown, new_figure, spread, steps_of, told
+from benchmarks.figures import (
+    Record,
+    curves,
+    draw_band,
+    final,
+    longest,
+    markdown,
+    new_figure,
+    save_figure,
+    spread,
+    steps_of,
+    told,
+)
 from benchmarks.paper.translation import METHODS
 from benchmarks.paper.translation_models import MODELS
 
@@ -34,7 +46,7 @@ def draw(runs: list[Record], path: Path) -> str:
         for ax in (by_steps, by_bytes):
             ax.grid(alpha=0.3, which="both")
             ax.legend(fontsize=7)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     return markdown(HEAD, [_row(by_method, method) for by_method in models.values() for method in by_method])
 
 

@@ -35,9 +35,7 @@ def exchange(name: str, folder: str) -> None:
     report = Path(folder) / f"{socket.gethostname()}.jsonl"
     for step in count():
         sketched.step(float_gradient(5000, transport.rank, step))
-        draft = report.with_suffix(".draft")
-        sketched.ledger.write_jsonl(draft)
-        draft.replace(report)
+        sketched.ledger.write_jsonl(report)
 
 
 def send(host: str, mebibytes: str) -> None:

@@ -77,6 +77,6 @@ def weigh_exchanges(transport: Transport, dim: int, config: dict[str, Any], step
         with scales.weigh_phases(name):
             for step in range(steps[name]):
                 exchange.step(float_gradient(dim, transport.rank, step))
-        for record in exchange.ledger.records:
-            modelled[f"{name} {record.phase}"] += record.wire_bytes
+        for phase, totals in exchange.ledger.by_phase().items():
+            modelled[f"{name} {phase}"] += totals.wire_bytes
     return {"size": transport.size, "weighed": dict(scales.weighed), "modelled": dict(modelled)}

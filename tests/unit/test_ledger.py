@@ -89,6 +89,30 @@ def test_jsonl_and_the_cap_on_records(tmp_path) -> None:
     assert ledger.totals().payload_bytes == 500, "totals cover every step"
 
 
+def test_memory_is_bounded_and_totals_by_phase_are_not_lost() -> None:
+    ledger = CommLedger()
+    for _ in range(5000):
+        ledger.begin_step()
+        ledger.record("agree", "allreduce", torch.int64, 16, size=2)
+        ledger.record("sketch", "reduce_scatter", torch.float32, 100, size=2, staged_bytes=3)
+    assert len(ledger.records) == 1000 and ledger.records[-1].step == 4999
+    sketch = ledger.by_phase()["sketch"]
+    assert (sketch.steps, sketch.collectives, sketch.payload_bytes) == (5000, 5000, 500_000)
+    assert (sketch.wire_bytes, sketch.staged_bytes) == (250_000, 15_000)
+    totals, parts = ledger.totals(), ledger.by_phase().values()
+    assert totals.payload_bytes == sum(part.payload_bytes for part in parts)
+    assert totals.collectives == sum(part.collectives for part in parts)
+
+    resumed = CommLedger()
+    resumed.load_state_dict(ledger.state_dict())
+    assert resumed.totals() == totals and resumed.by_phase() == ledger.by_phase()
+
+    ledger.keep_records()
+    for _ in range(2000):
+        ledger.record("sketch", "reduce_scatter", torch.float32, 100, size=2)
+    assert len(ledger.records) == 3000
+
+
 def test_ratios() -> None:
     ledger = CommLedger()
     assert ledger.compression_ratio() != ledger.compression_ratio(), "NaN before the first step"
