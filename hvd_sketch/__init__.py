@@ -1,4 +1,4 @@
-"""Sketched gradient exchange for data-parallel PyTorch over Horovod and MPI."""
+"""Sketched gradient exchange for data-parallel PyTorch over torch.distributed, Horovod and MPI."""
 
 from hvd_sketch.config import LowRankConfig, SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce, SparseUpdate
@@ -11,7 +11,7 @@ from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.model.recommended import recommended
 from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
-from hvd_sketch.transport import HorovodTransport, MPITransport, Transport, local_transports
+from hvd_sketch.transport import HorovodTransport, MPITransport, TorchTransport, Transport, local_transports
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "SketchConfig",
     "SketchedAllreduce",
     "SparseUpdate",
+    "TorchTransport",
     "Transport",
     "broadcast_optimizer_state",
     "broadcast_parameters",

@@ -96,6 +96,16 @@ share_cores() {
     fi
 }
 
+# forwarded_names: variables that ranks on all hosts shall see; mpirun itself carries OMPI_* on.
+forwarded_names() {
+    local name
+    for name in PATH OPAL_PREFIX LD_LIBRARY_PATH PYTHONPATH; do
+        [[ -z ${!name:-} ]] || echo "$name"
+    done
+    compgen -e | grep -E '^(HVD_SKETCH|GLOO|HOROVOD|MALLOC|NCCL|NUMBA|TORCH|TRITON)_' |
+        grep -Fvx "$(printf '%s\n' "${thread_variables[@]}")" | LC_ALL=C sort
+}
+
 # keep_freed_memory: exports what glibc does with memory that a rank frees, unless that is set already. By default large
 # tensors go back to the system, which must then clear their pages again in every step. Of a step of 1.3 M parameters,
 # backward and SGD among it, that took 2.0 of 12.9 ms on one rank, and 2 to 5 of 27 to 38 with 4 ranks on 2 cores. A

@@ -17,19 +17,9 @@ Starts N ranks under mpirun. One rank that fails (an exception, sys.exit with a 
   --dry-run          print the command line and exit
   -h, --help         this text
 
-PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, HOROVOD_*, MALLOC_*, NCCL_*, NUMBA_*,
-TORCH_* and TRITON_* reach every rank.
+PATH, OPAL_PREFIX, LD_LIBRARY_PATH, PYTHONPATH and all variables HVD_SKETCH_*, GLOO_*, HOROVOD_*, MALLOC_*, NCCL_*,
+NUMBA_*, TORCH_* and TRITON_* reach every rank.
 EOF
-}
-
-# forwarded_names: variables all ranks shall see; mpirun itself carries OMPI_* on.
-forwarded_names() {
-    local name
-    for name in PATH OPAL_PREFIX LD_LIBRARY_PATH PYTHONPATH; do
-        [[ -z ${!name:-} ]] || echo "$name"
-    done
-    compgen -e | grep -E '^(HVD_SKETCH|HOROVOD|MALLOC|NCCL|NUMBA|TORCH|TRITON)_' |
-        grep -Fvx "$(printf '%s\n' "${thread_variables[@]}")" | LC_ALL=C sort
 }
 
 # guard_python COMMAND...: sets command so that Python scripts run under mpi4py's runner, which aborts the job on an

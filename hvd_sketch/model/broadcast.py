@@ -36,14 +36,14 @@ class Wrapped(Protocol):
 def broadcast_parameters(
     params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     root_rank: int = 0,
-    transport: str | Transport = "horovod",
+    transport: str | Transport = "auto",
 ) -> None:
     """Copy the root's tensors to all ranks, in place, in the order given.
 
     Args:
         params: ``model.state_dict()``, or pairs as from ``model.named_parameters()``; any dtype and strides.
         root_rank: the rank whose values all get.
-        transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
+        transport: as for :class:`~hvd_sketch.DistributedOptimizer`.
 
     Communication: collective, all ranks.
 
@@ -63,7 +63,7 @@ def broadcast_parameters(
 
 
 def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer, root_rank: int = 0, transport: str | Transport = "horovod"
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, transport: str | Transport = "auto"
 ) -> None:
     """Give all ranks the root's optimizer state: learning rates, momenta, step counts.
 

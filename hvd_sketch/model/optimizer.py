@@ -62,7 +62,9 @@ class DistributedOptimizer(ForwardingOptimizer):
         named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: names
             ``parameter.<group>.<index>``.
         sketch: how to compress, a ``SketchConfig`` or a ``LowRankConfig``; None exchanges everything dense.
-        transport: ``"horovod"``, ``"mpi"`` or a :class:`~hvd_sketch.transport.Transport`.
+        transport: ``"torch"``, ``"horovod"``, ``"mpi"``, a :class:`~hvd_sketch.transport.Transport`, or ``"auto"``: the
+            one that runs already, or that the job was started for; see
+            :func:`~hvd_sketch.transport.resolve_transport`.
         backward_passes_per_step: how many backward passes may add up (a sum, as in Horovod) before a step. Taken
             and compared over the ranks; gradients add up until step() anyway.
         compression: the same as ``sketch``; or ``hvd.Compression.none`` or ``fp16``, for the part that goes dense.
@@ -95,7 +97,7 @@ class DistributedOptimizer(ForwardingOptimizer):
         optimizer: torch.optim.Optimizer,
         named_parameters: Iterable[NamedParameter] | None = None,
         sketch: Compression | None = None,
-        transport: str | Transport = "horovod",
+        transport: str | Transport = "auto",
         backward_passes_per_step: int = 1,
         *,
         compression: Any = None,

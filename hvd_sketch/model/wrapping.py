@@ -106,10 +106,10 @@ def transport_of(
     """
     if process_set is None:
         return resolve_transport(transport), sketch
-    if transport != "horovod":
+    if transport not in ("auto", "horovod"):
         raise ValueError(
-            f"process_set is Horovod's and needs transport='horovod', got {transport!r}: with MPI give "
-            "MPITransport(comm) of a communicator that holds the ranks"
+            f"process_set is Horovod's and needs transport='horovod', got {transport!r}: give MPITransport(comm) of a "
+            "communicator, or TorchTransport(group) of a process group, that holds the ranks"
         )
     if not hasattr(process_set, "included") or process_set.included():
         return HorovodTransport(process_set), sketch

@@ -104,6 +104,11 @@ def in_equal_shares(tensor: Tensor, ranks: int) -> Tensor:
     return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(ranks, -1)
 
 
+def peers_of(rank: int, size: int) -> list[int]:
+    """All other ranks, from the next one on: the first messages of the ranks all go to different ranks."""
+    return [(rank + distance) % size for distance in range(1, size)]
+
+
 def check_shares(tensor: Tensor, size: int, collective: str) -> None:
     """Refuse a tensor whose first dimension is not one share per rank."""
     if tensor.ndim == 0 or tensor.shape[0] != size:

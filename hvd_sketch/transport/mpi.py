@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, check_shares, peers_of, sum_in_rank_order
 from hvd_sketch.transport.mpi_setup import abort_on_uncaught_exceptions, channel_on, check_communicator, import_mpi
 from hvd_sketch.transport.staging import empty_on_host, to_host
 
@@ -181,8 +181,7 @@ class MPITransport:
         return requests
 
     def _others(self) -> list[int]:
-        """All other ranks, from the next one on: the first messages of the ranks all go to different ranks."""
-        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        return peers_of(self.rank, self.size)
 
     def _chunks(self, total: int) -> Iterator[slice]:
         for start in range(0, total, self._max_count):

@@ -17,6 +17,8 @@ CONTRACT = "tests.support.contract:check_all"
 # Where, and how: in chunks, as for vectors longer than MPI's counts allow, with the limit lowered; through the copies
 # on the host that a device would need (pinned memory and streams take a GPU).
 WORLDS: list[tuple[str, int, dict[str, Any]]] = [
+    *(("torch", ranks, {}) for ranks in (1, 2, 3, 4)),
+    ("torch", 2, {"staged": True}),
     *(("mpi", ranks, {}) for ranks in (1, 2, 3, 4)),
     ("mpi", 3, {"max_count": 50}),
     ("mpi", 3, {"max_count": 999}),
@@ -73,7 +75,7 @@ def test_a_missing_thread_is_noticed() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="'horovod', 'mpi' or a Transport"):
+    with pytest.raises(ValueError, match="'auto', 'torch', 'horovod', 'mpi' or a Transport"):
         resolve_transport("smoke signals")
     with pytest.raises(ValueError, match="size must be at least 1"):
         local_transports(0)

@@ -1,4 +1,4 @@
-"""Run a function on several ranks, as threads, under mpirun or under horovodrun, and collect what it returns.
+"""Run a function on several ranks, as threads or under one of the launchers, and collect what it returns.
 
 The function is named ``"module:function"``; it takes a transport and keyword arguments that JSON can carry, and
 returns anything ``torch.save`` can write. Every launch has a time limit and fails loudly when it is reached.
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 END_LIMIT_S = 30
 FIRST_STEP_LIMIT_S = 180  # the kernels may have to be compiled first
 LAUNCHERS = {
+    "torch": ["launch/torchrun.sh"],
     "mpi": ["launch/mpirun.sh"],
     "horovod-gloo": ["launch/horovodrun.sh", "--gloo"],
     "horovod-mpi": ["launch/horovodrun.sh", "--mpi"],
@@ -111,7 +112,7 @@ def resolve(target: str) -> Callable[..., Any]:
 def _rank_main(kind: str, target: str, kwargs: str, folder: str) -> None:
     from hvd_sketch.transport import resolve_transport
 
-    transport = resolve_transport("mpi" if kind == "mpi" else "horovod")
+    transport = resolve_transport(kind.partition("-")[0])
     result = resolve(target)(transport, **json.loads(kwargs))
     torch.save(result, Path(folder) / f"{transport.rank}.pt")
     transport.barrier()

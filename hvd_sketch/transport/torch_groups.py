@@ -1,0 +1,214 @@
+"""Before the first message over torch.distributed: which ranks exchange, and a group of our own that holds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from hvd_sketch.transport.stall import process_watch
+from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessages
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+POLL_S = 0.01
+POLLS_PER_LOOK = 50  # how often a rank that waits for others looks at what they do
+WAITS, REFUSED = "waits for ranks ", "has refused its own"
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A group of our own: our messages cannot meet the user's."""
+
+    rank: int
+    size: int
+    host: DirectMessages
+    cuda: DeviceCollectives | None
+
+
+def users_group(group: Any, dim: str | int | None) -> Any:
+    """The process group that a user means: this one, a dimension of a DeviceMesh, or all ranks.
+
+    Communication: none, but ``init_process_group`` where nobody has called it.
+
+    Raises: see :class:`hvd_sketch.transport.TorchTransport`.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not dist.is_initialized():
+        _initialise()
+    if isinstance(group, DeviceMesh):
+        group = _group_along(group, dim)
+    elif dim is not None:
+        raise ValueError(f"dim names a dimension of a DeviceMesh, got dim={dim!r} with {group!r}: leave it out")
+    group = group if group is not None else dist.group.WORLD
+    _check_group(group)
+    return group
+
+
+def _initialise() -> None:
+    """Begin torch's world as torchrun, or whoever sets its variables, describes it."""
+    import torch.distributed as dist
+
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"transport 'torch' expected a process group or torchrun's variables {', '.join(LAUNCH_VARIABLES)}, but "
+            f"{', '.join(missing)} is not set: start the ranks with torchrun, or call "
+            "torch.distributed.init_process_group before"
+        )
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
+
+
+def _group_along(mesh: Any, dim: str | int | None) -> Any:
+    """The ranks that differ from this one along a dimension of a mesh only."""
+    names = mesh.mesh_dim_names or tuple(range(mesh.ndim))
+    about = f"a DeviceMesh of dimensions {', '.join(map(repr, names))}"
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{_here()} is not in {about} over ranks {mesh.mesh.flatten().tolist()}: build none there")
+    if dim is None and mesh.ndim > 1:
+        raise ValueError(f"TorchTransport expected one dimension of {about}: pass mesh[{names[0]!r}]")
+    known = dim is None or dim in names or (isinstance(dim, int) and 0 <= dim < mesh.ndim)
+    if not known:
+        raise ValueError(f"TorchTransport got dim={dim!r}, but has {about}: name one of them")
+    return mesh.get_group(dim)
+
+
+def _check_group(group: Any) -> None:
+    """Refuse what is no process group, and a group that this rank cannot use. Communication: none."""
+    import torch.distributed as dist
+
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"TorchTransport expected a process group with this rank in it, got one without {_here()}: build the "
+            "transport only where `torch.distributed.get_rank(group) >= 0`"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"TorchTransport expected a torch.distributed.ProcessGroup or a DeviceMesh, got {group!r} "
+            f"({type(group).__name__}) on {_here()}: pass what new_group returned, mesh['name'], or nothing for all"
+        )
+    try:
+        config = dist.get_backend_config(group)
+    except TypeError:
+        config = ""
+    if not config:
+        raise ValueError(
+            f"TorchTransport expected a group of the running world, got one on {_here()} that destroy_process_group "
+            "has ended: make the group again, after init_process_group"
+        )
+    if "mpi" in config:
+        raise ValueError(
+            f"TorchTransport cannot make a group of its own beside {config!r} (on {_here()}): torch's MPI has no store "
+            "to meet at; pass transport='mpi', or MPITransport(comm)"
+        )
+
+
+def _here() -> str:
+    import torch.distributed as dist
+
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}"
+
+
+def channel_on(group: Any) -> Channel:
+    """The channel on a user's process group, made by the first call, and freed with the user's group.
+
+    Communication: the first call on a group is collective, later ones send nothing.
+
+    Raises:
+        ValueError: on every rank of the group: its ranks wait in channels on different groups.
+        TimeoutError: some of them do not come.
+    """
+    channels = _channels()
+    if group not in channels:
+        channels[group] = _new_channel(group)
+    return channels[group]
+
+
+@cache
+def _channels() -> WeakKeyDictionary[Any, Channel]:
+    """The channels of this process."""
+    return WeakKeyDictionary()
+
+
+@cache
+def _channels_by_name() -> dict[str, int]:
+    """How many channels this process has made on groups of a name: a world that begins again uses its names again."""
+    return {}
+
+
+def _new_channel(group: Any) -> Channel:
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    ranks, rank, config = dist.get_process_group_ranks(group), dist.get_rank(group), dist.get_backend_config(group)
+    counts = _channels_by_name()
+    counts[group.group_name] = counts.get(group.group_name, 0) + 1
+    name = f"{group.group_name}/{counts[group.group_name]}"
+    timeout = _timeout_of(group, config)
+    store = dist.PrefixStore("hvd_sketch", c10d._get_default_store())
+    with process_watch().over(rank, len(ranks), 0, "connect"):
+        _meet(store, name, ranks, dist.get_rank(), timeout.total_seconds())
+        host = c10d.ProcessGroupGloo(dist.PrefixStore(f"{name}/host", store), rank, len(ranks), timeout)
+        if "cuda:nccl" not in config:
+            return Channel(rank, len(ranks), DirectMessages(host), None)
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        cuda = c10d.ProcessGroupNCCL(dist.PrefixStore(f"{name}/cuda", store), rank, len(ranks), options)
+    return Channel(rank, len(ranks), DirectMessages(host), DeviceCollectives(cuda))
+
+
+def _timeout_of(group: Any, config: str) -> timedelta:
+    """How long a collective of the group may take."""
+    from torch.distributed.distributed_c10d import default_pg_timeout
+
+    device = torch.device(config.partition(":")[0])
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", default_pg_timeout)
+
+
+def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) -> None:
+    """Return once all ranks of a channel are here; ``rank`` is that of the world.
+
+    A rank that waits elsewhere for one of those who wait here would keep all of them for ever.
+    """
+    own, mine = f"at {rank}", f"{WAITS}{ranks}"
+    store.set(own, mine)
+    polls, deadline_s = 0, time.monotonic() + timeout_s
+    here = store.add(name, 1)
+    while here < len(ranks):
+        time.sleep(POLL_S)
+        here, polls = store.add(name, 0), polls + 1
+        if here == len(ranks) or polls % POLLS_PER_LOOK:
+            continue
+        states = {peer: _state(store, peer) for peer in ranks}
+        lost = [peer for peer, state in states.items() if state != mine and _keeps_waiting(state, rank)]
+        about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on the same group"
+        if lost:
+            store.set(own, REFUSED)
+            store.add(name, -1)
+            raise ValueError(
+                f"{about}, but rank {lost[0]} {states[lost[0]]}: give the same group on all of its ranks, and build "
+                "transports in the same order everywhere"
+            )
+        if time.monotonic() > deadline_s:
+            missing = [peer for peer, state in states.items() if state != mine]
+            raise TimeoutError(f"{about} for {timeout_s:.0f} s, but ranks {missing} did not come")
+    store.set(own, "")
+
+
+def _state(store: Any, rank: int) -> str:
+    """What a rank of the world does about channels."""
+    return store.get(f"at {rank}").decode() if store.check([f"at {rank}"]) else ""
+
+
+def _keeps_waiting(state: str, rank: int) -> bool:
+    """Whether a rank in this state will not come before ``rank`` comes to it."""
+    return state == REFUSED or (state.startswith(WAITS) and rank in json.loads(state.removeprefix(WAITS)))
