@@ -1,4 +1,4 @@
-"""SketchConfig: all choices of the exchange in one frozen, validated value."""
+"""SketchConfig and LowRankConfig: all choices of an exchange in one frozen, validated value."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar
 
+from hvd_sketch.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes
 
 ALL_DENSE = 1 << 62  # as dense_below: no tensor is larger
@@ -18,6 +19,7 @@ SOURCES = {
 }
 WITH_TABLE = ("sketch", "heavymix")
 BITS = (4, 8, 16, 32)  # of a value on the wire
+MAX_ROWS = 64  # seven estimate as well as any more at equal bytes; the time of a median grows with their square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +83,14 @@ class SketchConfig:
                 DeprecationWarning,
                 stacklevel=3,
             )
-        if self.candidates not in SOURCES:
-            raise ValueError(f"candidates must be one of {', '.join(map(repr, SOURCES))}, got {self.candidates!r}")
-        least_cols = 1 if self.has_table else 0
-        for name, least in {"rows": 1, "cols": least_cols, "k": 1, "oversample": 1, "dense_below": 0}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        for name in ("value_bits", "table_bits"):
-            if getattr(self, name) not in BITS:
-                raise ValueError(f"{name} must be one of {BITS}, got {getattr(self, name)!r}")
+        check_choice("candidates", self.candidates, SOURCES)
+        check_integer("rows", self.rows, 1, MAX_ROWS)
+        check_integer("cols", self.cols, 1 if self.has_table else 0)
+        check_integer("k", self.k, 1)
+        check_integer("oversample", self.oversample, 1)
+        check_number("momentum", self.momentum, below=1)
+        check_choice("table_bits", self.table_bits, BITS)
+        _check_shared(self)
         if self.value_bits < 32 and self.chooses:
             raise ValueError(
                 f"oversample={self.oversample} chooses by exact values, which value_bits={self.value_bits} does not "
@@ -162,8 +156,7 @@ class SketchConfig:
                 that leaves no k.
         """
         _check_ratio(ratio, dim)
-        if ranks < 1:
-            raise ValueError(f"ranks must be at least 1, got {ranks}")
+        check_integer("ranks", ranks, 1)
         if "k" in overrides:
             raise ValueError("for_wire_ratio finds k: give cols, or set both in SketchConfig(cols=…, k=…)")
         budget = DENSE_BYTES * dim / ratio
@@ -220,8 +213,8 @@ class SketchConfig:
 
 
 def _check_ratio(ratio: float, dim: int) -> None:
-    if not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
+    check_positive("ratio", ratio)
+    check_integer("dim", dim)
     if dim < 1:
         raise ValueError(
             f"dim must be at least 1, got {dim}: where no tensor is large enough to be sketched, lower "
@@ -262,18 +255,20 @@ class LowRankConfig:
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.rank is None):
             raise ValueError(f"give either ratio or rank, got ratio={self.ratio!r} and rank={self.rank!r}")
-        if self.ratio is not None and not 0 < self.ratio < float("inf"):
-            raise ValueError(f"ratio must be positive and finite, got {self.ratio!r}")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        if self.value_bits not in BITS:
-            raise ValueError(f"value_bits must be one of {BITS}, got {self.value_bits!r}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if not isinstance(self.dense_below, int) or self.dense_below < 0:
-            raise ValueError(f"dense_below must be an integer of at least 0, got {self.dense_below!r}")
+        if self.ratio is not None:
+            check_positive("ratio", self.ratio)
+        if self.rank is not None:
+            check_integer("rank", self.rank, 1)
+        _check_shared(self)
 
 
 Compression = SketchConfig | LowRankConfig  # how an exchange compresses
+
+
+def _check_shared(config: Compression) -> None:
+    """The fields that all configurations have."""
+    check_number("weight_decay", config.weight_decay)
+    check_integer("seed", config.seed)
+    check_choice("value_bits", config.value_bits, BITS)
+    check_integer("dense_below", config.dense_below, 0)
+    check_flag("deterministic", config.deterministic)

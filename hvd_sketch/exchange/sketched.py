@@ -54,10 +54,11 @@ class SketchedAllreduce(ResidualExchange):
         super().__init__(config, dim, transport, device, **options)
         if config.k > dim:
             raise ValueError(f"k must be at most dim, got k={config.k} for dim={dim}: lower k, or exchange dense")
-        if config.candidates == "sketch" and config.oversample * config.k > dim and transport.rank == 0:
+        if config.has_table and config.chooses and config.candidate_count(dim) == dim and transport.rank == 0:
             warnings.warn(
-                f"oversample * k = {config.oversample * config.k} exceeds dim {dim}: every coordinate is a "
-                "candidate in every step, and the sketch is sent for nothing",
+                f"oversample * k = {config.oversample * config.k} reaches dim {dim}: every coordinate whose estimate is "
+                "not zero is a candidate, and the sketch is sent for next to nothing. Lower oversample or k, or exchange "
+                "dense (sketch=None)",
                 stacklevel=2,
             )
         if self._device.type == "cpu":

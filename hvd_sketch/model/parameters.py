@@ -60,7 +60,7 @@ def name_parameters(
                 places.setdefault(parameter, f"parameter.{i}.{j}")
     if named_parameters is None:
         return [(place, parameter) for parameter, place in places.items()]
-    given = list(named_parameters)
+    given = list(named_parameters) if isinstance(named_parameters, Iterable) else [None]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in given):
         raise ValueError("named_parameters must be (name, parameter) pairs: pass model.named_parameters()")
     repeated = sorted(name for name, times in Counter(name for name, _ in given).items() if times > 1)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from hvd_sketch.checks import check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
 from hvd_sketch.model.parameters import NamedParameter, is_dense
@@ -43,8 +44,8 @@ def recommended(
     """
     if optimizer not in ("sgd", "adam"):
         raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}")
-    if not 0 < ratio < float("inf") or ranks < 1:
-        raise ValueError(f"ratio must be positive and finite, and ranks at least 1, got {ratio!r} and {ranks!r}")
+    check_positive("ratio", ratio)
+    check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     total = sum(tensor.numel() for tensor in tensors)

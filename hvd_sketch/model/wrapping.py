@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hvd_sketch.checks import check_flag, check_integer, check_positive
 from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
@@ -35,21 +36,20 @@ class HorovodArguments:
         """Refuse what cannot be done. Raises ValueError or TypeError with the reason."""
         self.wire_dtype()
         is_sum = self.is_sum()
-        factor = self.gradient_predivide_factor
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"gradient_predivide_factor must be positive and finite, got {factor!r}")
-        if factor != 1.0 and is_sum:
+        check_flag("sparse_as_dense", self.sparse_as_dense)
+        check_positive("gradient_predivide_factor", self.gradient_predivide_factor)
+        if self.gradient_predivide_factor != 1.0 and is_sum:
             raise ValueError(
                 "gradient_predivide_factor divides a mean and means nothing for a sum: leave it out, or op"
             )
-        groups = self.groups if self.groups is not None else self.num_groups
-        if isinstance(groups, int):
-            if groups < 0:
-                raise ValueError(f"num_groups and groups must not be negative, got {groups}")
+        check_integer("num_groups", self.num_groups, 0)
+        if self.groups is None or isinstance(self.groups, int):
+            check_integer("groups", self.groups or 0, 0)
             return
-        tensors = [tensor for group in groups for tensor in group]
+        is_lists = isinstance(self.groups, Sequence) and all(isinstance(group, Sequence) for group in self.groups)
+        tensors = [tensor for group in self.groups for tensor in group] if is_lists else [None]
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-            raise ValueError("groups must be a number or lists of parameters")
+            raise ValueError(f"groups must be a number or lists of parameters, got {self.groups!r}")
         if len({id(tensor) for tensor in tensors}) < len(tensors):
             raise ValueError("groups holds a parameter twice: put each into one group")
 
@@ -72,9 +72,9 @@ class HorovodArguments:
     def is_sum(self) -> bool:
         """Whether gradients are summed over the ranks, not averaged."""
         name = self.op if self.op is not None else "average"
-        if isinstance(name, int) and 0 <= name < len(HOROVOD_OPERATIONS):
+        if type(name) is int and 0 <= name < len(HOROVOD_OPERATIONS):
             name = HOROVOD_OPERATIONS[name]
-        if name not in OPERATIONS:
+        if not isinstance(name, str) or name not in OPERATIONS:
             raise ValueError(
                 f"op must be hvd.Average or hvd.Sum ('average', 'sum'), got {name}: sketches can only be added, and "
                 "Adasum, Min, Max and Product are no additions"
@@ -129,8 +129,7 @@ def check_arguments(
     """
     _check_wrappable(optimizer, horovod.sparse_as_dense)
     for name, (value, least) in counts.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integer(name, value, least)
     if sketch is not None and not isinstance(sketch, Compression):
         raise ValueError(
             f"sketch must be a SketchConfig, a LowRankConfig, or None for dense, got {_class_name(sketch)}: Horovod's "

@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
+from hvd_sketch.checks import check_integer
 from hvd_sketch.transport.base import Handle, Pending, check_shares, sum_in_rank_order
 
 T = TypeVar("T")
@@ -99,8 +100,7 @@ def local_transports(size: int, timeout_s: float = 300.0) -> list[LocalTransport
 
     Ranks that wait for longer than ``timeout_s`` in one collective raise ``threading.BrokenBarrierError``.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    check_integer("size", size, 1)
     room = _Room(size, timeout_s)
     return [LocalTransport(room, rank) for rank in range(size)]
 

@@ -77,7 +77,7 @@ def test_a_missing_thread_is_noticed() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'auto', 'torch', 'horovod', 'mpi' or a Transport"):
         resolve_transport("smoke signals")
-    with pytest.raises(ValueError, match="size must be at least 1"):
+    with pytest.raises(ValueError, match="size must be an integer of at least 1"):
         local_transports(0)
     with pytest.raises(ValueError, match="one share for each of the 2 ranks"):
         local_transports(2)[0].reduce_scatter(torch.ones(3))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
-from hvd_sketch import SketchConfig
+from hvd_sketch import (
+    DistributedOptimizer,
+    LowRankConfig,
+    SketchConfig,
+    SketchedAllreduce,
+    local_transports,
+    recommended,
+)
 
 
 def test_sketch_in_backward_is_taken_with_a_warning_and_changes_nothing() -> None:
@@ -14,3 +23,90 @@ def test_sketch_in_backward_is_taken_with_a_warning_and_changes_nothing() -> Non
         old = SketchConfig(cols=30, k=5, sketch_in_backward=True)
     assert old == SketchConfig(cols=30, k=5)
     assert "sketch_in_backward" not in asdict(replace(old, k=6))
+
+
+NOT_NUMBERS: list[object] = ["3", None, True, [1], float("nan"), float("inf"), -1, torch.tensor(1.0)]
+NOT_INTEGERS: list[object] = [*NOT_NUMBERS, 1.5]
+NOT_FLAGS: list[object] = ["no", None, 1, 0.0]
+NOT_BITS: list[object] = ["4", None, True, 4.0, 5, [4]]
+SHARED: dict[str, list[object]] = {
+    "weight_decay": NOT_NUMBERS,
+    "seed": [value for value in NOT_INTEGERS if value != -1],
+    "dense_below": NOT_INTEGERS,
+    "deterministic": NOT_FLAGS,
+    "value_bits": NOT_BITS,
+}
+OF_SKETCH: dict[str, list[object]] = {
+    **SHARED,
+    "k": [*NOT_INTEGERS, 0],
+    "cols": [*NOT_INTEGERS, 0],
+    "rows": [*NOT_INTEGERS, 0, 65, 10**6],
+    "oversample": [*NOT_INTEGERS, 0],
+    "momentum": [*NOT_NUMBERS, 1.0, 1],
+    "table_bits": NOT_BITS,
+    "candidates": ["topk", None, 3, ["sketch"]],
+}
+OF_LOW_RANK: dict[str, list[object]] = {**SHARED, "rank": [*NOT_INTEGERS, 0]}
+OF_OPTIMIZER: dict[str, list[object]] = {
+    "backward_passes_per_step": [*NOT_INTEGERS, 0],
+    "check_every": NOT_INTEGERS,
+    "max_skips": NOT_INTEGERS,
+    "gradient_predivide_factor": [*NOT_NUMBERS, 0],
+    "num_groups": NOT_INTEGERS,
+    "groups": [value for value in NOT_INTEGERS if value is not None],
+    "sparse_as_dense": NOT_FLAGS,
+    "op": ["max", True, 2.0, [0]],
+    "compression": ["fp8", 3, True],
+    "sketch": ["3", 20, True],
+    "named_parameters": [3, "weight", [1]],
+}
+
+
+def bad(fields: dict[str, list[object]]) -> list[tuple[str, object]]:
+    return [(name, value) for name, values in fields.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), bad(OF_SKETCH))
+def test_bad_values_of_a_sketch(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        SketchConfig(**{"cols": 30, "k": 5, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), bad(OF_LOW_RANK))
+def test_bad_values_of_low_rank(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        LowRankConfig(**{"rank": 1, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [*(value for value in NOT_NUMBERS if value is not None), 0])
+def test_bad_ratios(value: object) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(40, 40))]
+    for make in (
+        lambda: LowRankConfig(ratio=value),
+        lambda: SketchConfig.for_compression(value, 1000),
+        lambda: SketchConfig.for_wire_ratio(value, 1000, 2),
+        lambda: recommended(parameters, value, 2),
+    ):
+        with pytest.raises(ValueError, match="ratio must be positive and finite"):
+            make()
+
+
+@pytest.mark.parametrize(("name", "value"), bad(OF_OPTIMIZER))
+def test_bad_arguments_of_the_optimizer(name: str, value: object) -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))])
+    with pytest.raises(ValueError, match=name):
+        DistributedOptimizer(inner, transport=local_transports(1)[0], **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("k", "told"), [(10, False), (15, True), (30, True)])
+def test_the_warning_of_candidates_is_true(k: int, told: bool) -> None:
+    config = SketchConfig.paper(cols=40, k=k, momentum=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exchange = SketchedAllreduce(config, 60, local_transports(1)[0])
+    assert ["every coordinate whose estimate is not zero" in str(w.message) for w in caught] == [True] * told
+    exchange._feedback.v.copy_(torch.arange(60.0))
+    exchange.accumulate([torch.ones(60)])
+    estimates = exchange._source.sketch.estimate()
+    candidates = exchange._source.find(exchange._feedback.v, exchange._ranges)
+    assert torch.equal(candidates, estimates.nonzero().flatten()) == told

@@ -82,7 +82,7 @@ def test_what_changes_no_result_is_taken(options: dict[str, Any]) -> None:
         ({"compression": "bf16"}, "got bf16"),
         ({"gradient_predivide_factor": 0.0}, "must be positive"),
         ({"gradient_predivide_factor": 2.0, "op": "sum"}, "means nothing for a sum"),
-        ({"num_groups": -1}, "must not be negative"),
+        ({"num_groups": -1}, "num_groups must be an integer of at least 0"),
         ({"groups": [[1, 2]]}, "lists of parameters"),
         ({"check_every": -1}, "check_every must be an integer of at least 0"),
         ({"max_skips": 1.5}, "max_skips must be an integer"),

@@ -1,0 +1,44 @@
+"""Arguments that cannot be meant are refused at once, by name. A bool is no number here, a string no bool."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeGuard
+
+
+def check_integer(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``least`` and at most ``most``."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and (least is None or value >= least) and (most is None or value <= most):  # type: ignore[operator]
+        return
+    bounds = [f"of at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+    raise ValueError(" ".join([f"{name} must be an integer", " and ".join(bounds)]).rstrip() + f", got {value!r}")
+
+
+def check_number(name: str, value: object, below: float = float("inf")) -> None:
+    """Raises ValueError unless ``value`` is a number in ``[0, below)``."""
+    if not is_number(value) or not 0 <= value < below:
+        allowed = "finite and not negative" if below == float("inf") else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number above 0 and finite."""
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raises ValueError unless ``value`` is one of some choices, and of the same type."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
