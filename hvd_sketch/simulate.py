@@ -28,7 +28,7 @@ from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
-from hvd_sketch.model.routes import MakeExchange, make_exchange, routes_of
+from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
 Batch = TypeVar("Batch")
@@ -89,7 +89,7 @@ class Simulation:
     def _build(self, make: MakeExchange, transport: LocalTransport) -> list[Exchange]:
         options = shared_options(self._named)
         options["ledger"] = CommLedger(max_records=0)  # totals are kept
-        return [route.build(self._config, transport, options, make=make) for route in self._routes]
+        return build_exchanges(self._routes, self._config, transport, options, make=make)
 
     def accumulate(self, rank: int) -> None:
         """Take in ``p.grad`` of all parameters, from a backward pass of one rank; ranks come in the order 0, 1, …
@@ -135,14 +135,14 @@ class Simulation:
         self._next = 0
         updates = self._threads.run(self._agree)[0]
         self.updated = 0
-        for route, update in zip(self._routes, reversed(updates), strict=True):
+        for route, update in zip(self._routes, updates, strict=True):
             self.updated += update.values.numel()
             route.unpack(update, route.used(self._used)[0])
 
     def _agree(self, transport: LocalTransport) -> list[SparseUpdate]:
         exchanges = self._exchanges[transport.rank]
         exchanges[0].begin_step(Report(used=self._used), unused=self._routes[0].used(self._used)[1])
-        updates = [exchange.agree() for exchange in reversed(exchanges)]
+        updates = [exchange.agree() for exchange in exchanges]
         return updates if transport.rank == 0 else []  # they are equal
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ LOADED_SHIFT = 8  # of a flag
 COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
 
 # From this rank's words, int64 [n], to all ranks', int64 [ranks, n]. Communication: collective.
-Carry = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]
 
 
 class Flag(IntFlag):
@@ -110,11 +110,11 @@ class StepAgreement:
         self._warned = False
         self._counters = _Counters(size, parameters)
 
-    def agree(self, comm: MeteredTransport, step: int, report: Report, carry: Carry | None = None) -> Agreed:
-        """Tell the others this rank's report and hear theirs.
+    def agree(self, comm: MeteredTransport, step: int, report: Report, gather: Gather | None = None) -> Agreed:
+        """Tell the others this rank's report and learn theirs.
 
-        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter; or what ``carry``
-        does, in the phase of the caller.
+        Communication: one tiny allreduce, of 8 bytes for each rank and a few bits for each parameter; or what
+        ``gather`` does, in the phase of the caller.
 
         Raises:
             RuntimeError: on every rank: one refuses the step (and raises its refusal itself), has left by
@@ -123,14 +123,14 @@ class StepAgreement:
         own = torch.zeros(1 + self._counters.words, dtype=torch.int64)
         own[0] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
         self._counters.fill(own[1:], report.used)
-        if carry is None:
+        if gather is None:
             words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
             words[comm.rank], words[comm.size :] = own[0], own[1:]
             with comm.phase("agree"):
                 sums = comm.allreduce_(words)
             firsts, counters = sums[: comm.size], sums[comm.size :]
         else:
-            words = carry(own)
+            words = gather(own)
             firsts, counters = words[:, 0].contiguous(), words[:, 1:].sum(0)
         every = _Words(firsts)
         _refuse_together(comm, every, report.refusal)

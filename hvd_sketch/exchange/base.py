@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import Compression
-from hvd_sketch.exchange.agreement import Agreed, Carry, Loaded, Report, StepAgreement, all_finite
+from hvd_sketch.exchange.agreement import Agreed, Gather, Loaded, Report, StepAgreement, all_finite
 from hvd_sketch.exchange.feedback import Limits, no_limits
+from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
@@ -165,15 +166,15 @@ class Exchange(ABC):
         if not may_take_no_step:
             self.ledger.begin_step()
         report = replace(report, fresh=self._is_fresh, loaded=self._loaded)
-        carry = self._carry(report, gradient, unused)
-        agreed = self.agreement.agree(self._comm, self._step, report, carry)
+        gather = self._gather_reports(report, gradient, unused)
+        agreed = self.agreement.agree(self._comm, self._step, report, gather)
         if agreed.root is not None:
             self.take_over_state(agreed.root)
         if may_take_no_step and agreed.active and not agreed.held:
             self.ledger.begin_step()
         return agreed
 
-    def _carry(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Carry | None:
+    def _gather_reports(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Gather | None:
         """A collective of the exchange's own that carries the report, too; None: it travels alone.
 
         Which it is must be equal on all ranks, and u and v must stay as they are.
@@ -244,7 +245,8 @@ class Exchange(ABC):
         """Go on from a :meth:`state_dict`; every rank must load the same kind. Communication: none.
 
         Raises:
-            ValueError: it is of another dim, or it is one rank's own and this is another rank or world size.
+            ValueError: it is of another dim, or it is one rank's own and this is another rank or world size; an entry
+                is missing, of another shape or dtype, or not finite. Then nothing has been taken over.
         """
 
     def _predictions(self) -> list[int]:
@@ -281,8 +283,7 @@ class Exchange(ABC):
             # No warning of Python's: one that is made an error would stop this rank in the middle of a step.
             logger.warning(
                 "rank %d: momentum or residual was NaN or infinite at %d coordinates (%s) and starts from zero there: "
-                "the gradient overflowed float32, or the loaded state was damaged. Further ones are only counted "
-                "(reset_coordinates).",
+                "the gradient overflowed float32. Further ones are only counted (reset_coordinates).",
                 *(self._comm.rank, coordinates.numel(), named + ", …" * (coordinates.numel() > 5)),
             )
         self.reset_coordinates += coordinates.numel()
@@ -293,19 +294,26 @@ class Exchange(ABC):
         return {**of, "step": self._step, "skipped_steps": self.skipped_steps}
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`_counters` gave, checked as in :meth:`_saved`."""
+        saved = self._saved(state)
+        self._step = saved.count("step")
+        self.agreement.skipped_steps = saved.count("skipped_steps")
+        self._is_fresh = self._is_fresh and self._step == 0  # its own, as Accelerate loads what it was given
+        self._loaded = Loaded.CONSOLIDATED if saved.entry("rank") is None else Loaded.OWN
+
+    def _saved(self, state: Mapping[str, Any]) -> SavedState:
         """Refuse a state of another dim, or one rank's own on another rank or at another world size."""
-        if state["dim"] != self.dim:
-            raise ValueError(f"the saved state is of dim {state['dim']}, this exchange of dim {self.dim}")
         rank, size = self._comm.rank, self._comm.size
-        if state["rank"] is not None and (state["rank"], state["size"]) != (rank, size):
+        saved = SavedState(state, rank, self._name)
+        if saved.count("dim") != self.dim:
+            raise ValueError(f"rank {rank}: the saved state is of dim {state['dim']}, this exchange of dim {self.dim}")
+        if saved.entry("rank") is not None and (saved.count("rank"), saved.count("size")) != (rank, size):
             raise ValueError(
                 f"the saved state is of rank {state['rank']} of {state['size']}, this is rank {rank} of {size}: load "
                 "each rank's own, or save with state_dict(consolidated=True) to change the world size"
             )
-        self._step = state["step"]
-        self.agreement.skipped_steps = state["skipped_steps"]
-        self._is_fresh = self._is_fresh and state["step"] == 0  # its own, as Accelerate loads what it was given
-        self._loaded = Loaded.CONSOLIDATED if state["rank"] is None else Loaded.OWN
+        saved.count("step"), saved.count("skipped_steps")
+        return saved
 
 
 def _require_equal_setup(

@@ -15,6 +15,8 @@ from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.transport.base import Transport, in_equal_shares, mean_over_ranks, sum_in_rank_order
 
+MOST_BESIDE = 1 << 16  # elements: to copy more beside what another exchange sends takes longer than two collectives
+
 
 class DenseAllreduce(Exchange):
     """The mean of the whole gradient by reduce_scatter and allgather.
@@ -52,6 +54,7 @@ class DenseAllreduce(Exchange):
         self._momentum = config.momentum if config is not None else 0.0
         self._u = torch.zeros(dim if self._momentum else 0, dtype=dtype, device=device)
         self._gradient: Tensor = torch.empty(0)
+        self._sum: Tensor | None = None  # of the gradients, made by another exchange
         self._unused: Ranges = ()
 
     @property
@@ -81,11 +84,23 @@ class DenseAllreduce(Exchange):
         self.accumulate([gradient], unused)
         return self.agree().values
 
+    def offer(self) -> Tensor | None:
+        """The gradient that was accumulated, float32 [dim], for another exchange to sum beside what it sends.
+
+        None where it is better sent alone; equal on all ranks. Communication: none.
+        """
+        is_small = self.dim <= MOST_BESIDE and self.dtype == torch.float32 and self._wire_dtype is None
+        return self._gradient if is_small else None
+
+    def take_sum(self, total: Tensor) -> None:
+        """The sum over ranks of what :meth:`offer` gave, float32 [dim], for :meth:`agree`. Communication: none."""
+        self._sum = total
+
     def agree(self) -> SparseUpdate:
         """The mean over ranks with momentum, ``dtype`` [dim], finite; ``indices`` are None."""
         with self._comm.phase("dense"):
             mean = self._mean(self._gradient)
-        self._gradient = torch.empty(0)
+        self._gradient, self._sum = torch.empty(0), None
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.dim)
         if self._momentum:
             mean = self._with_momentum(mean)
@@ -95,7 +110,7 @@ class DenseAllreduce(Exchange):
     def _mean(self, gradient: Tensor) -> Tensor:
         if self._wire_dtype is not None:
             return _rounded_mean(self._comm, gradient, self._wire_dtype)
-        mean = mean_over_ranks(self._comm, gradient)
+        mean = mean_over_ranks(self._comm, gradient) if self._sum is None else self._sum / self._comm.size
         if all_finite([mean]):
             return mean
         # The sum overflowed, on all ranks alike, and the mean does not.
@@ -127,13 +142,11 @@ class DenseAllreduce(Exchange):
         return {**self._counters(None), "u": self._u.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = self._saved(state)
+        has_momentum = bool(self._momentum and saved.entry("u", Tensor).numel())
+        u = saved.tensor("u", self._u) if has_momentum else None
         self._load_counters(state)
-        saved = state["u"]
-        if self._momentum:  # starts at zero where it was saved without
-            self._u.copy_(saved) if saved.numel() else self._u.zero_()
-            damaged = ~torch.isfinite(self._u)
-            self._u.masked_fill_(damaged, 0)
-            self._count_reset(damaged.nonzero().flatten())
+        self._u.copy_(u) if u is not None else self._u.zero_()  # at zero where it was saved without
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         if self._momentum:

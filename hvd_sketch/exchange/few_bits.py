@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import in_equal_shares
+from hvd_sketch.exchange.together import allgather_both, alltoall_both
+from hvd_sketch.transport.base import in_equal_shares, sum_in_rank_order
 from hvd_sketch.transport.metered import MeteredTransport
 
 
@@ -19,10 +21,13 @@ class RoundedSum:
         total: float32 [n], equal on all ranks.
         sent: float32 [n], what this rank has put into it. Over the ranks it adds up to ``total``, up to the rounding of
             float32: an error feedback that keeps the rest loses nothing.
+        beside: float32 [m], the sum of the vector that travelled in the same collectives, equal on all ranks; with
+            zeros at the end, up to a multiple of the ranks.
     """
 
     total: Tensor
     sent: Tensor
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def sum_in_few_bits(
     values: Tensor,
     bits: int,
     phases: tuple[str, str] = ("exact", "values"),
+    beside: Tensor | None = None,
 ) -> RoundedSum:
     """Sum float32 [n] over the ranks; codes of ``bits`` bits travel, see :func:`.kernels.reference.quantize`.
 
@@ -60,16 +66,29 @@ def sum_in_few_bits(
         values: finite, also their sum.
         bits: 4, 8, 16 or 32.
         phases: of the two collectives, in the ledger.
+        beside: float32 [m], a small vector to sum in the same collectives, without rounding.
     """
     if bits == 32:
-        with comm.phase(phases[0]):
-            exact_sum = comm.reduce_scatter(in_equal_shares(values, comm.size))  # [share]
-        with comm.phase(phases[1]):
-            return RoundedSum(comm.allgather(exact_sum)[: values.numel()], values)
+        return _sum_of_floats(comm, values, phases, beside)
     shares = rounded_shares(kernels, values, comm.size, bits)
     with comm.phase(phases[0]):
-        arrived = comm.alltoall(shares.codes)  # [size, bytes]
-    return sum_of_shares(comm, kernels, shares, arrived, values.numel(), bits, phases[1])
+        if beside is None:
+            arrived, terms = comm.alltoall(shares.codes), None
+        else:
+            arrived, terms = alltoall_both(comm, shares.codes, in_equal_shares(beside, comm.size))
+    return sum_of_shares(comm, kernels, shares, arrived, values.numel(), bits, phases[1], terms)
+
+
+def _sum_of_floats(
+    comm: MeteredTransport, values: Tensor, phases: tuple[str, str], beside: Tensor | None
+) -> RoundedSum:
+    parts = [values] if beside is None else [values, beside]
+    shares = [in_equal_shares(part, comm.size) for part in parts]
+    with comm.phase(phases[0]):
+        own_sums = comm.reduce_scatter(torch.cat(shares, dim=1) if len(shares) > 1 else shares[0])
+    with comm.phase(phases[1]):
+        sums = comm.allgather(own_sums.unsqueeze(0)).split([share.shape[1] for share in shares], dim=1)
+    return RoundedSum(sums[0].flatten()[: values.numel()], values, *(part.flatten() for part in sums[1:]))
 
 
 def rounded_shares(kernels: ModuleType, values: Tensor, ranks: int, bits: int) -> RoundedShares:
@@ -87,6 +106,7 @@ def sum_of_shares(
     count: int,
     bits: int,
     phase: str = "values",
+    terms: Tensor | None = None,
 ) -> RoundedSum:
     """The second half of :func:`sum_in_few_bits`, when the codes have arrived.
 
@@ -98,11 +118,17 @@ def sum_of_shares(
         arrived: uint8 [size, bytes], the ranks' codes of this rank's share.
         count: how many values there are.
         phase: of the collective, in the ledger.
+        terms: float32 [size, m], what the ranks sent of this rank's share of the vector beside.
     """
     sent, length = shares.sent, shares.sent.shape[1]
     own_sum = kernels.dequantize_sum(arrived.unsqueeze(1), length, bits)  # [1, share]
+    codes, beside = kernels.quantize(own_sum, bits), None
     with comm.phase(phase):
-        rounded = comm.allgather(kernels.quantize(own_sum, bits))  # [size, bytes]
+        if terms is None:
+            rounded = comm.allgather(codes)  # [size, bytes]
+        else:
+            rounded, sums = allgather_both(comm, codes[0], sum_in_rank_order(list(terms)))
+            beside = sums.flatten()
     total = kernels.dequantize_sum(rounded.unsqueeze(0), length, bits)  # [size, share]
     sent[comm.rank] += total[comm.rank] - own_sum[0]
-    return RoundedSum(total.view(-1)[:count], sent.view(-1)[:count])
+    return RoundedSum(total.view(-1)[:count], sent.view(-1)[:count], beside)

@@ -20,7 +20,7 @@ from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.hashing import Purpose, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.low_rank import orthonormalize_, product_
+from hvd_sketch.kernels.low_rank import full_precision, orthonormalize_, product_
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.warm_up import warm_up
@@ -88,6 +88,10 @@ class LowRankAllreduce(ResidualExchange):
 
     def agree(self) -> SparseUpdate:
         """The mean over ranks of what the factors hold, float32 [dim], finite; ``indices`` are None."""
+        with full_precision(self._device):
+            return self._agree()
+
+    def _agree(self) -> SparseUpdate:
         numbers = [n for n, matrix in enumerate(self._matrices) if not self._is_unused(matrix)]
         used = [self._matrices[number] for number in numbers]
         lefts = self._agree_on_lefts(used, [self._rights[number] for number in numbers])
@@ -121,9 +125,13 @@ class LowRankAllreduce(ResidualExchange):
             for matrix, left, out in zip(matrices, lefts, _by_matrix(own, matrices), strict=True):
                 matrix.times_left_(out, self._feedback.v, left)
 
-        return self._sum(own, multiply, ("right", "right sums"))
+        summed = self._sum(own, multiply, ("right", "right sums"), self._beside())
+        self._sum_beside(summed.beside)
+        return summed
 
-    def _sum(self, own: Tensor, multiply: Callable[[], None], phases: tuple[str, str]) -> RoundedSum:
+    def _sum(
+        self, own: Tensor, multiply: Callable[[], None], phases: tuple[str, str], beside: Tensor | None = None
+    ) -> RoundedSum:
         """The sum over ranks of ``own``, factors that ``multiply`` makes from v.
 
         Where v is not finite it is reset. Products that are too large or overflow are limited: what of v is not sent
@@ -134,7 +142,7 @@ class LowRankAllreduce(ResidualExchange):
             self._count_reset(self._feedback.reset_nonfinite_())
             multiply()
             torch.nan_to_num_(own, 0.0, self._most, -self._most).clamp_(-self._most, self._most)
-        return sum_in_few_bits(self._comm, self._kernels, own, self.config.value_bits, phases)
+        return sum_in_few_bits(self._comm, self._kernels, own, self.config.value_bits, phases, beside)
 
     def _take_off(
         self, matrices: Sequence[Matrix], lefts: Sequence[Tensor], sent: Sequence[Tensor], mean: Sequence[Tensor]
@@ -203,14 +211,16 @@ class LowRankAllreduce(ResidualExchange):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Exchange.load_state_dict`. Also refuses a state of other matrices or ranks of theirs."""
         layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
-        saved = [tuple(sides) for sides in state.get("matrices", [])]
-        if saved != layout:
+        saved = self._saved(state)
+        theirs = [tuple(sides) for sides in saved.entry("matrices", list)]
+        if theirs != layout:
             raise ValueError(
-                f"the saved state is of other matrices: (rows, columns, rank) {_tell(saved)} there, {_tell(layout)} "
+                f"the saved state is of other matrices: (rows, columns, rank) {_tell(theirs)} there, {_tell(layout)} "
                 "here: load it with the shapes and the ratio or rank that it was saved with"
             )
+        right = saved.tensor("right", self._right)
         super().load_state_dict(state)
-        self._right.copy_(state["right"])
+        self._right.copy_(right)
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         super()._take_over(root, consolidated, at_same_step, predictions)

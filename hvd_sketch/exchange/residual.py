@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import Compression
+from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges
+from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.feedback import Feedback
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.transport.base import Transport, mean_over_ranks
@@ -25,6 +27,10 @@ class ResidualExchange(Exchange):
     """Keeps momentum u and residual v: their state, and how another rank takes them over.
 
     Communication, arguments, errors: see :class:`~hvd_sketch.exchange.base.Exchange`.
+
+    Attributes:
+        companion: the dense exchange of the same model's small tensors. Its vector is summed in collectives of this
+            one, where both say so; :meth:`agree` of this one comes first. None: there is none.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class ResidualExchange(Exchange):
     ) -> None:
         super().__init__(config, dim, transport, device, **options)
         self.config: Any = config  # of the subclass's kind
+        self.companion: DenseAllreduce | None = None
         self._feedback = Feedback(
             dim, config.momentum, device, transport.size, self._limits, few_bits=config.value_bits < 32
         )
@@ -59,23 +66,46 @@ class ResidualExchange(Exchange):
         for start, values in from_the_last(gradient, unused):
             self._feedback.add_(values, start)
 
+    def _beside(self) -> Tensor | None:
+        """The companion's vector, to be summed in collectives of this exchange; None: nothing is."""
+        return self.companion.offer() if self.companion is not None else None
+
+    def _sum_beside(self, total: Tensor | None) -> None:
+        """Hand the companion its sum, float32 [n] with zeros at the end, if it has been made."""
+        if total is not None and self.companion is not None:
+            self.companion.take_sum(total[: self.companion.dim])
+
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         """See :meth:`Exchange.state_dict`: step number, u and v, and the last thresholds."""
+        self._count_reset(self._feedback.reset_nonfinite_())  # as the next step would; what is saved is finite
         saved: dict[str, Any] = self._feedback.state_dict()
         if consolidated:  # without the thresholds: sums over more ranks are larger
-            saved = {name: mean_over_ranks(self._transport, kept) for name, kept in saved.items()}
+            saved = {name: self._mean(kept) for name, kept in saved.items()}
         else:
             saved["thresholds"] = tuple(predictor.edges for predictor in self._predictors)
         counters = self._counters(None if consolidated else self._comm.rank)
         return {**counters, "config": asdict(self.config), **saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Exchange.load_state_dict`. u starts at zero where it was saved without momentum."""
+        saved = self._saved(state)
+        kept = {"v": saved.tensor("v", self._feedback.v)}
+        if self._feedback.momentum and saved.entry("config", Mapping).get("momentum"):
+            kept["u"] = saved.tensor("u", self._feedback.u)
+        thresholds = [(0, 0)] * len(self._predictors)
+        if saved.entry("rank") is not None:
+            thresholds = saved.pairs("thresholds", len(self._predictors))
         self._load_counters(state)
-        self._feedback.load_state_dict(state)
-        self._count_reset(self._feedback.reset_nonfinite_())
-        thresholds = state.get("thresholds", [(0, 0)] * len(self._predictors))
+        self._feedback.load_state_dict(kept)
         for predictor, edges in zip(self._predictors, thresholds, strict=True):
-            predictor.edges = edges[0], edges[1]
+            predictor.edges = edges
+
+    def _mean(self, kept: Tensor) -> Tensor:
+        """The mean over ranks, also where the sum overflows. Communication: collective."""
+        mean = mean_over_ranks(self._transport, kept)
+        if all_finite([mean]):
+            return mean
+        return mean_over_ranks(self._transport, kept / self._comm.size).mul_(self._comm.size)
 
     def _predictions(self) -> list[int]:
         return [edge for predictor in self._predictors for edge in predictor.edges]

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.exchange.agreement import Carry, Report
-from hvd_sketch.exchange.along import Along, EarlyValues
+from hvd_sketch.exchange.agreement import Gather, Report
 from hvd_sketch.exchange.base import Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.candidates import CandidateSource, load_source
+from hvd_sketch.exchange.early import EarlyMessages, EarlyValues
 from hvd_sketch.exchange.feedback import Parts
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits, sum_of_shares
 from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
 from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
+from hvd_sketch.exchange.together import allgather_with_code
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import top_k
-from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.base import Transport, in_equal_shares
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.warm_up import warm_up
 from hvd_sketch.wire_bytes import all_sums_travel
@@ -69,11 +70,11 @@ class SketchedAllreduce(ResidualExchange):
         self._predictor = ThresholdPredictor()  # of the k-th largest sum
         self._predictors = [self._source.predictor, self._predictor]
         self._ranges: Ranges = ()  # that were accumulated, the last first
-        self._along = Along(config, self._source, self._feedback, self._comm, self._kernels)
+        self._early = EarlyMessages(config, self._source, self._feedback, self._comm, self._kernels)
 
-    def _carry(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Carry | None:
+    def _gather_reports(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Gather | None:
         takes_step = report.finite and report.refusal is None and not report.held
-        return self._along.carry(self._step, _parts(self.dim, gradient, unused) if takes_step else None)
+        return self._early.gather(self._step, _parts(self.dim, gradient, unused) if takes_step else None)
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3).
@@ -98,7 +99,7 @@ class SketchedAllreduce(ResidualExchange):
 
         With ``P = 1`` all candidates; with few-bit values also where their sums are zero.
         """
-        early = self._along.values()
+        early = self._early.values()
         if early is not None:
             return self._finish_early(early)
         candidates = self._source.find(self._feedback.v, self._ranges)  # line 4: top-Pk of the summed sketches
@@ -107,11 +108,17 @@ class SketchedAllreduce(ResidualExchange):
         offered = self._offer(candidates)
         if self.config.value_bits < 32:
             bits, own = self.config.value_bits, offered[: candidates.numel()]
-            summed = sum_in_few_bits(self._comm, self._kernels, own, bits)
+            summed = sum_in_few_bits(self._comm, self._kernels, own, bits, beside=self._beside())
+            self._sum_beside(summed.beside)
             return self._finish(candidates, self._take_off(candidates, summed))
+        shares, beside = offered.view(self._comm.size, -1), self._beside()
         with self._comm.phase("exact"):  # lines 5 and 6: second round, exact values
-            own_sums = self._comm.start_reduce_scatter(offered.view(self._comm.size, -1)).wait()
-        positions, sums = self._top_k_sums(own_sums, candidates.numel())
+            if beside is None:
+                own_sums, own_beside = self._comm.reduce_scatter(shares), None
+            else:
+                both = torch.cat([shares, in_equal_shares(beside, self._comm.size)], dim=1)
+                own_sums, own_beside = self._comm.reduce_scatter(both).tensor_split([shares.shape[1]])
+        positions, sums = self._top_k_sums(own_sums, candidates.numel(), own_beside)
         indices = candidates.index_select(0, to_device(positions, self._device))
         self._feedback.clear_(indices)  # line 8: zero u and v where they were sent
         return self._finish(indices, to_device(sums, self._device))
@@ -134,10 +141,10 @@ class SketchedAllreduce(ResidualExchange):
 
     def count_step(self) -> None:
         super().count_step()
-        self._along.forget()
+        self._early.forget()
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
-        self._along.forget()  # was of this rank's step, and its v
+        self._early.forget()  # was of this rank's step, and its v
         super()._take_over(root, consolidated, at_same_step, predictions)
 
     def _offer(self, candidates: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ class SketchedAllreduce(ResidualExchange):
         self._feedback.subtract_(candidates, sent)
         return total
 
-    def _top_k_sums(self, own_sums: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    def _top_k_sums(self, own_sums: Tensor, candidates: int, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions among the candidates, ascending, and sums, on the CPU, of the k largest; equal on all ranks.
 
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
@@ -171,25 +178,32 @@ class SketchedAllreduce(ResidualExchange):
         """
         k = self.config.k if self.config.chooses else candidates
         if all_sums_travel(candidates, k):
-            with self._comm.phase("values", self._device):
-                sums = self._comm.allgather(own_sums.cpu())  # so few that the host picks
+            sums = self._gather(own_sums.cpu(), own_beside)  # so few that the host picks
             positions = top_k(sums, k)
             return positions, sums.index_select(0, positions)
-        return self._choose_together(own_sums)
+        return self._choose_together(own_sums, own_beside)
 
-    def _choose_together(self, own_sums: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_together(self, own_sums: Tensor, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
         values = LocalValues(self._kernels, own_sums)
         with self._comm.phase("choose", self._device):
             threshold = find_threshold(values, self.config.k, self._comm, self._predictor.lower_bound())
         self._predictor.update(threshold)
         own_positions, _ = values.above(threshold)
-        with self._comm.phase("values", self._device):
-            gathered = self._comm.allgather(self._coding.encode_choice(own_positions, own_sums))
+        gathered = self._gather(self._coding.encode_choice(own_positions, own_sums), own_beside)
         positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
         if not threshold.excess:
             return positions, sums
         chosen = top_k(sums, self.config.k, threshold.edge)
         return positions.index_select(0, to_device(chosen, self._device)), sums.index_select(0, chosen)
+
+    def _gather(self, own: Tensor, own_beside: Tensor | None) -> Tensor:
+        """What all ranks give, [n] on the CPU, one after the other; with it their sums of the companion's vector."""
+        with self._comm.phase("values", self._device):
+            if own_beside is None:
+                return self._comm.allgather(own)
+            sums, gathered = allgather_with_code(self._comm, own_beside.cpu(), own.view(torch.uint8))
+        self._sum_beside(to_device(sums.flatten(), self._device))
+        return gathered.view(own.dtype)
 
 
 def _parts(dim: int, gradient: Sequence[Tensor], unused: Ranges) -> Parts:

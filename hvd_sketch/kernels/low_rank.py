@@ -7,6 +7,10 @@ A factor of rank r is float32 [r, length], contiguous: its columns one after the
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +18,33 @@ from torch import Tensor
 from hvd_sketch.kernels import _cpu_low_rank as loops
 from hvd_sketch.kernels import cpu
 from hvd_sketch.kernels.threads import run_on_threads
+
+_lock = threading.Lock()
+_inside = 0  # threads inside of full_precision
+_users_precision = "highest"  # what torch was told before the first came in
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, torch's products of float32 matrices are float32's, whatever it was told.
+
+    TF32 or bfloat16 (``torch.set_float32_matmul_precision``, ``torch.autocast``) would round what is subtracted from a
+    residual, and a part of it would be lost. Communication: none.
+    """
+    global _inside, _users_precision
+    with _lock:
+        if not _inside:
+            _users_precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        _inside += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.set_float32_matmul_precision(_users_precision)
 
 
 def orthonormalize_(factor: Tensor) -> Tensor:

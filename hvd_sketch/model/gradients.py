@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -15,10 +15,11 @@ from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
 from hvd_sketch.exchange.base import Exchange, Options
 from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.parameters import NamedParameter
-from hvd_sketch.model.routes import routes_of
+from hvd_sketch.model.routes import build_exchanges, routes_of
 from hvd_sketch.transport.base import Transport
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
@@ -87,9 +88,9 @@ class GradientExchange:
         options = shared_options(self._named, max_skips, 2 if makes_sparse else 1)
         self.ledger = options["ledger"]
         self._routes = routes_of(self._named, config)
-        self._exchanges = [
-            route.build(config, transport, options, scale=self._scale, wire_dtype=wire_dtype) for route in self._routes
-        ]
+        self._exchanges = build_exchanges(
+            self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype
+        )
         self._lead = self._exchanges[0]  # agrees on every step for both
 
     @property
@@ -177,11 +178,10 @@ class GradientExchange:
             route.flat.fill_gradients(float("nan"), route.used(agreed.used)[0])
 
     def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
-        # The dense one first on every rank, as in Simulation.
-        for route, exchange, gradient in reversed(list(zip(self._routes, self._exchanges, packed, strict=True))):
-            own, unused = route.used(used)
-            exchange.accumulate(gradient, unused)
-            route.unpack(exchange.agree(), own, self._scale)
+        for route, exchange, gradient in zip(self._routes, self._exchanges, packed, strict=True):
+            exchange.accumulate(gradient, route.used(used)[1])
+        for route, exchange in zip(self._routes, self._exchanges, strict=True):  # in this order, as in Simulation
+            route.unpack(exchange.agree(), route.used(used)[0], self._scale)
         for (_, parameter), is_sparse in zip(self._named, used[len(self._named) :], strict=False):
             if is_sparse and parameter.grad is not None:
                 parameter.grad = parameter.grad.to_sparse(1)
@@ -250,9 +250,11 @@ class GradientExchange:
         return {"layout": self._layout(), "sketched": states.get("sketched"), "dense": states.get("dense")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Raises ValueError where it was saved for other tensors."""
-        if state["layout"] != self._layout():
-            pairs = enumerate(zip_longest(state["layout"], self._layout()))
+        """Continue from a state. Raises ValueError where it was saved for other tensors, or is damaged."""
+        saved = SavedState(state, self._transport.rank)
+        layout = [list(tensor) for tensor in saved.entry("layout", (list, tuple))]
+        if layout != self._layout():
+            pairs = enumerate(zip_longest(layout, self._layout()))
             at, (theirs, ours) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 f"the checkpoint was saved for other tensors: tensor {at} is {theirs} there and {ours} here. "
@@ -261,7 +263,7 @@ class GradientExchange:
             )
         self._begun = 0
         for kind, exchange in self._by_kind().items():
-            exchange.load_state_dict(state[kind])
+            exchange.load_state_dict(saved.entry(kind, Mapping))
 
     def __repr__(self) -> str:
         return ", ".join(f"{exchange.dim} coordinates {kind}" for kind, exchange in self._by_kind().items())

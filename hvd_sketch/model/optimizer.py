@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ import torch
 from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -294,7 +295,7 @@ class DistributedOptimizer(ForwardingOptimizer):
     def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip.
 
-        Whether these are averaged already is not for one rank to decide: it says so, and all ranks hear it.
+        Whether these are averaged already is not for one rank to decide: it says so, and all ranks learn it.
         """
         progress = self._progress
         is_held = progress.holds_averaged
@@ -364,10 +365,13 @@ class DistributedOptimizer(ForwardingOptimizer):
         """Load either kind of :meth:`state_dict`, or a plain one of the wrapped optimizer (with a warning).
 
         Raises:
-            ValueError: saved for other parameters, or one rank's own loaded at another rank or world size.
+            ValueError: saved for other parameters, or one rank's own loaded at another rank or world size; an entry is
+                missing, of another shape or dtype, or not finite.
 
         Communication: none, but every rank loads the same kind.
         """
+        saved = SavedState(state_dict, self._transport.rank)
+        saved.entry("state", Mapping), saved.entry("param_groups", list)
         if STATE_KEY in state_dict:
             self._gradients.load_state_dict(state_dict[STATE_KEY])
         else:

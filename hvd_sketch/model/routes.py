@@ -13,6 +13,7 @@ from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.low_rank import LowRankAllreduce
+from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
 from hvd_sketch.transport.base import Transport
@@ -89,6 +90,19 @@ class Route:
             self.flat.unpack_dense(values, used)
         else:
             self.flat.unpack_sparse(update.indices, values, used)
+
+
+def build_exchanges(
+    routes: Sequence[Route], config: Compression | None, transport: Transport, options: Options, **others: Any
+) -> list[Exchange]:
+    """The exchanges of a model's routes on one rank, see :meth:`Route.build`. Communication: collective.
+
+    The first agrees on every step. Where there are two, the dense one may travel in collectives of the first.
+    """
+    exchanges = [route.build(config, transport, options, **others) for route in routes]
+    if len(exchanges) > 1 and isinstance(exchanges[0], ResidualExchange) and isinstance(exchanges[1], DenseAllreduce):
+        exchanges[0].companion = exchanges[1]
+    return exchanges
 
 
 def routes_of(named: Sequence[NamedParameter], config: Compression | None) -> list[Route]:

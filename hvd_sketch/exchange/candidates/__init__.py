@@ -1,4 +1,4 @@
-"""Which coordinates are worth an exact value: one file for each source of candidates."""
+"""Which coordinates are worth sending: one file for each source of candidates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_sketch.transport.metered import MeteredTransport
 
 
 class CandidateSource(Protocol):
-    """Names the coordinates whose exact sums are exchanged.
+    """Names the coordinates whose sums are exchanged.
 
     A source is built once for an exchange, on all ranks, from what :class:`SourceFactory` says. In every step the
     exchange calls::

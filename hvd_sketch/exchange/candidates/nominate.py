@@ -29,7 +29,7 @@ class NominatedCandidates:
     A coordinate is found if it is large on any rank, not only if its sum is. Bytes do not grow with the number of
     ranks, because each names fewer.
 
-    Args, communication: see :mod:`hvd_sketch.exchange.candidates`; one allgather, none after :meth:`hear`.
+    Args, communication: see :mod:`hvd_sketch.exchange.candidates`; one allgather, none after :meth:`take_codes`.
     """
 
     sketch = None
@@ -40,13 +40,13 @@ class NominatedCandidates:
         self._dim, self._comm, self._device = dim, comm, device
         self._kernels = load_backend(None, device)
         self._coding = load_coding(self._kernels)
-        self._heard: Tensor | None = None
+        self._codes: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Nothing depends on the step."""
 
     def find(self, v: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        gathered, self._heard = self._heard, None
+        gathered, self._codes = self._codes, None
         if gathered is None:
             encoded = self.nominate(v, [(start, stop, None) for start, stop in ranges])
             with self._comm.phase("indices", self._device):
@@ -57,9 +57,9 @@ class NominatedCandidates:
         """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
         return self._coding.encode_positions(self._own_largest(v, _joined(parts)), self._dim)
 
-    def hear(self, codes: Tensor | None) -> None:
+    def take_codes(self, codes: Tensor | None) -> None:
         """All ranks' codes have arrived already, one after the other; None: they have not, or are not wanted."""
-        self._heard = codes
+        self._codes = codes
 
     def _own_largest(self, v: Tensor, spans: Parts) -> Tensor:
         """The coordinates in some parts at which this rank's v is largest: int64, ascending."""

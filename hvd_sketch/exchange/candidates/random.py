@@ -34,9 +34,9 @@ class RandomCandidates:
         self._step = step
 
     def find(self, v: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        return self.known()
+        return self.draw()
 
-    def known(self) -> Tensor:
+    def draw(self) -> Tensor:
         """The step's candidates, see :meth:`find`. Communication: none."""
         words = random_words(self._seed, self._step, Purpose.RANDOM).random_raw(self._count)
         bounds = np.arange(self._count + 1, dtype=np.int64) * self._dim // self._count

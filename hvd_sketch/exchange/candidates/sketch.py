@@ -21,6 +21,7 @@ from hvd_sketch.transport.staging import one_behind
 # Estimates an owner may keep, in units of its share of the candidates; at the lower bound and above are 1.1 to 1.6.
 KEPT_PER_CANDIDATE = 2
 KEPT_ALWAYS = 1 << 16
+CELLS_TOGETHER = 1 << 17  # of a table whose rows travel together
 
 
 class SketchCandidates:
@@ -33,8 +34,8 @@ class SketchCandidates:
     Where all candidates are kept (``P = 1``), every owner names its own shard's part of k, and the ranks count
     nothing together: hashing deals the large coordinates out evenly.
 
-    Where the transport overlaps, each row is sketched while the one before travels. Elsewhere error feedback fills all
-    rows in its own pass over v.
+    Where the transport overlaps, each row of a large table is sketched while the one before travels. Elsewhere error
+    feedback fills all rows in its own pass over v, and those of a small table travel together.
 
     Args, communication: see :mod:`hvd_sketch.exchange.candidates`.
     """
@@ -53,7 +54,11 @@ class SketchCandidates:
 
     @property
     def _overlaps(self) -> bool:
-        return self._comm.overlaps and self._comm.size > 1 and self._config.table_bits == 32
+        return self._comm.overlaps and self._comm.size > 1 and self._config.table_bits == 32 and not self._is_small
+
+    @property
+    def _is_small(self) -> bool:
+        return self._config.rows * self._config.cols <= CELLS_TOGETHER
 
     def begin(self, step: int) -> None:
         self._step = step
@@ -63,6 +68,8 @@ class SketchCandidates:
         with self._comm.phase("sketch"):
             if self._config.table_bits < 32:
                 summed = self._sum_in_few_bits(self._config.table_bits)
+            elif self._is_small:
+                summed = self._start_reduce_scatter(self._sketch.table.transpose(0, 1).contiguous()).wait()
             else:
                 rows = self._sketch_rows(v, ranges) if self._overlaps else iter(self._sketch.table)
                 summed = self._reduce_scatter_rows(rows)

@@ -1,0 +1,65 @@
+"""Collectives that carry two things at once: a collective costs time however little it sends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.transport.metered import MeteredTransport
+
+
+def alltoall_both(comm: MeteredTransport, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """What an alltoall makes of each of two tensors, [ranks, n] and [ranks, m] of any dtypes, on one device.
+
+    Communication: collective; one alltoall.
+    """
+    arrived = comm.alltoall(torch.cat([_bytes_of(first), _bytes_of(second)], dim=1))
+    return _apart(arrived, first, second)
+
+
+def allgather_both(comm: MeteredTransport, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' [n] and [m], on one device, as [ranks, n] and [ranks, m]; equally long on all ranks.
+
+    Communication: collective; one allgather.
+    """
+    first, second = first.unsqueeze(0), second.unsqueeze(0)
+    gathered = comm.allgather(torch.cat([_bytes_of(first), _bytes_of(second)], dim=1))
+    return _apart(gathered, first, second)
+
+
+def allgather_with_code(comm: MeteredTransport, head: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' heads, [ranks, n], and their codes one after the other, uint8.
+
+    Communication: collective; one allgather. It also brings each code's length, in 8 bytes.
+
+    Args:
+        comm: the ranks.
+        head: [n] of this rank, of any dtype, on the CPU; equally long on all ranks.
+        code: uint8 of this rank, on the CPU; the ranks' lengths may differ.
+    """
+    length = torch.tensor([code.numel()])
+    gathered = comm.allgather(torch.cat([length.view(torch.uint8), _bytes_of(head), code]))
+    heads, codes = [], []
+    at = 0
+    while at < gathered.numel():
+        length, own_head, rest = gathered[at:].tensor_split([8, 8 + head.nbytes])
+        heads.append(own_head.clone().view(head.dtype))
+        codes.append(rest[: int(length.clone().view(torch.int64))])
+        at += 8 + head.nbytes + codes[-1].numel()
+    if len(heads) < comm.size:  # by hvd.join(), which adds nothing to an allgather
+        raise RuntimeError(
+            f"{comm.size - len(heads)} of {comm.size} ranks left this step, perhaps by hvd.join(), which cannot "
+            "stand in for a compressed exchange: put the training loop into 'with optimizer.join():' on every rank"
+        )
+    return torch.stack(heads), torch.cat(codes)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _apart(both: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes [ranks, …] as the two tensors that they were; copies, because bytes may lie where no number may."""
+    parts = both.split([first[0].nbytes, second[0].nbytes], dim=1)
+    apart = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return apart[0].view(first.dtype), apart[1].view(second.dtype)
