@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST's idx files; default: scikit-learn's digits")
-    parser.add_argument("--transport", choices=("mpi", "horovod"), default="mpi")
+    parser.add_argument("--transport", choices=("mpi", "torch", "horovod"), default="mpi")
     parser.add_argument("--epochs", type=int, help="default: 20 on digits, 2 on MNIST")
     parser.add_argument("--batch", type=int, default=32, help="images per rank and step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=1024, help="width of both hidden layers (default: %(default)s)")

@@ -25,11 +25,17 @@ HERE = "--here"  # of this host's part: a command that ends with its standard in
 def main(pairs: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
-    running = [start(host, command) for host, command in zip(pairs[::2], pairs[1::2], strict=True)]
+    hosts = pairs[::2]
+    running = [start(host, command) for host, command in zip(hosts, pairs[1::2], strict=True)]
     try:
-        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+        while any(process.poll() is None for process in running):
+            for host, process in zip(hosts, running, strict=True):
+                if process.poll():
+                    status = to_status(process.poll())
+                    print(f"{sys.argv[0]}: {host} ended with status {status}, ending all", file=sys.stderr)
+                    return status
             time.sleep(POLL_S)
-        return next((to_status(process.poll()) for process in running if process.poll()), 0)
+        return max(to_status(process.poll()) for process in running)
     finally:
         end(running)
 
@@ -58,7 +64,8 @@ def run_here(command: str) -> int:
     process = subprocess.Popen(["bash", "-c", f"exec {command}"], stdin=subprocess.DEVNULL)
 
     def end_with_input() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
         process.terminate()
 
     threading.Thread(target=end_with_input, daemon=True).start()

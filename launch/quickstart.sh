@@ -10,7 +10,7 @@ usage: launch/quickstart.sh [options] [arguments of benchmarks.quickstart]
 Runs launch/setup.sh, then 'python -m benchmarks.quickstart' on several ranks of this machine, from any directory.
 
   -n, --ranks N       number of ranks (default: 4)
-  --launcher NAME     mpirun (default) or horovodrun, which also trains over Horovod
+  --launcher NAME     mpirun (default), torchrun or horovodrun; trains over MPI, torch.distributed or Horovod
   --dry-run           print the command line and exit, without the set-up
   -h, --help          this text
 
@@ -33,8 +33,9 @@ main() {
     done
     case $launcher in
         mpirun) transport=mpi ;;
+        torchrun) transport=torch ;;
         horovodrun) transport=horovod ;;
-        *) die "--launcher expects mpirun or horovodrun, got '$launcher'" ;;
+        *) die "--launcher expects mpirun, torchrun or horovodrun, got '$launcher'" ;;
     esac
     [[ -n $dry_run ]] || "$checkout/launch/setup.sh"
     # -P: a folder "benchmarks" where the user stands is not ours.

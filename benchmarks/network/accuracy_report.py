@@ -9,7 +9,7 @@ from benchmarks.figures import Record, grouped, markdown, new_figure, save_figur
 from benchmarks.network.bandwidth_report import LABELS
 from benchmarks.network.lab import bits_per_s
 
-STYLES = {"mpi": "-", "horovod": "--"}
+STYLES = {"mpi": "-", "torch": ":", "horovod": "--"}
 
 
 def table(records: Sequence[Record]) -> str:

@@ -21,7 +21,7 @@ from hvd_sketch.transport import Transport
 
 ROOT = Path(__file__).resolve().parents[2]
 NETLAB = str(ROOT / "launch/netlab")
-LAUNCHERS = {"mpi": "launch/mpirun.sh", "horovod": "launch/horovodrun.sh"}
+LAUNCHERS = {"mpi": "launch/mpirun.sh", "torch": "launch/torchrun.sh", "horovod": "launch/horovodrun.sh"}
 UNSHAPED = "none"
 RATE = r"(?!0+(\.0*)?[kmg])\d+(\.\d+)?[kmg]bit"
 BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}

@@ -29,7 +29,7 @@ def experiment_parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results; FILE.log.jsonl is the log")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with this --json stopped")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--transport", choices=(SIMULATION, "mpi", "horovod"), default=SIMULATION)
+    parser.add_argument("--transport", choices=(SIMULATION, "mpi", "torch", "horovod"), default=SIMULATION)
     return parser
 
 

@@ -15,7 +15,8 @@ JOB_END_LIMIT_S = 30
 FAULT = """
 import os, pathlib, signal, sys
 fault, moment, marker = sys.argv[1:]
-rank = os.environ.get("HOROVOD_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]
+names = "RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"
+rank = next(os.environ[name] for name in names if name in os.environ)
 
 def reach(here):
     if rank == "1" and moment == here:
@@ -42,6 +43,13 @@ hvd.allreduce(torch.ones(3), name="first")
 reach("inside")
 hvd.allreduce(torch.ones(3), name="second")
 """
+FAULT_TORCH = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+reach("inside")
+dist.barrier()
+"""
 
 
 def run_faulty(folder: Path, launcher: list[str], command: list[str], fault: str, moment: str) -> str:
@@ -67,6 +75,15 @@ def test_failing_rank_ends_the_job_under_mpirun(tmp_path, fault, moment):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("moment", ["before", "inside"])
+@pytest.mark.parametrize("fault", ["raise", "exit", "SIGKILL", "SIGSEGV"])
+def test_failing_rank_ends_the_job_under_torchrun(tmp_path, fault, moment):
+    job = script(tmp_path / "job.py", FAULT + FAULT_TORCH)
+    output = run_faulty(tmp_path, ["launch/torchrun.sh", "-n", "3"], [sys.executable, str(job)], fault, moment)
+    assert ("RuntimeError: boom" in output) == (fault == "raise")
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("form", [["-m", "job"], ["-c", "import job"]], ids=["module", "command"])
 def test_failing_module_or_command_ends_the_job_under_mpirun(tmp_path, form):
     script(tmp_path / "job.py", FAULT + FAULT_MPI)
@@ -84,13 +101,14 @@ def test_failing_rank_ends_the_job_under_horovodrun(tmp_path, controller, fault,
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher", ["mpirun.sh", "horovodrun.sh"])
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "mpirun.sh", "horovodrun.sh"])
 def test_ranks_see_their_threads_and_the_users_variables(tmp_path, launcher):
     job = tmp_path / "job.py"
     job.write_text(
         "import os, sys\n"
         "names = 'OMP_NUM_THREADS', 'NUMBA_NUM_THREADS', 'HVD_SKETCH_TEST'\n"
-        "rank = os.environ.get('HOROVOD_RANK') or os.environ['OMPI_COMM_WORLD_RANK']\n"
+        "ranks = 'RANK', 'HOROVOD_RANK', 'OMPI_COMM_WORLD_RANK'\n"
+        "rank = next(os.environ[name] for name in ranks if name in os.environ)\n"
         "open(f'{sys.argv[1]}/{rank}', 'w').write(' '.join(os.environ[name] for name in names))\n"
     )
     status, output = run_command(

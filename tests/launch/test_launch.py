@@ -11,11 +11,12 @@ from tests.support.harness import ROOT
 
 THREADS = "-x OMP_NUM_THREADS={0} -x NUMBA_NUM_THREADS={0} -x MKL_NUM_THREADS={0}"
 THREADS_ENV = "env OMP_NUM_THREADS={0} NUMBA_NUM_THREADS={0} MKL_NUM_THREADS={0}"
-LAUNCH_SCRIPTS = ["setup.sh", "test.sh", "quickstart.sh", "mpirun.sh", "horovodrun.sh"]
+LAUNCH_SCRIPTS = ["setup.sh", "test.sh", "quickstart.sh", "torchrun.sh", "mpirun.sh", "horovodrun.sh"]
 EAGER = "--mca btl_tcp_eager_limit 2097152 --mca btl_tcp_rndv_eager_limit 2097152"
 PREFIX = f"--prefix {VENV}"
 TCP = f"--mca oob_tcp_if_include eth0 --mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {EAGER}"
 YIELD = "--mca mpi_yield_when_idle 1"
+SOCKETS = "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
 FORWARDED = "-x PATH -x OPAL_PREFIX -x HVD_SKETCH_VENV -x MALLOC_MMAP_THRESHOLD_ -x MALLOC_TRIM_THRESHOLD_"
 
 
@@ -116,6 +117,39 @@ def test_horovodrun_command_line(bare, host_files, arguments, expected):
 
 
 @pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (
+            "-n 3 -- python train.py",
+            f"{THREADS_ENV.format(2)} torchrun --standalone --nproc-per-node 3 --no-python python train.py",
+        ),
+        (
+            "-n 9 --interface eth0 ls",
+            f"{THREADS_ENV.format(1)} {SOCKETS} torchrun --standalone --nproc-per-node 9 --no-python ls",
+        ),
+    ],
+)
+def test_torchrun_command_line(bare, arguments, expected):
+    status, output = bare("launch/torchrun.sh", "--dry-run", *arguments.split())
+    assert (status, without_notes(output)) == (0, expected + "\n")
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(6, [2, 4]), (5, [2, 3]), (2, [2])])
+def test_torchrun_has_a_command_line_for_each_host(bare, hosts, ranks, slots):
+    asked = ["--hosts", hosts, "-n", str(ranks), "--interface", "eth0", "--threads", "3", "ls", "a b"]
+    status, output = bare("launch/torchrun.sh", "--dry-run", *asked, HVD_SKETCH_A="x y", OTHER="1")
+    assert status == 0
+    assert len(output.splitlines()) == len(slots)
+    for place, line in enumerate(output.splitlines()):
+        assert line.startswith(f"node{place + 1}: env PATH=") and " HVD_SKETCH_A=x\\ y " in line and "OTHER" not in line
+        assert line.endswith(
+            f" OMP_NUM_THREADS=3 NUMBA_NUM_THREADS=3 MKL_NUM_THREADS=3 {SOCKETS} torchrun --nnodes {len(slots)} "
+            f"--node-rank {place} --nproc-per-node {slots[place]} --master-addr node1 --master-port 29500 "
+            "--no-python ls a\\ b"
+        )
+
+
+@pytest.mark.parametrize(
     "command, expected",
     [
         ("python3.11 -m package.train", "python3.11 -m mpi4py -m package.train"),
@@ -147,7 +181,8 @@ def test_mpirun_forwards_what_is_set_and_no_more(bare):
     variables = dict.fromkeys([*names, "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"], "1")
     _, output = bare("launch/mpirun.sh", "--dry-run", "-n", "1", "ls", **variables)
     assert (
-        "-x PATH -x OPAL_PREFIX -x LD_LIBRARY_PATH -x PYTHONPATH -x HOROVOD_X -x HVD_SKETCH_A -x HVD_SKETCH_VENV -x MALLOC_MMAP_THRESHOLD_ -x MALLOC_TRIM_THRESHOLD_ "
+        "-x PATH -x OPAL_PREFIX -x LD_LIBRARY_PATH -x PYTHONPATH -x HOROVOD_X -x HVD_SKETCH_A -x HVD_SKETCH_VENV "
+        "-x MALLOC_MMAP_THRESHOLD_ -x MALLOC_TRIM_THRESHOLD_ "
         "-x NCCL_DEBUG -x NUMBA_CACHE_DIR -x TORCH_HOME ls"
     ) in output
 
@@ -174,6 +209,7 @@ def test_more_ranks_than_cores_is_only_a_note(bare):
             "--ranks 2 --json out.json --seeds 1",
             "launch/mpirun.sh -n 2 {module} --transport mpi --json out.json --seeds 1",
         ),
+        ("--launcher torchrun", "launch/torchrun.sh -n 4 {module} --transport torch"),
         (
             "--plot p.png --launcher horovodrun -- --ranks 9",
             "launch/horovodrun.sh -n 4 {module} --transport horovod --plot p.png --ranks 9",
@@ -214,7 +250,7 @@ def test_help(bare, name):
     assert output.startswith(f"usage: launch/{name}")
 
 
-@pytest.mark.parametrize("name", ["mpirun.sh", "horovodrun.sh"])
+@pytest.mark.parametrize("name", ["torchrun.sh", "mpirun.sh", "horovodrun.sh"])
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -246,7 +282,7 @@ def test_bad_use_exits_with_2_and_says_why(bare, tmp_path, hosts, name, argument
     "command, message",
     [
         ("mpirun.sh --gloo -n 2 ls", "unknown option --gloo"),
-        ("quickstart.sh --launcher srun", "mpirun or horovodrun, got 'srun'"),
+        ("quickstart.sh --launcher srun", "mpirun, torchrun or horovodrun, got 'srun'"),
         ("quickstart.sh --ranks 0", "whole number of at least 1"),
         ("setup.sh --fast", "expected no arguments, got '--fast'"),
     ],

@@ -1,4 +1,4 @@
-"""The quickstart end to end, shortened: both launchers, the JSON it promises, and the mistakes a user makes."""
+"""The quickstart end to end, shortened: all launchers, the JSON it promises, and the mistakes a user makes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quickstart(*arguments: str, folder: Path = ROOT) -> tuple[int, str]:
     return run_command(["env", "-u", "PYTHONPATH", "-C", str(folder), *command], timeout_s=240)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun", "horovodrun"])
 def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
     """From another folder, which has benchmarks of its own."""
     (tmp_path / "benchmarks").mkdir()
@@ -73,7 +73,7 @@ def test_reads_mnist_files(tmp_path) -> None:
         (("--data-dir", "/nowhere"), "train-images-idx3-ubyte"),
         (("--epochs", "0"), "--epochs must be at least 1"),
         (("--json", "/nowhere/figures.json"), "there is no directory /nowhere"),
-        (("--launcher", "slurm"), "mpirun or horovodrun"),
+        (("--launcher", "slurm"), "mpirun, torchrun or horovodrun"),
         (("--batch", "5000"), "more than the training set holds"),
     ],
 )

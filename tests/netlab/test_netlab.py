@@ -322,7 +322,7 @@ class TestJobs:
     @pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
     def test_ranks_start_on_different_hosts(self, tmp_path: Path, shell: str, launcher: str) -> None:
         with lab(3, "--remote-shell", shell) as name:
-            job = ["sh", "-c", f"echo $OMPI_COMM_WORLD_RANK$HOROVOD_RANK >{tmp_path}/$(hostname)"]
+            job = ["sh", "-c", f"echo $OMPI_COMM_WORLD_RANK$HOROVOD_RANK$RANK >{tmp_path}/$(hostname)"]
             status, output = run_command([*on_lab(name, LAUNCHERS[launcher]), "--", *job], 60)
             assert status == 0, output
             ranks = {file.name: file.read_text().strip()[:1] for file in tmp_path.iterdir()}
@@ -337,7 +337,7 @@ class TestJobs:
         with lab(3, "--remote-shell", shell) as name:
             command = on_lab(name, LAUNCHERS[launcher])
             command[4:4] = ["--json", str(report)]
-            transport = "mpi" if launcher == "mpi" else "horovod"
+            transport = launcher.partition("-")[0]
             command += ["--", PYTHON, "-m", "tests.support.lab_main", "exchange", transport, str(tmp_path)]
             ledgers = [tmp_path / f"{name}-{number}.jsonl" for number in (1, 2, 3)]
             with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:

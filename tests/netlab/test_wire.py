@@ -71,7 +71,7 @@ def sum_over_hosts(results: list[dict[str, Any]]) -> list[Phase]:
     return phases
 
 
-WORLDS = [(kind, ranks) for kind in ("mpi", "horovod-gloo") for ranks in (2, 3, 4)]
+WORLDS = [(kind, ranks) for kind in ("torch", "mpi", "horovod-gloo") for ranks in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [*WORLDS, ("horovod-mpi", 3)])

@@ -63,7 +63,7 @@ def test_a_library_that_is_missing_is_named_with_what_was_looked_for(monkeypatch
     [("torch", "TorchTransport 2"), ("mpi", "MPITransport 2"), ("horovod-gloo", "HorovodTransport 2")],
 )
 def test_each_launcher_gets_its_own(launcher: str, told: str) -> None:
-    status, output = run_command([*LAUNCHERS[launcher], "-n", "2", "--", sys.executable, "-c", AUTO], timeout_s=60)
+    status, output = run_command([*LAUNCHERS[launcher], "-n", "2", "--", sys.executable, "-c", AUTO], timeout_s=120)
     assert status == 0 and output.count(told) == 2, output
 
 
@@ -80,5 +80,5 @@ def test_each_launcher_gets_its_own(launcher: str, told: str) -> None:
 )
 def test_what_runs_comes_before_what_was_started(launcher: str, before: str, told: str) -> None:
     program = f"{before}; {AUTO}"
-    status, output = run_command([*LAUNCHERS[launcher], "-n", "1", "--", sys.executable, "-c", program], timeout_s=60)
+    status, output = run_command([*LAUNCHERS[launcher], "-n", "1", "--", sys.executable, "-c", program], timeout_s=120)
     assert status == 0 and told in output, output

@@ -12,11 +12,31 @@ from tests.support.harness import LAUNCHERS, run_command
 pytestmark = pytest.mark.multiprocess
 # Without our launch script the transport alone must end the job.
 PLAIN_MPIRUN = ["bash", "-c", 'source launch/env.sh && exec mpirun --oversubscribe "$@"', "mpirun"]
+# Nobody ends the other ranks: called with -n N COMMAND.
+WITHOUT_LAUNCHER = [
+    "bash",
+    "-c",
+    """
+    source launch/env.sh
+    export WORLD_SIZE=$2 MASTER_ADDR=localhost RANK
+    MASTER_PORT=$(python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
+    export MASTER_PORT
+    for ((RANK = 0; RANK < WORLD_SIZE; RANK++)); do "${@:3}" & pids+=($!); done
+    for pid in "${pids[@]}"; do wait $pid || ((failed += 1)); done
+    ((failed == 0))
+    """,
+    "ranks",
+]
 
 
 @pytest.mark.parametrize(
     ("launcher", "transport", "ranks", "fault"),
     [
+        (LAUNCHERS["torch"], "torch", 2, "raise"),
+        (LAUNCHERS["torch"], "torch", 2, "exit"),
+        (LAUNCHERS["torch"], "torch", 3, "kill"),
+        (WITHOUT_LAUNCHER, "torch", 3, "raise"),
+        (WITHOUT_LAUNCHER, "torch", 3, "kill"),
         (PLAIN_MPIRUN, "mpi", 2, "raise"),
         (PLAIN_MPIRUN, "mpi", 3, "kill"),
         (LAUNCHERS["mpi"], "mpi", 2, "exit"),
