@@ -25,13 +25,15 @@ import torch
 from hvd_sketch.coding import host
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import _cpu_few_bits as few_bits
+from hvd_sketch.kernels import _cpu_lag_adam as lag_adam_loops
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import _cpu_low_rank as low_rank_loops
-from hvd_sketch.kernels import cpu, low_rank
+from hvd_sketch.kernels import cpu, lag_adam, low_rank
 
 COMPILING_S = 20  # on one core of a 2.6 GHz Zen 4
 DIM = 300  # of the vectors that the kernels are called with
 MAGNITUDE_OF_ONE = 0x3F800000
+MODULES = (loops, few_bits, low_rank_loops, lag_adam_loops, host)  # whose functions Numba compiles
 Report = Callable[[str], None]
 
 
@@ -74,7 +76,7 @@ def _compiled() -> int:
 @cache
 def cached_kernels() -> list:
     """Every compiled function of the kernels and of the host's codes that Numba keeps on disk."""
-    functions = [function for module in (loops, few_bits, low_rank_loops, host) for function in vars(module).values()]
+    functions = [function for module in MODULES for function in vars(module).values()]
     return list({id(f): f for f in functions if hasattr(f, "stats") and f.stats.cache_path is not None}.values())
 
 
@@ -104,6 +106,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.values_above(v, MAGNITUDE_OF_ONE, DIM),
         lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
         low_rank.warm_up,
+        lag_adam.warm_up,
         lambda: cpu.sums_above(v, u, 0, DIM),
         lambda: cpu.subtract_at_(u, some, v[: len(some)]),
         lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),
@@ -154,7 +157,7 @@ def _open_lock(folder: Path) -> int | None:
 @cache
 def _marker() -> Path:
     """The file that exists where the cache holds every kernel for this processor, this software and these sources."""
-    sources = [Path(getfile(module)).stat() for module in (loops, few_bits, low_rank_loops, host)]
+    sources = [Path(getfile(module)).stat() for module in MODULES]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [
         *(platform.python_version(), numba.__version__, llvmlite.__version__),

@@ -358,6 +358,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "quantize",
         "dequantize_sum",
         "subtract_at",
+        "lag_adam",
         "hash_tiles",  # of benchmarks/kernels/gpu_probes.py, as is the next
         "walk_tiles",
     }

@@ -24,6 +24,7 @@ from triton.runtime import driver
 from benchmarks.kernels import gpu_probes
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels import gpu
+from hvd_sketch.kernels.lag_adam import Settings, State, by_triton_
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -95,6 +96,8 @@ def launch_all(hash: BlockHash) -> None:
     gpu.magnitude_histogram(v, 0, 0, 2048)
     gpu.select_above(v, 1)
     gpu.subtract_at_(v, torch.arange(100), v[:100])
+    state = State(v, v, torch.zeros(hash.dim, dtype=torch.int32))
+    by_triton_(v, v, state, Settings(2, 0.1, 0.9, 0.999, 1e-8, 0.01))
     for bits in gpu.CHUNKS:
         for dither in (None, 3):
             gpu.dequantize_sum(gpu.quantize(v.view(1, -1), bits, dither).unsqueeze(0), v.numel(), bits)
