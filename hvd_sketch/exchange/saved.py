@@ -11,8 +11,8 @@ from torch import Tensor
 from hvd_sketch.exchange.agreement import all_finite
 
 GO_ON = (
-    "The checkpoint is damaged, or of another configuration: load another one, or delete its 'hvd_sketch' entry to go on "
-    "with residuals of zero"
+    "The checkpoint is damaged, or of another configuration: load another one, or delete its 'hvd_sketch' entry to go "
+    "on with residuals of zero"
 )
 
 

@@ -57,9 +57,9 @@ class SketchedAllreduce(ResidualExchange):
             raise ValueError(f"k must be at most dim, got k={config.k} for dim={dim}: lower k, or exchange dense")
         if config.has_table and config.chooses and config.candidate_count(dim) == dim and transport.rank == 0:
             warnings.warn(
-                f"oversample * k = {config.oversample * config.k} reaches dim {dim}: every coordinate whose estimate is "
-                "not zero is a candidate, and the sketch is sent for next to nothing. Lower oversample or k, or exchange "
-                "dense (sketch=None)",
+                f"oversample * k = {config.oversample * config.k} reaches dim {dim}: every coordinate whose estimate "
+                "is not zero is a candidate, and the sketch is sent for next to nothing. Lower oversample or k, or "
+                "exchange dense (sketch=None)",
                 stacklevel=2,
             )
         if self._device.type == "cpu":

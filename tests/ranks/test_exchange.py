@@ -224,7 +224,7 @@ def test_clamping_is_said_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert run_local(3, main) == [[30, 30]] * 3
-    assert len([w for w in caught if "exceeds dim" in str(w.message)]) == 1
+    assert len([w for w in caught if "reaches dim" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_sketch import DenseAllreduce, DistributedOptimizer, SketchConfig, SketchedAllreduce
+from hvd_sketch import DistributedOptimizer, SketchConfig, SketchedAllreduce
 from hvd_sketch.exchange.feedback import Feedback, Limits
-from hvd_sketch.transport import LocalTransport, local_transports, run_local
+from hvd_sketch.transport import LocalTransport, run_local
 
 LIMIT_S = 60
 RANKS = [1, 2, 3, 4]
@@ -73,45 +73,32 @@ def test_what_overflows_in_the_residual_is_reset_counted_and_named_once(
         assert largest < float("inf") and bool(torch.isfinite(velocity).all())
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("damage", [float("nan"), float("inf"), -float("inf")])
-def test_a_damaged_state_is_mended_where_it_is_loaded(
-    ranks: int, damage: float, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_what_overflowed_is_mended_before_it_is_saved(consolidated: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint is finite, and goes on as the training would have gone on."""
+
     def main(transport: LocalTransport) -> None:
-        exchange = SketchedAllreduce(config(momentum=0.5), 1000, transport)
+        exchange, other = (SketchedAllreduce(config(momentum=0.5), 1000, transport) for _ in range(2))
         exchange.step(torch.arange(1000.0))
-        state = exchange.state_dict()
-        state["v"][7], state["u"][[8, 900]] = damage, damage
-        other = SketchedAllreduce(config(momentum=0.5), 1000, transport)
-        other.load_state_dict(state)
-        assert other.reset_coordinates == 3
-        kept = torch.ones(1000, dtype=torch.bool)
-        kept[[7, 8, 900]] = False
-        for ours, theirs in ((other.residual, exchange.residual), (other.velocity, exchange.velocity)):
-            assert torch.equal(ours[kept], theirs[kept]) and not ours[~kept].any()
-        assert not other.step(torch.ones(1000)).skipped
-        dense = DenseAllreduce(config(momentum=0.5), 10, transport)
-        dense.step(torch.ones(10))
-        state = dense.state_dict()
-        state["u"][3] = damage
-        dense.load_state_dict(state)
-        assert dense.reset_coordinates == 1 and dense.velocity.tolist() == [1.0] * 3 + [0.0] + [1.0] * 6
+        if transport.rank == 0:
+            exchange.residual[7], exchange.velocity[[8, 900]] = float("inf"), float("nan")
+        other.load_state_dict(exchange.state_dict(consolidated))
+        assert exchange.reset_coordinates == 3 * (transport.rank == 0)
+        if not consolidated:
+            update, again = (each.step(torch.ones(1000)) for each in (exchange, other))
+            assert torch.equal(update.indices, again.indices) and torch.equal(update.values, again.values)
 
-    run_local(ranks, main, LIMIT_S)
-    assert len(caplog.messages) == 2 * ranks and "momentum or residual was NaN or infinite" in caplog.text
+    run_local(3, main, LIMIT_S)
+    assert len(caplog.messages) == 1 and "momentum or residual was NaN or infinite" in caplog.text
 
 
-def test_the_optimizer_names_the_parameter_and_counts(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Linear(50, 40)
-    optimizer = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(), config(), local_transports(1)[0]
-    )
-    state = optimizer.state_dict()
-    state["hvd_sketch"]["sketched"]["v"][1234] = float("nan")
-    optimizer.load_state_dict(state)
-    assert "element 1234 of 'weight'" in caplog.text
-    assert optimizer.reset_coordinates == 1
+def test_a_mean_of_residuals_whose_sum_overflows_is_saved() -> None:
+    def main(transport: LocalTransport) -> None:
+        exchange = SketchedAllreduce(config(), 1000, transport)
+        exchange.residual.fill_(3e38)
+        torch.testing.assert_close(exchange.state_dict(consolidated=True)["v"], torch.full((1000,), 3e38))
+
+    run_local(3, main, LIMIT_S)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
