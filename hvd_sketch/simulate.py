@@ -28,7 +28,7 @@ from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
-from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
+from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
 Batch = TypeVar("Batch")
@@ -46,6 +46,8 @@ class Simulation:
             simulation.accumulate(rank)
         simulation.agree()  # p.grad is what the exchange leaves on every rank
         optimizer.step()
+
+    A :class:`~hvd_sketch.optim.LagAdamW` needs ``simulation.prepare(optimizer)`` before the first step.
 
     Memory: u and v of every rank (8 bytes per rank and sketched coordinate; 4 without momentum), and its table. Of
     tensors that go dense, the gradient of every rank.
@@ -90,6 +92,10 @@ class Simulation:
         options = shared_options(self._named)
         options["ledger"] = CommLedger(max_records=0)  # totals are kept
         return build_exchanges(self._routes, self._config, transport, options, make=make)
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell a ``LagAdamW`` of these parameters which are compressed, as ``DistributedOptimizer`` does."""
+        mark_sparse(optimizer, self._named, self._config)
 
     def accumulate(self, rank: int) -> None:
         """Take in ``p.grad`` of all parameters, from a backward pass of one rank; ranks come in the order 0, 1, …
@@ -178,6 +184,7 @@ def train(
     Returns:
         For each step the loss of every rank, before the step.
     """
+    simulation.prepare(optimizer)
     dealt = iter(batches)
     while len(of_ranks := list(islice(dealt, simulation.ranks))) == simulation.ranks:
         losses = []

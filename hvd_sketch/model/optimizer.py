@@ -21,6 +21,7 @@ from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
+from hvd_sketch.model.routes import mark_sparse
 from hvd_sketch.model.wrapping import (
     HorovodArguments,
     check_arguments,
@@ -134,6 +135,7 @@ class DistributedOptimizer(ForwardingOptimizer):
             check_every=check_every,
             max_skips=max_skips,
         )
+        mark_sparse(optimizer, named, sketch)
         self._known = {id(parameter) for _, parameter in named}
         self._progress = Progress(self._parameters)
         if isinstance(self._transport, HorovodTransport):

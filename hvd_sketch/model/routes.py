@@ -9,13 +9,14 @@ from typing import Any, Literal, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
+from hvd_sketch.config import ALL_DENSE, Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.low_rank import LowRankAllreduce
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.optim import LagAdamW
 from hvd_sketch.transport.base import Transport
 
 
@@ -103,6 +104,14 @@ def build_exchanges(
     if len(exchanges) > 1 and isinstance(exchanges[0], ResidualExchange) and isinstance(exchanges[1], DenseAllreduce):
         exchanges[0].companion = exchanges[1]
     return exchanges
+
+
+def mark_sparse(optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], config: Compression | None) -> None:
+    """Tell a ``LagAdamW`` which of its parameters get the gradient of a few coordinates in a step."""
+    if isinstance(optimizer, LagAdamW):
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        dense_below = config.dense_below if isinstance(config, SketchConfig) else ALL_DENSE
+        optimizer.mark_sparse(p for _, p in named if p in own and not is_dense(p, dense_below))
 
 
 def routes_of(named: Sequence[NamedParameter], config: Compression | None) -> list[Route]:
