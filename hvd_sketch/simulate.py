@@ -49,8 +49,8 @@ class Simulation:
 
     A :class:`~hvd_sketch.optim.LagAdamW` needs ``simulation.prepare(optimizer)`` before the first step.
 
-    Memory: u and v of every rank (8 bytes per rank and sketched coordinate; 4 without momentum), and its table. Of
-    tensors that go dense, the gradient of every rank.
+    Memory: u and v of every rank (8 bytes per rank and sketched coordinate; 4 without momentum), and its table; with
+    low rank 8 bytes, v and the update. Of tensors that go dense, the gradient of every rank.
 
     Real ranks skip a step in which a gradient is not finite. Here it ends the simulation: the ranks before have taken
     theirs in.

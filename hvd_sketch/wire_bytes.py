@@ -16,6 +16,7 @@ from hvd_sketch.ledger import RING_PASSES
 
 DENSE_BYTES = 4 * RING_PASSES["allreduce"]  # of a coordinate
 ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
+COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
 CODE_OVERHEAD_BYTES = 20  # a rank's code of positions: its first word, and padding of two streams to whole words
 
 
@@ -65,9 +66,14 @@ def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
     )
 
 
-def agreement_bytes(ranks: int) -> int:
-    """Ring bytes of the agreement before a step, but for what says which parameters have gradients."""
-    return 8 * ranks * RING_PASSES["allreduce"]
+def agreement_bytes(ranks: int, parameters: int = 0) -> int:
+    """Ring bytes of the agreement before a step, of which ``parameters`` say whether they have a gradient."""
+    return 8 * (ranks + counter_words(ranks, parameters)) * RING_PASSES["allreduce"]
+
+
+def counter_words(ranks: int, counters: int) -> int:
+    """How many int64 hold as many counters, none of which exceeds ``ranks``."""
+    return ceil_div(counters, COUNTER_BITS // ranks.bit_length())
 
 
 def table_bytes(settings: Settings, ranks: int) -> int:
@@ -94,7 +100,8 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
     if settings.candidates == "random":
         return 0
     if settings.candidates == "nominate":
-        return codes + count * position_bytes(dim * ranks / count)
+        named = ranks * ceil_div(count, ranks)
+        return codes + named * position_bytes(dim * ranks / named)
     counted_together = settings.chooses or settings.candidates == "heavymix"
     histogram = 4 * RING_PASSES["allreduce"] * histogram_bins(count) if counted_together else 0
     return codes + count * position_bytes(dim / count) + histogram
@@ -102,6 +109,8 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
 
 def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
     """The candidates' values, and back what is updated."""
+    if settings.candidates == "nominate":
+        count = ranks * ceil_div(count, ranks)
     one_way = ranks * coded_bytes(ceil_div(count, ranks), settings.value_bits)
     if not settings.chooses or all_sums_travel(count, settings.k):
         return 2 * one_way

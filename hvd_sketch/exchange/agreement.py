@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange.setup import gather_texts, name_ranks, tell_values
-from hvd_sketch.hashing import ceil_div
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.wire_bytes import COUNTER_BITS, counter_words
 
 # A rank's word in the first collective of a step: flags in the lowest bits, then the step, then the digest.
 FLAG_BITS = 10
 STEP_BITS = 27
 DIGEST_BITS = 26
 LOADED_SHIFT = 8  # of a flag
-COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
 
 # From this rank's words, int64 [n], to all ranks', int64 [ranks, n]. Communication: collective.
 Gather = Callable[[Tensor], Tensor]
@@ -216,7 +215,7 @@ class _Counters:
     def __init__(self, size: int, parameters: int) -> None:
         self._parameters = parameters
         self._per_word = COUNTER_BITS // size.bit_length()
-        self.words = ceil_div(parameters, self._per_word)
+        self.words = counter_words(size, parameters)
         self._shifts = torch.arange(self._per_word) * size.bit_length()
         self._mask = (1 << size.bit_length()) - 1
 

@@ -51,7 +51,7 @@ def recommended(
     total = sum(tensor.numel() for tensor in tensors)
     compressed = [tensor for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
     dim = sum(tensor.numel() for tensor in compressed)
-    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement_bytes(ranks)
+    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement_bytes(ranks, len(tensors))
     if budget <= 0:
         raise ValueError(
             f"the {total - dim} elements of small tensors that go dense take more than a ratio of {ratio:g} leaves: at "

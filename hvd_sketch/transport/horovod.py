@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -97,11 +99,13 @@ class HorovodTransport:
         if tensor.numel() == 0:
             return tensor.clone()
         ours = _movable(self._readable(tensor))
-        return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self._set), tensor)
+        with _explaining_join():
+            return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self._set), tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
         ours = _movable(self._readable(tensor))
-        return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self._set), tensor)
+        with _explaining_join():
+            return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self._set), tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         # Horovod names the root by its global rank, also within a process set.
@@ -147,6 +151,20 @@ def _is_registered(process_set: Any) -> bool:
         return process_set.size() is not None
     except ValueError:
         return False
+
+
+@contextmanager
+def _explaining_join() -> Iterator[None]:
+    """Horovod refuses these collectives once a rank has called hvd.join()."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Join" in str(error):
+            error.add_note(
+                "A rank left this step by hvd.join(), which cannot stand in for a compressed exchange: put the "
+                "training loop into 'with optimizer.join():' on every rank instead"
+            )
+        raise
 
 
 def _movable(tensor: Tensor) -> Tensor:

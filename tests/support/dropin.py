@@ -315,10 +315,11 @@ def check_ranks_that_use_different_layers(t: Transport) -> None:
 # --- with a launch of their own
 
 
-def leave_by_horovods_join(transport: Transport) -> None:
+def leave_by_horovods_join(transport: Transport, candidates: str) -> None:
     """Rank 0 has fewer batches and calls hvd.join(), as for Horovod's own optimizer."""
     model = network()
-    optimizer = wrap(transport, model, SKETCH)
+    sketch = SKETCH if candidates == "sketch" else SketchConfig(k=40, candidates=candidates, dense_below=100)
+    optimizer = wrap(transport, model, sketch)
     for step in range(2 + transport.rank):
         optimizer.zero_grad()
         loss(model, transport.rank, step).backward()
