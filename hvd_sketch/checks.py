@@ -15,10 +15,11 @@ def check_integer(name: str, value: object, least: int | None = None, most: int 
     raise ValueError(" ".join([f"{name} must be an integer", " and ".join(bounds)]).rstrip() + f", got {value!r}")
 
 
-def check_number(name: str, value: object, below: float = float("inf")) -> None:
-    """Raises ValueError unless ``value`` is a number in ``[0, below)``."""
-    if not is_number(value) or not 0 <= value < below:
-        allowed = "finite and not negative" if below == float("inf") else f"in [0, {below:g})"
+def check_number(name: str, value: object, below: float = float("inf"), most: float = float("inf")) -> None:
+    """Raises ValueError unless ``value`` is a number of at least 0, below ``below`` and at most ``most``."""
+    if not is_number(value) or not (0 <= value < below and value <= most):
+        bounded = f"in [0, {below:g})" if most == float("inf") else f"in [0, {most:g}]"
+        allowed = "finite and not negative" if min(below, most) == float("inf") else bounded
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 

@@ -38,6 +38,8 @@ class SketchConfig:
             chosen among the candidates: all are updated. Of a sketch every owner then names its own share of them.
         momentum: ``m`` in ``u <- m * u + g``, applied before the sketch on every rank. 0 keeps no ``u``.
         weight_decay: L2 coefficient, ``g <- g + weight_decay * p`` before ``u`` (by the optimizer).
+        residual_decay: ``v <- residual_decay * v`` after every step. Below 1, what waits long is forgotten instead of
+            sent. ``hvd_sketch.optim.SignSGD`` needs 0.95 or so, everything else 1.
         seed: of the hashes; every step has its own hash, from ``(seed, step)``.
         candidates: where the coordinates come from. ``"sketch"``: the largest estimates of the summed sketches (paper,
             Alg. 3). ``"heavymix"``: of them the heavy ones, and others at random (with momentum 0 the paper's Alg. 2).
@@ -63,6 +65,7 @@ class SketchConfig:
     oversample: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    residual_decay: float = 1.0
     seed: int = 0
     candidates: str = "sketch"
     value_bits: int = 4
@@ -89,6 +92,7 @@ class SketchConfig:
         check_integer("k", self.k, 1)
         check_integer("oversample", self.oversample, 1)
         check_number("momentum", self.momentum, below=1)
+        check_number("residual_decay", self.residual_decay, most=1)
         check_choice("table_bits", self.table_bits, BITS)
         _check_shared(self)
         if self.value_bits < 32 and self.chooses:

@@ -41,6 +41,10 @@ def parse() -> argparse.Namespace:
     arguments = parser().parse_args()
     if arguments.data_dir is None and not arguments.report:
         parser().error("--data-dir is needed to train")
+    without_adam = [name for name in arguments.tasks if not TASKS[name].adam]
+    unfit = [name for name in arguments.methods if METHODS[name].inner != "adam"]
+    if without_adam and unfit:
+        parser().error(f"--methods {' '.join(unfit)} are for tasks with Adam, not for {' '.join(without_adam)}")
     for name in ("seeds", "processes", "steps", "workers"):
         given = getattr(arguments, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:

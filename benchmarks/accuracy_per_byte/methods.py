@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_per_byte.settings import Shape, local_count, powersgd_rank, true_count
-from benchmarks.accuracy_per_byte.tasks import DENSE_BELOW, Kind
+from benchmarks.accuracy_per_byte.tasks import DENSE_BELOW, Inner, Kind
 from benchmarks.methods.powersgd import PowerSGD
 from benchmarks.methods.top_k import CodedTopK, TrueTopK
 from hvd_sketch import SketchConfig
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.simulate import Simulation
+
+RESIDUAL_DECAY = 0.95  # before a sign step
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Method:
             where something was sent. With Adam neither is used.
         configure: the configuration of a place; None: dense.
         make: builds the exchange of a place; None: the library does.
+        inner: what steps the language model. Other tasks have SGD, and only methods with ``"adam"`` here.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
             a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
             more than k, where ranks of matrices are whole numbers. 0: they are.
@@ -59,6 +62,7 @@ class Method:
     make: Callable[[Place], Any] | None = None
     trial: float = 0.0
     is_sent: bool = True
+    inner: Inner = "adam"
 
     def config(self, place: Place, adam: bool = False) -> Any:
         """Of the exchange; None: dense."""
@@ -122,6 +126,15 @@ def _low_rank(bits: int) -> Method:
     return Method(f"low rank, {bits} bit", "nesterov", configure, trial=0.001)
 
 
+def _with_lag(method: Method) -> Method:
+    return replace(method, title=f"{method.title}, LagAdamW", inner="lag")
+
+
+def _with_sign(method: Method, **overrides: Any) -> Method:
+    configure = _sketched(residual_decay=RESIDUAL_DECAY, **overrides)
+    return replace(method, title=f"{method.title}, sign step", configure=configure, inner="sign")
+
+
 METHODS: dict[str, Method] = {
     "lowrank4": _low_rank(4),
     "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), trial=0.25),
@@ -147,5 +160,11 @@ METHODS: dict[str, Method] = {
         lambda place: TrueTopK,
         is_sent=False,
     ),
+}
+METHODS |= {f"{name}-lag": _with_lag(METHODS[name]) for name in ("nominate4", "sketch4", "random4")}
+METHODS |= {
+    "nominate4-sign": _with_sign(METHODS["nominate4"], candidates="nominate"),
+    "sketch4-sign": _with_sign(METHODS["sketch4"]),
+    "random4-sign": _with_sign(METHODS["random4"], candidates="random"),
 }
 FIRST = ("lowrank4", "nominate4", "sketch4", "random4", "dense", "local4", "local8")  # in every plan

@@ -8,7 +8,8 @@ from benchmarks.accuracy_per_byte.methods import FIRST, METHODS
 from benchmarks.accuracy_per_byte.records import Group
 from benchmarks.accuracy_per_byte.tasks import TASKS
 
-LATER = tuple(name for name in METHODS if name not in FIRST)
+OF_ADAM = tuple(name for name, method in METHODS.items() if method.inner != "adam")  # for tasks with Adam
+LATER = tuple(name for name in METHODS if name not in (*FIRST, *OF_ADAM))
 # Task, ranks, whether skewed, steps, ratio.
 Place = tuple[str, int, bool, int, float]
 TARGETS: Sequence[Place] = (
@@ -21,6 +22,7 @@ TARGETS: Sequence[Place] = (
     ("mnist", 4, False, 400, 60.0),
     ("cifar", 4, False, 1500, 60.0),
     ("cifar2m", 4, False, 400, 150.0),
+    ("lm", 4, False, 300, 60.0),
     ("lm", 4, False, 1500, 60.0),
     ("mnist", 4, False, 400, 20.0),
     ("cifar", 4, False, 1500, 20.0),
@@ -42,8 +44,9 @@ def groups_at(places: Iterable[Place], methods: Iterable[str]) -> list[Group]:
 
 
 def targets() -> list[Group]:
-    """Every place with the methods that matter most, in order of priority; then with the others."""
-    return groups_at(TARGETS, FIRST) + groups_at(TARGETS, LATER)
+    """Every place with the methods that matter most, in order of priority; then those for Adam; then the others."""
+    with_adam = [place for place in TARGETS if TASKS[place[0]].adam]
+    return groups_at(TARGETS, FIRST) + groups_at(with_adam, OF_ADAM) + groups_at(TARGETS, LATER)
 
 
 PLANS = {"targets": targets}

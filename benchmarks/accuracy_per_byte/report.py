@@ -27,7 +27,8 @@ model; tensors of one dimension go dense. Each method has its own best learning 
 grows until its best is inside. The rate was chosen with seed 0 by the same test set; the table has the mean over the
 seeds at that rate, and the least and the greatest. Sketch and random go with plain SGD, nominated, low rank, PowerSGD
 and dense with Nesterov momentum of 0.9 after the exchange, local top-k with a momentum of 0.9 before it (Deep Gradient
-Compression). The language model has Adam after every exchange. True top-k exists in a simulation only.
+Compression). The language model has Adam after every exchange, or where the method says so LagAdamW, or a sign step
+after a residual of which 0.95 stays. True top-k exists in a simulation only.
 PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
 A row with fewer than three seeds, or with its rate at the edge of the grid, is not finished.
 """

@@ -19,6 +19,7 @@ from benchmarks.models import mlp
 BASE_WORKERS = 4  # up to so many have ``per_worker`` examples each; more share as many
 DENSE_BELOW = 512  # elements: the CNN's last matrix has 960, the default would leave it dense
 Kind = Literal["nesterov", "plain", "masked"]  # where the momentum is: after the exchange, nowhere, before it
+Inner = Literal["adam", "lag", "sign"]  # Adam, LagAdamW, SignSGD
 ADAM_RATE = 0.004
 
 
@@ -36,7 +37,7 @@ class Task:
         rates: where to begin the search, by the kind of momentum; for a quarter of CIFAR's long run and more.
         long_factor: of the rates with momentum from ``long`` steps on.
         long: steps.
-        adam: the optimizer is Adam, whatever the exchange; the loss is the measure, not the accuracy.
+        adam: the optimizer is Adam, or what a method has in its place; the loss is the measure, not the accuracy.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,17 @@ from benchmarks.accuracy_per_byte.data import Data
 from benchmarks.accuracy_per_byte.methods import METHODS, matrices, place_of
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.settings import dense_bytes
-from benchmarks.accuracy_per_byte.tasks import TASKS, Task, initial_model, load
+from benchmarks.accuracy_per_byte.tasks import TASKS, Inner, Task, initial_model, load
 from benchmarks.paper.rate_search import rounded
 from hvd_sketch import Simulation
+from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
+INNER: dict[Inner, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.0),
+    "lag": lambda parameters: LagAdamW(parameters, lr=0.0, weight_decay=0.0),
+    "sign": lambda parameters: SignSGD(parameters, lr=0.0),
+}
 JUDGED_AFTER = 61  # steps; then a loss well above that of the first step is a divergence
 
 
@@ -39,6 +46,7 @@ class Training:
         place = place_of(named, group.workers, nominal_ratio or group.ratio, run.seed)
         self.simulation: Simulation = method.simulate(named, place, self.task.adam)
         self.optimizer = optimizer_for(self.task, self.model, group.method)
+        self.simulation.prepare(self.optimizer)
         self._batches = data.batches(group.workers, self.task.batch(group.workers), run.seed, group.skewed)
         self._first_loss = math.nan
         self.done = 0
@@ -87,10 +95,10 @@ class Training:
 
 
 def optimizer_for(task: Task, model: nn.Module, method: str) -> torch.optim.Optimizer:
-    """A plain one of torch, with the momentum that goes with a method; its rate is set in every step."""
+    """What goes with a method; its rate is set in every step."""
     parameters: list[Tensor] = list(model.parameters())
     if task.adam:
-        return torch.optim.Adam(parameters, lr=0.0)
+        return INNER[METHODS[method].inner](parameters)
     if METHODS[method].kind == "nesterov":
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
     return torch.optim.SGD(parameters, lr=0.1)

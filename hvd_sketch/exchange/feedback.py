@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from hvd_sketch.sketch import CountSketch
 
 # The largest float32 but for rounding: W addends of a W-th of it each have a finite sum.
 LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
+LEAST_KEPT = 1e-30  # of a residual that decays: it would come to subnormal numbers, which are slow, and stay there
 ROUNDED_UP = 1 + 2**-6  # a code stands for at most so many times the value: scales are rounded up to a bfloat16
 
 # Start, stop and gradient of coordinates, ascending; where the gradient is None, v has taken it in.
@@ -148,6 +149,12 @@ class Feedback:
         self._kernels.subtract_at_(self.v, indices, sent)
         if self.momentum:
             self._kernels.clear_(self._u, indices)
+
+    def decay_(self, factor: float, ranges: Iterable[tuple[int, int]]) -> None:
+        """``v <- factor * v`` in ranges of coordinates; what comes near to 0 becomes 0."""
+        for start, stop in ranges:
+            kept = self.v[start:stop].mul_(factor)
+            torch.ops.aten.hardshrink.out(kept, LEAST_KEPT, out=kept)
 
     def excess(self, indices: Tensor, sums: Tensor) -> Tensor | None:
         """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes; None where all does."""

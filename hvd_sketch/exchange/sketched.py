@@ -135,6 +135,8 @@ class SketchedAllreduce(ResidualExchange):
         return self._finish(candidates, self._take_off(candidates, summed))
 
     def _finish(self, indices: Tensor, sums: Tensor) -> SparseUpdate:
+        if self.config.residual_decay < 1:
+            self._feedback.decay_(self.config.residual_decay, self._ranges)
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, self.config.paper_floats(self.dim))
         self.count_step()
         return SparseUpdate(indices, sums / self._comm.size)
