@@ -38,6 +38,9 @@ class MeteredTransport(ForwardingTransport):
             else:
                 with process_watch().over(self.rank, self.size, self.ledger.step, name):
                     yield
+        except (RuntimeError, TimeoutError) as error:
+            error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")
+            raise
         finally:
             self._phase, self._of_device = outer
 

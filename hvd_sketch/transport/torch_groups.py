@@ -19,7 +19,8 @@ from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessage
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 POLL_S = 0.01
 POLLS_PER_LOOK = 50  # how often a rank that waits for others looks at what they do
-WAITS, REFUSED = "waits for ranks ", "has refused its own"
+State = tuple[str, list[int]]  # the name of the channel that a rank waits in, and the ranks it waits for
+NOWHERE: State = ("", [])
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,13 @@ def _new_channel(group: Any) -> Channel:
 
     ranks, rank, config = dist.get_process_group_ranks(group), dist.get_rank(group), dist.get_backend_config(group)
     counts = _channels_by_name()
-    counts[group.group_name] = counts.get(group.group_name, 0) + 1
-    name = f"{group.group_name}/{counts[group.group_name]}"
+    number = counts.get(group.group_name, 0)
+    name = f"{group.group_name}/{number}"
     timeout = _timeout_of(group, config)
     store = dist.PrefixStore("hvd_sketch", c10d._get_default_store())
     with process_watch().over(rank, len(ranks), 0, "connect"):
         _meet(store, name, ranks, dist.get_rank(), timeout.total_seconds())
+        counts[group.group_name] = number + 1
         host = c10d.ProcessGroupGloo(dist.PrefixStore(f"{name}/host", store), rank, len(ranks), timeout)
         if "cuda:nccl" not in config:
             return Channel(rank, len(ranks), DirectMessages(host), None)
@@ -175,12 +177,9 @@ def _timeout_of(group: Any, config: str) -> timedelta:
 
 
 def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) -> None:
-    """Return once all ranks of a channel are here; ``rank`` is that of the world.
-
-    A rank that waits elsewhere for one of those who wait here would keep all of them for ever.
-    """
-    own, mine = f"at {rank}", f"{WAITS}{ranks}"
-    store.set(own, mine)
+    """Return once all ranks of a channel are here; ``rank`` and ``ranks`` are those of the world."""
+    mine: State = (name, ranks)
+    _tell(store, rank, mine)
     polls, deadline_s = 0, time.monotonic() + timeout_s
     here = store.add(name, 1)
     while here < len(ranks):
@@ -188,27 +187,46 @@ def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) 
         here, polls = store.add(name, 0), polls + 1
         if here == len(ranks) or polls % POLLS_PER_LOOK:
             continue
-        states = {peer: _state(store, peer) for peer in ranks}
-        lost = [peer for peer, state in states.items() if state != mine and _keeps_waiting(state, rank)]
-        about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on the same group"
-        if lost:
-            store.set(own, REFUSED)
+        about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on their group"
+        lost = _find_lost(store, rank, mine)
+        if lost is not None:
+            _tell(store, rank, None)
             store.add(name, -1)
             raise ValueError(
-                f"{about}, but rank {lost[0]} {states[lost[0]]}: give the same group on all of its ranks, and build "
+                f"{about}, but rank {lost} waits on another one: give the same group on all of its ranks, and build "
                 "transports in the same order everywhere"
             )
         if time.monotonic() > deadline_s:
-            missing = [peer for peer, state in states.items() if state != mine]
+            missing = [peer for peer in ranks if _state(store, peer) != mine]
             raise TimeoutError(f"{about} for {timeout_s:.0f} s, but ranks {missing} did not come")
-    store.set(own, "")
+    _tell(store, rank, NOWHERE)
 
 
-def _state(store: Any, rank: int) -> str:
-    """What a rank of the world does about channels."""
-    return store.get(f"at {rank}").decode() if store.check([f"at {rank}"]) else ""
+def _tell(store: Any, rank: int, state: State | None) -> None:
+    store.set(f"at {rank}", json.dumps(state))
 
 
-def _keeps_waiting(state: str, rank: int) -> bool:
-    """Whether a rank in this state will not come before ``rank`` comes to it."""
-    return state == REFUSED or (state.startswith(WAITS) and rank in json.loads(state.removeprefix(WAITS)))
+def _state(store: Any, rank: int) -> State | None:
+    """The channel that a rank of the world waits in, by name and ranks; None: it has given up."""
+    if not store.check([f"at {rank}"]):
+        return NOWHERE
+    state = json.loads(store.get(f"at {rank}"))
+    return None if state is None else (state[0], state[1])
+
+
+def _find_lost(store: Any, rank: int, mine: State) -> int | None:
+    """A rank that ``rank`` waits for, perhaps through others, and that will not come.
+
+    It has given up, or waits in another channel for ``rank``.
+    """
+    known, todo = {rank}, [mine]
+    while todo:
+        awaited = todo.pop()
+        for peer in set(awaited[1]) - known:
+            known.add(peer)
+            state = _state(store, peer)
+            if state is None or (state != mine and rank in state[1]):
+                return peer
+            if state != awaited:
+                todo.append(state)
+    return None

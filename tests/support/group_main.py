@@ -1,6 +1,6 @@
 """A job in which some of the ranks exchange among themselves: run by test_groups.py.
 
-Arguments: "mpi" or "horovod", folder for the results. Ranks 0 and 2 are one group, the others another.
+Arguments: "torch", "mpi" or "horovod", folder for the results. Ranks 0 and 2 are one group, the others another.
 """
 
 from __future__ import annotations
@@ -10,12 +10,30 @@ from pathlib import Path
 
 import torch
 
-from hvd_sketch.transport import HorovodTransport, MPITransport, Transport
+from hvd_sketch.transport import HorovodTransport, MPITransport, TorchTransport, Transport
 from tests.support.contract import check_all
 from tests.support.targets import run_steps
 
 FIRST = [0, 2]
 EXCHANGE = {"dim": 5000, "steps": 3, "config": {"cols": 600, "k": 50, "deterministic": True}}
+
+
+def torch_group() -> tuple[int, Transport]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, others = dist.get_rank(), [rank for rank in range(dist.get_world_size()) if rank not in FIRST]
+    first, second = dist.new_group(FIRST), dist.new_group(others)
+    mine, other = (first, second) if rank in FIRST else (second, first)
+    try:
+        TorchTransport(other)
+    except ValueError as error:
+        assert f"got one without rank {rank}" in str(error)
+    else:
+        raise AssertionError("a rank joined a group that does not hold it")
+    transport = TorchTransport(mine)
+    check_all(transport)
+    return rank, transport
 
 
 def mpi_group() -> tuple[int, Transport]:
@@ -48,7 +66,7 @@ def horovod_group() -> tuple[int, Transport]:
 
 
 def main(kind: str, folder: str) -> None:
-    world_rank, transport = {"mpi": mpi_group, "horovod": horovod_group}[kind]()
+    world_rank, transport = {"torch": torch_group, "mpi": mpi_group, "horovod": horovod_group}[kind]()
     result = {"rank": transport.rank, "size": transport.size, **run_steps(transport, **EXCHANGE)}
     torch.save(result, Path(folder) / f"{world_rank}.pt")
     if kind == "horovod":

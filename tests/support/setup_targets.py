@@ -74,7 +74,7 @@ def refused_communicators(transport: MPITransport) -> dict[str, str]:
     freed = world.Dup()
     freed.Free()
     wrong["freed"] = freed
-    return {name: _message(lambda comm=comm: MPITransport(comm)) for name, comm in wrong.items()}
+    return {name: message_of(lambda comm=comm: MPITransport(comm)) for name, comm in wrong.items()}
 
 
 def refused_process_sets(transport: HorovodTransport) -> dict[str, str]:
@@ -82,21 +82,22 @@ def refused_process_sets(transport: HorovodTransport) -> dict[str, str]:
     import horovod.torch as hvd
 
     wrong = {"int": 3, "list": [0, 1], "not registered": hvd.ProcessSet([0, 1])}
-    said = {name: _message(lambda given=given: HorovodTransport(given)) for name, given in wrong.items()}
+    said = {name: message_of(lambda given=given: HorovodTransport(given)) for name, given in wrong.items()}
     hvd.shutdown()
     only_first = hvd.ProcessSet([0])
     hvd.init(process_sets=[only_first])
     if hvd.rank() > 0:
-        said["not in it"] = _message(lambda: HorovodTransport(only_first))
+        said["not in it"] = message_of(lambda: HorovodTransport(only_first))
     hvd.shutdown()
-    said["used after a shutdown"] = _message(lambda: transport.rank)
+    said["used after a shutdown"] = message_of(lambda: transport.rank)
     hvd.init()
-    said["registered before a shutdown"] = _message(lambda: HorovodTransport(only_first))
+    said["registered before a shutdown"] = message_of(lambda: HorovodTransport(only_first))
     assert HorovodTransport().allreduce_(torch.ones(1)).item() == hvd.size()
     return said
 
 
-def _message(call: Callable[[], object]) -> str:
+def message_of(call: Callable[[], object]) -> str:
+    """The TypeError or ValueError that a call ends with."""
     try:
         return f"no error, but {call()!r}"
     except (TypeError, ValueError) as error:
