@@ -17,8 +17,7 @@ from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessages
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-POLL_S = 0.01
-POLLS_PER_LOOK = 50  # how often a rank that waits for others looks at what they do
+LOOK_S = 0.5  # after which a rank that waits for others looks at what they do
 State = tuple[str, list[int]]  # the name of the channel that a rank waits in, and the ranks it waits for
 NOWHERE: State = ("", [])
 
@@ -180,13 +179,10 @@ def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) 
     """Return once all ranks of a channel are here; ``rank`` and ``ranks`` are those of the world."""
     mine: State = (name, ranks)
     _tell(store, rank, mine)
-    polls, deadline_s = 0, time.monotonic() + timeout_s
-    here = store.add(name, 1)
-    while here < len(ranks):
-        time.sleep(POLL_S)
-        here, polls = store.add(name, 0), polls + 1
-        if here == len(ranks) or polls % POLLS_PER_LOOK:
-            continue
+    deadline_s = time.monotonic() + timeout_s
+    if store.add(name, 1) == len(ranks):
+        store.set(f"{name} is complete", "")
+    while not _comes(store, f"{name} is complete"):
         about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on their group"
         lost = _find_lost(store, rank, mine)
         if lost is not None:
@@ -200,6 +196,15 @@ def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) 
             missing = [peer for peer in ranks if _state(store, peer) != mine]
             raise TimeoutError(f"{about} for {timeout_s:.0f} s, but ranks {missing} did not come")
     _tell(store, rank, NOWHERE)
+
+
+def _comes(store: Any, key: str) -> bool:
+    """Whether a key is set, now or within moments."""
+    try:
+        store.wait([key], timedelta(seconds=LOOK_S))
+    except RuntimeError:
+        return store.check([key])
+    return True
 
 
 def _tell(store: Any, rank: int, state: State | None) -> None:

@@ -33,6 +33,14 @@ class Carrier(ABC):
     def start_alltoall(self, tensor: Tensor) -> Callable[[], Tensor]:
         """``tensor`` [size, ...], share i for rank i. The function returned waits for the shares, and returns them."""
 
+    def start_sum(self, tensor: Tensor, total: Tensor, ordered: bool) -> Callable[[], Tensor]:
+        """``tensor`` [size, ...]. The function returned waits, and returns ``total``: the sum of ``tensor[rank]``.
+
+        With ``ordered`` the sum is made in rank order.
+        """
+        receive = self.start_alltoall(tensor)
+        return lambda: sum_in_rank_order(list(receive()), out=total)
+
     @abstractmethod
     def allgather(self, tensor: Tensor) -> Tensor:
         """uint8 vectors of any lengths, concatenated in rank order."""
@@ -124,9 +132,9 @@ class DirectMessages(Carrier):
 class DeviceCollectives(Carrier):
     """The backend's own collectives, in the device's current stream. For NCCL; they have not run on a GPU yet."""
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """``tensor`` [size, ...]. The function returned waits for the sum over the ranks of ``tensor[rank]``."""
-        total = tensor.new_empty(tensor.shape[1:])
+    def start_sum(self, tensor: Tensor, total: Tensor, ordered: bool) -> Callable[[], Tensor]:
+        if ordered:
+            return super().start_sum(tensor, total, ordered)
         work = self._backend._reduce_scatter_base(total.view(-1), tensor.view(-1))
         return lambda: self._received(work, "a reduce_scatter", total)
 

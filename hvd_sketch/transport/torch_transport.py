@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, finished, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, check_shares, finished
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 from hvd_sketch.transport.torch_groups import channel_on, users_group
 from hvd_sketch.transport.torch_messages import Carrier
@@ -69,11 +69,8 @@ class TorchTransport:
         if tensor.numel() == 0:
             return finished(tensor.new_empty(tensor.shape[1:]))
         ours = self._readable(tensor)
-        if self._cuda is not None and ours.is_cuda and not ordered:
-            return Pending(self._cuda.start_sum(ours))
-        receive = self._carrier(ours).start_alltoall(ours)
-        total = self._writable(tensor.shape[1:], tensor)
-        return Pending(lambda: to_device(sum_in_rank_order(list(receive()), out=total), tensor.device))
+        wait = self._carrier(ours).start_sum(ours, self._writable(tensor.shape[1:], tensor), ordered)
+        return Pending(lambda: to_device(wait(), tensor.device))
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         check_shares(tensor, self.size, "alltoall")

@@ -15,10 +15,11 @@ from tests.support.worlds import Job, register
 CHECKS = 9  # in tests/support/contract.py
 CONTRACT = "tests.support.contract:check_all"
 # Where, and how: in chunks, as for vectors longer than MPI's counts allow, with the limit lowered; through the copies
-# on the host that a device would need (pinned memory and streams take a GPU).
+# on the host that a device would need (pinned memory and streams take a GPU); by what NCCL would do, over Gloo.
 WORLDS: list[tuple[str, int, dict[str, Any]]] = [
     *(("torch", ranks, {}) for ranks in (1, 2, 3, 4)),
     ("torch", 2, {"staged": True}),
+    ("torch", 3, {"own_collectives": True}),
     *(("mpi", ranks, {}) for ranks in (1, 2, 3, 4)),
     ("mpi", 3, {"max_count": 50}),
     ("mpi", 3, {"max_count": 999}),

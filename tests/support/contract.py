@@ -9,21 +9,27 @@ from typing import Any
 import torch
 
 from hvd_sketch.transport import Transport
+from hvd_sketch.transport.torch_messages import DeviceCollectives
 
 SUMMABLE = [torch.float32, torch.float64, torch.int32, torch.int64]
 MOVABLE = [*SUMMABLE, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.int16]
 LENGTHS = [0, 1, 2, 7, 1000]
 
 
-def check_all(transport: Any, max_count: int | None = None, staged: bool = False) -> int:
+def check_all(
+    transport: Any, max_count: int | None = None, staged: bool = False, own_collectives: bool = False
+) -> int:
     """Run every check; returns how many ran.
 
     Args:
         max_count: as if MPI's counts ended there.
+        own_collectives: through the collectives of torch's backend that NCCL would have for CUDA tensors.
         staged: as if these tensors lay on a device that the transport cannot read.
     """
     if staged:
         transport.stages = lambda device: True
+    if own_collectives:
+        transport._host = DeviceCollectives(transport._host._backend)
     if max_count is not None:
         transport._max_count = max_count
     checks = [value for name, value in globals().items() if name.startswith("check_") and name != "check_all"]
