@@ -6,6 +6,7 @@ from hvd_sketch.exchange.low_rank import LowRankAllreduce
 from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.model.recommended import recommended
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HASH_VERSION",
     "CommLedger",
+    "Checkpoint",
     "CountSketch",
     "DenseAllreduce",
     "DistributedOptimizer",
@@ -35,5 +37,7 @@ __all__ = [
     "broadcast_parameters",
     "local_transports",
     "recommended",
+    "load_checkpoint",
     "sketched_dim",
 ]
+    "save_checkpoint",

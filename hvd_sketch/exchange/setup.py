@@ -41,26 +41,34 @@ def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def refused_together(comm: Transport) -> Iterator[None]:
-    """What one rank refuses inside, by a ValueError or TypeError, all ranks refuse: nobody is left waiting for it.
+def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None]:
+    """What one rank refuses inside, all ranks refuse, by an OSError, TypeError or ValueError: nobody waits for it.
+
+    Args:
+        comm: all ranks.
+        doing: what a rank that refuses could not do, for messages.
 
     Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
 
     Raises:
         ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
+        OSError: in its place, where the first of those had one.
     """
     refusal: Exception | None = None
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         refusal = error
-    refusing = comm.allgather(torch.tensor([refusal is not None], dtype=torch.uint8)).nonzero().flatten().tolist()
+    own = torch.tensor([(refusal is not None) + isinstance(refusal, OSError)], dtype=torch.uint8)
+    every = comm.allgather(own)
+    refusing = every.nonzero().flatten().tolist()
     if not refusing:
         return
     reasons = gather_texts(comm, str(refusal))
     if refusal is not None:
         raise refusal
-    raise ValueError(f"{name_ranks(refusing)} of {comm.size} could not be set up: {reasons[refusing[0]]}")
+    kind = OSError if every[refusing[0]] == 2 else ValueError
+    raise kind(f"{name_ranks(refusing)} of {comm.size} could not {doing}: {reasons[refusing[0]]}")
 
 
 def tell_values(values: Sequence[object]) -> str:

@@ -341,6 +341,11 @@ class DistributedOptimizer(ForwardingOptimizer):
         raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
 
     @property
+    def transport(self) -> Transport:
+        """This rank's end of the network that gradients travel over."""
+        return self._transport
+
+    @property
     def place(self) -> tuple[int, int]:
         """Rank and size of its transport."""
         return self._transport.rank, self._transport.size

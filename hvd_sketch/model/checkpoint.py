@@ -1,0 +1,211 @@
+"""Checkpoints of a whole job: written by all ranks together, complete or not there, checked when they are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvd_sketch.checks import check_integer
+from hvd_sketch.exchange.setup import gather_texts, refused_together, require_equal, tell_values
+from hvd_sketch.model.checkpoint_files import (
+    SHARED,
+    Folder,
+    folders,
+    own_file,
+    prune,
+    read_manifest,
+    read_state,
+    write_manifest,
+    write_state,
+)
+from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
+from hvd_sketch.transport import Transport
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`load_checkpoint` has loaded.
+
+    Attributes:
+        path: its folder.
+        step: how many steps the optimizer had made.
+        ranks: how many had saved it. Where the job has as many, every rank has its own residual again, and otherwise
+            the mean of all.
+        extra: what rank 0 gave to :func:`save_checkpoint`.
+        own: what this rank gave; None where another number of ranks had saved.
+    """
+
+    path: Path
+    step: int
+    ranks: int
+    extra: Any
+    own: Any
+
+
+def save_checkpoint(
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: DistributedOptimizer,
+    *,
+    extra: Any = None,
+    own: Any = None,
+    keep: int = 3,
+) -> Path:
+    """Save what a job needs to go on: to the bit with as many ranks, or with any other number of ranks.
+
+    A folder ``<number>-step-<step>`` gets one file of what is equal on all ranks (the model, the wrapped optimizer, the
+    mean of the residuals), one file of each rank's own residual and momentum, and at last the manifest, with a checksum
+    of every tensor. Without its manifest a checkpoint is not complete, and no job loads it.
+
+    Args:
+        directory: on a file system that all ranks share; one for each group of ranks (process set). Made if missing.
+        model: rank 0's is saved, also its buffers.
+        optimizer: every rank's own.
+        extra: rank 0's, for all ranks: ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. Dense tensors, numbers,
+            strings, lists and dicts.
+        own: this rank's, as random-number states: ``{"torch": torch.get_rng_state()}``.
+        keep: complete checkpoints that stay, this one included; older ones are removed once this one is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: on every rank: one could not write, as on a full disk. The checkpoints before stay as they are.
+        ValueError: on every rank: something cannot be saved, arguments differ between ranks, or a file is not seen by
+            rank 0.
+
+    Communication: collective, all ranks.
+    """
+    comm, root = optimizer.transport, Path(directory)
+    with refused_together(comm, "save a checkpoint"):
+        check_integer("keep", keep, 1)
+    everyone = optimizer.state_dict(consolidated=True)
+    shared = {"model": model.state_dict(), "optimizer": everyone, "extra": extra} if comm.rank == 0 else None
+    step = _step_of(everyone)
+    require_equal(comm, {"keep": keep, "step": step})
+    folder = _make_folder(root, step, comm)
+    try:
+        with refused_together(comm, "save a checkpoint"):
+            files = {}
+            if shared is not None:
+                files[SHARED] = write_state(folder.path / SHARED, shared)
+            state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own}
+            files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), state)
+        everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
+        with refused_together(comm, "save a checkpoint"):
+            if comm.rank == 0:
+                write_manifest(
+                    folder, comm.size, {name: about for each in everyones_files for name, about in each.items()}
+                )
+    except (OSError, TypeError, ValueError):
+        if comm.rank == 0:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    if comm.rank == 0:
+        prune(root, keep)
+    return folder.path
+
+
+def load_checkpoint(
+    directory: str | Path, model: nn.Module, optimizer: DistributedOptimizer, *, step: int | None = None
+) -> Checkpoint | None:
+    """Go on from the newest complete checkpoint of :func:`save_checkpoint`; afterwards no broadcast is needed.
+
+    Every file is read with ``weights_only=True`` and compared with its checksums before anything is loaded.
+
+    Args:
+        directory: as for :func:`save_checkpoint`.
+        model: of the same names, shapes and dtypes as the one that was saved. Modified.
+        optimizer: around the same parameters, with the same compression. Modified.
+        step: of the checkpoint to load; None: the newest.
+
+    Returns:
+        What was loaded; None, with nothing modified, where the directory has no complete checkpoint yet.
+
+    Raises:
+        ValueError: on every rank: a file is damaged or missing on one (named, with the entry and what to do), is of
+            another model or compression, there is none of ``step``, or the ranks do not see the same directory.
+
+    Communication: collective, all ranks.
+    """
+    comm = optimizer.transport
+    folder = _find(Path(directory), step, comm)
+    if folder is None:
+        return None
+    with refused_together(comm, "load a checkpoint"):
+        manifest = read_manifest(folder)
+        shared = read_state(folder, SHARED, manifest)
+        has_own = manifest["ranks"] == comm.size
+        own = read_state(folder, own_file(comm.rank), manifest) if has_own else None
+        _check_model(folder, model, shared["model"])
+    with refused_together(comm, "load a checkpoint"):
+        exchange = shared["optimizer"][STATE_KEY] if own is None else own["exchange"]
+        try:
+            optimizer.load_state_dict({**shared["optimizer"], STATE_KEY: exchange})
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder.path} does not fit this optimizer: {error}") from error
+        model.load_state_dict(shared["model"])
+    own_extra = own["own"] if own is not None else None
+    return Checkpoint(folder.path, folder.step, manifest["ranks"], shared["extra"], own_extra)
+
+
+def _step_of(state: dict[str, Any]) -> int:
+    """How many steps an optimizer had made when it gave its state."""
+    return next(state[STATE_KEY][kind]["step"] for kind in ("sketched", "dense") if state[STATE_KEY][kind] is not None)
+
+
+def _make_folder(root: Path, step: int, comm: Transport) -> Folder:
+    """A folder for the next checkpoint. Communication: collective."""
+    number = 0
+    with refused_together(comm, "make a folder for a checkpoint"):
+        if comm.rank == 0:
+            folder = Folder.after(root, step)
+            folder.path.mkdir(parents=True)
+            number = folder.number
+    return Folder.of(root, int(comm.broadcast_(torch.tensor([number]))), step)
+
+
+def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
+    """The newest complete checkpoint, or the newest of a step. Communication: collective."""
+    found: Folder | None = None
+    with refused_together(comm, "look for a checkpoint"):
+        complete = [folder for folder in folders(root) if folder.is_complete]
+        fitting = [folder for folder in complete if step in (None, folder.step)]
+        if step is not None and not fitting:
+            steps = ", ".join(str(folder.step) for folder in complete) or "none"
+            raise ValueError(f"{root} has no complete checkpoint of step {step!r}; those it has are of steps {steps}")
+        found = fitting[-1] if fitting else None
+    numbers = comm.allgather(torch.tensor([found.number if found else 0])).tolist()
+    if len(set(numbers)) > 1:
+        told = tell_values([f"number {number}" if number else "none" for number in numbers])
+        raise ValueError(
+            f"the ranks do not see the same checkpoints in {root}, the newest is {told}: give a directory on a file "
+            "system that all ranks share"
+        )
+    return found
+
+
+def _check_model(folder: Folder, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Refuse a model of other names, shapes or dtypes."""
+    ours, theirs = ({name: _describe(value) for name, value in state.items()} for state in (model.state_dict(), saved))
+    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if differing:
+        told = [
+            f"{name!r} is {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} here" for name in differing
+        ]
+        more = f" and {len(told) - 5} more" * (len(told) > 5)
+        raise ValueError(
+            f"{folder.path / SHARED} is of another model: {'; '.join(told[:5])}{more}. Build the same model"
+        )
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
