@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_per_byte.settings import Shape, local_count, powersgd_rank, true_count
-from benchmarks.accuracy_per_byte.tasks import DENSE_BELOW, Inner, Kind
+from benchmarks.accuracy_per_byte.tasks import DENSE_BELOW, Inner, Kind, Task
 from benchmarks.methods.powersgd import PowerSGD
 from benchmarks.methods.top_k import CodedTopK, TrueTopK
 from hvd_sketch import SketchConfig
@@ -50,6 +50,7 @@ class Method:
         configure: the configuration of a place; None: dense.
         make: builds the exchange of a place; None: the library does.
         inner: what steps the language model. Other tasks have SGD, and only methods with ``"adam"`` here.
+        rate_factor: of the task's learning rate at which the search begins.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
             a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
             more than k, where ranks of matrices are whole numbers. 0: they are.
@@ -63,6 +64,11 @@ class Method:
     trial: float = 0.0
     is_sent: bool = True
     inner: Inner = "adam"
+    rate_factor: float = 1.0
+
+    def first_rate(self, task: Task, steps: int) -> float:
+        """In the middle of the first grid of a training's learning rates."""
+        return task.centre(self.kind, steps) * self.rate_factor
 
     def config(self, place: Place, adam: bool = False) -> Any:
         """Of the exchange; None: dense."""
@@ -132,7 +138,7 @@ def _with_lag(method: Method) -> Method:
 
 def _with_sign(method: Method, **overrides: Any) -> Method:
     configure = _sketched(residual_decay=RESIDUAL_DECAY, **overrides)
-    return replace(method, title=f"{method.title}, sign step", configure=configure, inner="sign")
+    return replace(method, title=f"{method.title}, sign step", configure=configure, inner="sign", rate_factor=2)
 
 
 METHODS: dict[str, Method] = {

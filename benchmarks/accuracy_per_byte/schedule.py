@@ -26,7 +26,7 @@ Train = Callable[[Run, Path, float | None], Record]
 def next_run(groups: Sequence[Group], seeds: int, done: dict[Run, Record], taken: set[Run]) -> Run | None:
     """The first run of the first group that has one to do; None where all wait for runs under way."""
     for group in groups:
-        centre = TASKS[group.task].centre(METHODS[group.method].kind, group.steps)
+        centre = METHODS[group.method].first_rate(TASKS[group.task], group.steps)
         for run in wanted(group, centre, seeds, done):
             if run not in taken:
                 return run

@@ -167,7 +167,7 @@ def find_nominal_ratio(group: Group, data_dir: Path) -> float:
     method = METHODS[group.method]
     if not method.trial:
         return group.ratio
-    run = Run(group, TASKS[group.task].centre(method.kind, group.steps), 0)
+    run = Run(group, method.first_rate(TASKS[group.task], group.steps), 0)
     trial = Training(run, load(group.task, data_dir))
     while trial.done < max(int(group.steps * method.trial), 1) and trial.step():
         pass

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hvd_sketch.checks import check_integer, check_positive
+from hvd_sketch.checks import check_choice, check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
 from hvd_sketch.model.parameters import NamedParameter, is_dense
@@ -18,7 +18,7 @@ def recommended(
     parameters: Iterable[Tensor | NamedParameter],
     ratio: float,
     ranks: int,
-    optimizer: Literal["sgd", "adam"] = "sgd",
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
 ) -> Compression:
     """The compression that trained best at equal bytes on models like this one.
 
@@ -42,8 +42,7 @@ def recommended(
 
     Communication: none.
     """
-    if optimizer not in ("sgd", "adam"):
-        raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}")
+    check_choice("optimizer", optimizer, ("sgd", "adam", "adamw"))
     check_positive("ratio", ratio)
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]

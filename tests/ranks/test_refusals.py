@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.model.optimizer import DistributedOptimizer
+from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.support.toy import LIMIT_S, Toy, alone, little, wrap
 
@@ -153,14 +154,18 @@ def test_ranks_that_split_parameters_differently_all_raise() -> None:
     [
         (lambda p: SGD(p, momentum=0.9), {}, "SGD has momentum, with which candidates='sketch' train worse"),
         (lambda p: SGD(p, momentum=0.9), {"candidates": "nominate"}, None),
-        (lambda p: Adam(p), {"momentum": 0.5}, "momentum is applied twice: Adam has 0.9"),
+        (lambda p: RAdam(p), {"momentum": 0.5}, "momentum is applied twice: RAdam has 0.9"),
         (lambda p: SGD(p, weight_decay=0.1), {"weight_decay": 0.2}, "weight decay is applied twice: SGD has 0.1"),
         (lambda p: SGD(p), {"momentum": 0.5, "weight_decay": 0.1}, None),
-        (lambda p: Adam(p, betas=(0.0, 0.9)), {"momentum": 0.5}, None),
-        (lambda p: AdamW(p, weight_decay=0.1), {}, None),
+        (lambda p: RAdam(p, betas=(0.0, 0.9)), {"momentum": 0.5}, None),
+        (lambda p: AdamW(p, weight_decay=0.1), {"candidates": "nominate"}, "use hvd_sketch.optim.LagAdamW"),
+        (lambda p: Adam(p), {}, "Adam takes an arriving sum over many steps for the gradient of one"),
+        (lambda p: LagAdamW(p), {}, "LagAdamW trains worse on candidates='sketch'"),
+        (lambda p: LagAdamW(p), {"candidates": "nominate"}, None),
+        (lambda p: SignSGD(p), {"residual_decay": 0.95}, None),
     ],
 )
-def test_warns_of_momentum_and_weight_decay_applied_twice(
+def test_warns_of_settings_that_hardly_train(
     inner: Callable[..., Optimizer], sketch: dict[str, Any], message: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_local(2, lambda t: DistributedOptimizer(inner(Toy().parameters()), None, little(**sketch), t) and None, LIMIT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ OF_SKETCH: dict[str, list[object]] = {
     "rows": [*NOT_INTEGERS, 0, 65, 10**6],
     "oversample": [*NOT_INTEGERS, 0],
     "momentum": [*NOT_NUMBERS, 1.0, 1],
+    "residual_decay": [*NOT_NUMBERS, 1.5],
     "table_bits": NOT_BITS,
     "candidates": ["topk", None, 3, ["sketch"]],
 }
@@ -89,6 +91,20 @@ def test_bad_ratios(value: object) -> None:
     ):
         with pytest.raises(ValueError, match="ratio must be positive and finite"):
             make()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_recommended_is_low_rank_where_the_ratio_leaves_every_matrix_rank_1(optimizer: Any) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400))]
+    assert isinstance(recommended(parameters, 1000, 4, optimizer), LowRankConfig)
+    beyond = recommended(parameters, 1450, 4, optimizer)
+    assert isinstance(beyond, SketchConfig) and beyond.candidates == "nominate"
+
+
+@pytest.mark.parametrize("optimizer", ["lion", None, 3])
+def test_recommended_for_other_optimizers_is_refused(optimizer: Any) -> None:
+    with pytest.raises(ValueError, match="optimizer must be one of 'sgd', 'adam', 'adamw'"):
+        recommended([torch.nn.Parameter(torch.zeros(40, 40))], 2, 2, optimizer)
 
 
 @pytest.mark.parametrize(("name", "value"), bad(OF_OPTIMIZER))
