@@ -8,7 +8,7 @@ from tests.support.harness import launch
 from tests.support.patterns import CHECKS
 from tests.support.worlds import Job, register
 
-WORLDS = [("mpi", 3), ("horovod-gloo", 3), ("horovod-mpi", 2)]
+WORLDS = [("torch", 3), ("mpi", 3), ("horovod-gloo", 3), ("horovod-mpi", 2)]
 ON_PROCESSES = [
     pytest.param(register(kind, ranks, "tests.support.patterns:check_all"), id=f"{kind}-{ranks}")
     for kind, ranks in WORLDS

@@ -20,6 +20,7 @@ MESHES = register("torch", 4, f"{TARGETS}:meshes")
 COLUMNS = register("torch", 4, f"{TARGETS}:exchanges_along_a_mesh")
 BESIDE = {ranks: register("torch", ranks, f"{TARGETS}:beside_the_users_traffic") for ranks in (2, 3)}
 MANY = register("torch", 2, f"{TARGETS}:many_groups", cycles=50)
+NO_SYNC = register("torch", 2, f"{TARGETS}:trains_under_no_sync")
 AGAIN = register("torch", 2, f"{TARGETS}:begins_again", is_last=True)
 REFUSED = register("torch", 3, f"{TARGETS}:refused_groups")
 DOES_NOT_COME = register("torch", 2, f"{TARGETS}:does_not_come")
@@ -61,6 +62,13 @@ def test_destroying_a_group_frees_ours() -> None:
 
 def test_a_world_that_begins_again_is_another_one() -> None:
     assert AGAIN.results() == [[2.0, 2.0]] * 2
+
+
+def test_a_ddp_model_under_no_sync_trains_as_the_plain_model() -> None:
+    ranks = NO_SYNC.results()
+    for result in ranks:
+        assert torch.equal(result["ddp"], result["plain"]) and torch.equal(result["ddp"], ranks[0]["ddp"])
+    assert not torch.equal(ranks[0]["own gradient"], ranks[1]["own gradient"]), "DDP has averaged them"
 
 
 # What is refused

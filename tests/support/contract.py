@@ -16,9 +16,7 @@ MOVABLE = [*SUMMABLE, torch.uint8, torch.bool, torch.float16, torch.bfloat16, to
 LENGTHS = [0, 1, 2, 7, 1000]
 
 
-def check_all(
-    transport: Any, max_count: int | None = None, staged: bool = False, own_collectives: bool = False
-) -> int:
+def check_all(transport: Any, max_count: int | None = None, staged: bool = False, own_collectives: bool = False) -> int:
     """Run every check; returns how many ran.
 
     Args:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import time
+from copy import deepcopy
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
-from hvd_sketch import SketchConfig, SketchedAllreduce
+from hvd_sketch import DistributedOptimizer, SketchConfig, SketchedAllreduce, broadcast_parameters
 from hvd_sketch.transport import TorchTransport
 from tests.support.group_main import EXCHANGE
 from tests.support.setup_targets import message_of
@@ -129,6 +131,26 @@ def exchanges_along_a_mesh(transport: TorchTransport) -> dict[str, Any]:
     """A few steps of an exchange on two by two ranks, along "replicate"."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return run_steps(TorchTransport(mesh["replicate"]), **EXCHANGE)
+
+
+def trains_under_no_sync(transport: TorchTransport) -> dict[str, torch.Tensor]:
+    """Parameters of a model and of its copy in DDP, after the same steps; and a gradient before it was exchanged."""
+    inputs = torch.randn(10, 16, 40, generator=torch.Generator().manual_seed(transport.rank))
+    plain = torch.nn.Sequential(torch.nn.Linear(40, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 30))
+    broadcast_parameters(plain.state_dict())
+    wrapped = DistributedDataParallel(deepcopy(plain))
+    result = {}
+    for name, model in (("plain", plain), ("ddp", wrapped)):
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), SketchConfig(k=300, candidates="nominate"))
+        for batch in inputs:
+            optimizer.zero_grad()
+            with wrapped.no_sync():
+                model(batch).square().mean().backward()
+            result["own gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+            optimizer.step()
+        result[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return result
 
 
 def begins_again(transport: TorchTransport) -> list[float]:
