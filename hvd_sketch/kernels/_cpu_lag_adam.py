@@ -32,6 +32,7 @@ def lag_adam(
     """See :func:`hvd_sketch.kernels.lag_adam.lag_adam_`; threads divide the coordinates."""
     least, beta1, rest1, sign, root, eps, decay, rate = scalars
     longest = len(weights) - 1
+    places = np.empty(STRETCH + 1, dtype=np.uint64)
     stop = (thread + 1) * parameter.size // threads
     for first in range(thread * parameter.size // threads, stop, STRETCH):
         last = min(first + STRETCH, stop)
@@ -40,16 +41,19 @@ def lag_adam(
         for i in range(count):  # a vector loop, as the last one
             kept = beta1 * moment[i]
             moment[i] = np.float32(0) if abs(kept) < least else kept
-        for i in range(count):
-            if arriving[i] != np.float32(0):
-                at = np.uint64(first) + i
-                x = sign * arriving[i]
-                waited = max(step - last_step[at], 1)
-                weight = weights[min(waited, longest)]
-                new = weight[0] * exp_avg_sq[at] + weight[1] * (x * x / np.float32(waited))
-                exp_avg_sq[at] = new
-                last_step[at] = step
-                moment[i] += rest1 * (x / (np.sqrt(new) * root + eps))
+        arrived = 0
+        for i in range(count):  # without a branch: its mispredictions would keep cache misses from overlapping
+            places[arrived] = i
+            arrived += arriving[i] != np.float32(0)
+        for place in places[:arrived]:
+            at = np.uint64(first) + place
+            x = sign * arriving[place]
+            waited = max(step - last_step[at], 1)
+            weight = weights[min(waited, longest)]
+            new = weight[0] * exp_avg_sq[at] + weight[1] * (x * x / np.float32(waited))
+            exp_avg_sq[at] = new
+            last_step[at] = step
+            moment[place] += rest1 * (x / (np.sqrt(new) * root + eps))
         value = parameter[first:last]
         for i in range(count):
             value[i] = decay * value[i] - rate * moment[i]
