@@ -7,6 +7,7 @@ from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.model.recommended import recommended
@@ -18,12 +19,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HASH_VERSION",
-    "CommLedger",
     "Checkpoint",
+    "CommLedger",
     "CountSketch",
     "DenseAllreduce",
     "DistributedOptimizer",
     "HorovodTransport",
+    "LocalSteps",
     "LowRankAllreduce",
     "LowRankConfig",
     "MPITransport",
@@ -35,9 +37,9 @@ __all__ = [
     "Transport",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "load_checkpoint",
     "local_transports",
     "recommended",
-    "load_checkpoint",
+    "save_checkpoint",
     "sketched_dim",
 ]
-    "save_checkpoint",

@@ -1,0 +1,306 @@
+"""LocalSteps: every rank trains by itself, and all exchange what has become of the parameters every H steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.checks import check_integer
+from hvd_sketch.config import Compression
+from hvd_sketch.exchange.agreement import all_finite
+from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.exchange.saved import SavedState
+from hvd_sketch.exchange.setup import refused_together, require_equal
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch.model.forwarding import ForwardingOptimizer
+from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.optimizer import STATE_KEY
+from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
+from hvd_sketch.model.wrapping import warn_about_settings
+from hvd_sketch.transport import Transport, resolve_transport
+
+ROUND_KEY = "hvd_sketch_round"
+MakeOuter = Callable[[list[Tensor]], torch.optim.Optimizer]
+logger = logging.getLogger(__name__)
+take_mean = partial(torch.optim.SGD, lr=1.0)  # an outer optimizer that takes the mean difference as it is
+
+
+class LocalSteps(ForwardingOptimizer):
+    """A torch optimizer that every rank steps by itself; every H-th step the ranks exchange their parameters.
+
+    A round begins with parameters ``start``, equal on all ranks. After H steps of the wrapped optimizer each rank's
+    difference ``start - parameters`` goes through the exchange as a gradient would, with error feedback, and the outer
+    optimizer steps from ``start`` with the mean. For networks that are too slow for an exchange in every step::
+
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        compression = SketchConfig.for_wire_ratio(20, dim, ranks, candidates="nominate")
+        optimizer = LocalSteps(inner, model.named_parameters(), compression, every=16)
+
+    ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects. Its state stays each
+    rank's own. Buffers, such as batch norm's statistics, are not exchanged.
+
+    If a difference is not finite on any rank, all ranks go back to ``start``, and the wrapped optimizer of that rank
+    begins with a new state.
+
+    With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` on every rank; the scales may differ, and a rank whose
+    gradient overflows leaves out a step of its own.
+
+    Memory, in bytes per parameter of float32: 4 for ``start``, 4 for residuals, 4 for an outer momentum.
+
+    Communication: the constructor, every H-th ``step``, ``sync`` and the end of ``join`` are collective.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: numbered names.
+        compression: a ``SketchConfig`` or a ``LowRankConfig``, without momentum; None exchanges everything dense.
+        transport: as for :class:`~hvd_sketch.DistributedOptimizer`.
+        every: H, at least 1; equal on all ranks.
+        outer: builds the outer optimizer from the parameters; default: SGD with a rate of 1, which takes the mean
+            difference as it is. DiLoCo's is ``partial(SGD, lr=0.7, momentum=0.9, nesterov=True)``.
+        start_device: where ``start`` is kept; default: beside the parameters.
+        check_every: exchanges after which the ranks compare a checksum of their parameters; 0: never.
+        max_skips: more exchanges in a row that are not finite are an error; 0: no limit.
+
+    Attributes:
+        inner: the wrapped optimizer.
+        outer: the outer one.
+
+    Raises:
+        ValueError: on every rank: an optimizer that cannot be wrapped, arguments that cannot be followed, ranks that
+            were set up differently.
+
+    Source: Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models, 2023.
+    """
+
+    _step_supports_amp_scaling = True  # a scaler calls step() also where this rank's gradient overflowed
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[NamedParameter] | None = None,
+        compression: Compression | None = None,
+        transport: str | Transport = "auto",
+        *,
+        every: int,
+        outer: MakeOuter = take_mean,
+        start_device: torch.device | str | None = None,
+        check_every: int = CHECK_EVERY,
+        max_skips: int = 25,
+    ) -> None:
+        self._transport = resolve_transport(transport)
+        counts = {"every": (every, 1), "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
+        with refused_together(self._transport):
+            _check(optimizer, compression, counts)
+            self._named = name_parameters(optimizer, named_parameters)
+            check_exchangeable(self._named)
+        super().__init__(optimizer)
+        self._parameters = [parameter for _, parameter in self._named]
+        self.outer = outer(self._parameters)
+        compared = {**{name: value for name, (value, _) in counts.items()}, "outer": _settings_of(self.outer)}
+        require_equal(self._transport, compared)
+        self._gradients = GradientExchange(
+            self._named, compression, self._transport, check_every=check_every, max_skips=max_skips
+        )
+        self._every, self._done = every, 0  # steps of this round
+        self._start = [torch.empty_like(p, device=start_device or p.device) for p in self._parameters]
+        self._elements = sum(p.numel() for p in self._parameters)
+        self._dense_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
+        if compression is not None and self._transport.rank == 0:
+            warn_about_settings(self.outer, self._named, compression)
+
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        return method  # what a rank does inside of a round is its own affair
+
+    @property
+    def exchange(self) -> ResidualExchange | None:
+        """The exchange that compresses, with ``residual``; None where all goes dense."""
+        return self._gradients.compressed
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every byte that was handed to the network, by training steps: most of them send nothing."""
+        return self._gradients.ledger
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many rounds were thrown away because a difference was not finite."""
+        return self._gradients.skipped_steps
+
+    @property
+    def transport(self) -> Transport:
+        """This rank's end of the network."""
+        return self._transport
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
+        return self._transport.rank, self._transport.size
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the wrapped optimizer; after every H-th step :meth:`sync`. Returns what the wrapped optimizer returns.
+
+        Communication: collective on every H-th call.
+        """
+        if self._done == 0:
+            self._remember_start()
+        loss = None
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if found_inf is None or not float(found_inf):
+            self._unscale(scale)
+            loss = self.inner.step() if closure is None else self.inner.step(closure)
+        self._done += 1
+        if self._done == self._every:
+            self.sync()
+        else:
+            self.ledger.begin_step()
+            self.ledger.compare_with_dense(self._elements, self._dense_bytes, 0)
+        return loss
+
+    @torch.no_grad()
+    def sync(self) -> bool:
+        """End a round now: exchange the differences, and step the outer optimizer. ``p.grad`` is None afterwards.
+
+        Returns:
+            Whether the round counts. False: it was thrown away.
+
+        Communication: collective, all ranks.
+        """
+        if self._done == 0:
+            self._remember_start()
+        for parameter, start in zip(self._parameters, self._start, strict=True):
+            here = start.to(parameter.device)
+            parameter.grad = here - parameter
+            parameter.copy_(here)
+        is_finite = all_finite([p.grad for p in self._parameters if p.grad is not None])
+        counts = self._gradients.average()
+        if counts:
+            self.outer.step()
+        elif not is_finite:
+            self._begin_anew()
+        self._done = 0
+        for parameter in self._parameters:
+            parameter.grad = None
+        return counts
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Ranks with different numbers of batches; see :meth:`hvd_sketch.DistributedOptimizer.join`.
+
+        A rank that leaves the block ends its round. Then it contributes differences of zero until all have left, and
+        gets the parameters and the outer optimizer's state of one that left last; the wrapped one's stays its own.
+
+        Communication: collective at the end, all ranks.
+        """
+        yield
+        if self._done:
+            self.sync()
+        active = self._gradients.finish_without_data()
+        if len(active) < self._transport.size:
+            broadcast_parameters(self._named, active[0], self._transport)
+            broadcast_optimizer_state(self.outer, active[0], self._transport)
+        self.zero_grad()
+
+    def _remember_start(self) -> None:
+        with torch.no_grad():
+            for parameter, start in zip(self._parameters, self._start, strict=True):
+                start.copy_(parameter)
+
+    def _unscale(self, scale: Any) -> None:
+        if scale is None:
+            return
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(float(scale))
+
+    def _begin_anew(self) -> None:
+        """A momentum that is NaN would spoil every round to come."""
+        self.inner.state.clear()
+        logger.warning(
+            "rank %d: its parameters were NaN or infinite after %d steps. All ranks go back to where the round began, "
+            "and %s begins with a new state on this rank. Lower the learning rate if it comes again.",
+            *(self._transport.rank, self._done, type(self.inner).__name__),
+        )
+
+    def take_over_state(self, root_rank: int) -> None:
+        """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.
+
+        Communication: collective, all ranks.
+        """
+        self._gradients.take_over_state(root_rank)
+        broadcast_optimizer_state(self.outer, root_rank, self._transport)
+
+    def state_dict(self, *, consolidated: bool = False) -> dict[str, Any]:
+        """The wrapped optimizer's dict, with the outer one's, residuals, and in a round where it began.
+
+        Args:
+            consolidated: as for :class:`~hvd_sketch.DistributedOptimizer`; between rounds only. The wrapped optimizer's
+                state is this rank's own.
+
+        Raises:
+            RuntimeError: ``consolidated`` within a round: the parameters differ between ranks.
+
+        Communication: none; with ``consolidated`` collective, all ranks.
+        """
+        if consolidated and self._done:
+            raise RuntimeError(
+                f"rank {self._transport.rank}: a consolidated state is that of all ranks, and {self._done} of "
+                f"{self._every} steps after an exchange they differ: call sync() on every rank before"
+            )
+        start = [tensor.clone() for tensor in self._start] if self._done else []
+        a_round = {"outer": self.outer.state_dict(), "done": self._done, "start": start}
+        return {**self.inner.state_dict(), STATE_KEY: self._gradients.state_dict(consolidated), ROUND_KEY: a_round}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`. Within a round the rank's own parameters belong to it.
+
+        Raises:
+            ValueError: saved for other parameters, or by another class; an entry is missing or not what it must be.
+
+        Communication: none, but every rank loads the same kind.
+        """
+        saved = SavedState(state_dict, self._transport.rank)
+        a_round = SavedState(saved.entry(ROUND_KEY, Mapping), self._transport.rank)
+        done = a_round.count("done")
+        starts = a_round.entry("start", list)
+        if done >= self._every or len(starts) != (len(self._start) if done else 0):
+            a_round.refuse("done", f"below every={self._every}, with a start for each parameter", done)
+        self._gradients.load_state_dict(saved.entry(STATE_KEY, Mapping))
+        self.outer.load_state_dict(a_round.entry("outer", Mapping))
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k not in (STATE_KEY, ROUND_KEY)})
+        self._done = done
+        for start, value in zip(self._start, starts, strict=False):
+            start.copy_(value)
+
+    def __repr__(self) -> str:
+        at = f"rank {self._transport.rank} of {self._transport.size}, every {self._every} steps"
+        return f"{type(self).__name__}({at}, {self._gradients!r},\n{self.inner!r},\nouter {self.outer!r})"
+
+
+def _check(optimizer: object, compression: object, counts: Mapping[str, tuple[object, int]]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, ForwardingOptimizer) or hasattr(optimizer, "skip_synchronize"):
+        raise ValueError("the optimizer exchanges already: wrap the plain torch optimizer, once")
+    for name, (value, least) in counts.items():
+        check_integer(name, value, least)
+    if compression is None:
+        return
+    if not isinstance(compression, Compression):
+        raise ValueError(f"compression must be a SketchConfig, a LowRankConfig, or None, got {compression!r:.100}")
+    if compression.momentum:
+        raise ValueError(
+            f"compression must have no momentum, got {compression.momentum}: the outer optimizer has its own"
+        )
+
+
+def _settings_of(optimizer: torch.optim.Optimizer) -> str:
+    """Class and hyper-parameters, which must be equal on all ranks."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
