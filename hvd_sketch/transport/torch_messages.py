@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hvd_sketch.transport.base import peers_of, sum_in_rank_order
 
-HEAD_BYTES = 1024  # of an allgather's first message: whoever has no more than fits into it sends no second one
-LENGTH_BYTES = 8  # at the beginning of the head
-# A sum of this many bytes on all ranks together takes one round of messages, a ring 2 * (size - 1): with 4 ranks on 2
-# cores 1.7 instead of 4.5 ms.
-SMALL_SUM_BYTES = 16 * 1024
+FIRST_BYTES = 128 * 1024  # the most that an allgather's first message has; whoever has more sends a second one
+LENGTH_BYTES = 8  # of the sender's whole vector, at the beginning of the first message
+# A sum of so many bytes on all ranks together takes one round of messages, a ring 2 * (size - 1): with 4 ranks on 2
+# cores 1.0 instead of 2.5 ms for 4 KiB, 1.1 instead of 4.0 for 16.
+SMALL_SUM_BYTES = 64 * 1024
 
 
 class Carrier(ABC):
@@ -73,6 +73,12 @@ class DirectMessages(Carrier):
     ranks on 2 cores.
     """
 
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        first = torch.empty(self._size, FIRST_BYTES, dtype=torch.uint8)  # the messages of an allgather; its own, too
+        self._first = list(first)
+        self._lengths = first.view(torch.int64)[:, 0]
+
     def start_alltoall(self, tensor: Tensor) -> Callable[[], Tensor]:
         received = torch.empty_like(tensor)
         messages = []
@@ -88,22 +94,23 @@ class DirectMessages(Carrier):
         return wait
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        room = HEAD_BYTES - LENGTH_BYTES
-        heads = torch.zeros(self._size, HEAD_BYTES, dtype=torch.uint8)
-        own = heads[self._rank]
-        own[:LENGTH_BYTES] = torch.tensor([tensor.numel()]).view(torch.uint8)
-        own[LENGTH_BYTES:][: tensor.numel()] = tensor[:room]
-        arriving = self._receive((peer, heads[peer]) for peer in reversed(self._peers()))
-        leaving = self._send((peer, own) for peer in self._peers())
-        if tensor.numel() > room:
+        # A receiver need not know the length of a message, only a bound, so no round is spent on the lengths. What is
+        # beyond the bound follows in a second message.
+        room = FIRST_BYTES - LENGTH_BYTES
+        own, length = self._first[self._rank], tensor.numel()
+        self._lengths[self._rank] = length
+        own[LENGTH_BYTES:][:length] = tensor[:room]
+        arriving = self._receive((peer, self._first[peer]) for peer in reversed(self._peers()))
+        leaving = self._send((peer, own[: LENGTH_BYTES + length]) for peer in self._peers())
+        if length > room:
             leaving += self._send((peer, tensor[room:]) for peer in self._peers())
         self._finish_all(arriving)
-        lengths = heads[:, :LENGTH_BYTES].contiguous().view(torch.int64).flatten().tolist()
+        lengths = self._lengths.tolist()
         whole = torch.empty(sum(lengths), dtype=torch.uint8)
         slots = whole.split(lengths)
         arriving = self._receive((peer, slots[peer][room:]) for peer in reversed(self._peers()) if lengths[peer] > room)
-        for slot, head in zip(slots, heads, strict=True):
-            slot[:room] = head[LENGTH_BYTES:][: slot.numel()]
+        for slot, first in zip(slots, self._first, strict=True):
+            slot[:room] = first[LENGTH_BYTES:][: len(slot)]
         slots[self._rank][room:] = tensor[room:]
         self._finish_all(arriving + leaving)
         return whole
