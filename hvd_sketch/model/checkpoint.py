@@ -86,7 +86,10 @@ def save_checkpoint(
     with refused_together(comm, "save a checkpoint"):
         check_integer("keep", keep, 1)
     everyone = optimizer.state_dict(consolidated=True)
-    shared = {"model": model.state_dict(), "optimizer": everyone, "extra": extra} if comm.rank == 0 else None
+    shared = None
+    if comm.rank == 0:
+        kind = type(optimizer.inner).__name__
+        shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = _step_of(everyone)
     require_equal(comm, {"keep": keep, "step": step})
     folder = _make_folder(root, step, comm)
@@ -144,6 +147,7 @@ def load_checkpoint(
         has_own = manifest["ranks"] == comm.size
         own = read_state(folder, own_file(comm.rank), manifest) if has_own else None
         _check_model(folder, model, shared["model"])
+        _check_optimizer(folder, optimizer, shared["class of optimizer"])
     with refused_together(comm, "load a checkpoint"):
         exchange = shared["optimizer"][STATE_KEY] if own is None else own["exchange"]
         try:
@@ -203,6 +207,13 @@ def _check_model(folder: Folder, model: nn.Module, saved: dict[str, Any]) -> Non
         raise ValueError(
             f"{folder.path / SHARED} is of another model: {'; '.join(told[:5])}{more}. Build the same model"
         )
+
+
+def _check_optimizer(folder: Folder, optimizer: DistributedOptimizer, saved: str) -> None:
+    """Refuse a wrapped optimizer of another class: torch would take its state over."""
+    ours = type(optimizer.inner).__name__
+    if ours != saved:
+        raise ValueError(f"{folder.path / SHARED} is of another optimizer: {saved} there, {ours} here. Wrap a {saved}")
 
 
 def _describe(value: object) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_sketch import load_checkpoint
+from hvd_sketch import DistributedOptimizer, load_checkpoint
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.support.harness import child_environment, wait_until
 from tests.support.saving import COMPRESSIONS, Job, resume
@@ -330,5 +330,8 @@ def test_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> N
         other = Job(transport, little(momentum=0.5, dense_below=21))
         with pytest.raises(ValueError, match=r"does not fit this optimizer: .*saved for other tensors"):
             other.load(tmp_path)
+        plain = DistributedOptimizer(torch.optim.SGD(other.model.parameters()), None, None, transport)
+        with pytest.raises(ValueError, match=r"is of another optimizer: Adam there, SGD here"):
+            load_checkpoint(tmp_path, other.model, plain)
 
     run_local(2, main, LIMIT_S)
