@@ -32,7 +32,7 @@ def lag_adam(
     """See :func:`hvd_sketch.kernels.lag_adam.lag_adam_`; threads divide the coordinates."""
     least, beta1, rest1, sign, root, eps, decay, rate = scalars
     longest = len(weights) - 1
-    places = np.empty(STRETCH + 1, dtype=np.uint64)
+    places = np.empty(STRETCH, dtype=np.uint64)
     stop = (thread + 1) * parameter.size // threads
     for first in range(thread * parameter.size // threads, stop, STRETCH):
         last = min(first + STRETCH, stop)
