@@ -120,7 +120,8 @@ class StepAgreement:
                 ``hvd.join()``, or is at another step, whose hashes do not fit; too many steps in a row were skipped.
         """
         own = torch.zeros(1 + self._counters.words, dtype=torch.int64)
-        own[0] = (report.digest << STEP_BITS | step) << FLAG_BITS | report.flags()
+        # An int: of a Flag with a step in it, enum keeps every value for ever, 300 bytes a step.
+        own[0] = (report.digest << STEP_BITS | step) << FLAG_BITS | int(report.flags())
         self._counters.fill(own[1:], report.used)
         if gather is None:
             words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
