@@ -9,7 +9,7 @@ from benchmarks.methods.base import WholeGradient
 
 
 class LibraryAllreduce(WholeGradient):
-    """The allreduce of MPI or Horovod itself, in place."""
+    """The allreduce of MPI, Gloo or Horovod itself, in place."""
 
     def _mean_(self, gradient: Tensor) -> Tensor:
         return self._comm.allreduce_(gradient).div_(self._comm.size)

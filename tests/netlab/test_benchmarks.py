@@ -267,6 +267,17 @@ def test_other_settings_have_other_records(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 @needs_lab
+def test_bandwidth_over_torch(tmp_path) -> None:
+    arguments = ["--dims", "1e5", "--hosts", "2", "--rates", "none", "--repeats", "2", "--methods", "fp16", "sketch20"]
+    figures = tmp_path / "figures.json"
+    status, output = benchmark("network.bandwidth", *arguments, "--transports", "torch", "--json", str(figures))
+    assert status == 0, output
+    records = json.loads(figures.read_text())
+    assert [(r["transport"], r["method"]) for r in records] == [("torch", "fp16"), ("torch", "sketch20")]
+
+
+@pytest.mark.multiprocess
+@needs_lab
 def test_time_to_accuracy_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     status, output = benchmark(
