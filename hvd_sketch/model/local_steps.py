@@ -29,7 +29,9 @@ from hvd_sketch.transport import Transport, resolve_transport
 ROUND_KEY = "hvd_sketch_round"
 MakeOuter = Callable[[list[Tensor]], torch.optim.Optimizer]
 logger = logging.getLogger(__name__)
-take_mean = partial(torch.optim.SGD, lr=1.0)  # an outer optimizer that takes the mean difference as it is
+# A character model of 240 k, 4 ranks, H = 16, loss after 300 and 1,500 steps (dense in every step: 2.32 and 1.73):
+# nominated at 285 times fewer bytes 2.40 and 1.82; without momentum 2.39 and 1.85; with DiLoCo's 2.50 and 2.01.
+nesterov = partial(torch.optim.SGD, lr=1.0, momentum=0.5, nesterov=True)
 
 
 class LocalSteps(ForwardingOptimizer):
@@ -62,8 +64,8 @@ class LocalSteps(ForwardingOptimizer):
         compression: a ``SketchConfig`` or a ``LowRankConfig``, without momentum; None exchanges everything dense.
         transport: as for :class:`~hvd_sketch.DistributedOptimizer`.
         every: H, at least 1; equal on all ranks.
-        outer: builds the outer optimizer from the parameters; default: SGD with a rate of 1, which takes the mean
-            difference as it is. DiLoCo's is ``partial(SGD, lr=0.7, momentum=0.9, nesterov=True)``.
+        outer: builds the outer optimizer from the parameters; default: SGD with a rate of 1 and Nesterov momentum of
+            0.5. DiLoCo's is ``partial(SGD, lr=0.7, momentum=0.9, nesterov=True)``.
         start_device: where ``start`` is kept; default: beside the parameters.
         check_every: exchanges after which the ranks compare a checksum of their parameters; 0: never.
         max_skips: more exchanges in a row that are not finite are an error; 0: no limit.
@@ -89,7 +91,7 @@ class LocalSteps(ForwardingOptimizer):
         transport: str | Transport = "auto",
         *,
         every: int,
-        outer: MakeOuter = take_mean,
+        outer: MakeOuter = nesterov,
         start_device: torch.device | str | None = None,
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,

@@ -1,54 +1,70 @@
-"""Horovod through ``horovod.torch``, on all ranks or on the ranks of one process set."""
+"""Horovod's ranks, on all of a job or on one of its process sets, and what carries data between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, finished, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending
+from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.horovod_carriers import carrier_for
+from hvd_sketch.transport.horovod_collectives import HorovodCollectives
+from hvd_sketch.transport.horovod_joins import Joins, watch_joins
 from hvd_sketch.transport.open_mpi import locate_open_mpi
-from hvd_sketch.transport.staging import to_device, to_host
 
-HOROVOD_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
+CARRIERS = ("auto", "horovod")
 
 
-class HorovodTransport:
+class HorovodTransport(ForwardingTransport):
     """One rank of a Horovod job, or of one of its process sets.
 
-    Host tensors are summed here, after an alltoall: Gloo's reducescatter sends up to 1.5 times the bytes of a ring.
-    CUDA tensors are given to a Horovod that was built with NCCL, whose reducescatter sums them (unless ``ordered``). A
-    build for CPUs refuses CUDA tensors, and gets pinned copies on the host. Neither has run on a GPU yet.
+    Ranks, sizes, process sets and the life of the job are Horovod's. Data travel without its background thread, which
+    takes milliseconds for a collective however small: over MPI where Horovod runs over MPI and both may use it at the
+    same time, otherwise over Gloo and, for CUDA tensors, NCCL, by groups of torch's that the ranks form through
+    Horovod. ``carrier="horovod"`` leaves them to Horovod's own collectives.
 
-    Communication: the constructor calls ``hvd.init()``, which is collective the first time.
+    Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it.
+
+    Communication: the constructor is collective, for the ranks of the set; it calls ``hvd.init()`` the first time.
 
     Args:
         process_set: an ``hvd.ProcessSet`` that holds this rank; declared at ``hvd.init``. Default: all ranks.
+        carrier: ``"auto"`` or ``"horovod"``; equal on all ranks.
 
     Raises:
         TypeError: ``process_set`` is no ``hvd.ProcessSet``.
-        ValueError: ``process_set`` is not registered with Horovod, or does not hold this rank.
+        ValueError: ``process_set`` is not registered with Horovod, or does not hold this rank; there is no such
+            carrier.
     """
 
-    def __init__(self, process_set: Any = None) -> None:
+    def __init__(self, process_set: Any = None, carrier: Literal["auto", "horovod"] = "auto") -> None:
         locate_open_mpi()  # for a Horovod built with MPI
         try:
             import horovod.torch as hvd
+            from horovod.common.exceptions import HorovodInternalError
         except ImportError as error:
             raise ImportError(
                 "transport 'horovod' needs Horovod built with PyTorch: launch/setup.sh builds it, or use "
-                "transport='mpi'"
+                "transport='torch' or 'mpi'"
             ) from error
+        if carrier not in CARRIERS:
+            raise ValueError(f"carrier must be one of {', '.join(map(repr, CARRIERS))}, got {carrier!r}")
         if not hvd.is_initialized():
             hvd.init()
-        self._hvd = hvd
         self._set = process_set if process_set is not None else hvd.global_process_set
         _check_process_set(hvd, self._set)
-        self._slots_in_flight: set[int] = set()
+        self._error = HorovodInternalError
+        self._joins: Joins | None = None  # Horovod's own collectives notice it themselves
+        own = HorovodCollectives(hvd, self._set)
+        if carrier == "horovod":
+            super().__init__(own)
+        else:
+            inner, store = carrier_for(hvd, own)
+            super().__init__(inner)
+            self._joins = watch_joins(hvd, store, own.rank, own.size)
 
     @property
     def rank(self) -> int:
@@ -58,73 +74,58 @@ class HorovodTransport:
     def size(self) -> int:
         return self._set.size()
 
-    @property
-    def overlaps(self) -> bool:
-        return self.size > 1
-
-    def stages(self, device: torch.device) -> bool:
-        return device.type != "cpu" and not (device.type == "cuda" and self._hvd.nccl_built())
-
     def allreduce_(self, tensor: Tensor) -> Tensor:
-        ours = self._readable(tensor)
-        self._hvd.allreduce_(ours, op=self._hvd.Sum, name=self._name("allreduce"), process_set=self._set)
-        return tensor if ours is tensor else tensor.copy_(ours)
+        with self._as_horovods():
+            return super().allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
-        return self.start_reduce_scatter(tensor, ordered).wait()
+        with self._as_horovods():
+            return super().reduce_scatter(tensor, ordered)
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        check_shares(tensor, self.size, "reduce_scatter")
-        if tensor.numel() == 0:
-            return finished(tensor.new_empty(tensor.shape[1:]))
-        ours = self._readable(tensor)
-        # Fixed names, equal on all ranks; operations in flight together need different ones.
-        slot = next(i for i in count() if i not in self._slots_in_flight)
-        self._slots_in_flight.add(slot)
-        name = self._name(f"reduce_scatter.{slot}")
-        if ours.is_cuda and not ordered:
-            pending = self._hvd.reducescatter_async(ours, op=self._hvd.Sum, name=name, process_set=self._set)
-            return Pending(lambda: self._finish(slot, pending)[0])
-        pending = self._hvd.alltoall_async(ours, name=name, process_set=self._set)
-        return Pending(lambda: _back(sum_in_rank_order(list(self._finish(slot, pending))), tensor))
-
-    def _finish(self, slot: int, pending: Any) -> Tensor:
-        """What an operation of Horovod's background thread has received; its slot becomes free."""
-        received = self._hvd.synchronize(pending)
-        self._slots_in_flight.remove(slot)
-        return received[0] if isinstance(received, tuple) else received
+        with self._as_horovods():
+            handle = super().start_reduce_scatter(tensor, ordered)
+        return Pending(lambda: self._finish(handle.wait))
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        check_shares(tensor, self.size, "alltoall")
-        if tensor.numel() == 0:
-            return tensor.clone()
-        ours = _movable(self._readable(tensor))
-        with _explaining_join():
-            return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self._set), tensor)
+        with self._as_horovods():
+            return super().alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        ours = _movable(self._readable(tensor))
-        with _explaining_join():
-            return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self._set), tensor)
+        with self._as_horovods():
+            return super().allgather(tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        # Horovod names the root by its global rank, also within a process set.
-        global_root = self._set.ranks[root] if self._set.ranks is not None else root
-        name = self._name("broadcast")
-        ours = self._readable(tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous())
-        moved = _movable(ours)
-        self._hvd.broadcast_(moved, global_root, name=name, process_set=self._set)
-        return tensor.copy_(moved.view(tensor.dtype).view(tensor.shape))
+        with self._as_horovods():
+            return super().broadcast_(tensor, root)
 
     def barrier(self) -> None:
-        self._hvd.barrier(process_set=self._set)
+        with self._as_horovods():
+            super().barrier()
 
-    def _name(self, operation: str) -> str:
-        return f"hvd_sketch.{self._set.process_set_id}.{operation}"
+    def who_left(self) -> str | None:
+        """Why a collective that is under way cannot end: some rank is in hvd.join(). Communication: none."""
+        ranks = self._joins.ranks() if self._joins is not None else []
+        if not ranks:
+            return None
+        return (
+            f"rank {', '.join(map(str, ranks))} of {self.size} left this step by hvd.join(), which cannot stand in for "
+            "a compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
+        )
 
-    def _readable(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy on the host of one that Horovod cannot read on its device."""
-        return to_host(tensor) if self.stages(tensor.device) else tensor
+    def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
+        with self._as_horovods():
+            return wait()
+
+    @contextmanager
+    def _as_horovods(self) -> Iterator[None]:
+        """Whatever carries the data, a collective that fails raises what ``hvd.elastic.run`` waits for."""
+        try:
+            yield
+        except self._error:
+            raise
+        except RuntimeError as error:
+            raise self._error(str(error)) from error
 
 
 def _check_process_set(hvd: Any, process_set: Any) -> None:
@@ -151,27 +152,3 @@ def _is_registered(process_set: Any) -> bool:
         return process_set.size() is not None
     except ValueError:
         return False
-
-
-@contextmanager
-def _explaining_join() -> Iterator[None]:
-    """Horovod refuses these collectives once a rank has called hvd.join()."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "Join" in str(error):
-            error.add_note(
-                "A rank left this step by hvd.join(), which cannot stand in for a compressed exchange: put the "
-                "training loop into 'with optimizer.join():' on every rank instead"
-            )
-        raise
-
-
-def _movable(tensor: Tensor) -> Tensor:
-    """The tensor, or its bytes where Horovod does not know its dtype."""
-    return tensor if tensor.dtype in HOROVOD_DTYPES else tensor.view(torch.uint8)
-
-
-def _back(received: Tensor, like: Tensor) -> Tensor:
-    """What Horovod returned, in the dtype and on the device of ``like``."""
-    return to_device(received.view(like.dtype), like.device)

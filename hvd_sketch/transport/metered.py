@@ -36,7 +36,8 @@ class MeteredTransport(ForwardingTransport):
             if self.size == 1:
                 yield
             else:
-                with process_watch().over(self.rank, self.size, self.ledger.step, name):
+                find_reason = getattr(self._inner, "who_left", None)
+                with process_watch().over(self.rank, self.size, self.ledger.step, name, find_reason):
                     yield
         except (RuntimeError, TimeoutError) as error:
             error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")

@@ -158,13 +158,37 @@ def _new_channel(group: Any) -> Channel:
     with process_watch().over(rank, len(ranks), 0, "connect"):
         _meet(store, name, ranks, dist.get_rank(), timeout.total_seconds())
         counts[group.group_name] = number + 1
-        host = c10d.ProcessGroupGloo(dist.PrefixStore(f"{name}/host", store), rank, len(ranks), timeout)
-        if "cuda:nccl" not in config:
-            return Channel(rank, len(ranks), DirectMessages(host), None)
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        cuda = c10d.ProcessGroupNCCL(dist.PrefixStore(f"{name}/cuda", store), rank, len(ranks), options)
-    return Channel(rank, len(ranks), DirectMessages(host), DeviceCollectives(cuda))
+        where = dist.PrefixStore(name, store), rank, len(ranks), timeout
+        return connect(*where, with_nccl="cuda:nccl" in config)
+
+
+def connect(
+    store: Any, rank: int, size: int, timeout: timedelta, *, with_nccl: bool, host: str | None = None
+) -> Channel:
+    """A channel between ranks that meet at a store of their own. Communication: collective.
+
+    Args:
+        store: nobody else's.
+        rank, size: this rank, and how many there are.
+        timeout: of a collective.
+        with_nccl: whether CUDA tensors stay on the device; equal on all ranks.
+        host: address of the interface that Gloo uses; default: what Gloo finds, or GLOO_SOCKET_IFNAME.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    gloo: Any = c10d.ProcessGroupGloo
+    of_gloo: Any = timeout
+    if host is not None:
+        of_gloo = gloo._Options()
+        of_gloo._timeout, of_gloo._devices = timeout, [gloo.create_device(hostname=host)]
+    messages = DirectMessages(gloo(dist.PrefixStore("host", store), rank, size, of_gloo))
+    if not with_nccl:
+        return Channel(rank, size, messages, None)
+    of_nccl = c10d.ProcessGroupNCCL.Options()
+    of_nccl._timeout = timeout
+    cuda = c10d.ProcessGroupNCCL(dist.PrefixStore("cuda", store), rank, size, of_nccl)
+    return Channel(rank, size, messages, DeviceCollectives(cuda))
 
 
 def _timeout_of(group: Any, config: str) -> timedelta:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvd_sketch.transport.base import Handle, Pending, check_shares, finished
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
-from hvd_sketch.transport.torch_groups import channel_on, users_group
+from hvd_sketch.transport.torch_groups import Channel, channel_on, users_group
 from hvd_sketch.transport.torch_messages import Carrier
 
 if TYPE_CHECKING:
@@ -45,7 +45,16 @@ class TorchTransport:
     """
 
     def __init__(self, group: ProcessGroup | DeviceMesh | None = None, dim: str | int | None = None) -> None:
-        channel = channel_on(users_group(group, dim))
+        self._use(channel_on(users_group(group, dim)))
+
+    @classmethod
+    def on(cls, channel: Channel) -> TorchTransport:
+        """On groups that were made already. Communication: none."""
+        transport = cls.__new__(cls)
+        transport._use(channel)
+        return transport
+
+    def _use(self, channel: Channel) -> None:
         self.rank, self.size = channel.rank, channel.size
         self._host, self._cuda = channel.host, channel.cuda
 

@@ -15,7 +15,9 @@ from tests.support.targets import run_steps
 pytestmark = pytest.mark.multiprocess
 
 
-@pytest.mark.parametrize(("launcher", "kind", "ranks"), [("torch", "torch", 4), ("mpi", "mpi", 4), ("horovod-gloo", "horovod", 3)])
+@pytest.mark.parametrize(
+    ("launcher", "kind", "ranks"), [("torch", "torch", 4), ("mpi", "mpi", 4), ("horovod-gloo", "horovod", 3)]
+)
 def test_a_group_exchanges_as_threads_do(launcher: str, kind: str, ranks: int, tmp_path) -> None:
     job = [sys.executable, "-m", "tests.support.group_main", kind, str(tmp_path)]
     status, output = run_command([*LAUNCHERS[launcher], "-n", str(ranks), "--", *job], timeout_s=120)

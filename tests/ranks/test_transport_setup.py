@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_mpi_must_run(before: str, expected: str) -> None:
 
 
 def test_what_is_no_process_set_is_refused() -> None:
-    said = launch("horovod-gloo", 2, "tests.support.setup_targets:refused_process_sets")
+    said = launch_unless_refused("horovod-gloo", 2, "tests.support.setup_targets:refused_process_sets")
     for rank, messages in enumerate(said):
         for name in ("int", "list"):
             assert messages[name].startswith("TypeError: HorovodTransport expected an hvd.ProcessSet")
@@ -115,3 +116,17 @@ def test_what_is_no_process_set_is_refused() -> None:
         assert messages["used after a shutdown"] == "ValueError: Horovod has not been initialized; use hvd.init()."
     assert "not in it" not in said[0]
     assert said[1]["not in it"].startswith("ValueError: rank 1 is not in the process set [0]")
+
+
+def launch_unless_refused(kind: str, ranks: int, target: str) -> list[Any]:
+    """A Horovod that begins again after ``hvd.shutdown()`` may look for the others where they were before, and dies.
+
+    One time in four on a busy machine, with nothing of ours in between.
+    """
+    for _ in range(4):
+        try:
+            return launch(kind, ranks, target)
+        except AssertionError as error:
+            if "Connection refused" not in str(error):
+                raise
+    return launch(kind, ranks, target)

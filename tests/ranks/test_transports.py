@@ -27,7 +27,11 @@ WORLDS: list[tuple[str, int, dict[str, Any]]] = [
     ("horovod-gloo", 2, {}),
     ("horovod-gloo", 2, {"staged": True}),
     ("horovod-gloo", 3, {}),
+    ("horovod-gloo", 2, {"carrier": "horovod"}),
+    ("horovod-gloo", 2, {"carrier": "horovod", "staged": True}),
+    ("horovod-gloo", 3, {"carrier": "horovod"}),
     ("horovod-mpi", 2, {}),
+    ("horovod-mpi", 2, {"carrier": "horovod"}),
 ]
 CONTRACTS = [
     pytest.param(register(kind, ranks, CONTRACT, **how), id=f"{kind}-{ranks}-{how}") for kind, ranks, how in WORLDS

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.transport import Transport
+from hvd_sketch.transport import HorovodTransport, Transport
+from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.torch_messages import DeviceCollectives
 
 SUMMABLE = [torch.float32, torch.float64, torch.int32, torch.int64]
@@ -16,16 +17,26 @@ MOVABLE = [*SUMMABLE, torch.uint8, torch.bool, torch.float16, torch.bfloat16, to
 LENGTHS = [0, 1, 2, 7, 1000]
 
 
-def check_all(transport: Any, max_count: int | None = None, staged: bool = False, own_collectives: bool = False) -> int:
+def check_all(
+    transport: Any,
+    max_count: int | None = None,
+    staged: bool = False,
+    own_collectives: bool = False,
+    carrier: str | None = None,
+) -> int:
     """Run every check; returns how many ran.
 
     Args:
         max_count: as if MPI's counts ended there.
         own_collectives: through the collectives of torch's backend that NCCL would have for CUDA tensors.
         staged: as if these tensors lay on a device that the transport cannot read.
+        carrier: of a HorovodTransport.
     """
+    if carrier is not None:
+        transport = HorovodTransport(carrier=carrier)  # type: ignore[arg-type]
     if staged:
-        transport.stages = lambda device: True
+        carries = transport._inner if isinstance(transport, ForwardingTransport) else transport
+        carries.stages = lambda device: True
     if own_collectives:
         transport._host = DeviceCollectives(transport._host._backend)
     if max_count is not None:

@@ -169,7 +169,7 @@ def check_what_is_refused_says_why(t: Transport) -> None:
         (ValueError, "taken by name", {"sketch": hvd.Compression.fp16}),  # the third argument of Horovod's
         (ValueError, "means nothing for a sum", {"op": hvd.Sum, "gradient_predivide_factor": 2.0}),
         (ValueError, "must be positive", {"gradient_predivide_factor": 0.0}),
-        (ValueError, "must not be negative", {"groups": -1}),
+        (ValueError, "groups must be an integer of at least 0", {"groups": -1}),
         (ValueError, "MPITransport", {"process_set": hvd.global_process_set, "transport": "mpi"}),
         (ValueError, "MPITransport", {"process_set": hvd.global_process_set, "transport": t}),
     ]
