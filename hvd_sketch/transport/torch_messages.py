@@ -119,7 +119,7 @@ class DirectMessages(Carrier):
         return whole
 
     def _await_first(self) -> list[tuple[Any, str]]:
-        """Ask for the messages of the next allgather, before which Gloo sends none: 0.12 instead of 0.30 ms on 2 ranks."""
+        """Ask for the messages of the next allgather beforehand: with 2 ranks it takes 0.12 instead of 0.30 ms."""
         return self._receive(FIRST, ((peer, self._first[peer]) for peer in reversed(self._peers())))
 
     def allreduce_(self, tensor: Tensor) -> None:
