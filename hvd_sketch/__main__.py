@@ -12,7 +12,8 @@ from hvd_sketch import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Bad use raises ``SystemExit(2)``. Communication: none."""
     parser = argparse.ArgumentParser(
-        prog="python -m hvd_sketch", description="Sketched gradient exchange for PyTorch over torch.distributed, Horovod and MPI."
+        prog="python -m hvd_sketch",
+        description="Sketched gradient exchange for PyTorch over torch.distributed, Horovod and MPI.",
     )
     parser.add_argument("--version", action="version", version=f"hvd_sketch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

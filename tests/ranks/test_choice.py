@@ -12,7 +12,10 @@ from hvd_sketch.transport.torch_groups import LAUNCH_VARIABLES
 from tests.support.harness import LAUNCHERS, run_command
 
 VARIABLES = (*HOROVODRUN_VARIABLES, *LAUNCH_VARIABLES, *MPI_SIZES)
-AUTO = "import hvd_sketch.transport as t; x = t.resolve_transport('auto'); print(f'{type(x).__name__} {x.size}'); x.barrier()"
+AUTO = (
+    "from hvd_sketch.transport import resolve_transport; x = resolve_transport('auto'); "
+    "print(f'{type(x).__name__} {x.size}'); x.barrier()"
+)
 INIT = "import torch.distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
 
 
