@@ -24,6 +24,7 @@ from hvd_sketch.model.checkpoint_files import (
     write_manifest,
     write_state,
 )
+from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.transport import Transport
 
@@ -51,7 +52,7 @@ class Checkpoint:
 def save_checkpoint(
     directory: str | Path,
     model: nn.Module,
-    optimizer: DistributedOptimizer,
+    optimizer: DistributedOptimizer | LocalSteps,
     *,
     extra: Any = None,
     own: Any = None,
@@ -61,7 +62,8 @@ def save_checkpoint(
 
     A folder ``<number>-step-<step>`` gets one file of what is equal on all ranks (the model, the wrapped optimizer, the
     mean of the residuals), one file of each rank's own residual and momentum, and at last the manifest, with a checksum
-    of every tensor. Without its manifest a checkpoint is not complete, and no job loads it.
+    of every tensor. Without its manifest a checkpoint is not complete, and no job loads it. Of :class:`LocalSteps` the
+    wrapped optimizer's state is each rank's own.
 
     Args:
         directory: on a file system that all ranks share; one for each group of ranks (process set). Made if missing.
@@ -79,6 +81,7 @@ def save_checkpoint(
         OSError: on every rank: one could not write, as on a full disk. The checkpoints before stay as they are.
         ValueError: on every rank: something cannot be saved, arguments differ between ranks, or a file is not seen by
             rank 0.
+        RuntimeError: on every rank: ``LocalSteps`` is within a round; ``sync()`` ends it.
 
     Communication: collective, all ranks.
     """
@@ -99,6 +102,8 @@ def save_checkpoint(
             if shared is not None:
                 files[SHARED] = write_state(folder.path / SHARED, shared)
             state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own}
+            if isinstance(optimizer, LocalSteps):
+                state["inner"] = optimizer.inner.state_dict()
             files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), state)
         everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
         with refused_together(comm, "save a checkpoint"):
@@ -116,7 +121,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: str | Path, model: nn.Module, optimizer: DistributedOptimizer, *, step: int | None = None
+    directory: str | Path, model: nn.Module, optimizer: DistributedOptimizer | LocalSteps, *, step: int | None = None
 ) -> Checkpoint | None:
     """Go on from the newest complete checkpoint of :func:`save_checkpoint`; afterwards no broadcast is needed.
 
@@ -151,7 +156,8 @@ def load_checkpoint(
     with refused_together(comm, "load a checkpoint"):
         exchange = shared["optimizer"][STATE_KEY] if own is None else own["exchange"]
         try:
-            optimizer.load_state_dict({**shared["optimizer"], STATE_KEY: exchange})
+            inner = own.get("inner", {}) if own is not None else {}
+            optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{folder.path} does not fit this optimizer: {error}") from error
         model.load_state_dict(shared["model"])
@@ -209,7 +215,7 @@ def _check_model(folder: Folder, model: nn.Module, saved: dict[str, Any]) -> Non
         )
 
 
-def _check_optimizer(folder: Folder, optimizer: DistributedOptimizer, saved: str) -> None:
+def _check_optimizer(folder: Folder, optimizer: DistributedOptimizer | LocalSteps, saved: str) -> None:
     """Refuse a wrapped optimizer of another class: torch would take its state over."""
     ours = type(optimizer.inner).__name__
     if ours != saved:

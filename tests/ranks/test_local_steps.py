@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch import LocalSteps, LowRankConfig, SketchConfig, broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch import (
+    LocalSteps,
+    LowRankConfig,
+    SketchConfig,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+    load_checkpoint,
+    save_checkpoint,
+)
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import LocalTransport, Transport, local_transports, run_local
 from tests.support.toy import LIMIT_S, RANKS
@@ -259,6 +268,26 @@ def test_goes_on_from_a_file_to_the_bit_also_within_a_round(name: str, at: int) 
         assert torch.equal(flat(model.parameters()), flat(other.parameters()))
 
     run_local(2, main, LIMIT_S)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_job_goes_on_from_its_checkpoint_to_the_bit(ranks: int, tmp_path: Path) -> None:
+    def main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
+        model, other = network(), network()
+        optimizer = wrap(transport, model, COMPRESSIONS["nominate"], every=4)
+        train(model, optimizer, transport.rank, range(6))
+        with pytest.raises(RuntimeError, match="call sync"):
+            save_checkpoint(tmp_path, model, optimizer)
+        optimizer.sync()
+        save_checkpoint(tmp_path, model, optimizer)
+        resumed = wrap(transport, other, COMPRESSIONS["nominate"], every=4)
+        assert load_checkpoint(tmp_path, other, resumed) is not None
+        train(model, optimizer, transport.rank, range(6, 12))
+        train(other, resumed, transport.rank, range(6, 12))
+        return flat(model.parameters()), flat(other.parameters())
+
+    for went_on, resumed in run_local(ranks, main, LIMIT_S):
+        assert torch.equal(went_on, resumed)
 
 
 def test_a_consolidated_state_is_of_whole_rounds_and_goes_on_at_another_world_size() -> None:
