@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Handle, Pending
 from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.horovod_carriers import carrier_for
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
-from hvd_sketch.transport.horovod_joins import Joins, watch_joins
+from hvd_sketch.transport.horovod_joins import watch_joins
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 
 CARRIERS = ("auto", "horovod")
+PATIENCE_S = 15.0  # those who wait notice within 10 that one has left
 
 
 class HorovodTransport(ForwardingTransport):
@@ -57,14 +59,17 @@ class HorovodTransport(ForwardingTransport):
         self._set = process_set if process_set is not None else hvd.global_process_set
         _check_process_set(hvd, self._set)
         self._error = HorovodInternalError
-        self._joins: Joins | None = None  # Horovod's own collectives notice it themselves
+        self.attendance: Attendance | None = None  # Horovod's own collectives notice who leaves themselves
         own = HorovodCollectives(hvd, self._set)
         if carrier == "horovod":
             super().__init__(own)
         else:
-            inner, store = carrier_for(hvd, own)
-            super().__init__(inner)
-            self._joins = watch_joins(hvd, store, own.rank, own.size)
+            super().__init__(carrier_for(hvd, own))
+            self.attendance = getattr(self._inner, "attendance", None)
+            if self.attendance is not None:
+                watch_joins(hvd, self.attendance)
+                # Horovod ends MPI on all ranks when it ends on one, also under a rank that waits in MPI.
+                self.attendance.patience_s = PATIENCE_S if hvd.mpi_enabled() else 0.0
 
     @property
     def rank(self) -> int:
@@ -102,16 +107,6 @@ class HorovodTransport(ForwardingTransport):
     def barrier(self) -> None:
         with self._as_horovods():
             super().barrier()
-
-    def who_left(self) -> str | None:
-        """Why a collective that is under way cannot end: some rank is in hvd.join(). Communication: none."""
-        ranks = self._joins.ranks() if self._joins is not None else []
-        if not ranks:
-            return None
-        return (
-            f"rank {', '.join(map(str, ranks))} of {self.size} left this step by hvd.join(), which cannot stand in for "
-            "a compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
-        )
 
     def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
         with self._as_horovods():

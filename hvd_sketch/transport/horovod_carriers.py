@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,8 +19,8 @@ from hvd_sketch.transport.torch_transport import TorchTransport
 LOOPBACK = "127.0.0.1"
 
 
-def carrier_for(hvd: Any, own: HorovodCollectives) -> tuple[Transport, Any]:
-    """The fastest that all ranks have, and a store of torch's that they share.
+def carrier_for(hvd: Any, own: HorovodCollectives) -> Transport:
+    """The fastest that all ranks have.
 
     Communication: collective, by Horovod's own collectives.
 
@@ -28,11 +28,7 @@ def carrier_for(hvd: Any, own: HorovodCollectives) -> tuple[Transport, Any]:
         hvd: ``horovod.torch``, initialised.
         own: Horovod's own collectives on the ranks.
     """
-    from torch.distributed import PrefixStore
-
-    meeting = _meeting_of(own)
-    carrier = _over_mpi(hvd, own) if hvd.mpi_enabled() else TorchTransport.on(_channel_at(meeting, own))
-    return carrier, PrefixStore("joined", meeting.store)
+    return _over_mpi(hvd, own) if hvd.mpi_enabled() else _over_torch(own)
 
 
 def _over_mpi(hvd: Any, own: HorovodCollectives) -> Transport:
@@ -66,23 +62,21 @@ def _communicator_of(world_ranks: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """Where ranks have met, by an address that no other meeting has."""
+    """Groups of torch's, and the store where their ranks met, at an address that no other meeting has."""
 
     address: str
-    host: str  # this rank's own
     store: Any
-    channels: list[Channel] = field(default_factory=list)  # one, where torch carries the data
+    channel: Channel
 
 
-def _meeting_of(own: HorovodCollectives) -> _Meeting:
-    """The meeting of these ranks; a new one where any of them is new, as after a reset of an elastic job."""
+def _over_torch(own: HorovodCollectives) -> Transport:
+    """Gloo, and NCCL where every rank has it, on new groups where any rank is new, as in an elastic job."""
     meetings = _meetings()
     ranks = own.name_of_set, own.rank, own.size
-    known = meetings[ranks].address if ranks in meetings else ""
-    every_known = _gather_texts(own, known)
-    if not all(every_known) or len(set(every_known)) > 1:
+    known = _gather_texts(own, meetings[ranks].address if ranks in meetings else "")
+    if not all(known) or len(set(known)) > 1:
         meetings[ranks] = _meet(own)
-    return meetings[ranks]
+    return TorchTransport.on(meetings[ranks].channel)
 
 
 @cache
@@ -92,7 +86,8 @@ def _meetings() -> dict[tuple[str, int, int], _Meeting]:
 
 
 def _meet(own: HorovodCollectives) -> _Meeting:
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed.distributed_c10d import default_pg_timeout, is_nccl_available
 
     host, store = _own_address(), None
     if own.rank == 0:
@@ -101,20 +96,10 @@ def _meet(own: HorovodCollectives) -> _Meeting:
     if store is None:
         at, _, port = address.rpartition(":")
         store = TCPStore(at, int(port), is_master=False)
-    return _Meeting(address, host, store)
-
-
-def _channel_at(meeting: _Meeting, own: HorovodCollectives) -> Channel:
-    """Gloo, and NCCL where every rank has it. Communication: collective, the first time."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import default_pg_timeout, is_nccl_available
-
-    if not meeting.channels:
-        has_nccl = torch.cuda.is_available() and is_nccl_available()
-        every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl)])).all())
-        where = PrefixStore("channel", meeting.store), own.rank, own.size, default_pg_timeout
-        meeting.channels.append(connect(*where, with_nccl=every_has_nccl, host=meeting.host))
-    return meeting.channels[0]
+    has_nccl = torch.cuda.is_available() and is_nccl_available()
+    every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl)])).all())
+    where = PrefixStore("hvd_sketch", store), own.rank, own.size, default_pg_timeout
+    return _Meeting(address, store, connect(*where, with_nccl=every_has_nccl, host=host))
 
 
 def _gather_texts(own: HorovodCollectives, text: str) -> list[str]:

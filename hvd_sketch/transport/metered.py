@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.ledger import CommLedger
+from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Handle, Transport
 from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.stall import process_watch
@@ -23,6 +24,7 @@ class MeteredTransport(ForwardingTransport):
         super().__init__(inner)
         self.ledger = ledger
         self._deterministic = deterministic
+        self._attendance: Attendance | None = getattr(inner, "attendance", None)
         self._phase, self._of_device = "start", False
 
     @contextmanager
@@ -36,8 +38,7 @@ class MeteredTransport(ForwardingTransport):
             if self.size == 1:
                 yield
             else:
-                find_reason = getattr(self._inner, "who_left", None)
-                with process_watch().over(self.rank, self.size, self.ledger.step, name, find_reason):
+                with process_watch().over(self.rank, self.size, self.ledger.step, name, self._attendance):
                     yield
         except (RuntimeError, TimeoutError) as error:
             error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")
@@ -46,29 +47,39 @@ class MeteredTransport(ForwardingTransport):
             self._phase, self._of_device = outer
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
+        self._come()
         self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=8 * tensor.numel())
         return super().allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
         return super().reduce_scatter(tensor, ordered or self._deterministic)
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
         return super().start_reduce_scatter(tensor, ordered or self._deterministic)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
+        self._come()
         self._record("alltoall", tensor, moved=2 * tensor.nbytes)
         return super().alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
+        self._come()
         gathered = super().allgather(tensor)
         self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
         return gathered
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        self._come()
         self._record("broadcast", tensor, moved=2 * tensor.nbytes)
         return super().broadcast_(tensor, root)
+
+    def _come(self) -> None:
+        if self._attendance is not None:
+            self._attendance.come()
 
     def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
         """Record a collective of the whole logical vector ``payload``.

@@ -55,7 +55,7 @@ class MPITransport:
         users = comm if comm is not None else self._mpi.COMM_WORLD
         check_communicator(self._mpi, users)
         channel = channel_on(self._mpi, users)
-        self._comm, self._progress = channel.comm, channel.progress
+        self._comm, self._progress, self.attendance = channel.comm, channel.progress, channel.attendance
         self._max_count = max_count
         self._takes_cuda = _takes_cuda(self._mpi)
 

@@ -7,6 +7,7 @@ from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from hvd_sketch.transport.attendance import MPIAttendance
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 from hvd_sketch.transport.progress import Progress
 
@@ -24,13 +25,16 @@ class Channel:
     def __init__(self, mpi: Any, comm: MPI.Intracomm) -> None:
         self._mpi = mpi
         self.comm = comm
-        several_threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
-        self.progress = Progress(comm) if several_threads and comm.size > 1 else None
+        may_have_threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE and comm.size > 1
+        self.progress = Progress(comm) if may_have_threads else None
+        self.attendance = MPIAttendance(mpi, comm.Dup()) if may_have_threads else None
 
     def close(self) -> None:
         """Free the duplicate and end its thread. Communication: collective, as ``Comm.Free`` is."""
         if self.progress is not None:
             self.progress.stop()
+        if self.attendance is not None:
+            self.attendance.close()
         if not self._mpi.Is_finalized():  # MPI_Finalize has freed the duplicate of COMM_WORLD
             self.comm.Free()
 

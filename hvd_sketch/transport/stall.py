@@ -1,19 +1,25 @@
-"""A word from each rank that waits long for other ranks: where a job hangs, and its end where that is for ever."""
+"""A word from each rank that waits long for other ranks: who has not come; and an end where nobody will come."""
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakKeyDictionary
 
+from hvd_sketch.transport.attendance import Attendance, Says
+
+STALL_VARIABLE, ABORT_VARIABLE = "HVD_SKETCH_STALL_SECONDS", "HVD_SKETCH_STALL_ABORT_SECONDS"
 STALL_S = 30.0
-POLLS_PER_STALL = 6  # how often the thread looks
+LOOKS_PER_STALL = 6
+LONGEST_LOOK_S = 5.0
 logger = logging.getLogger(__name__)
 
 
@@ -24,36 +30,45 @@ class _Wait:
     step: int
     phase: str
     since_s: float
-    find_reason: Callable[[], str | None] | None
-    reason: str | None = None  # when it was last asked for
+    attendance: Attendance | None
+    told: int = -1  # the collective that the others were told of
+    reason: str | None = None  # why it cannot end, when it was last looked at
     is_reported: bool = False
 
 
 class StallWatch:
-    """A thread that warns once of every phase that lasts longer than ``stall_s``. Communication: none.
+    """A thread that looks at every phase that lasts long. Communication: no collective.
 
-    It ends the process where a phase cannot end: no Python error reaches a thread that waits in a library.
+    A rank that waits tells the others which collective it waits in. After ``stall_s`` it warns once and names the ranks
+    that have not come; those that still can show where they are. A phase that cannot end, because a rank has left, ends
+    the process: no Python error reaches a thread that waits in a library.
+
+    Args:
+        stall_s: after which a phase is long.
+        abort_s: after which it ends the process; 0: never.
     """
 
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
+    def __init__(self, stall_s: float, abort_s: float = 0.0) -> None:
+        self._stall_s, self._abort_s = stall_s, abort_s
+        self._look_s = min(stall_s / LOOKS_PER_STALL, LONGEST_LOOK_S)
         self._waits: dict[int, _Wait] = {}
+        self._late: WeakKeyDictionary[Attendance, tuple[int, float]] = WeakKeyDictionary()  # where, and since when
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def over(
-        self, rank: int, size: int, step: int, phase: str, find_reason: Callable[[], str | None] | None = None
-    ) -> Iterator[None]:
+    def over(self, rank: int, size: int, step: int, phase: str, attendance: Attendance | None = None) -> Iterator[None]:
         """Watch the phase that runs inside.
 
         Args:
             rank, size, step, phase: for messages.
-            find_reason: says why the phase cannot end, or None while it can; called after a while, from a thread.
+            attendance: of the ranks, where their transport has one.
         """
         if self._thread is None or not self._thread.is_alive():  # as in a process forked from this one
             self._thread = threading.Thread(target=self._look, name="hvd_sketch stall watch", daemon=True)
             self._thread.start()
-        wait = _Wait(rank, size, step, phase, time.monotonic(), find_reason)
+        if attendance is not None and attendance not in self._late:
+            self._late[attendance] = -1, 0.0
+        wait = _Wait(rank, size, step, phase, time.monotonic(), attendance)
         self._waits[id(wait)] = wait
         try:
             yield
@@ -62,25 +77,70 @@ class StallWatch:
 
     def _look(self) -> None:
         while True:
-            time.sleep(self._stall_s / POLLS_PER_STALL)
-            for wait in list(self._waits.values()):
-                waited_s = time.monotonic() - wait.since_s
-                if waited_s > self._stall_s / POLLS_PER_STALL and wait.find_reason is not None:
-                    _end_if_hopeless(wait)
-                if waited_s > self._stall_s and not wait.is_reported:
-                    wait.is_reported = True
-                    _warn(wait, waited_s)
+            time.sleep(self._look_s)
+            waits = list(self._waits.values())
+            for wait in waits:
+                self._look_at(wait, time.monotonic() - wait.since_s)
+            for attendance in list(self._late):
+                if attendance not in [wait.attendance for wait in waits]:
+                    self._look_for_those_who_wait(attendance)
+
+    def _look_at(self, wait: _Wait, waited_s: float) -> None:
+        if waited_s > self._look_s and wait.attendance is not None:
+            if wait.told != wait.attendance.begun:
+                wait.told = wait.attendance.begun
+                wait.attendance.say(Says.WAITS)
+            _end_if_hopeless(wait, wait.attendance)
+        if waited_s > self._stall_s and not wait.is_reported:
+            wait.is_reported = True
+            _warn(wait, waited_s)
+        if self._abort_s and waited_s > self._abort_s:
+            _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
+
+    def _look_for_those_who_wait(self, attendance: Attendance) -> None:
+        """Where others have waited for this rank for long, show what it does, once for each collective."""
+        heard = attendance.heard()
+        waiting = [r for r, (says, begun) in heard.items() if says == Says.WAITS and begun > attendance.begun]
+        where, since_s = self._late[attendance]
+        if not waiting:
+            self._late[attendance] = -1, 0.0
+        elif where != attendance.begun:
+            self._late[attendance] = attendance.begun, time.monotonic()
+        elif since_s and time.monotonic() - since_s > self._stall_s:
+            self._late[attendance] = where, 0.0
+            logger.warning(
+                "rank %d of %d is late: %s for it in an exchange. What it does:",
+                *(attendance.rank, attendance.size, f"{_name(sorted(waiting))} wait"),
+            )
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def _end_if_hopeless(wait: _Wait) -> None:
+def _end_if_hopeless(wait: _Wait, attendance: Attendance) -> None:
     """Twice the same reason: it was no moment between two collectives."""
-    assert wait.find_reason is not None
-    before, wait.reason = wait.reason, wait.find_reason()
-    if wait.reason is None or wait.reason != before:
-        return
-    logger.critical(
-        "rank %d of %d ends, in step %d, phase %r: %s", wait.rank, wait.size, wait.step, wait.phase, wait.reason
-    )
+    before, wait.reason = wait.reason, _hopeless(attendance)
+    if wait.reason is not None and wait.reason == before:
+        _end(wait, wait.reason)
+
+
+def _hopeless(attendance: Attendance) -> str | None:
+    """Why the collective that this rank waits in cannot end; None: it still can."""
+    gone = {r: says for r, (says, begun) in attendance.heard().items() if begun < attendance.begun}
+    joined, ended = ([r for r, says in gone.items() if says == kind] for kind in (Says.JOINED, Says.ENDED))
+    if joined:
+        return (
+            f"{_name(joined)} of {attendance.size} left this step by hvd.join(), which cannot stand in for a "
+            "compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
+        )
+    if ended:
+        return (
+            f"the program of {_name(ended)} of {attendance.size} is over, while this one is in a step: make as many "
+            "steps on every rank, or put the training loop into 'with optimizer.join():' on every rank"
+        )
+    return None
+
+
+def _end(wait: _Wait, reason: str) -> None:
+    logger.critical("rank %d of %d ends, in step %d, phase %r: %s", wait.rank, wait.size, wait.step, wait.phase, reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -93,13 +153,30 @@ def _warn(wait: _Wait, waited_s: float) -> None:
         if wait.phase == "agree"
         else "One of them hangs, or the network does."
     )
+    absent = wait.attendance.absent() if wait.attendance is not None else []
+    who = f"{_name(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
     logger.warning(
-        "rank %d of %d has waited for %.0f s for the other ranks, in step %d, phase %r. %s",
-        *(wait.rank, wait.size, waited_s, wait.step, wait.phase, hint),
+        "rank %d of %d has waited for %.0f s for %s, in step %d, phase %r. %s",
+        *(wait.rank, wait.size, waited_s, who, wait.step, wait.phase, hint),
     )
+
+
+def _name(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 @cache
 def process_watch() -> StallWatch:
-    """The watch of this process."""
-    return StallWatch(STALL_S)
+    """The watch of this process. Raises ValueError where the variables are no numbers of seconds."""
+    return StallWatch(_seconds(STALL_VARIABLE, STALL_S) or float("inf"), _seconds(ABORT_VARIABLE, 0.0))
+
+
+def _seconds(variable: str, default: float) -> float:
+    given = os.environ.get(variable, "")
+    try:
+        seconds = float(given) if given else default
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{variable} must be a number of seconds, 0 for never, got {given!r}")
+    return seconds

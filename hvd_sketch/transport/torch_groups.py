@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from hvd_sketch.transport.attendance import Attendance, StoreAttendance
 from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessages
 
@@ -30,6 +31,7 @@ class Channel:
     size: int
     host: DirectMessages
     cuda: DeviceCollectives | None
+    attendance: Attendance
 
 
 def users_group(group: Any, dim: str | int | None) -> Any:
@@ -182,13 +184,14 @@ def connect(
     if host is not None:
         of_gloo = gloo._Options()
         of_gloo._timeout, of_gloo._devices = timeout, [gloo.create_device(hostname=host)]
+    attendance = StoreAttendance(dist.PrefixStore("attendance", store), rank, size)
     messages = DirectMessages(gloo(dist.PrefixStore("host", store), rank, size, of_gloo))
     if not with_nccl:
-        return Channel(rank, size, messages, None)
+        return Channel(rank, size, messages, None, attendance)
     of_nccl = c10d.ProcessGroupNCCL.Options()
     of_nccl._timeout = timeout
     cuda = c10d.ProcessGroupNCCL(dist.PrefixStore("cuda", store), rank, size, of_nccl)
-    return Channel(rank, size, messages, DeviceCollectives(cuda))
+    return Channel(rank, size, messages, DeviceCollectives(cuda), attendance)
 
 
 def _timeout_of(group: Any, config: str) -> timedelta:

@@ -56,7 +56,7 @@ class TorchTransport:
 
     def _use(self, channel: Channel) -> None:
         self.rank, self.size = channel.rank, channel.size
-        self._host, self._cuda = channel.host, channel.cuda
+        self._host, self._cuda, self.attendance = channel.host, channel.cuda, channel.attendance
 
     @property
     def overlaps(self) -> bool:

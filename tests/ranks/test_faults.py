@@ -1,4 +1,7 @@
-"""A rank that fails in the middle of training ends the job on all ranks, within 30 s and with a non-zero status."""
+"""A rank that fails in the middle of training ends the job on all ranks, within 30 s and with a non-zero status.
+
+One that has left without a failure does, too, and one that hangs is named.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 
 import pytest
 
+from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE, process_watch
 from tests.support.harness import LAUNCHERS, run_command
 
 pytestmark = pytest.mark.multiprocess
@@ -35,17 +39,23 @@ WITHOUT_LAUNCHER = [
         (LAUNCHERS["torch"], "torch", 2, "raise"),
         (LAUNCHERS["torch"], "torch", 2, "exit"),
         (LAUNCHERS["torch"], "torch", 3, "kill"),
+        (LAUNCHERS["torch"], "torch", 3, "leave"),
         (WITHOUT_LAUNCHER, "torch", 3, "raise"),
         (WITHOUT_LAUNCHER, "torch", 3, "kill"),
         (PLAIN_MPIRUN, "mpi", 2, "raise"),
         (PLAIN_MPIRUN, "mpi", 3, "kill"),
+        (PLAIN_MPIRUN, "mpi", 2, "exit"),
+        (PLAIN_MPIRUN, "mpi", 3, "leave"),
         (LAUNCHERS["mpi"], "mpi", 2, "exit"),
         (LAUNCHERS["mpi"], "mpi", 2, "kill"),
+        (LAUNCHERS["mpi"], "mpi", 2, "leave"),
         (LAUNCHERS["horovod-gloo"], "horovod", 2, "raise"),
         (LAUNCHERS["horovod-gloo"], "horovod", 3, "kill"),
         (LAUNCHERS["horovod-gloo"], "horovod", 2, "exit"),
+        (LAUNCHERS["horovod-gloo"], "horovod", 2, "leave"),
         (LAUNCHERS["horovod-mpi"], "horovod", 2, "raise"),
         (LAUNCHERS["horovod-mpi"], "horovod", 2, "kill"),
+        (LAUNCHERS["horovod-mpi"], "horovod", 2, "leave"),
     ],
 )
 def test_one_failing_rank_ends_the_job(launcher, transport, ranks, fault, tmp_path) -> None:
@@ -57,3 +67,27 @@ def test_one_failing_rank_ends_the_job(launcher, transport, ranks, fault, tmp_pa
     assert time.time() - float(note.read_text()) < 30, output
     if fault == "raise":
         assert "rank 1 fails on purpose" in output
+    if fault == "leave":
+        assert "rank 1" in output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "transport"),
+    [("torch", "torch"), ("mpi", "mpi"), ("horovod-gloo", "horovod"), ("horovod-mpi", "horovod")],
+)
+def test_a_rank_that_hangs_is_named_and_shows_where_it_is(launcher, transport, tmp_path) -> None:
+    job = [sys.executable, "-m", "tests.support.fault_main", transport, "hang", str(tmp_path / "hung_at")]
+    limits = {STALL_VARIABLE: "3", ABORT_VARIABLE: "12"}
+    status, output = run_command([*LAUNCHERS[launcher], "-n", "3", *job], timeout_s=120, **limits)
+    assert status != 0, output
+    for rank in (0, 2):
+        assert f"rank {rank} of 3 has waited for" in output
+    assert "for rank 1, which has not come, in step 3, phase 'agree'" in output
+    assert "rank 1 of 3 is late: ranks 0, 2 wait for it" in output and "fault_main.py" in output
+    assert f"{ABORT_VARIABLE} is 12" in output
+
+
+def test_limits_that_are_no_seconds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STALL_VARIABLE, "soon")
+    with pytest.raises(ValueError, match=f"{STALL_VARIABLE} must be a number of seconds, 0 for never, got 'soon'"):
+        process_watch.__wrapped__()

@@ -159,6 +159,18 @@ class _Bfloat16Compressor:
     """A user's own, of the interface of Horovod's."""
 
 
+def check_a_join_that_all_ranks_call(t: Transport) -> None:
+    """As at the end of a program of Horovod's; and what comes after it is exchanged as before."""
+    model = network()
+    optimizer = wrap(t, model, SKETCH)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss(model, t.rank, step).backward()
+        optimizer.step()
+        hvd.join()
+    assert_equal_everywhere(t, model)
+
+
 def check_what_is_refused_says_why(t: Transport) -> None:
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "op must be hvd.Average or hvd.Sum .*got adasum: sketches can only be added", {"op": hvd.Adasum}),

@@ -1,6 +1,6 @@
 """A job of several exchanges in which one rank fails; run by test_faults.py.
 
-Arguments: transport, how it fails ("raise", "exit" or "kill"), file to note the time of the failure in.
+Arguments: transport; how it fails, "raise", "exit", "leave", "hang" or "kill"; file to note the time of the failure in.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def main(name: str, fault: str, note: str) -> None:
             Path(note).write_text(str(time.time()))
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "exit":
-                sys.exit(3)
+            if fault in ("exit", "leave"):
+                sys.exit(3 if fault == "exit" else 0)
+            if fault == "hang":
+                time.sleep(1000)
             raise RuntimeError("rank 1 fails on purpose")
         exchange.step(float_gradient(5000, transport.rank, step))
 
