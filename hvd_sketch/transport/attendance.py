@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import time
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -30,21 +29,20 @@ class Attendance(ABC):
 
     Attributes:
         rank, size: as given.
-        patience_s: how long this rank's program stays at its end until those of the others end, too.
         begun: how many collectives this rank has begun; all ranks begin the same ones in the same order.
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.begun, self.patience_s = rank, size, 0, 0.0
+        self.rank, self.size, self.begun = rank, size, 0
         self._heard: dict[int, tuple[Says, int]] = {}
         self._lock = threading.Lock()
+        self._is_over = False
         mine = weakref.ref(self)  # the hook must not keep a communicator alive
 
         def end() -> None:
             alive = mine()
             if alive is not None:
                 alive.say(Says.ENDED)
-                alive.stay()
 
         self._end = end
         atexit.register(end)
@@ -56,20 +54,15 @@ class Attendance(ABC):
     def say(self, says: Says) -> None:
         """Tell the others, together with :attr:`begun`; in vain where what carries it is gone already."""
         with self._lock, suppress(RuntimeError):
-            self._tell(says, self.begun)
-
-    def stay(self) -> None:
-        """Return when all others have ended, or after :attr:`patience_s`."""
-        deadline_s = time.monotonic() + self.patience_s
-        while time.monotonic() < deadline_s:
-            if len([says for says, _ in self.heard().values() if says == Says.ENDED]) == self.size - 1:
-                return
-            time.sleep(0.02)
+            if not self._is_over:
+                self._tell(says, self.begun)
+            self._is_over = self._is_over or says == Says.ENDED  # soon after, what carries it is taken down
 
     def heard(self) -> dict[int, tuple[Says, int]]:
         """What each other rank has said last, if anything, and what it had begun by then."""
         with self._lock, suppress(RuntimeError):
-            self._listen()
+            if not self._is_over:
+                self._listen()
         return dict(self._heard)
 
     def absent(self) -> list[int]:

@@ -17,16 +17,15 @@ from hvd_sketch.transport.horovod_joins import watch_joins
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 
 CARRIERS = ("auto", "horovod")
-PATIENCE_S = 15.0  # those who wait notice within 10 that one has left
 
 
 class HorovodTransport(ForwardingTransport):
     """One rank of a Horovod job, or of one of its process sets.
 
-    Ranks, sizes, process sets and the life of the job are Horovod's. Data travel without its background thread, which
-    takes milliseconds for a collective however small: over MPI where Horovod runs over MPI and both may use it at the
-    same time, otherwise over Gloo and, for CUDA tensors, NCCL, by groups of torch's that the ranks form through
-    Horovod. ``carrier="horovod"`` leaves them to Horovod's own collectives.
+    Ranks, sizes, process sets and the life of the job are Horovod's. Where it runs over Gloo, data travel without its
+    background thread, which takes milliseconds for a collective however small: over Gloo and, for CUDA tensors, NCCL,
+    by groups of torch's that the ranks form through Horovod. Where it runs over MPI, and with ``carrier="horovod"``,
+    they are left to Horovod's own collectives.
 
     Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it.
 
@@ -68,8 +67,6 @@ class HorovodTransport(ForwardingTransport):
             self.attendance = getattr(self._inner, "attendance", None)
             if self.attendance is not None:
                 watch_joins(hvd, self.attendance)
-                # Horovod ends MPI on all ranks when it ends on one, also under a rank that waits in MPI.
-                self.attendance.patience_s = PATIENCE_S if hvd.mpi_enabled() else 0.0
 
     @property
     def rank(self) -> int:

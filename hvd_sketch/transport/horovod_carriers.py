@@ -12,7 +12,6 @@ import torch
 
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
-from hvd_sketch.transport.mpi import MPITransport
 from hvd_sketch.transport.torch_groups import Channel, connect
 from hvd_sketch.transport.torch_transport import TorchTransport
 
@@ -20,7 +19,10 @@ LOOPBACK = "127.0.0.1"
 
 
 def carrier_for(hvd: Any, own: HorovodCollectives) -> Transport:
-    """The fastest that all ranks have.
+    """The fastest that is safe: groups of torch's, or Horovod's own collectives where it runs over MPI.
+
+    There MPI itself would be faster. But where Horovod ends on one rank it ends MPI on all, also under a rank that
+    waits in MPI, which then crashes.
 
     Communication: collective, by Horovod's own collectives.
 
@@ -28,36 +30,7 @@ def carrier_for(hvd: Any, own: HorovodCollectives) -> Transport:
         hvd: ``horovod.torch``, initialised.
         own: Horovod's own collectives on the ranks.
     """
-    return _over_mpi(hvd, own) if hvd.mpi_enabled() else _over_torch(own)
-
-
-def _over_mpi(hvd: Any, own: HorovodCollectives) -> Transport:
-    """MPI between the same ranks, where every rank may use it beside Horovod's thread; otherwise Horovod itself."""
-    world_rank = _rank_in_world() if hvd.mpi_threads_supported() else -1
-    world_ranks = own.allgather(torch.tensor([world_rank])).tolist()
-    if -1 in world_ranks:
-        return own
-    return MPITransport(_communicator_of(tuple(world_ranks)))
-
-
-def _rank_in_world() -> int:
-    """This rank's number in MPI.COMM_WORLD; -1 where mpi4py is missing or may not be used from several threads."""
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        return -1
-    return MPI.COMM_WORLD.rank if MPI.Is_initialized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE else -1
-
-
-@cache
-def _communicator_of(world_ranks: tuple[int, ...]) -> Any:
-    """Communication: collective, for these ranks, the first time."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    if world_ranks == tuple(range(world.size)):
-        return world
-    return world.Create_group(world.group.Incl(list(world_ranks)))
+    return own if hvd.mpi_enabled() else _over_torch(own)
 
 
 @dataclass(frozen=True)
