@@ -105,7 +105,7 @@ def soak(step: Callable[[], None], steps: int, rank: int, trace: bool) -> tuple[
         print(row(samples, rank), flush=True)
         if trace and number == SAMPLES // 2:
             tracemalloc.start(8)
-        if trace and number == SAMPLES // 2 + 1:  # what is in use once and for all has been made anew by then
+        if trace and number == SAMPLES // 2 + 1:  # what is made once, after the start, is no growth
             half = tracemalloc.take_snapshot()
     if half is None:
         return samples, []

@@ -8,9 +8,10 @@ from typing import TypeGuard
 
 def check_integer(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Raises ValueError unless ``value`` is an integer of at least ``least`` and at most ``most``."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and (least is None or value >= least) and (most is None or value <= most):  # type: ignore[operator]
-        return
+    if isinstance(value, int) and not isinstance(value, bool):
+        is_too_small, is_too_large = least is not None and value < least, most is not None and value > most
+        if not (is_too_small or is_too_large):
+            return
     bounds = [f"of at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
     raise ValueError(" ".join([f"{name} must be an integer", " and ".join(bounds)]).rstrip() + f", got {value!r}")
 

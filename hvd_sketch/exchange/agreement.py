@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.setup import gather_texts, name_ranks, tell_values
-from hvd_sketch.transport.base import Transport
+from hvd_sketch.exchange.setup import tell_values
+from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
 from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.wire_bytes import COUNTER_BITS, counter_words
 

@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
-from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
 
 
 def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
@@ -75,17 +74,3 @@ def tell_values(values: Sequence[object]) -> str:
     """Which values there are and on which ranks, in words."""
     ranks_by_value = {value: [r for r, v in enumerate(values) if v == value] for value in values}
     return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
-
-
-def name_ranks(ranks: list[int]) -> str:
-    """Ranks in words."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def gather_texts(comm: Transport, text: str) -> list[str]:
-    """Every rank's text, in rank order. Communication: collective, all ranks."""
-    data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
-    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
-    gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
-    ends = np.cumsum(sizes).tolist()
-    return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]

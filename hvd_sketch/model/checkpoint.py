@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvd_sketch.checks import check_integer
-from hvd_sketch.exchange.setup import gather_texts, refused_together, require_equal, tell_values
+from hvd_sketch.exchange.setup import refused_together, require_equal, tell_values
 from hvd_sketch.model.checkpoint_files import (
     SHARED,
     Folder,
@@ -27,6 +27,7 @@ from hvd_sketch.model.checkpoint_files import (
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.transport import Transport
+from hvd_sketch.transport.base import gather_texts
 
 
 @dataclass(frozen=True)

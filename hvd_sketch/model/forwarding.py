@@ -8,6 +8,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.transport import Transport
+
 
 def _of_inner(name: str) -> Any:
     # Looked up each time: load_state_dict gives the inner optimizer new objects.
@@ -58,6 +63,43 @@ class ForwardingOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "a DistributedOptimizer holds its rank's network and cannot be copied or pickled: save "
+            f"a {type(self).__name__} holds its rank's network and cannot be copied or pickled: save "
             "state_dict() and load it into a new one"
         )
+
+
+class ExchangingOptimizer(ForwardingOptimizer):
+    """With what its exchange has to tell. Communication: none."""
+
+    _transport: Transport
+    _gradients: GradientExchange
+
+    @property
+    def exchange(self) -> ResidualExchange | None:
+        """The exchange that compresses, with ``residual`` and ``velocity``; None where all goes dense."""
+        return self._gradients.compressed
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every byte that steps handed to the network, compressed and dense."""
+        return self._gradients.ledger
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many exchanges all ranks skipped because something was not finite."""
+        return self._gradients.skipped_steps
+
+    @property
+    def reset_coordinates(self) -> int:
+        """How many coordinates of this rank's momentum and residuals were not finite and were set to zero."""
+        return self._gradients.reset_coordinates
+
+    @property
+    def transport(self) -> Transport:
+        """This rank's end of the network that is exchanged over."""
+        return self._transport
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and size of its transport."""
+        return self._transport.rank, self._transport.size

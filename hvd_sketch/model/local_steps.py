@@ -14,12 +14,10 @@ from torch import Tensor
 from hvd_sketch.checks import check_integer
 from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import all_finite
-from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
-from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvd_sketch.model.forwarding import ForwardingOptimizer
+from hvd_sketch.model.forwarding import ExchangingOptimizer, ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.optimizer import STATE_KEY
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 nesterov = partial(torch.optim.SGD, lr=1.0, momentum=0.5, nesterov=True)
 
 
-class LocalSteps(ForwardingOptimizer):
+class LocalSteps(ExchangingOptimizer):
     """A torch optimizer that every rank steps by itself; every H-th step the ranks exchange their parameters.
 
     A round begins with parameters ``start``, equal on all ranks. After H steps of the wrapped optimizer each rank's
@@ -119,31 +117,6 @@ class LocalSteps(ForwardingOptimizer):
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return method  # what a rank does inside of a round is its own affair
-
-    @property
-    def exchange(self) -> ResidualExchange | None:
-        """The exchange that compresses, with ``residual``; None where all goes dense."""
-        return self._gradients.compressed
-
-    @property
-    def ledger(self) -> CommLedger:
-        """Every byte that was handed to the network, by training steps: most of them send nothing."""
-        return self._gradients.ledger
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many rounds were thrown away because a difference was not finite."""
-        return self._gradients.skipped_steps
-
-    @property
-    def transport(self) -> Transport:
-        """This rank's end of the network."""
-        return self._transport
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Rank and size of its transport."""
-        return self._transport.rank, self._transport.size
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer; after every H-th step :meth:`sync`. Returns what the wrapped optimizer returns.

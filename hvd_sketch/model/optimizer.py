@@ -12,12 +12,10 @@ import torch
 
 from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
-from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
-from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvd_sketch.model.forwarding import ForwardingOptimizer
+from hvd_sketch.model.forwarding import ExchangingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
@@ -39,7 +37,7 @@ REWRAP = (
 logger = logging.getLogger(__name__)
 
 
-class DistributedOptimizer(ForwardingOptimizer):
+class DistributedOptimizer(ExchangingOptimizer):
     """A torch optimizer whose ``step()`` first averages the gradients over all ranks, sketched.
 
     ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects, so
@@ -147,26 +145,6 @@ class DistributedOptimizer(ForwardingOptimizer):
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return self._progress.guarded(f"{type(self.inner).__name__}.{name}", method)
-
-    @property
-    def exchange(self) -> ResidualExchange | None:
-        """The exchange that compresses, with ``residual`` and ``velocity``; None where all goes dense."""
-        return self._gradients.compressed
-
-    @property
-    def ledger(self) -> CommLedger:
-        """Every byte that steps handed to the network, sketched and dense."""
-        return self._gradients.ledger
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many exchanges all ranks skipped because something was not finite."""
-        return self._gradients.skipped_steps
-
-    @property
-    def reset_coordinates(self) -> int:
-        """How many coordinates of this rank's momentum and residuals were not finite and were set to zero."""
-        return self._gradients.reset_coordinates
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """As Horovod's; without effect: gradients add up until ``step()``. Communication: none."""
@@ -339,16 +317,6 @@ class DistributedOptimizer(ForwardingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: residuals and buffers are laid out at construction."""
         raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
-
-    @property
-    def transport(self) -> Transport:
-        """This rank's end of the network that gradients travel over."""
-        return self._transport
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Rank and size of its transport."""
-        return self._transport.rank, self._transport.size
 
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.

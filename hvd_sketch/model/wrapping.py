@@ -12,6 +12,7 @@ import torch
 
 from hvd_sketch.checks import check_flag, check_integer, check_positive
 from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
+from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.optim import LagAdamW
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
@@ -144,7 +145,7 @@ def check_arguments(
 def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if hasattr(optimizer, "skip_synchronize"):
+    if isinstance(optimizer, ForwardingOptimizer) or hasattr(optimizer, "skip_synchronize"):
         raise ValueError("the optimizer exchanges gradients already: wrap the plain torch optimizer, once")
     if _needs_closure(optimizer):
         raise ValueError(

@@ -69,8 +69,14 @@ class LagAdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._sparse: set[Tensor] = set()
-        own = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable, "fused": fused}
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, **own)  # type: ignore[arg-type]
+        super().__init__(
+            *(params, lr, betas, eps, weight_decay, amsgrad),
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for an argument of the group that is refused."""

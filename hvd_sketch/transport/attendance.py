@@ -71,8 +71,10 @@ class Attendance(ABC):
         return [r for r in range(self.size) if r != self.rank and heard.get(r, (Says.WAITS, 0))[1] < self.begun]
 
     def close(self) -> None:
-        """Say nothing at the end of the program."""
+        """Neither tell nor listen any more; on return no thread does."""
         atexit.unregister(self._end)
+        with self._lock:
+            self._is_over = True
 
     @abstractmethod
     def _tell(self, says: Says, begun: int) -> None: ...
@@ -111,6 +113,12 @@ class MPIAttendance(Attendance):
         super().__init__(comm.rank, comm.size)
         self._mpi, self._comm = mpi, comm
         self._leaving: list[tuple[Any, np.ndarray]] = []  # messages under way, and their memory
+
+    def close(self) -> None:
+        """Also frees the communicator. Communication: collective, as ``Comm.Free`` is."""
+        super().close()
+        if not self._mpi.Is_finalized():
+            self._comm.Free()
 
     def _tell(self, says: Says, begun: int) -> None:
         if self._mpi.Is_finalized():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,3 +117,17 @@ def check_shares(tensor: Tensor, size: int, collective: str) -> None:
             f"{collective} needs a tensor with one share for each of the {size} ranks along dimension 0, "
             f"got shape {tuple(tensor.shape)}"
         )
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """Ranks in words."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def gather_texts(comm: Transport, text: str) -> list[str]:
+    """Every rank's text, in rank order. Communication: collective, all ranks."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
+    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
+    gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
+    ends = np.cumsum(sizes).tolist()
+    return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.base import Transport, gather_texts
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
 from hvd_sketch.transport.torch_groups import Channel, connect
 from hvd_sketch.transport.torch_transport import TorchTransport
@@ -46,7 +46,7 @@ def _over_torch(own: HorovodCollectives) -> Transport:
     """Gloo, and NCCL where every rank has it, on new groups where any rank is new, as in an elastic job."""
     meetings = _meetings()
     ranks = own.name_of_set, own.rank, own.size
-    known = _gather_texts(own, meetings[ranks].address if ranks in meetings else "")
+    known = gather_texts(own, meetings[ranks].address if ranks in meetings else "")
     if not all(known) or len(set(known)) > 1:
         meetings[ranks] = _meet(own)
     return TorchTransport.on(meetings[ranks].channel)
@@ -65,7 +65,7 @@ def _meet(own: HorovodCollectives) -> _Meeting:
     host, store = _own_address(), None
     if own.rank == 0:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    address = _gather_texts(own, f"{host}:{store.port}" if store is not None else "")[0]
+    address = gather_texts(own, f"{host}:{store.port}" if store is not None else "")[0]
     if store is None:
         at, _, port = address.rpartition(":")
         store = TCPStore(at, int(port), is_master=False)
@@ -73,13 +73,6 @@ def _meet(own: HorovodCollectives) -> _Meeting:
     every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl)])).all())
     where = PrefixStore("hvd_sketch", store), own.rank, own.size, default_pg_timeout
     return _Meeting(address, store, connect(*where, with_nccl=every_has_nccl, host=host))
-
-
-def _gather_texts(own: HorovodCollectives, text: str) -> list[str]:
-    """Every rank's text, of at most 255 bytes."""
-    data = text.encode()
-    padded = torch.tensor([[len(data), *data, *bytes(255 - len(data))]], dtype=torch.uint8)
-    return [bytes(row[1 : 1 + row[0]]).decode() for row in own.allgather(padded).tolist()]
 
 
 def _own_address() -> str:

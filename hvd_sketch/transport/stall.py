@@ -15,6 +15,7 @@ from functools import cache
 from weakref import WeakKeyDictionary
 
 from hvd_sketch.transport.attendance import Attendance, Says
+from hvd_sketch.transport.base import name_ranks
 
 STALL_VARIABLE, ABORT_VARIABLE = "HVD_SKETCH_STALL_SECONDS", "HVD_SKETCH_STALL_ABORT_SECONDS"
 STALL_S = 30.0
@@ -110,7 +111,7 @@ class StallWatch:
             self._late[attendance] = where, 0.0
             logger.warning(
                 "rank %d of %d is late: %s for it in an exchange. What it does:",
-                *(attendance.rank, attendance.size, f"{_name(sorted(waiting))} wait"),
+                *(attendance.rank, attendance.size, f"{name_ranks(sorted(waiting))} wait"),
             )
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
@@ -128,13 +129,13 @@ def _hopeless(attendance: Attendance) -> str | None:
     joined, ended = ([r for r, says in gone.items() if says == kind] for kind in (Says.JOINED, Says.ENDED))
     if joined:
         return (
-            f"{_name(joined)} of {attendance.size} left this step by hvd.join(), which cannot stand in for a "
+            f"{name_ranks(joined)} of {attendance.size} left this step by hvd.join(), which cannot stand in for a "
             "compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
         )
     if ended:
         return (
-            f"the program of {_name(ended)} of {attendance.size} is over, while this one is in a step: make as many "
-            "steps on every rank, or put the training loop into 'with optimizer.join():' on every rank"
+            f"the program of {name_ranks(ended)} of {attendance.size} is over, while this one is in a step: make as "
+            "many steps on every rank, or put the training loop into 'with optimizer.join():' on every rank"
         )
     return None
 
@@ -154,15 +155,13 @@ def _warn(wait: _Wait, waited_s: float) -> None:
         else "One of them hangs, or the network does."
     )
     absent = wait.attendance.absent() if wait.attendance is not None else []
-    who = f"{_name(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
+    who = (
+        f"{name_ranks(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
+    )
     logger.warning(
         "rank %d of %d has waited for %.0f s for %s, in step %d, phase %r. %s",
         *(wait.rank, wait.size, waited_s, who, wait.step, wait.phase, hint),
     )
-
-
-def _name(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_sketch import (
+    DistributedOptimizer,
     LocalSteps,
     LowRankConfig,
     SketchConfig,
@@ -130,7 +131,7 @@ def test_nothing_is_lost(name: str) -> None:
             produced.add_(flat(p.grad for p in compressed))
             return average()
 
-        optimizer._gradients.average = recorded  # type: ignore[method-assign]
+        optimizer._gradients.average = recorded
         train(model, optimizer, transport.rank, range(12))
         assert optimizer.exchange is not None
         return produced, optimizer.exchange.residual.clone(), first - flat(compressed)
@@ -228,13 +229,14 @@ def test_ranks_with_different_numbers_of_batches() -> None:
         (lambda t, m: wrap(t, m, SketchConfig.paper(cols=9, k=9), every=2), "must have no momentum"),
         (lambda t, m: wrap(t, m, 20, every=2), "must be a SketchConfig, a LowRankConfig, or None, got 20"),
         (lambda t, m: wrap(t, m, None, every=2, inner=lambda n: wrap(t, n, None, every=2)), "exchanges already"),
+        (lambda t, m: DistributedOptimizer(wrap(t, m, None, every=2), transport=t), "exchanges gradients already"),
         (
             lambda t, m: wrap(t, m, None, every=2, outer=partial(torch.optim.SGD, lr=0.1 + t.rank)),
             "(?s)outer: SGD.*0.1.* on rank 0; SGD.*1.1.* on rank 1",
         ),
     ],
 )
-def test_refusals(make: Callable[[Transport, nn.Module], LocalSteps], told: str) -> None:
+def test_refusals(make: Callable[[Transport, nn.Module], object], told: str) -> None:
     def main(transport: LocalTransport) -> None:
         with pytest.raises((TypeError, ValueError), match=told):
             make(transport, network())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ def check_all(
     max_count: int | None = None,
     staged: bool = False,
     own_collectives: bool = False,
-    carrier: str | None = None,
+    carrier: Literal["auto", "horovod"] | None = None,
 ) -> int:
     """Run every check; returns how many ran.
 
@@ -33,7 +33,7 @@ def check_all(
         carrier: of a HorovodTransport.
     """
     if carrier is not None:
-        transport = HorovodTransport(carrier=carrier)  # type: ignore[arg-type]
+        transport = HorovodTransport(carrier=carrier)
     if staged:
         carries = transport._inner if isinstance(transport, ForwardingTransport) else transport
         carries.stages = lambda device: True

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hvd_sketch import DistributedOptimizer, load_checkpoint, save_checkpoint
 from hvd_sketch.config import Compression, LowRankConfig
-from hvd_sketch.exchange.setup import gather_texts
 from hvd_sketch.transport import Transport
+from hvd_sketch.transport.base import gather_texts
 from tests.support.toy import Toy, little
 
 COMPRESSIONS: dict[str, Compression | None] = {

@@ -71,13 +71,13 @@ def bad(fields: dict[str, list[object]]) -> list[tuple[str, object]]:
 @pytest.mark.parametrize(("name", "value"), bad(OF_SKETCH))
 def test_bad_values_of_a_sketch(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        SketchConfig(**{"cols": 30, "k": 5, name: value})  # type: ignore[arg-type]
+        SketchConfig(**{"cols": 30, "k": 5, name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), bad(OF_LOW_RANK))
 def test_bad_values_of_low_rank(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
-        LowRankConfig(**{"rank": 1, name: value})  # type: ignore[arg-type]
+        LowRankConfig(**{"rank": 1, name: value})
 
 
 @pytest.mark.parametrize("value", [*(value for value in NOT_NUMBERS if value is not None), 0])
@@ -111,7 +111,7 @@ def test_recommended_for_other_optimizers_is_refused(optimizer: Any) -> None:
 def test_bad_arguments_of_the_optimizer(name: str, value: object) -> None:
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))])
     with pytest.raises(ValueError, match=name):
-        DistributedOptimizer(inner, transport=local_transports(1)[0], **{name: value})  # type: ignore[arg-type]
+        DistributedOptimizer(inner, transport=local_transports(1)[0], **{name: value})
 
 
 @pytest.mark.parametrize(("k", "told"), [(10, False), (15, True), (30, True)])

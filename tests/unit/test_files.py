@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,7 @@ import torch
 from hvd_sketch import CommLedger
 from hvd_sketch.files import append_lines, replaced, save_whole
 from tests.support.harness import child_environment, wait_until
-
-
-@contextmanager
-def full_disk(after_bytes: int = 10_000) -> Iterator[None]:
-    """Files of this process end after some bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.support.saving import full_disk
 
 
 def write_ledger(path: Path) -> None:
@@ -54,7 +42,7 @@ WRITERS: list[Callable[[Path], None]] = [
 def test_a_full_disk_leaves_the_old_file(write: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with full_disk(), pytest.raises(OSError, match="file was not written, and is as it was before"):
+    with full_disk(10_000), pytest.raises(OSError, match="file was not written, and is as it was before"):
         write(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"], "the draft is removed"
