@@ -16,6 +16,7 @@ from benchmarks.figures import Floats, draw_bars, grouped, markdown, new_figure,
 from hvd_sketch.files import replaced
 
 HEAD = "method | result, mean (least–greatest) | learning rate | seeds | ratio, matrices | ratio, all | bytes per step"
+BESIDE = 1.03  # in a figure, from one method to the next
 INTRODUCTION = """# Accuracy at equal wire bytes
 
 Made by `python -m benchmarks.accuracy_per_byte --report` from `runs.jsonl`, which has every run.
@@ -29,6 +30,7 @@ seeds at that rate, and the least and the greatest. Sketch and random go with pl
 and dense with Nesterov momentum of 0.9 after the exchange, local top-k with a momentum of 0.9 before it (Deep Gradient
 Compression). The language model has Adam after every exchange, or where the method says so LagAdamW, or a sign step
 after a residual of which 0.95 stays. True top-k exists in a simulation only.
+In the figures methods of one ratio stand side by side, because their bytes are nearly the same.
 PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
 A row with fewer than three seeds, or with its rate at the edge of the grid, is not finished.
 """
@@ -109,25 +111,33 @@ def _mean(runs: Iterable[Record], name: str) -> float | None:
 
 def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
     """One axis for each number of ranks, steps and kind of data."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     places = sorted({(group.steps, group.workers, group.skewed) for group in best})
-    figure = new_figure(1 + 4.6 * len(places), 4.2)
+    figure = new_figure(1 + 4.6 * len(places), 5)
     axes = figure.subplots(1, len(places), squeeze=False)[0]
     for ax, (steps, workers, skewed) in zip(axes, places, strict=True):
         here = {g: runs for g, runs in best.items() if (g.steps, g.workers, g.skewed) == (steps, workers, skewed)}
         _draw_place(ax, here)
         measure = "test loss" if TASKS[task].adam else "test accuracy (%)"
         low, high = ax.get_xlim()
+        ax.set(xscale="log", xlabel="kB per step and rank", ylabel=measure)
         ax.set_xlim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
-        ax.set(xscale="log", xlabel="bytes per step and rank", ylabel=measure)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda sent_bytes, _: f"{sent_bytes / 1000:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{workers} ranks, {steps} steps{', label-skewed' if skewed else ''}", fontsize=10)
         ax.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7)
+    drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2 * len(places), fontsize=8)
     figure.suptitle(TASKS[task].title)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=90)
 
 
 def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
+    """Methods of one ratio side by side: they have nearly the same bytes."""
+    present = [name for name in METHODS if name != "dense" and any(g.method == name for g in best)]
     for number, (name, method) in enumerate(METHODS.items()):
         own = [(_mean(runs, "wire_bytes_per_step"), results_of(runs)) for g, runs in best.items() if g.method == name]
         points = sorted(((x, values) for x, values in own if x is not None and len(values)), key=lambda point: point[0])
@@ -135,6 +145,9 @@ def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
             continue
         style = {"color": f"C{number % 10}", "label": method.title, "linewidth": 1, "markersize": 5}
         if name == "dense":
-            ax.axhline(points[0][1].mean(), color="black", linestyle=":", label=f"dense, {points[0][0]:,.0f} bytes")
+            ax.axhline(points[0][1].mean(), color="black", linestyle=":", label="dense")
             continue
-        draw_bars(ax, [x for x, _ in points], [values for _, values in points], "os^"[number // 10] + "-", **style)
+        aside = BESIDE ** (present.index(name) - (len(present) - 1) / 2)
+        draw_bars(
+            ax, [x * aside for x, _ in points], [values for _, values in points], "os^"[number // 10] + "-", **style
+        )
