@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--skewed", action="store_true", help="every rank has two or three classes only")
     made.add_argument("--steps", type=int, help="default: the task's own")
     made.add_argument("--seeds", type=int, default=3, help="runs at the best rate (default: %(default)s)")
+    made.add_argument("--finer", action="store_true", help="also rates a factor of 1.41 on either side of the best")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="records (default: %(default)s)")
     made.add_argument("--minutes", type=float, help="after which no run is started")
     made.add_argument("--processes", type=int, default=2, help="default: %(default)s")
@@ -59,7 +60,7 @@ def main() -> None:
     if not arguments.report:
         chosen = arguments.tasks, arguments.methods, arguments.ratios, arguments.workers
         groups = PLANS[arguments.plan]() if arguments.plan else crossed(*chosen, arguments.skewed, arguments.steps)
-        limits = {"processes": arguments.processes, "minutes": arguments.minutes}
+        limits = {"finer": arguments.finer, "processes": arguments.processes, "minutes": arguments.minutes}
         run_all(groups, arguments.seeds, arguments.data_dir, arguments.out, **limits)
     print(report.write(records.read(arguments.out), arguments.out.parent))
 

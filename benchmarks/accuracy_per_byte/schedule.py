@@ -23,11 +23,13 @@ from benchmarks.machine import commit
 Train = Callable[[Run, Path, float | None], Record]
 
 
-def next_run(groups: Sequence[Group], seeds: int, done: dict[Run, Record], taken: set[Run]) -> Run | None:
+def next_run(
+    groups: Sequence[Group], seeds: int, done: dict[Run, Record], taken: set[Run], finer: bool = False
+) -> Run | None:
     """The first run of the first group that has one to do; None where all wait for runs under way."""
     for group in groups:
         centre = METHODS[group.method].first_rate(TASKS[group.task], group.steps)
-        for run in wanted(group, centre, seeds, done):
+        for run in wanted(group, centre, seeds, done, finer):
             if run not in taken:
                 return run
     return None
@@ -39,6 +41,7 @@ def run_all(
     data_dir: Path,
     path: Path,
     *,
+    finer: bool = False,
     processes: int = 2,
     minutes: float | None = None,
     tell: Callable[[str], None] = print,
@@ -51,6 +54,7 @@ def run_all(
         seeds: runs of each group at its best rate.
         data_dir: the folder of all data sets.
         path: of the records; finished runs are appended, with the commit at the start.
+        finer: also rates on either side of the best of the grid, the root of its factor away.
         processes: that train at the same time, with one thread each.
         minutes: after which no run is started; None: never.
         tell: gets a line for every finished run.
@@ -62,7 +66,7 @@ def run_all(
     with _pool(processes) as pool:
         while True:
             while len(under_way) < processes and time.monotonic() < deadline:
-                run = next_run(groups, seeds, done, taken)
+                run = next_run(groups, seeds, done, taken, finer)
                 if run is None:
                     break
                 taken.add(run)

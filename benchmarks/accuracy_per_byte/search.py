@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
-from benchmarks.paper.rate_search import FACTOR, rounded
+from benchmarks.paper.rate_search import FACTOR, beside, rounded
 
 MOST_RATES = 8  # of one grid: it does not grow for ever
 
@@ -31,8 +31,13 @@ def best_rate(group: Group, records: Mapping[Run, Record]) -> float | None:
     return max(sorted(scores), key=scores.__getitem__) if scores else None
 
 
-def wanted(group: Group, centre: float, seeds: int, records: Mapping[Run, Record]) -> list[Run]:
-    """What can be run now: the first three rates; then one beyond the edge at which the best is; then other seeds."""
+def wanted(
+    group: Group, centre: float, seeds: int, records: Mapping[Run, Record], finer: bool = False
+) -> list[Run]:
+    """What can be run now: the first three rates; then one beyond the edge at which the best is; then other seeds.
+
+    With ``finer`` a rate on either side of the best comes before the other seeds, the root of :data:`FACTOR` away.
+    """
     first = [Run(group, rounded(rate), 0) for rate in (centre, centre / FACTOR, centre * FACTOR)]
     if missing := [run for run in first if run not in records]:
         return missing
@@ -41,5 +46,12 @@ def wanted(group: Group, centre: float, seeds: int, records: Mapping[Run, Record
     if best in (min(scores), max(scores)) and len(scores) < MOST_RATES:
         further = best / FACTOR if best == min(scores) else best * FACTOR
         return [Run(group, rounded(further), 0)]
+    if finer and (between := [rate for rate in beside(best) if not _is_near(rate, scores)]):
+        return [Run(group, rate, 0) for rate in between]
     others = [Run(group, best, seed) for seed in range(1, seeds)]
     return [run for run in others if run not in records]
+
+
+def _is_near(rate: float, tried: Iterable[float]) -> bool:
+    """Whether a rate was tried already: rounded twice it is not quite equal."""
+    return any(math.isclose(rate, other, rel_tol=0.05) for other in tried)

@@ -38,8 +38,12 @@ def search_rates(first: Sequence[float], loss_at: Callable[[float], float], exte
         is_greatest = search.best == max(search.losses)
         further = rounded(search.best * FACTOR if is_greatest else search.best / FACTOR)
         search = Search({**search.losses, further: loss_at(further)})
-    beside = [rounded(search.best * factor) for factor in (FACTOR**-0.5, FACTOR**0.5)]
-    return Search({**search.losses, **{rate: loss_at(rate) for rate in beside}})
+    return Search({**search.losses, **{rate: loss_at(rate) for rate in beside(search.best)}})
+
+
+def beside(rate: float) -> list[float]:
+    """The rates on either side of one where the grid gets finer."""
+    return [rounded(rate * factor) for factor in (FACTOR**-0.5, FACTOR**0.5)]
 
 
 def rounded(rate: float) -> float:

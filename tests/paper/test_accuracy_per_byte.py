@@ -130,10 +130,10 @@ def best_at(peak: float, run: Run) -> Record:
     return record_of(run, None if run.rate > 2 * peak else 90 - abs(run.rate - peak) + run.seed)
 
 
-def trained_to_the_end(peak: float, seeds: int) -> list[Run]:
+def trained_to_the_end(peak: float, seeds: int, finer: bool = False) -> list[Run]:
     """All runs of a search, in order."""
     group, done = group_of("nominate4"), dict[Run, Record]()
-    while new := search.wanted(group, 0.2, seeds, done):
+    while new := search.wanted(group, 0.2, seeds, done, finer):
         done[new[0]] = best_at(peak, new[0])
     return list(done)
 
@@ -156,6 +156,20 @@ def test_the_grid_grows_until_its_best_is_inside(peak: float, rates: list[float]
 
 def test_a_grid_does_not_grow_for_ever() -> None:
     assert sum(run.seed == 0 for run in trained_to_the_end(1e-9, seeds=1)) == search.MOST_RATES
+
+
+@pytest.mark.parametrize(
+    ("peak", "rates"),
+    [
+        (0.2, [0.2, 0.1, 0.4, 0.141, 0.283]),
+        (0.28, [0.2, 0.1, 0.4, 0.141, 0.283]),  # 0.283 / 1.41 was tried: it is 0.2
+        (0.56, [0.2, 0.1, 0.4, 0.8, 0.283, 0.566]),
+    ],
+)
+def test_a_finer_grid_has_rates_beside_the_best(peak: float, rates: list[float]) -> None:
+    done = trained_to_the_end(peak, seeds=2, finer=True)
+    assert [run.rate for run in done if run.seed == 0] == rates
+    assert (done[-1].rate, done[-1].seed) == (min(rates, key=lambda rate: abs(rate - peak)), 1)
 
 
 def quick(run: Run, data_dir: Path, nominal_ratio: float | None) -> Record:
