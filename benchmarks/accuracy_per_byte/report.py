@@ -25,11 +25,12 @@ Every method trains the same model on the same batches, over the library's own e
 (`hvd_sketch.Simulation`). Bytes are those that the ledger counted in the run: what one rank sends per step. The ratio
 is that of a dense ring allreduce to them, for the matrices alone, which are what is compressed, and for the whole
 model; tensors of one dimension go dense. Each method has its own best learning rate, of a grid of factors of 2 that
-grows until its best is inside; in some tables also of rates a factor of 1.41 beside the best. The rate was chosen with seed 0 by the same test set; the table has the mean over the
-seeds at that rate, and the least and the greatest. Sketch and random go with plain SGD, nominated, low rank, PowerSGD
-and dense with Nesterov momentum of 0.9 after the exchange, local top-k with a momentum of 0.9 before it (Deep Gradient
-Compression). The language model has Adam after every exchange, or where the method says so LagAdamW, or a sign step
-after a residual of which 0.95 stays. True top-k exists in a simulation only.
+grows until its best is inside; in some tables also of rates a factor of 1.41 beside the best. The rate was chosen
+with seed 0 by the same test set; the table has the mean over the seeds at that rate, and the least and the greatest.
+Sketch and random go with plain SGD, nominated, low rank, PowerSGD and dense with Nesterov momentum of 0.9 after the
+exchange, local top-k with a momentum of 0.9 before it (Deep Gradient Compression). The language model has Adam after
+every exchange, or where the method says so LagAdamW, or a sign step after a residual of which 0.95 stays. True top-k
+exists in a simulation only.
 In the figures methods of one ratio stand side by side, because their bytes are nearly the same.
 PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
 A row with fewer than three seeds, or with its rate at the edge of the grid, is not finished.

@@ -31,9 +31,7 @@ def best_rate(group: Group, records: Mapping[Run, Record]) -> float | None:
     return max(sorted(scores), key=scores.__getitem__) if scores else None
 
 
-def wanted(
-    group: Group, centre: float, seeds: int, records: Mapping[Run, Record], finer: bool = False
-) -> list[Run]:
+def wanted(group: Group, centre: float, seeds: int, records: Mapping[Run, Record], finer: bool = False) -> list[Run]:
     """What can be run now: the first three rates; then one beyond the edge at which the best is; then other seeds.
 
     With ``finer`` a rate on either side of the best comes before the other seeds, the root of :data:`FACTOR` away.
