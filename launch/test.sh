@@ -9,7 +9,7 @@ usage: launch/test.sh [pytest arguments]
 
 Runs launch/setup.sh, then pytest on tests/. Examples: launch/test.sh -x -k hash; launch/test.sh -m "not multiprocess"
 
-  HVD_SKETCH_TEST_LIMIT_S   seconds after which the whole run is ended as failed (default: 3600)
+  HVD_SKETCH_TEST_LIMIT_S   seconds after which the whole run is ended as failed (default: 4500)
 EOF
 }
 
@@ -17,14 +17,35 @@ main() {
     case ${1:-} in
         -h | --help) usage && exit 0 ;;
     esac
-    local limit=${HVD_SKETCH_TEST_LIMIT_S:-3600} foreground=''
+    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4500} foreground=''
     need_count HVD_SKETCH_TEST_LIMIT_S "$limit"
     "$checkout/launch/setup.sh"
     # shellcheck source=launch/env.sh
     source "$checkout/launch/env.sh"
     cd "$checkout"
     [[ ! -t 0 ]] || foreground=--foreground # so that Ctrl-C reaches pytest
-    exec timeout $foreground --kill-after=30 "$limit" python -m pytest "$@"
+    echo "test: at most $limit s, then interrupted as failed (HVD_SKETCH_TEST_LIMIT_S)"
+    # SIGINT, so that pytest still says which test was under way, and what had failed before.
+    exec timeout $foreground --signal=INT --kill-after=60 "$limit" python -m pytest "$@"
+}
+
+main() {
+    case ${1:-} in
+        -h | --help) usage && exit 0 ;;
+    esac
+    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4500} foreground=''
+    need_count HVD_SKETCH_TEST_LIMIT_S "$limit"
+    "$checkout/launch/setup.sh"
+    # shellcheck source=launch/env.sh
+    source "$checkout/launch/env.sh"
+    cd "$checkout"
+    [[ ! -t 0 ]] || foreground=--foreground # so that Ctrl-C reaches pytest
+    local status=0
+    # SIGINT, so that pytest still says which test was under way, and what had failed before.
+    timeout $foreground --signal=INT --kill-after=60 "$limit" python -m pytest "$@" || status=$?
+    [[ $status != 124 && $status != 137 ]] ||
+        echo "test: ended after $limit s; HVD_SKETCH_TEST_LIMIT_S=$limit is too short, or a test hangs" >&2
+    return "$status"
 }
 
 main "$@"
