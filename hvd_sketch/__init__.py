@@ -7,6 +7,7 @@ from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hvd_sketch.model.ddp import DDPState, ddp_hook
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
@@ -21,6 +22,7 @@ __all__ = [
     "HASH_VERSION",
     "Checkpoint",
     "CommLedger",
+    "DDPState",
     "CountSketch",
     "DenseAllreduce",
     "DistributedOptimizer",
@@ -37,6 +39,7 @@ __all__ = [
     "Transport",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "ddp_hook",
     "load_checkpoint",
     "local_transports",
     "recommended",

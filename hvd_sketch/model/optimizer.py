@@ -179,10 +179,11 @@ class DistributedOptimizer(ExchangingOptimizer):
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if self._progress.awaits_step and grad_scale is not None:
             raise RuntimeError(
-                "synchronize() averaged gradients that still carry the loss scale: call "
-                "scaler.unscale_(optimizer) before optimizer.synchronize()"
+                "the gradients that were averaged still carry the loss scale: call scaler.unscale_(optimizer) before "
+                f"{before}"
+            before = "scaler.step(optimizer)" if self._progress.in_backward else "optimizer.synchronize()"
             )
-        if self._progress.skip_synchronize:
+        if self._progress.takes_averaged:
             is_taken = self._take_averaged(found_inf)
         else:
             is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
@@ -243,6 +244,27 @@ class DistributedOptimizer(ExchangingOptimizer):
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """Inside, ``step()`` takes the gradients as ``synchronize()`` left them."""
+    @torch.no_grad()
+    def average_in_backward(self, loss_scale: float | None = None) -> None:
+        """What :func:`hvd_sketch.ddp_hook` calls at the end of a backward pass; ``step()`` then exchanges nothing.
+
+        Args:
+            loss_scale: what the gradients are multiplied by, before and afterwards. They are exchanged without it.
+
+        Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
+        """
+        self._progress.in_backward = True
+        if not self._progress.has_backward:  # called by DDP's join(): this rank has run out of data
+            self._gradients.average(Report(done=True))
+            return
+        if loss_scale is None:
+            self._exchange(None, None)
+            return
+        self._exchange(torch.tensor(loss_scale), 0.0)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(loss_scale)
+
         self._progress.skip_synchronize = True
         try:
             yield

@@ -26,13 +26,14 @@ class Progress:
         exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
         has_backward: a backward pass has reached a parameter since the last exchange.
         skip_synchronize: inside of ``skip_synchronize()``.
+        in_backward: a hook of DDP's exchanges at the end of backward passes. DDP may put other tensors into ``p.grad``.
         forgives: a ``GradScaler`` has judged the last step, too.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self.exchanged: bool | None = None
-        self.has_backward = self.skip_synchronize = self.forgives = False
+        self.has_backward = self.skip_synchronize = self.in_backward = self.forgives = False
         self._averaged: list[weakref.ref[Tensor] | None] = []  # p.grad as the last exchange left it
         self._readers: set[str] = set()  # methods that were seen to change no parameter
         progress = weakref.ref(self)  # hooks must not keep an optimizer alive
@@ -49,6 +50,11 @@ class Progress:
     def awaits_step(self) -> bool:
         """An exchange has been made, and no backward pass has come since."""
         return self.exchanged is not None and not self.has_backward
+
+    @property
+    def takes_averaged(self) -> bool:
+        """The next step is to be made with what the last exchange left."""
+        return self.skip_synchronize or (self.in_backward and self.awaits_step)
 
     @property
     def holds_averaged(self) -> bool:
@@ -72,6 +78,8 @@ class Progress:
 
     def _unchanged(self) -> list[bool]:
         """For each parameter whether ``p.grad`` is the tensor that the last exchange left, or None as then."""
+        if self.in_backward:
+            return [self.awaits_step] * len(self._parameters)
         if len(self._averaged) != len(self._parameters):
             return [False] * len(self._parameters)
         kept = [None if reference is None else reference() for reference in self._averaged]
