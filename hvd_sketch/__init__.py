@@ -15,15 +15,14 @@ from hvd_sketch.model.recommended import recommended
 from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport import HorovodTransport, MPITransport, TorchTransport, Transport, local_transports
-
-__version__ = "0.1.0"
+from hvd_sketch.version import __version__
 
 __all__ = [
     "HASH_VERSION",
     "Checkpoint",
     "CommLedger",
-    "DDPState",
     "CountSketch",
+    "DDPState",
     "DenseAllreduce",
     "DistributedOptimizer",
     "HorovodTransport",
@@ -37,6 +36,7 @@ __all__ = [
     "SparseUpdate",
     "TorchTransport",
     "Transport",
+    "__version__",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ddp_hook",

@@ -65,8 +65,8 @@ class Exchange(ABC):
 
     Subclasses implement the last two, ``residual`` and ``velocity``, the state, and :meth:`_take_over`.
 
-    Communication: the constructor is collective; it compares config, dim, parameters, world size and hash version
-    over the ranks.
+    Communication: the constructor is collective; it compares class, config, dim, parameters, world size and hash
+    version over the ranks.
 
     Args:
         config: equal on all ranks.
@@ -96,7 +96,7 @@ class Exchange(ABC):
         **options: Unpack[Options],
     ) -> None:
         parameters, max_skips = options.get("parameters", ()), options.get("max_skips", 25)
-        _require_equal_setup(transport, config, dim, parameters, max_skips)
+        _require_equal_setup(transport, type(self).__name__, config, dim, parameters, max_skips)
         self.dim = dim
         self.dtype = torch.float32
         self.ledger = options.get("ledger", CommLedger())
@@ -317,9 +317,10 @@ class Exchange(ABC):
 
 
 def _require_equal_setup(
-    transport: Transport, config: Compression | None, dim: int, parameters: Parameters, max_skips: int
+    transport: Transport, kind: str, config: Compression | None, dim: int, parameters: Parameters, max_skips: int
 ) -> None:
-    fields: dict[str, object] = {"hash version": HASH_VERSION, "world size": transport.size, "dim": dim}
+    fields: dict[str, object] = {"exchange": kind, "hash version": HASH_VERSION}
+    fields |= {"world size": transport.size, "dim": dim}
     settings = asdict(config) if config is not None else {"cols": "none: dense"}
     fields |= {f"config.{name}": value for name, value in settings.items()}
     fields["max_skips"] = max_skips

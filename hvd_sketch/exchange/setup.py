@@ -10,17 +10,18 @@ from contextlib import contextmanager
 import torch
 
 from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
+from hvd_sketch.version import __version__
 
 
 def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
-    """Compare named values over all ranks; only a digest travels while they are equal.
+    """Compare named values and the version of this package over all ranks; while they are equal a digest travels.
 
     Communication: collective, all ranks, also when they then raise.
 
     Raises:
         ValueError: on every rank, naming the fields that differ, the ranks and their values.
     """
-    text = json.dumps({name: str(value) for name, value in fields.items()})
+    text = json.dumps({"hvd_sketch": __version__} | {name: str(value) for name, value in fields.items()})
     digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     digests = comm.allgather(digest).view(comm.size, -1)
     if bool((digests == digests[0]).all()):

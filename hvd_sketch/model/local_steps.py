@@ -21,6 +21,8 @@ from hvd_sketch.model.forwarding import ExchangingOptimizer, ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.optimizer import STATE_KEY
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
+from hvd_sketch.model.routes import MakeExchange, make_exchange
+from hvd_sketch.model.settings import require_equal_optimizers
 from hvd_sketch.model.wrapping import warn_about_settings
 from hvd_sketch.transport import Transport, resolve_transport
 
@@ -79,6 +81,7 @@ class LocalSteps(ExchangingOptimizer):
     Source: Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models, 2023.
     """
 
+    _make: MakeExchange = staticmethod(make_exchange)  # builds the exchange of the large tensors
     _step_supports_amp_scaling = True  # a scaler calls step() also where this rank's gradient overflowed
 
     def __init__(
@@ -103,10 +106,10 @@ class LocalSteps(ExchangingOptimizer):
         super().__init__(optimizer)
         self._parameters = [parameter for _, parameter in self._named]
         self.outer = outer(self._parameters)
-        compared = {**{name: value for name, (value, _) in counts.items()}, "outer": _settings_of(self.outer)}
-        require_equal(self._transport, compared)
+        require_equal(self._transport, {"wrapped by": "LocalSteps", **{n: value for n, (value, _) in counts.items()}})
+        require_equal_optimizers(self._transport, self.outer, "outer optimizer")
         self._gradients = GradientExchange(
-            self._named, compression, self._transport, check_every=check_every, max_skips=max_skips
+            self._named, compression, self._transport, check_every=check_every, max_skips=max_skips, make=self._make
         )
         self._every, self._done = every, 0  # steps of this round
         self._start = [torch.empty_like(p, device=start_device or p.device) for p in self._parameters]
@@ -273,9 +276,3 @@ def _check(optimizer: object, compression: object, counts: Mapping[str, tuple[ob
         raise ValueError(
             f"compression must have no momentum, got {compression.momentum}: the outer optimizer has its own"
         )
-
-
-def _settings_of(optimizer: torch.optim.Optimizer) -> str:
-    """Class and hyper-parameters, which must be equal on all ranks."""
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    return f"{type(optimizer).__name__} {groups}"

@@ -20,6 +20,7 @@ from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.routes import mark_sparse
+from hvd_sketch.model.settings import require_equal_optimizers
 from hvd_sketch.model.wrapping import (
     HorovodArguments,
     check_arguments,
@@ -119,7 +120,9 @@ class DistributedOptimizer(ExchangingOptimizer):
             check_arguments(optimizer, sketch, horovod, counts)
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
-        require_equal(self._transport, {name: value for name, (value, _) in counts.items()} | horovod.compared())
+        compared = {"wrapped by": "DistributedOptimizer", **{name: value for name, (value, _) in counts.items()}}
+        require_equal(self._transport, compared | horovod.compared())
+        require_equal_optimizers(self._transport, optimizer)
         super().__init__(optimizer)
         self._named = named
         self._parameters = [parameter for _, parameter in named]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hvd_sketch.transport.attendance import Attendance
-from hvd_sketch.transport.base import Handle, Pending
+from hvd_sketch.transport.base import Handle, Pending, gather_texts
 from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.horovod_carriers import carrier_for
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
@@ -38,7 +38,7 @@ class HorovodTransport(ForwardingTransport):
     Raises:
         TypeError: ``process_set`` is no ``hvd.ProcessSet``.
         ValueError: ``process_set`` is not registered with Horovod, or does not hold this rank; there is no such
-            carrier.
+            carrier; on every rank: the ranks were given different ones.
     """
 
     def __init__(self, process_set: Any = None, carrier: Literal["auto", "horovod"] = "auto") -> None:
@@ -60,6 +60,7 @@ class HorovodTransport(ForwardingTransport):
         self._error = HorovodInternalError
         self.attendance: Attendance | None = None  # Horovod's own collectives notice who leaves themselves
         own = HorovodCollectives(hvd, self._set)
+        _check_carriers(own, carrier)
         if carrier == "horovod":
             super().__init__(own)
         else:
@@ -118,6 +119,16 @@ class HorovodTransport(ForwardingTransport):
             raise
         except RuntimeError as error:
             raise self._error(str(error)) from error
+
+
+def _check_carriers(own: HorovodCollectives, carrier: str) -> None:
+    """Refuse carriers that differ between ranks, which would wait for each other. Communication: collective."""
+    carriers = gather_texts(own, carrier)
+    if len(set(carriers)) > 1:
+        raise ValueError(
+            f"HorovodTransport expected the same carrier on all ranks, got {', '.join(map(repr, carriers))} in rank "
+            f"order (seen from rank {own.rank}): give one carrier to all"
+        )
 
 
 def _check_process_set(hvd: Any, process_set: Any) -> None:

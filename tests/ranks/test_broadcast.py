@@ -181,9 +181,10 @@ def test_all_ranks_get_the_roots_optimizer_state(make: Callable[..., torch.optim
 def test_residuals_of_a_distributed_optimizer_stay_with_their_rank() -> None:
     def rank_main(transport: LocalTransport) -> tuple[dict[str, Any], Tensor]:
         parameter = nn.Parameter(torch.zeros(8, 4))
-        inner = torch.optim.Adam([parameter], lr=0.1 * (transport.rank + 1))
+        inner = torch.optim.Adam([parameter])
         sketch = SketchConfig.paper(cols=20, k=4, momentum=0.0, dense_below=8)
         optimizer = DistributedOptimizer(inner, None, sketch, transport)
+        inner.param_groups[0]["lr"] = 0.1 * (transport.rank + 1)
         parameter.grad = torch.full((8, 4), 1.0 + transport.rank)
         optimizer.step()
         before = optimizer.exchange.residual.clone()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import LowRankConfig, SketchConfig
+from hvd_sketch.model.broadcast import broadcast_optimizer_state
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.transport import LocalTransport, run_local
@@ -117,7 +118,21 @@ def test_ranks_with_different_parameters_all_raise(
 @pytest.mark.parametrize(
     ("differ", "told"),
     [
+        (lambda m: {"sketch": None}, "exchange: SketchedAllreduce on ranks 0, 2; DenseAllreduce on rank 1"),
         (lambda m: {"sketch": None}, "config.cols: 40 on ranks 0, 2; none: dense on rank 1"),
+        (
+            lambda m: {"sketch": LowRankConfig(rank=1, dense_below=8)},
+            "exchange: SketchedAllreduce on ranks 0, 2; LowRankAllreduce on rank 1",
+        ),
+        (lambda m: {"optimizer": RAdam(m.parameters())}, "wrapped optimizer: SGD on ranks 0, 2; RAdam on rank 1"),
+        (
+            lambda m: {"optimizer": SGD(m.parameters(), lr=0.1)},
+            "lr of group 0 of the wrapped optimizer: 0.001 on ranks 0, 2; 0.1 on rank 1",
+        ),
+        (
+            lambda m: {"optimizer": SGD([{"params": [m.weight, m.bias]}, {"params": [m.other], "weight_decay": 0.1}])},
+            "weight_decay of group 1 of the wrapped optimizer: missing on ranks 0, 2; 0.1 on rank 1",
+        ),
         (lambda m: {"backward_passes_per_step": 2}, "backward_passes_per_step: 1 on ranks 0, 2; 2 on rank 1"),
         (lambda m: {"backward_passes_per_step": 0}, "at least 1, got 0"),
         (lambda m: {"named_parameters": [("a", p) for p in m.parameters()]}, "more than one parameter named 'a'"),
@@ -138,6 +153,34 @@ def test_what_one_rank_refuses_all_refuse(differ: Callable[[Toy], dict[str, Any]
     for rank, message in enumerate(run_local(3, rank_main, timeout_s=20)):
         assert told in message
         assert rank == 1 or "rank 1" in message
+
+
+def test_hyper_parameters_that_are_equal_are_so_in_any_form() -> None:
+    """Tensors as learning rates, tuples, flags, objects: nothing of them is a matter of the rank."""
+
+    def rank_main(transport: LocalTransport) -> None:
+        group = {"params": Toy().parameters(), "lr": torch.tensor(0.5), "betas": (0.5, 0.9), "note": object()}
+        DistributedOptimizer(Adam([group], amsgrad=True, capturable=False), None, None, transport)
+
+    run_local(2, rank_main, LIMIT_S)
+
+
+def test_what_a_rank_has_loaded_before_is_not_compared() -> None:
+    """The others get it from there."""
+
+    def rank_main(transport: LocalTransport) -> float:
+        model, saved = Toy(), Toy()
+        inner = Adam(model.parameters())
+        if transport.rank == 0:
+            other = Adam(saved.parameters(), lr=0.5)
+            saved.backward(0, 0)
+            other.step()
+            inner.load_state_dict(other.state_dict())
+        optimizer = DistributedOptimizer(inner, None, None, transport)
+        broadcast_optimizer_state(optimizer, 0, transport)
+        return optimizer.param_groups[0]["lr"]
+
+    assert run_local(2, rank_main, LIMIT_S) == [0.5, 0.5]
 
 
 def test_ranks_that_split_parameters_differently_all_raise() -> None:

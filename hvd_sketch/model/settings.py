@@ -1,0 +1,53 @@
+"""Class and hyper-parameters of an optimizer, compared over the ranks: unequal ones let parameters drift apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.exchange.setup import require_equal
+from hvd_sketch.transport import Transport
+
+ROLE = "wrapped optimizer"
+
+
+def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, role: str = ROLE) -> None:
+    """Compare the class of an optimizer, and all hyper-parameters of its groups (``lr``, ``betas``, …), over all ranks.
+
+    Where any rank's optimizer has a state already, as from a checkpoint, the class alone is compared: the others may
+    get state and hyper-parameters by :func:`hvd_sketch.broadcast_optimizer_state`.
+
+    Args:
+        comm: all ranks.
+        optimizer: of this rank.
+        role: what it is called in the error.
+
+    Communication: collective, all ranks, also when they then raise.
+
+    Raises:
+        ValueError: on every rank, naming what differs, the ranks and their values.
+    """
+    has_state = comm.allgather(torch.tensor([bool(optimizer.state)], dtype=torch.uint8))
+    fields: dict[str, object] = {role: type(optimizer).__name__}
+    if not bool(has_state.any()):
+        for number, group in enumerate(optimizer.param_groups):
+            fields |= {f"{name} of group {number} of the {role}": value for name, value in _settings(group).items()}
+    require_equal(comm, fields)
+
+
+def _settings(group: Mapping[str, object]) -> dict[str, str]:
+    """What a group says beside its parameters."""
+    return {name: _told(value) for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _told(value: object) -> str:
+    """A value in words that are equal on every rank where the value is: tensors by their numbers, objects by class."""
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_told, value))})"
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
+        return str(value)
+    return type(value).__name__
