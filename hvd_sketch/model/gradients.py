@@ -19,7 +19,7 @@ from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.parameters import NamedParameter
-from hvd_sketch.model.routes import build_exchanges, routes_of
+from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
 from hvd_sketch.transport.base import Transport
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
@@ -53,6 +53,7 @@ class GradientExchange:
         makes_sparse: where a rank's gradient is sparse, ``p.grad`` becomes a sparse tensor of rows on all ranks.
         check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.
         max_skips: see :class:`~hvd_sketch.exchange.base.Options`.
+        make: builds the exchange of the large tensors; default: the one that ``config`` is of.
 
     Attributes:
         ledger: of both exchanges.
@@ -73,6 +74,7 @@ class GradientExchange:
         makes_sparse: bool = False,
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
+        make: MakeExchange = make_exchange,
     ) -> None:
         self.active: tuple[int, ...] = tuple(range(transport.size))
         self._transport = transport
@@ -89,7 +91,7 @@ class GradientExchange:
         self.ledger = options["ledger"]
         self._routes = routes_of(self._named, config)
         self._exchanges = build_exchanges(
-            self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype
+            self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype, make=make
         )
         self._lead = self._exchanges[0]  # agrees on every step for both
 
