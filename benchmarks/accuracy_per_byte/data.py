@@ -20,6 +20,8 @@ from benchmarks.accuracy_per_byte.models import CONTEXT
 from benchmarks.image_data import read_cifar10, read_mnist
 
 CLASSES = 10
+BYTES = 256
+SHAKESPEARE = "tinyshakespeare_input.txt"
 DATA_SEED = 1000  # plus the run's: of the order of the data
 Batch = tuple[Tensor, Tensor]  # inputs and what to predict
 
@@ -91,39 +93,35 @@ class ImageData:
 
 @dataclass(frozen=True)
 class TextData:
-    """Characters as int64 [n]; the last tenth judges."""
+    """Characters as int64 [n], to train with and to judge by, in sequences of ``context``."""
 
-    characters: Tensor
+    train: Tensor
+    test: Tensor
     classes: int
+    context: int = CONTEXT
 
     def batches(self, workers: int, per_worker: int, seed: int, skewed: bool) -> Iterator[list[Batch]]:
         if skewed:
             raise ValueError("text has no labels to skew: leave --skewed out for the language model")
         draw = torch.Generator().manual_seed(DATA_SEED + seed)
-        text = self.characters[: self._cut]
         while True:
-            yield [_windows(text, per_worker, draw) for _ in range(workers)]
+            yield [self._windows(self.train, per_worker, draw) for _ in range(workers)]
 
-    @property
-    def _cut(self) -> int:
-        return int(len(self.characters) * 0.9)
+    def _windows(self, text: Tensor, count: int, draw: torch.Generator) -> Batch:
+        """Sequences from random places, and the same one character later."""
+        starts = torch.randint(len(text) - self.context - 1, (count,), generator=draw).tolist()
+        windows = torch.stack([text[start : start + self.context + 1] for start in starts])
+        return windows[:, :-1], windows[:, 1:]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch[0])
-        return cross_entropy(logits.reshape(-1, self.classes), batch[1].reshape(-1))
+        inputs, targets = (characters.to(next(model.parameters()).device) for characters in batch)
+        return cross_entropy(model(inputs).reshape(-1, self.classes), targets.reshape(-1))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float | None, float]:
-        inputs, targets = _windows(self.characters[self._cut :], 256, torch.Generator().manual_seed(7))
+        inputs, targets = self._windows(self.test, 256, torch.Generator().manual_seed(7))
         losses = [float(self.loss(model, part)) for part in zip(inputs.split(64), targets.split(64), strict=True)]
         return None, sum(losses) / len(losses)
-
-
-def _windows(text: Tensor, count: int, draw: torch.Generator) -> Batch:
-    """Sequences from random places, and the same one character later."""
-    starts = torch.randint(len(text) - CONTEXT - 1, (count,), generator=draw).tolist()
-    windows = torch.stack([text[start : start + CONTEXT + 1] for start in starts])
-    return windows[:, :-1], windows[:, 1:]
 
 
 def mnist(data_dir: Path) -> ImageData:
@@ -141,10 +139,29 @@ def cifar10(data_dir: Path) -> ImageData:
 
 
 def shakespeare(data_dir: Path) -> TextData:
-    """Tiny Shakespeare, character by character."""
-    text = (data_dir / "text" / "tinyshakespeare_input.txt").read_text(encoding="utf-8")
+    """Tiny Shakespeare, character by character; the last tenth judges."""
+    text = (data_dir / "text" / SHAKESPEARE).read_text(encoding="utf-8")
     numbers = {character: number for number, character in enumerate(sorted(set(text)))}
-    return TextData(torch.tensor([numbers[character] for character in text]), len(numbers))
+    characters = torch.tensor([numbers[character] for character in text])
+    cut = int(len(characters) * 0.9)
+    return TextData(characters[:cut], characters[cut:], len(numbers))
+
+
+def shakespeare_bytes(data_dir: Path) -> TextData:
+    """Tiny Shakespeare, byte by byte: with the classes of :func:`wikitext`."""
+    characters = _bytes_of(data_dir, SHAKESPEARE)
+    cut = int(len(characters) * 0.9)
+    return TextData(characters[:cut], characters[cut:], BYTES)
+
+
+def wikitext(data_dir: Path, context: int = CONTEXT) -> TextData:
+    """WikiText-2, byte by byte: its validation part trains, its test part judges."""
+    train, test = (_bytes_of(data_dir, f"wikitext2_{part}.txt") for part in ("valid", "test"))
+    return TextData(train, test, BYTES, context)
+
+
+def _bytes_of(data_dir: Path, name: str) -> Tensor:
+    return torch.frombuffer(bytearray((data_dir / "text" / name).read_bytes()), dtype=torch.uint8).long()
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy_per_byte.inner import Inner
 from benchmarks.accuracy_per_byte.settings import Shape, local_count, powersgd_rank, true_count
-from benchmarks.accuracy_per_byte.tasks import DENSE_BELOW, Inner, Kind, Task
+from benchmarks.accuracy_per_byte.tasks import BASE_WORKERS, DENSE_BELOW, Kind, Task
+from benchmarks.methods.allreduce import BrainFloat
+from benchmarks.methods.demo import DeMo
 from benchmarks.methods.powersgd import PowerSGD
 from benchmarks.methods.top_k import CodedTopK, TrueTopK
 from hvd_sketch import SketchConfig
+from hvd_sketch.model.local_steps import nesterov
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.simulate import Simulation
 
 RESIDUAL_DECAY = 0.95  # before a sign step
+EVERY = 16  # steps between two exchanges of parameters
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,14 @@ class Method:
     Attributes:
         title: for people.
         kind: where the momentum of 0.9 is. ``"nesterov"``: in the optimizer. ``"masked"``: before the exchange, zeroed
-            where something was sent. With Adam neither is used.
+            where something was sent. On text neither is used, but ``inner``.
         configure: the configuration of a place; None: dense.
         make: builds the exchange of a place; None: the library does.
         inner: what steps the language model. Other tasks have SGD, and only methods with ``"adam"`` here.
+        every: 1: gradients are exchanged. More: the ranks take as many steps each by itself, and then exchange what has
+            become of their parameters, by :class:`hvd_sketch.LocalSteps`.
+        outer: the optimizer that ends a round; None: the library's own.
+        fixed_ratio: of a method whose bytes cannot be chosen.
         rate_factor: of the task's learning rate at which the search begins.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
             a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
@@ -65,6 +74,14 @@ class Method:
     is_sent: bool = True
     inner: Inner = "adam"
     rate_factor: float = 1.0
+    every: int = 1
+    outer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] = nesterov
+    fixed_ratio: float | None = None
+
+    @property
+    def is_for_text(self) -> bool:
+        """Whether images do without it."""
+        return self.inner != "adam" or self.every > 1
 
     def first_rate(self, task: Task, steps: int) -> float:
         """In the middle of the first grid of a training's learning rates."""
@@ -101,9 +118,19 @@ def _sketched(**overrides: Any) -> Callable[[Place], SketchConfig]:
     return configure
 
 
-def _counted(count: int, bits: int = 32) -> SketchConfig:
+def _counted(count: int, bits: int = 32, residual_decay: float = 1.0) -> SketchConfig:
     """Of a competitor, which takes k and the bits of it."""
-    return SketchConfig(k=count, value_bits=bits, candidates="random", dense_below=DENSE_BELOW)
+    options = {"candidates": "random", "dense_below": DENSE_BELOW, "residual_decay": residual_decay}
+    return SketchConfig(k=count, value_bits=bits, **options)
+
+
+def _to_all(bits: int) -> Callable[[Place], SketchConfig]:
+    """Of a competitor whose ranks each send as much to all others as with :data:`BASE_WORKERS` of them."""
+
+    def configure(place: Place) -> SketchConfig:
+        return _counted(local_count(place.ratio, place.dim, BASE_WORKERS, bits), bits, RESIDUAL_DECAY)
+
+    return configure
 
 
 def _local(bits: int) -> Method:
@@ -132,8 +159,20 @@ def _low_rank(bits: int) -> Method:
     return Method(f"low rank, {bits} bit", "nesterov", configure, trial=0.001)
 
 
-def _with_lag(method: Method) -> Method:
-    return replace(method, title=f"{method.title}, LagAdamW", inner="lag")
+def _into(method: Method, title: str, inner: Inner, rate_factor: float = 1.0) -> Method:
+    return replace(method, title=f"{method.title}, {title}", inner=inner, rate_factor=rate_factor)
+
+
+def _with_sgd(method: Method) -> Method:
+    """With momentum where the exchange goes with it."""
+    if method.kind == "nesterov":
+        return _into(method, "SGD", "nesterov", 16)
+    return _into(method, "SGD", "sgd", 128)
+
+
+def _in_rounds(method: Method) -> Method:
+    fixed = method.fixed_ratio * EVERY if method.fixed_ratio else None
+    return replace(method, title=f"{method.title}, every {EVERY} steps", every=EVERY, fixed_ratio=fixed)
 
 
 def _with_sign(method: Method, **overrides: Any) -> Method:
@@ -146,7 +185,7 @@ METHODS: dict[str, Method] = {
     "nominate4": Method("nominated, 4 bit", "nesterov", _sketched(candidates="nominate"), trial=0.25),
     "sketch4": Method("sketch, 4 bit", "plain", _sketched(), trial=0.25),
     "random4": Method("random, 4 bit", "plain", _sketched(candidates="random")),
-    "dense": Method("dense", "nesterov", lambda place: None),
+    "dense": Method("dense", "nesterov", lambda place: None, fixed_ratio=1.0),
     "local4": _local(4),
     "local8": _local(8),
     "lowrank8": _low_rank(8),
@@ -167,10 +206,30 @@ METHODS: dict[str, Method] = {
         is_sent=False,
     ),
 }
-METHODS |= {f"{name}-lag": _with_lag(METHODS[name]) for name in ("nominate4", "sketch4", "random4")}
+METHODS |= {f"{name}-lag": _into(METHODS[name], "LagAdamW", "lag") for name in ("nominate4", "sketch4", "random4")}
 METHODS |= {
     "nominate4-sign": _with_sign(METHODS["nominate4"], candidates="nominate"),
     "sketch4-sign": _with_sign(METHODS["sketch4"]),
     "random4-sign": _with_sign(METHODS["random4"], candidates="random"),
 }
+METHODS |= {
+    "lowrank16": _low_rank(16),
+    "dense16": Method(
+        "dense, bf16", "nesterov", lambda place: _counted(1), lambda place: BrainFloat, trial=0.001, fixed_ratio=2.0
+    ),
+    "demo": Method("DeMo, 16 bit", "plain", _to_all(16), lambda place: DeMo, 0.001, inner="sign", rate_factor=2),
+    "sparseloco": Method(
+        f"SparseLoCo-like: local top-k, 4 bit, every {EVERY} steps",
+        "plain",
+        _to_all(4),
+        lambda place: CodedTopK,
+        every=EVERY,
+        outer=partial(torch.optim.SGD, lr=1.0),
+    ),
+}
+METHODS |= {f"{name}-rounds": _in_rounds(METHODS[name]) for name in ("dense", "nominate4", "lowrank4")}
+CROSSED = ("dense", "lowrank4", "nominate4", "sketch4", "random4")  # with every inner optimizer
+METHODS |= {f"{name}-sgd": _with_sgd(METHODS[name]) for name in CROSSED}
+METHODS |= {f"{name}-muon": _into(METHODS[name], "Muon", "muon", 0.5) for name in CROSSED}
+METHODS |= {f"{name}-lion": _into(METHODS[name], "Lion", "lion", 0.25) for name in CROSSED}
 FIRST = ("lowrank4", "nominate4", "sketch4", "random4", "dense", "local4", "local8")  # in every plan

@@ -1,4 +1,4 @@
-"""The models beside those of :mod:`benchmarks.models`: two convolutional networks and a character transformer."""
+"""The models beside those of :mod:`benchmarks.models`: two convolutional networks and a decoder-only transformer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 CONTEXT = 64  # characters
 HEADS = 4
+WIDTH = 96  # of the small transformer; the deviations of initial weights are for it
 
 
 def small_cnn() -> nn.Module:
@@ -32,15 +33,16 @@ def large_cnn() -> nn.Module:
 class Block(nn.Module):
     """Attention and a feed-forward part, each with a norm before it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        parts = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, width // HEADS)
+        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         attended = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
@@ -48,19 +50,29 @@ class Block(nn.Module):
 
     def reset(self) -> None:
         """Draw the initial weights."""
+        scale = (WIDTH / self.out.in_features) ** 0.5
         for linear, deviation in ((self.qkv, 0.05), (self.out, 0.025), (self.up, 0.05), (self.down, 0.025)):
-            nn.init.normal_(linear.weight, std=deviation)
+            nn.init.normal_(linear.weight, std=deviation * scale)
             nn.init.zeros_(linear.bias)
 
 
 class Transformer(nn.Module):
-    """Predicts the next of each character: int64 [n, length] gives logits [n, length, characters]."""
+    """Predicts the next of each character: int64 [n, length] gives logits [n, length, characters].
 
-    def __init__(self, characters: int, width: int = 96, blocks: int = 2) -> None:
+    Args:
+        characters: how many there are.
+        width: of what stands for a character; a multiple of ``heads``.
+        blocks, heads: how many.
+        context: the greatest length.
+    """
+
+    def __init__(
+        self, characters: int, width: int = WIDTH, blocks: int = 2, heads: int = HEADS, context: int = CONTEXT
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
-        self.positions = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
-        own_blocks = [Block(width) for _ in range(blocks)]
+        self.positions = nn.Parameter(torch.randn(context, width) * 0.02)
+        own_blocks = [Block(width, heads) for _ in range(blocks)]
         self.blocks = nn.ModuleList(own_blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
         with torch.no_grad():

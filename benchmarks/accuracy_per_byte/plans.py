@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.accuracy_per_byte.methods import FIRST, METHODS
+from benchmarks.accuracy_per_byte.methods import CROSSED, FIRST, METHODS
 from benchmarks.accuracy_per_byte.records import Group
 from benchmarks.accuracy_per_byte.tasks import TASKS
 
-OF_ADAM = tuple(name for name, method in METHODS.items() if method.inner != "adam")  # for tasks with Adam
-LATER = tuple(name for name in METHODS if name not in (*FIRST, *OF_ADAM))
+OF_ADAM = ("nominate4-lag", "sketch4-lag", "random4-lag", "nominate4-sign", "sketch4-sign", "random4-sign")
+LATER = ("lowrank8", "local32", "paper", "powersgd16", "powersgd32", "truetopk")
+WINNERS = ("dense", "lowrank4", "nominate4-lag", "random4-sign")
+RIVALS = ("demo", "powersgd16", "lowrank16", "lowrank8", "dense16", "sketch4-sign")
+ROUNDS = ("dense-rounds", "nominate4-rounds", "lowrank4-rounds", "sparseloco")
+BY_RANKS = ("lowrank4", "nominate4-lag", "demo", "sparseloco")
 # Task, ranks, whether skewed, steps, ratio.
 Place = tuple[str, int, bool, int, float]
 TARGETS: Sequence[Place] = (
@@ -34,12 +38,12 @@ TARGETS: Sequence[Place] = (
 
 
 def groups_at(places: Iterable[Place], methods: Iterable[str]) -> list[Group]:
-    """A group for every place and method; the dense exchange once for all ratios."""
+    """A group for every place and method; those whose ratio is fixed once for all ratios."""
     methods = list(methods)
     groups = []
     for task, workers, skewed, steps, ratio in places:
         for method in methods:
-            groups.append(Group(task, workers, skewed, steps, method, 1.0 if method == "dense" else ratio))
+            groups.append(Group(task, workers, skewed, steps, method, METHODS[method].fixed_ratio or ratio))
     return list(dict.fromkeys(groups))
 
 
@@ -49,7 +53,26 @@ def targets() -> list[Group]:
     return groups_at(TARGETS, FIRST) + groups_at(with_adam, OF_ADAM) + groups_at(TARGETS, LATER)
 
 
-PLANS = {"targets": targets}
+def language() -> list[Group]:
+    """Language models, most important first: see :mod:`benchmarks.language_model`."""
+    groups = groups_at([("lm", 4, False, 300, 60.0)], ("dense", "lowrank4", "nominate4-lag", "random4-sign", *RIVALS))
+    groups += groups_at([("wikitext", 4, False, 300, 60.0)], WINNERS)
+    groups += groups_at([("finetune", 4, False, 300, 60.0)], WINNERS)
+    groups += groups_at([("lm", 4, False, 300, 320.0)], ROUNDS)
+    groups += groups_at([("lm64", ranks, False, 300, 60.0) for ranks in (4, 16, 64)], BY_RANKS)
+    groups += groups_at([("lm", 4, False, 1500, 60.0)], ("dense", *WINNERS, "demo"))
+    groups += groups_at([("lm", 4, False, 1500, 320.0)], ROUNDS)
+    groups += groups_at([("wikitext1m", 4, False, 300, 60.0)], WINNERS)
+    return list(dict.fromkeys(groups))
+
+
+def inner_optimizers() -> list[Group]:
+    """Every source into every inner optimizer."""
+    names = [name for name in METHODS if name.split("-")[0] in CROSSED and METHODS[name].every == 1]
+    return groups_at([("lm", 4, False, 300, 60.0)], names)
+
+
+PLANS = {"targets": targets, "language": language, "inner": inner_optimizers}
 
 
 def crossed(

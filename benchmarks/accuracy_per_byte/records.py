@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from benchmarks.figures import Floats, Record
 from hvd_sketch.files import append_lines
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,18 @@ def run_of(record: Record) -> Run:
     """The run that a record is of."""
     group = Group(**{field.name: record[field.name] for field in fields(Group)})
     return Run(group, record["rate"], record["seed"])
+
+
+def results_of(runs: Iterable[Record]) -> Floats:
+    """Accuracy in per cent, or loss, of those that have not diverged."""
+    values = [run["acc"] if run["acc"] is not None else run["loss"] for run in runs if not run["diverged"]]
+    return np.array(values, dtype=np.float64)
+
+
+def mean(runs: Iterable[Record], name: str) -> float | None:
+    """Of a figure, over the runs that have it; None: none has."""
+    values = [run[name] for run in runs if run[name] is not None]
+    return float(np.mean(values)) if values else None
 
 
 def read(path: Path) -> dict[Run, Record]:

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.accuracy_per_byte.by_ranks import draw_by_ranks
 from benchmarks.accuracy_per_byte.methods import METHODS
-from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.records import Group, Record, Run, mean, results_of
 from benchmarks.accuracy_per_byte.search import best_rate, rates_tried
+from benchmarks.accuracy_per_byte.subjects import IMAGES, Subject
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.figures import Floats, draw_bars, grouped, markdown, new_figure, save_figure, spread, told
+from benchmarks.figures import draw_bars, grouped, markdown, new_figure, save_figure, spread, told
 from hvd_sketch.files import replaced
 
 HEAD = "method | result, mean (least–greatest) | learning rate | seeds | ratio, matrices | ratio, all | bytes per step"
 BESIDE = 1.03  # in a figure, from one method to the next
-INTRODUCTION = """# Accuracy at equal wire bytes
-
-Made by `python -m benchmarks.accuracy_per_byte --report` from `runs.jsonl`, which has every run.
-
-Every method trains the same model on the same batches, over the library's own exchanges between simulated ranks
-(`hvd_sketch.Simulation`). Bytes are those that the ledger counted in the run: what one rank sends per step. The ratio
-is that of a dense ring allreduce to them, for the matrices alone, which are what is compressed, and for the whole
-model; tensors of one dimension go dense. Each method has its own best learning rate, of a grid of factors of 2 that
-grows until its best is inside; in some tables also of rates a factor of 1.41 beside the best. The rate was chosen
-with seed 0 by the same test set; the table has the mean over the seeds at that rate, and the least and the greatest.
-Sketch and random go with plain SGD, nominated, low rank, PowerSGD and dense with Nesterov momentum of 0.9 after the
-exchange, local top-k with a momentum of 0.9 before it (Deep Gradient Compression). The language model has Adam after
-every exchange, or where the method says so LagAdamW, or a sign step after a residual of which 0.95 stays. True top-k
-exists in a simulation only.
-In the figures methods of one ratio stand side by side, because their bytes are nearly the same.
-PowerSGD of torch has one rank for all matrices, at least 1: its ratio is the one nearest to what was asked.
-A row with fewer than three seeds, or with its rate at the edge of the grid, is not finished.
-"""
 
 
 def best_runs(records: Mapping[Run, Record]) -> dict[Group, list[Record]]:
@@ -48,21 +30,17 @@ def best_runs(records: Mapping[Run, Record]) -> dict[Group, list[Record]]:
     return of_group
 
 
-def results_of(runs: Iterable[Record]) -> Floats:
-    """Accuracy in per cent, or loss, of those that have not diverged."""
-    values = [run["acc"] if run["acc"] is not None else run["loss"] for run in runs if not run["diverged"]]
-    return np.array(values, dtype=np.float64)
-
-
-def write(records: Mapping[Run, Record], folder: Path) -> str:
-    """Write ``README.md`` and a figure for each task to a folder; returns the text."""
-    best = best_runs(records)
-    parts = [INTRODUCTION]
+def write(records: Mapping[Run, Record], folder: Path, subject: Subject = IMAGES) -> str:
+    """Write ``README.md`` and figures for each task of a subject to a folder; returns the text."""
+    best = {group: runs for group, runs in best_runs(records).items() if subject.has(TASKS[group.task])}
+    parts = [subject.introduction]
     for (task,), own in grouped([{"task": group.task, "group": group} for group in best], "task").items():
         groups = [entry["group"] for entry in own]
         parts.append(f"## {TASKS[task].title}\n")
         _draw(task, {group: best[group] for group in groups}, folder / f"{task}.png")
-        parts.append(f"![accuracy over bytes]({task}.png)\n")
+        parts.append(f"![{_measure(task)} over bytes]({task}.png)\n")
+        if draw_by_ranks({group: best[group] for group in groups}, _measure(task), folder / f"{task}-ranks.png"):
+            parts.append(f"![{_measure(task)} and bytes by the number of ranks]({task}-ranks.png)\n")
         parts += _tables(groups, best, records)
     text = "\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +50,13 @@ def write(records: Mapping[Run, Record], folder: Path) -> str:
 
 
 def _tables(groups: list[Group], best: Mapping[Group, list[Record]], records: Mapping[Run, Record]) -> list[str]:
-    """A table for each place, methods in the order of :data:`METHODS`; the dense one in every table of its place."""
+    """A table for each place, methods in the order of :data:`METHODS`; of a fixed ratio in every table of its place."""
     parts = []
-    places = dict.fromkeys((g.workers, g.skewed, g.steps, g.ratio) for g in groups if g.method != "dense")
+    places = dict.fromkeys((g.workers, g.skewed, g.steps, g.ratio) for g in groups if not METHODS[g.method].fixed_ratio)
     places = places or dict.fromkeys((g.workers, g.skewed, g.steps, g.ratio) for g in groups)
     for workers, skewed, steps, ratio in sorted(places, key=lambda place: (place[2], place[0], place[1], place[3])):
         here = [g for g in groups if (g.workers, g.skewed, g.steps) == (workers, skewed, steps)]
-        here = [g for g in here if g.ratio == ratio or g.method == "dense"]
+        here = [g for g in here if g.ratio == ratio or METHODS[g.method].fixed_ratio]
         here.sort(key=lambda g: list(METHODS).index(g.method))
         labels = ", label-skewed" if skewed else ""
         parts.append(f"### {ratio:g} times fewer bytes, {workers} ranks{labels}, {steps} steps\n")
@@ -100,14 +78,13 @@ def _row(group: Group, runs: list[Record], records: Mapping[Run, Record]) -> lis
         reached,
         f"{rate:g}{open_edge}",
         str(len(runs)),
-        *(told(_mean(runs, name), form) for name, form in (("matrix_ratio", ".1f"), ("compression_ratio", ".1f"))),
-        told(_mean(runs, "wire_bytes_per_step"), ",.0f"),
+        *(told(mean(runs, name), form) for name, form in (("matrix_ratio", ".1f"), ("compression_ratio", ".1f"))),
+        told(mean(runs, "wire_bytes_per_step"), ",.0f"),
     ]
 
 
-def _mean(runs: Iterable[Record], name: str) -> float | None:
-    values = [run[name] for run in runs if run[name] is not None]
-    return float(np.mean(values)) if values else None
+def _measure(task: str) -> str:
+    return "test loss" if TASKS[task].adam else "test accuracy (%)"
 
 
 def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
@@ -120,9 +97,8 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
     for ax, (steps, workers, skewed) in zip(axes, places, strict=True):
         here = {g: runs for g, runs in best.items() if (g.steps, g.workers, g.skewed) == (steps, workers, skewed)}
         _draw_place(ax, here)
-        measure = "test loss" if TASKS[task].adam else "test accuracy (%)"
         low, high = ax.get_xlim()
-        ax.set(xscale="log", xlabel="kB per step and rank", ylabel=measure)
+        ax.set(xscale="log", xlabel="kB per step and rank", ylabel=_measure(task))
         ax.set_xlim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(lambda sent_bytes, _: f"{sent_bytes / 1000:g}")
@@ -140,7 +116,7 @@ def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
     """Methods of one ratio side by side: they have nearly the same bytes."""
     present = [name for name in METHODS if name != "dense" and any(g.method == name for g in best)]
     for number, (name, method) in enumerate(METHODS.items()):
-        own = [(_mean(runs, "wire_bytes_per_step"), results_of(runs)) for g, runs in best.items() if g.method == name]
+        own = [(mean(runs, "wire_bytes_per_step"), results_of(runs)) for g, runs in best.items() if g.method == name]
         points = sorted(((x, values) for x, values in own if x is not None and len(values)), key=lambda point: point[0])
         if not points:
             continue
@@ -150,5 +126,5 @@ def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
             continue
         aside = BESIDE ** (present.index(name) - (len(present) - 1) / 2)
         draw_bars(
-            ax, [x * aside for x, _ in points], [values for _, values in points], "os^"[number // 10] + "-", **style
+            ax, [x * aside for x, _ in points], [values for _, values in points], "os^vD"[number // 10] + "-", **style
         )

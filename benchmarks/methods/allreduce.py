@@ -18,5 +18,13 @@ class LibraryAllreduce(WholeGradient):
 class HalfPrecision(WholeGradient):
     """Horovod's ``Compression.fp16``: summed in half precision. MPI knows no such numbers."""
 
+    wire_dtype = torch.float16
+
     def _mean_(self, gradient: Tensor) -> Tensor:
-        return gradient.copy_(self._comm.allreduce_(gradient.to(torch.float16))).div_(self._comm.size)
+        return gradient.copy_(self._comm.allreduce_(gradient.to(self.wire_dtype))).div_(self._comm.size)
+
+
+class BrainFloat(HalfPrecision):
+    """The same in bfloat16, whose range is that of float32."""
+
+    wire_dtype = torch.bfloat16

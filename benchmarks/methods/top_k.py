@@ -54,7 +54,7 @@ class CodedTopK(LocalTopK):
     """Local top-k with the codes of our own exchanges: positions in a Rice code, values of ``value_bits`` bits.
 
     What rounding leaves out stays in v. u is zeroed where something was sent: with ``momentum`` this is Deep Gradient
-    Compression. On the CPU.
+    Compression. Then ``v <- residual_decay * v``. On the CPU.
     """
 
     def __init__(self, *place: Any, **options: Any) -> None:
@@ -62,7 +62,7 @@ class CodedTopK(LocalTopK):
         self._kernels = load_backend(None, self._device)
 
     def agree(self) -> SparseUpdate:
-        own = top_k(self._offered(), self.config.k)
+        own = self._choose()
         codes = self._encode(self.residual[own])
         with self._comm.phase("local"):
             positions = _decode_each(self._comm.allgather(host.encode_positions(own, self.dim)))
@@ -72,8 +72,14 @@ class CodedTopK(LocalTopK):
         mean = torch.zeros(self.dim)
         for indices, code in zip(positions, gathered.split(sizes), strict=True):
             mean.index_add_(0, indices, self._decode(code, indices.numel()), alpha=1 / self._comm.size)
+        if self.config.residual_decay < 1:
+            self._feedback.decay_(self.config.residual_decay, [(0, self.dim)])
         self.count_step()
         return self._update(own, mean)
+
+    def _choose(self) -> Tensor:
+        """The coordinates that this rank sends, int64 [n], ascending."""
+        return top_k(self._offered(), self.config.k)
 
     def _encode(self, values: Tensor) -> Tensor:
         """uint8 [bytes] of float32 [n]."""

@@ -1,0 +1,59 @@
+"""The figure of what changes with the number of ranks: the result, and the bytes of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy_per_byte.methods import METHODS
+from benchmarks.accuracy_per_byte.records import Group, Record, mean, results_of
+from benchmarks.figures import draw_bars, grouped, new_figure, save_figure
+
+FEWEST = 3  # numbers of ranks that make a figure
+
+
+def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) -> bool:
+    """Draw the methods of one task that were trained with at least :data:`FEWEST` numbers of ranks.
+
+    Args:
+        best: the runs at the best rate, of all groups of the task.
+        measure: what the results are.
+        path: of the figure.
+
+    Returns:
+        Whether there is such a method. Otherwise nothing is drawn.
+    """
+    entries = [
+        {"place": (g.method, g.ratio, g.steps, g.skewed), "group": g} for g in best if not METHODS[g.method].fixed_ratio
+    ]
+    lines = {
+        place[0][0]: [e["group"] for e in own] for place, own in grouped(entries, "place").items() if len(own) >= FEWEST
+    }
+    if not lines:
+        return False
+    figure = new_figure(10, 4.2)
+    axes = figure.subplots(1, 2)
+    for number, (method, groups) in enumerate(lines.items()):
+        groups.sort(key=lambda group: group.workers)
+        style = {"color": f"C{number}", "label": METHODS[method].title, "linewidth": 1, "markersize": 5}
+        ranks = [group.workers for group in groups]
+        draw_bars(axes[0], ranks, [results_of(best[group]) for group in groups], "o-", **style)
+        axes[1].plot(ranks, [(mean(best[g], "wire_bytes_per_step") or 0) / 1000 for g in groups], "o-", **style)
+    axes[0].set_ylabel(measure)
+    axes[1].set(ylabel="kB per step and rank, sent and received", yscale="log")
+    ranks = sorted({group.workers for groups in lines.values() for group in groups})
+    for ax in axes:
+        _mark_ranks(ax, ranks)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path, dpi=90)
+    return True
+
+
+def _mark_ranks(ax: Any, ranks: list[int]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    ax.set(xscale="log", xlabel="ranks")
+    ax.set_xticks(ranks, list(map(str, ranks)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3)
