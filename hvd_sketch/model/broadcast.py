@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange.setup import refused_together, require_equal
+from hvd_sketch.model.mesh import require_equal_shards
+from hvd_sketch.shards import globalized, is_sharded, local, localized
 from hvd_sketch.transport import Transport, resolve_transport
 
 # Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.
@@ -38,7 +40,7 @@ def broadcast_parameters(
     root_rank: int = 0,
     transport: str | Transport = "auto",
 ) -> None:
-    """Copy the root's tensors to all ranks, in place, in the order given.
+    """Copy the root's tensors to all ranks, in place, in the order given; of DTensors the local shards.
 
     Args:
         params: ``model.state_dict()``, or pairs as from ``model.named_parameters()``; any dtype and strides.
@@ -48,8 +50,8 @@ def broadcast_parameters(
     Communication: collective, all ranks.
 
     Raises:
-        ValueError: on every rank: names, shapes or dtypes differ between ranks; something is no dense tensor;
-            there is no rank ``root_rank``.
+        ValueError: on every rank: names, shapes or dtypes differ between ranks; something is no dense tensor, or a
+            DTensor that is sharded over these ranks; there is no rank ``root_rank``.
     """
     comm = resolve_transport(transport)
     entries = list(params.items() if isinstance(params, Mapping) else params)
@@ -58,7 +60,9 @@ def broadcast_parameters(
     require_equal(comm, {"root_rank": root_rank, **described})
     _check_root(comm, root_rank)
     _check_tensors(entries)
-    for bucket in _buckets([tensor for _, tensor in entries]):
+    if any(is_sharded(tensor) for _, tensor in entries):
+        require_equal_shards(comm, entries)
+    for bucket in _buckets([local(tensor) for _, tensor in entries]):
         _broadcast_bucket(bucket, root_rank, comm)
 
 
@@ -125,7 +129,8 @@ def _describe(entry: Any) -> str:
     name, tensor = entry
     if not isinstance(tensor, Tensor):
         return f"{name} {type(tensor).__name__}"
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout}"
+    sharded = " of a DTensor" if is_sharded(tensor) else ""
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout}{sharded}"
 
 
 def _check_tensors(entries: list[Any]) -> None:
@@ -185,7 +190,7 @@ def _serialized(state: dict[str, Any]) -> Tensor | None:
     """The state as uint8 [n], or None if it cannot be saved, or others could not load it safely."""
     file = io.BytesIO()
     try:
-        torch.save(state, file)
+        torch.save(localized(state), file)
         data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
         _deserialized(data)
     except Exception:  # picklers and unpicklers raise whatever they like

@@ -14,7 +14,6 @@ from torch import nn
 from hvd_sketch.checks import check_integer
 from hvd_sketch.exchange.setup import refused_together, require_equal, tell_values
 from hvd_sketch.model.checkpoint_files import (
-    SHARED,
     Folder,
     folders,
     own_file,
@@ -26,6 +25,7 @@ from hvd_sketch.model.checkpoint_files import (
 )
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
+from hvd_sketch.shards import globalized, is_sharded, localized
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
 
@@ -64,7 +64,8 @@ def save_checkpoint(
     A folder ``<number>-step-<step>`` gets one file of what is equal on all ranks (the model, the wrapped optimizer, the
     mean of the residuals), one file of each rank's own residual and momentum, and at last the manifest, with a checksum
     of every tensor. Without its manifest a checkpoint is not complete, and no job loads it. Of :class:`LocalSteps` the
-    wrapped optimizer's state is each rank's own.
+    wrapped optimizer's state is each rank's own. Of sharded parameters each shard has a file of what is equal on all
+    replicas: the number of replicas may change, that of shards may not.
 
     Args:
         directory: on a file system that all ranks share; one for each group of ranks (process set). Made if missing.
@@ -86,7 +87,7 @@ def save_checkpoint(
 
     Communication: collective, all ranks.
     """
-    comm, root = optimizer.transport, Path(directory)
+    comm, root = _job_of(optimizer), Path(directory)
     with refused_together(comm, "save a checkpoint"):
         check_integer("keep", keep, 1)
     everyone = optimizer.state_dict(consolidated=True)
@@ -101,11 +102,12 @@ def save_checkpoint(
         with refused_together(comm, "save a checkpoint"):
             files = {}
             if shared is not None:
-                files[SHARED] = write_state(folder.path / SHARED, shared)
+                name = shared_file(optimizer.shard_ranks.number)
+                files[name] = write_state(folder.path / name, localized(shared))
             state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own}
             if isinstance(optimizer, LocalSteps):
                 state["inner"] = optimizer.inner.state_dict()
-            files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), state)
+            files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), localized(state))
         everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
         with refused_together(comm, "save a checkpoint"):
             if comm.rank == 0:
@@ -143,17 +145,18 @@ def load_checkpoint(
 
     Communication: collective, all ranks.
     """
-    comm = optimizer.transport
+    comm = _job_of(optimizer)
     folder = _find(Path(directory), step, comm)
     if folder is None:
         return None
     with refused_together(comm, "load a checkpoint"):
         manifest = read_manifest(folder)
-        shared = read_state(folder, SHARED, manifest)
+        path = folder.path / shared_file(optimizer.shard_ranks.number)
+        shared = _read(folder, path.name, manifest, model)
         has_own = manifest["ranks"] == comm.size
-        own = read_state(folder, own_file(comm.rank), manifest) if has_own else None
-        _check_model(folder, model, shared["model"])
-        _check_optimizer(folder, optimizer, shared["class of optimizer"])
+        own = _read(folder, own_file(comm.rank), manifest, model) if has_own else None
+        _check_model(path, model, shared["model"])
+        _check_optimizer(path, optimizer, shared["class of optimizer"])
     with refused_together(comm, "load a checkpoint"):
         exchange = shared["optimizer"][STATE_KEY] if own is None else own["exchange"]
         try:
@@ -164,6 +167,18 @@ def load_checkpoint(
         model.load_state_dict(shared["model"])
     own_extra = own["own"] if own is not None else None
     return Checkpoint(folder.path, folder.step, manifest["ranks"], shared["extra"], own_extra)
+
+
+def _job_of(optimizer: DistributedOptimizer | LocalSteps) -> Transport:
+    """All ranks that save together. Communication: the first call is collective."""
+    return optimizer.shard_ranks.with_replicas(optimizer.transport)
+
+
+def _read(folder: Folder, name: str, manifest: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A file of a checkpoint, with DTensors on the meshes of the model. Raises ValueError where it does not fit."""
+    if name not in manifest["files"]:
+        raise ValueError(f"{folder.path} has no {name}: its model had fewer shards. Shard the model as it was")
+    return globalized(read_state(folder, name, manifest), like=model.parameters())
 
 
 def _step_of(state: dict[str, Any]) -> int:
@@ -202,7 +217,7 @@ def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
     return found
 
 
-def _check_model(folder: Folder, model: nn.Module, saved: dict[str, Any]) -> None:
+def _check_model(path: Path, model: nn.Module, saved: dict[str, Any]) -> None:
     """Refuse a model of other names, shapes or dtypes."""
     ours, theirs = ({name: _describe(value) for name, value in state.items()} for state in (model.state_dict(), saved))
     differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
@@ -211,19 +226,17 @@ def _check_model(folder: Folder, model: nn.Module, saved: dict[str, Any]) -> Non
             f"{name!r} is {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} here" for name in differing
         ]
         more = f" and {len(told) - 5} more" * (len(told) > 5)
-        raise ValueError(
-            f"{folder.path / SHARED} is of another model: {'; '.join(told[:5])}{more}. Build the same model"
-        )
+        raise ValueError(f"{path} is of another model: {'; '.join(told[:5])}{more}. Build the same model")
 
 
-def _check_optimizer(folder: Folder, optimizer: DistributedOptimizer | LocalSteps, saved: str) -> None:
+def _check_optimizer(path: Path, optimizer: DistributedOptimizer | LocalSteps, saved: str) -> None:
     """Refuse a wrapped optimizer of another class: torch would take its state over."""
     ours = type(optimizer.inner).__name__
     if ours != saved:
-        raise ValueError(f"{folder.path / SHARED} is of another optimizer: {saved} there, {ours} here. Wrap a {saved}")
+        raise ValueError(f"{path} is of another optimizer: {saved} there, {ours} here. Wrap a {saved}")
 
 
 def _describe(value: object) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{' sharded' * is_sharded(value)}"

@@ -19,7 +19,6 @@ from torch import Tensor
 from hvd_sketch.files import flush_folder, replaced, save_whole
 
 MANIFEST = "manifest.json"
-SHARED = "shared.pt"  # what is equal on all ranks, or goes to any number of ranks
 FORMAT = 1
 FOLDER = re.compile(r"(\d{6,})-step-(\d+)")
 LEAVES = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
@@ -62,6 +61,11 @@ def folders(directory: Path) -> list[Folder]:
     matches = [match for match in map(FOLDER.fullmatch, names) if match]
     found = [Folder(directory / match[0], int(match[1]), int(match[2])) for match in matches]
     return sorted(found, key=lambda folder: folder.number)
+
+
+def shared_file(shard: int) -> str:
+    """The name of the file of what is equal on all replicas of a shard, or goes to any number of them."""
+    return f"shared-{shard}.pt" if shard else "shared.pt"
 
 
 def own_file(rank: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.model.mesh import ShardRanks
 from hvd_sketch.transport import Transport
 
 
@@ -98,6 +99,11 @@ class ExchangingOptimizer(ForwardingOptimizer):
     def transport(self) -> Transport:
         """This rank's end of the network that is exchanged over."""
         return self._transport
+
+    @property
+    def shard_ranks(self) -> ShardRanks:
+        """The ranks that hold the other shards of the parameters."""
+        return self._gradients.shard_ranks
 
     @property
     def place(self) -> tuple[int, int]:

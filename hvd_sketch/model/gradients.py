@@ -18,8 +18,10 @@ from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
+from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
+from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
@@ -32,7 +34,7 @@ def shared_options(named: Sequence[NamedParameter], max_skips: int = 25, flags_p
 
     Each compares all parameters: then the first already finds a rank that would not build the second.
     """
-    described = [(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
+    described = [(name, tuple(local(p).shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
     return {
         "parameters": described,
         "ledger": CommLedger(),
@@ -45,7 +47,7 @@ class GradientExchange:
     """The sketched and the dense exchange of one model's gradients, in one fixed order on all ranks.
 
     Args:
-        named: the parameters; equal on all ranks.
+        named: the parameters; equal on all ranks. Of DTensors the local shards are exchanged.
         config: how to compress; None: everything goes dense, without momentum.
         transport: this rank's end of the network.
         wire_dtype: what the dense exchange sends; None: the dtype of its vector.
@@ -58,6 +60,7 @@ class GradientExchange:
     Attributes:
         ledger: of both exchanges.
         active: the ranks that had data in the last step.
+        shard_ranks: those that hold the other shards of the parameters.
 
     Communication: the constructor, :meth:`average`, :meth:`take_over_state` and ``state_dict(consolidated=True)`` are
     collective.
@@ -76,9 +79,11 @@ class GradientExchange:
         max_skips: int = 25,
         make: MakeExchange = make_exchange,
     ) -> None:
+        require_equal_shards(transport, named)
         self.active: tuple[int, ...] = tuple(range(transport.size))
         self._transport = transport
         self._named = list(named)
+        self.shard_ranks = ShardRanks(self._named)
         self._weight_decay = config.weight_decay if config is not None else 0.0
         self._scale = transport.size if is_sum else 1
         self._makes_sparse = makes_sparse
@@ -139,7 +144,7 @@ class GradientExchange:
                 report = replace(report, digest=digest(sums))
         except (RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
-        report = replace(report, used=self._flags())
+        report = self.shard_ranks.agree(replace(report, used=self._flags()))
         # A rank without data uses nothing, but offers what is left in its residual.
         own_unused = () if report.done else self._routes[0].used(report.used)[1]
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
@@ -241,7 +246,7 @@ class GradientExchange:
     def _layout(self) -> list[list[Any]]:
         """Kind, name and shape of every tensor, in the order of the vectors."""
         return [
-            [route.kind, self._named[number][0], list(self._named[number][1].shape)]
+            [route.kind, self._named[number][0], list(local(self._named[number][1]).shape)]
             for route in self._routes
             for number in route.numbers
         ]

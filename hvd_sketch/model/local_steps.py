@@ -24,6 +24,7 @@ from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name
 from hvd_sketch.model.routes import MakeExchange, make_exchange
 from hvd_sketch.model.settings import require_equal_optimizers
 from hvd_sketch.model.wrapping import warn_about_settings
+from hvd_sketch.shards import local
 from hvd_sketch.transport import Transport, resolve_transport
 
 ROUND_KEY = "hvd_sketch_round"
@@ -113,8 +114,8 @@ class LocalSteps(ExchangingOptimizer):
         )
         self._every, self._done = every, 0  # steps of this round
         self._start = [torch.empty_like(p, device=start_device or p.device) for p in self._parameters]
-        self._elements = sum(p.numel() for p in self._parameters)
-        self._dense_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
+        self._elements = sum(local(p).numel() for p in self._parameters)
+        self._dense_bytes = sum(local(p).nbytes for p in self._parameters)
         if compression is not None and self._transport.rank == 0:
             warn_about_settings(self.outer, self._named, compression)
 
@@ -156,7 +157,7 @@ class LocalSteps(ExchangingOptimizer):
             here = start.to(parameter.device)
             parameter.grad = here - parameter
             parameter.copy_(here)
-        is_finite = all_finite([p.grad for p in self._parameters if p.grad is not None])
+        is_finite = all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
         counts = self._gradients.average()
         if counts:
             self.outer.step()

@@ -28,6 +28,7 @@ from hvd_sketch.model.wrapping import (
     transport_of,
     warn_about_settings,
 )
+from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
 STATE_KEY = "hvd_sketch"
@@ -181,10 +182,10 @@ class DistributedOptimizer(ExchangingOptimizer):
         # From our own attributes only: a fused inner optimizer may have such attributes for itself.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if self._progress.awaits_step and grad_scale is not None:
+            before = "scaler.step(optimizer)" if self._progress.in_backward else "optimizer.synchronize()"
             raise RuntimeError(
                 "the gradients that were averaged still carry the loss scale: call scaler.unscale_(optimizer) before "
                 f"{before}"
-            before = "scaler.step(optimizer)" if self._progress.in_backward else "optimizer.synchronize()"
             )
         if self._progress.takes_averaged:
             is_taken = self._take_averaged(found_inf)
@@ -212,7 +213,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         """
         if found_inf is None or not float(found_inf):
             return True
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
     def _step_inner(self, has_closure: bool) -> None:
@@ -244,9 +245,6 @@ class DistributedOptimizer(ExchangingOptimizer):
         """
         return self._exchange(None, None)
 
-    @contextmanager
-    def skip_synchronize(self) -> Iterator[None]:
-        """Inside, ``step()`` takes the gradients as ``synchronize()`` left them."""
     @torch.no_grad()
     def average_in_backward(self, loss_scale: float | None = None) -> None:
         """What :func:`hvd_sketch.ddp_hook` calls at the end of a backward pass; ``step()`` then exchanges nothing.
@@ -268,6 +266,9 @@ class DistributedOptimizer(ExchangingOptimizer):
             if parameter.grad is not None:
                 parameter.grad.mul_(loss_scale)
 
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Inside, ``step()`` takes the gradients as ``synchronize()`` left them."""
         self._progress.skip_synchronize = True
         try:
             yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from hvd_sketch.exchange.feedback import Limits
 from hvd_sketch.kernels import load_backend
+from hvd_sketch.shards import is_sharded, local
 
 NamedParameter = tuple[str, Tensor]
 Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
@@ -20,15 +23,17 @@ MIN_ALONE = 1 << 16  # elements; a slice costs the exchange two kernel calls, 25
 
 
 def is_dense(parameter: Tensor, dense_below: int) -> bool:
-    """Whether a tensor is exchanged dense: it has fewer than ``dense_below`` elements.
+    """Whether a tensor is exchanged dense: this rank holds fewer than ``dense_below`` elements of it.
 
     With one dimension 64 times as many: biases and norms of any width go dense, a model's flattened weights do not.
     """
-    return parameter.numel() < dense_below * (FLAT_FACTOR if parameter.ndim <= 1 else 1)
+    return local(parameter).numel() < dense_below * (FLAT_FACTOR if parameter.ndim <= 1 else 1)
 
 
 def sketched_dim(parameters: Iterable[Tensor | NamedParameter], dense_below: int = 1024) -> int:
     """How many coordinates of a model are sketched, for ``SketchConfig.for_compression(ratio, dim)``.
+
+    Of sharded parameters (DTensors) those that this rank holds.
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``. Those that require no gradient
@@ -38,7 +43,7 @@ def sketched_dim(parameters: Iterable[Tensor | NamedParameter], dense_below: int
     Communication: none.
     """
     tensors = (entry[1] if isinstance(entry, tuple) else entry for entry in parameters)
-    return sum(p.numel() for p in tensors if p.requires_grad and not is_dense(p, dense_below))
+    return sum(local(p).numel() for p in tensors if p.requires_grad and not is_dense(p, dense_below))
 
 
 def name_parameters(
@@ -85,8 +90,8 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
     """Refuse parameters that do not fit into one float32 vector on one device.
 
     Raises:
-        ValueError: no parameters, some without memory or in parts on several ranks, a dtype that is not real floating
-            point, or more than one device.
+        ValueError: no parameters, some without memory, partial sums, some sharded and some not, a dtype that is not
+            real floating point, or more than one device.
     """
     if not named:
         raise ValueError(
@@ -103,10 +108,10 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
                 f"parameter {name!r} is on the meta device and has no memory: make the model on a device, or call "
                 "model.to_empty(device=...) and initialise it, before wrapping its optimizer"
             )
-        if hasattr(parameter, "device_mesh"):  # importing DTensor to ask takes a second
+        if is_sharded(parameter) and any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
             raise ValueError(
-                f"parameter {name!r} is a DTensor, of which this rank holds a part only (FSDP, tensor parallelism): "
-                "wrap the optimizer of a model that every rank holds as a whole"
+                f"parameter {name!r} is a DTensor with a partial placement, a sum that has not been made: give it "
+                "another one by redistribute() before wrapping its optimizer"
             )
         if not parameter.is_floating_point():
             raise ValueError(
@@ -114,6 +119,12 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
                 f"its real and imaginary parts as float parameters of their own, or train it with an "
                 f"optimizer of its own"
             )
+    whole = [name for name, parameter in named if not is_sharded(parameter)]
+    if 0 < len(whole) < len(named):
+        raise ValueError(
+            f"parameters {', '.join(map(repr, whole[:5]))} are not sharded, and others are: nobody averages their "
+            "gradients over the ranks of a mesh. Apply fully_shard to the whole model, without ignored_params"
+        )
     devices = {parameter.device: name for name, parameter in named}
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
@@ -124,7 +135,7 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
 
 
 class FlatParameters:
-    """Several parameters seen as one vector ``[dim]``, laid end to end in the order given.
+    """Several parameters seen as one vector ``[dim]``, end to end in the order given; of DTensors the local shards.
 
     Args:
         named: at least one parameter, with its name for messages.
@@ -134,6 +145,7 @@ class FlatParameters:
 
     Attributes:
         parameters: as given.
+        shapes: of what this rank holds of each.
         dim: number of coordinates.
         dtype: of the vector.
         dense_bytes: bytes of the gradients in the parameters' own dtypes.
@@ -151,12 +163,13 @@ class FlatParameters:
         self.device = self.parameters[0].device
         self._names = [name for name, _ in named]
         self._kinds = [_kind(p) for p in self.parameters]
-        self._starts = torch.tensor([0] + [p.numel() for p in self.parameters], device=self.device).cumsum(0)
+        self.shapes = [tuple(local(p).shape) for p in self.parameters]
+        self._starts = torch.tensor([0, *map(prod, self.shapes)], device=self.device).cumsum(0)
         starts = self._starts.tolist()
         self._places = list(zip(self.parameters, starts, starts[1:], strict=False))
         self.slices = _in_slices(self._places) if in_slices else [self._places]
         self.dim: int = starts[-1]
-        self.dense_bytes = sum(p.numel() * p.element_size() for p in self.parameters)
+        self.dense_bytes = sum(local(p).nbytes for p in self.parameters)
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
         self._buffers: list[Tensor | None] = [None] * len(self.slices)
 
@@ -180,7 +193,8 @@ class FlatParameters:
         """Refuse parameters that are no longer what they were at construction.
 
         Raises:
-            ValueError: the shape, dtype or device of one has changed.
+            ValueError: the shape, dtype or device of one has changed; a gradient is placed on another way than its
+                parameter.
         """
         for name, parameter, before in zip(self._names, self.parameters, self._kinds, strict=True):
             now = _kind(parameter)
@@ -189,6 +203,8 @@ class FlatParameters:
                     f"parameter {name!r} was {_tell_kind(before)} when the optimizer was wrapped, and is "
                     f"{_tell_kind(now)} now: change the model first, then make its optimizer and wrap it"
                 )
+            if is_sharded(parameter) and parameter.grad is not None:
+                _check_placements(name, parameter)
 
     def pack(self, weight_decay: float = 0.0, inverse_scale: Tensor | None = None) -> list[Tensor]:
         """All slices in order."""
@@ -219,8 +235,9 @@ class FlatParameters:
             buffer = self._buffers[number] = torch.empty(last - first, dtype=self.dtype, device=self.device)
         alike: list[tuple[Tensor, Tensor]] = []  # copied together, in one launch on a GPU
         for parameter, start, stop in places:
-            target = buffer[start - first : stop - first].view(parameter.shape)
-            gradient = parameter.grad
+            held = local(parameter)
+            target = buffer[start - first : stop - first].view(held.shape)
+            gradient = _local_gradient(parameter)
             if gradient is None:
                 target.zero_()
             elif gradient.layout != torch.strided:
@@ -236,7 +253,8 @@ class FlatParameters:
             buffer.mul_(inverse_scale)
         if weight_decay:
             for parameter, start, stop in places:
-                buffer[start - first : stop - first].view(parameter.shape).add_(parameter, alpha=weight_decay)
+                held = local(parameter)
+                buffer[start - first : stop - first].view(held.shape).add_(held, alpha=weight_decay)
         return buffer
 
     @torch.no_grad()
@@ -299,7 +317,7 @@ Kind = tuple[torch.dtype, torch.Size, torch.device]
 
 
 def _kind(parameter: Tensor) -> Kind:
-    return parameter.dtype, parameter.shape, parameter.device
+    return parameter.dtype, local(parameter).shape, parameter.device
 
 
 def _tell_kind(kind: Kind) -> str:
@@ -311,17 +329,35 @@ def _in_slices(places: list[Place]) -> list[list[Place]]:
     """Large parameters alone, small ones together with their neighbours: alike on every rank."""
     slices: list[list[Place]] = []
     for place in places:
-        is_small = place[0].numel() < MIN_ALONE
-        if is_small and slices and slices[-1][-1][0].numel() < MIN_ALONE:
+        is_small = _length(place) < MIN_ALONE
+        if is_small and slices and _length(slices[-1][-1]) < MIN_ALONE:
             slices[-1].append(place)
         else:
             slices.append([place])
     return slices
 
 
+def _length(place: Place) -> int:
+    return place[2] - place[1]
+
+
+def _check_placements(name: str, parameter: Any) -> None:
+    if parameter.grad.placements != parameter.placements:
+        there, here = (tuple(map(str, tensor.placements)) for tensor in (parameter, parameter.grad))
+        raise ValueError(
+            f"parameter {name!r} is placed {there} on its mesh, and its gradient {here}: "
+            "p.grad = p.grad.redistribute(placements=p.placements) before the step"
+        )
+
+
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    """What this rank holds of ``p.grad``: the memory itself."""
+    return None if parameter.grad is None else local(parameter.grad)
+
+
 def _plain_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
     """``p.grad`` as ``dtype`` [n] if it lies so in memory."""
-    gradient = parameter.grad
+    gradient = _local_gradient(parameter)
     if gradient is None or gradient.layout != torch.strided:
         return None
     is_plain = gradient.dtype == dtype and gradient.is_contiguous()
@@ -330,9 +366,10 @@ def _plain_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _writable_gradient(parameter: Tensor) -> Tensor:
     """``p.grad``, a new one where it is absent, sparse, or several of its elements share memory."""
-    gradient = parameter.grad
+    gradient = _local_gradient(parameter)
     if gradient is None or gradient.layout != torch.strided or _elements_share_memory(gradient):
-        gradient = parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.empty_like(parameter)
+        gradient = local(parameter.grad)
     return gradient.detach()
 
 

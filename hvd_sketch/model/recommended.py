@@ -11,6 +11,7 @@ from hvd_sketch.checks import check_choice, check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
 from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.shards import local
 from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
 
 
@@ -51,9 +52,9 @@ def recommended(
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
-    total = sum(tensor.numel() for tensor in tensors)
+    total = sum(local(tensor).numel() for tensor in tensors)
     compressed = [tensor for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
-    dim = sum(tensor.numel() for tensor in compressed)
+    dim = sum(local(tensor).numel() for tensor in compressed)
     budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement_bytes(ranks, len(tensors))
     if budget <= 0:
         raise ValueError(
@@ -61,6 +62,6 @@ def recommended(
             f"most {total / max(total - dim, 1):.0f} is possible"
         )
     own_ratio = DENSE_BYTES * dim / budget
-    if least_bytes([tuple(tensor.shape) for tensor in compressed], bits=4) <= budget:
+    if least_bytes([tuple(local(tensor).shape) for tensor in compressed], bits=4) <= budget:
         return LowRankConfig(ratio=own_ratio)
     return SketchConfig.for_wire_ratio(own_ratio, dim, ranks, candidates="nominate")

@@ -73,7 +73,7 @@ class Route:
         """
         own: Options = {
             **options,
-            "shapes": [tuple(parameter.shape) for parameter in self.flat.parameters],
+            "shapes": self.flat.shapes,
             "dense_bytes": self.flat.dense_bytes,
             "limits": self.flat.limits(scale),
             "name": self.flat.name,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hvd_sketch.kernels.lag_adam import Settings, State, lag_adam_
+from hvd_sketch.shards import local
 
 REFUSED = {
     "amsgrad": "the largest second moment of sums over different numbers of steps means nothing",
@@ -147,7 +148,8 @@ class LagAdamW(torch.optim.AdamW):
         settings = Settings(
             int(state["step"]), float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
         )
-        lag_adam_(parameter, gradient, State(state["exp_avg"], state["exp_avg_sq"], state["last_step"]), settings)
+        own = State(*(local(state[name]) for name in ("exp_avg", "exp_avg_sq", "last_step")))
+        lag_adam_(local(parameter), local(gradient), own, settings)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """As AdamW's."""
