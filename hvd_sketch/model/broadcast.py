@@ -115,7 +115,8 @@ def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Tra
         comm.broadcast_(data, root_rank)
     else:
         received = comm.broadcast_(torch.empty(length, dtype=torch.uint8), root_rank)
-        optimizer.load_state_dict(_deserialized(received))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(globalized(_deserialized(received), like=parameters))
 
 
 def _check_root(comm: Transport, root_rank: int) -> None:

@@ -20,6 +20,7 @@ from hvd_sketch.model.checkpoint_files import (
     prune,
     read_manifest,
     read_state,
+    shared_file,
     write_manifest,
     write_state,
 )
@@ -92,7 +93,7 @@ def save_checkpoint(
         check_integer("keep", keep, 1)
     everyone = optimizer.state_dict(consolidated=True)
     shared = None
-    if comm.rank == 0:
+    if optimizer.transport.rank == 0:
         kind = type(optimizer.inner).__name__
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = _step_of(everyone)
