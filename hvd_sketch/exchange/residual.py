@@ -16,6 +16,7 @@ from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges
 from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.feedback import Feedback
+from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.transport.base import Transport, mean_over_ranks
 
@@ -80,6 +81,7 @@ class ResidualExchange(Exchange):
         self._count_reset(self._feedback.reset_nonfinite_())  # as the next step would; what is saved is finite
         saved: dict[str, Any] = self._feedback.state_dict()
         if consolidated:  # without the thresholds: sums over more ranks are larger
+            require_equal(self._transport, {"step": self._step}, "make a consolidated state")
             saved = {name: self._mean(kept) for name, kept in saved.items()}
         else:
             saved["thresholds"] = tuple(predictor.edges for predictor in self._predictors)

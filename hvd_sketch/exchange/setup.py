@@ -9,21 +9,30 @@ from contextlib import contextmanager
 
 import torch
 
+from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
+from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.version import __version__
 
 
-def require_equal(comm: Transport, fields: Mapping[str, object]) -> None:
+def require_equal(comm: Transport, fields: Mapping[str, object], doing: str = "compare set-ups") -> None:
     """Compare named values and the version of this package over all ranks; while they are equal a digest travels.
+
+    Args:
+        comm: all ranks.
+        fields: by name.
+        doing: what the ranks are about to do together.
 
     Communication: collective, all ranks, also when they then raise.
 
     Raises:
         ValueError: on every rank, naming the fields that differ, the ranks and their values.
+        RuntimeError: a rank has come here to do something else, waits in a step, or has ended.
     """
     text = json.dumps({"hvd_sketch": __version__} | {name: str(value) for name, value in fields.items()})
     digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    digests = comm.allgather(digest).view(comm.size, -1)
+    with _met(comm, doing):
+        digests = comm.allgather(digest).view(comm.size, -1)
     if bool((digests == digests[0]).all()):
         return
     every_rank = [json.loads(text) for text in gather_texts(comm, text)]
@@ -53,6 +62,7 @@ def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None
     Raises:
         ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.
         OSError: in its place, where the first of those had one.
+        RuntimeError: a rank has come here to do something else, waits in a step, or has ended.
     """
     refusal: Exception | None = None
     try:
@@ -60,7 +70,8 @@ def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None
     except (OSError, TypeError, ValueError) as error:
         refusal = error
     own = torch.tensor([(refusal is not None) + isinstance(refusal, OSError)], dtype=torch.uint8)
-    every = comm.allgather(own)
+    with _met(comm, doing):
+        every = comm.allgather(own)
     refusing = every.nonzero().flatten().tolist()
     if not refusing:
         return
@@ -69,6 +80,19 @@ def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None
         raise refusal
     kind = OSError if every[refusing[0]] == 2 else ValueError
     raise kind(f"{name_ranks(refusing)} of {comm.size} could not {doing}: {reasons[refusing[0]]}")
+
+
+@contextmanager
+def _met(comm: Transport, doing: str) -> Iterator[None]:
+    """What is inside begins when all ranks have come to do the same; who waits long says so."""
+    attendance: Attendance | None = getattr(comm, "attendance", None)
+    if comm.size == 1:
+        yield
+        return
+    with process_watch().over(comm.rank, comm.size, None, doing, attendance):
+        if attendance is not None:
+            attendance.meet(doing)
+        yield
 
 
 def tell_values(values: Sequence[object]) -> str:

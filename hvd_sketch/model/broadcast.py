@@ -57,7 +57,7 @@ def broadcast_parameters(
     entries = list(params.items() if isinstance(params, Mapping) else params)
     # Compared before anything is refused: what is refused is then refused on every rank.
     described = {f"tensor {i}": _describe(entry) for i, entry in enumerate(entries)}
-    require_equal(comm, {"root_rank": root_rank, **described})
+    require_equal(comm, {"root_rank": root_rank, **described}, "broadcast parameters")
     _check_root(comm, root_rank)
     _check_tensors(entries)
     if any(is_sharded(tensor) for _, tensor in entries):
@@ -87,7 +87,8 @@ def broadcast_optimizer_state(
     """
     comm = resolve_transport(transport)
     wrapped = optimizer if isinstance(optimizer, Wrapped) else None
-    require_equal(comm, {"root_rank": root_rank, "is wrapped": wrapped is not None, **_optimizer_fields(optimizer)})
+    compared = {"root_rank": root_rank, "is wrapped": wrapped is not None, **_optimizer_fields(optimizer)}
+    require_equal(comm, compared, "broadcast an optimizer's state")
     _check_root(comm, root_rank)
     with refused_together(comm):
         if wrapped is not None and wrapped.place != (comm.rank, comm.size):

@@ -97,7 +97,7 @@ def save_checkpoint(
         kind = type(optimizer.inner).__name__
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = _step_of(everyone)
-    require_equal(comm, {"keep": keep, "step": step})
+    require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint")
     folder = _make_folder(root, step, comm)
     try:
         with refused_together(comm, "save a checkpoint"):

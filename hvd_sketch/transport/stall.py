@@ -28,13 +28,18 @@ logger = logging.getLogger(__name__)
 class _Wait:
     rank: int
     size: int
-    step: int
+    step: int | None
     phase: str
     since_s: float
     attendance: Attendance | None
     told: int = -1  # the collective that the others were told of
     reason: str | None = None  # why it cannot end, when it was last looked at
     is_reported: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where in the program, for messages."""
+        return f"phase {self.phase!r}" if self.step is None else f"step {self.step}, phase {self.phase!r}"
 
 
 class StallWatch:
@@ -57,11 +62,15 @@ class StallWatch:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def over(self, rank: int, size: int, step: int, phase: str, attendance: Attendance | None = None) -> Iterator[None]:
+    def over(
+        self, rank: int, size: int, step: int | None, phase: str, attendance: Attendance | None = None
+    ) -> Iterator[None]:
         """Watch the phase that runs inside.
 
         Args:
-            rank, size, step, phase: for messages.
+            rank, size: this rank, and how many there are.
+            step: for messages; None: the phase belongs to no step.
+            phase: its name, equal on all ranks.
             attendance: of the ranks, where their transport has one.
         """
         if self._thread is None or not self._thread.is_alive():  # as in a process forked from this one
@@ -90,7 +99,7 @@ class StallWatch:
         if waited_s > self._look_s and wait.attendance is not None:
             if wait.told != wait.attendance.begun:
                 wait.told = wait.attendance.begun
-                wait.attendance.say(Says.WAITS)
+                wait.attendance.say(Says.WAITS, wait.phase)
             _end_if_hopeless(wait, wait.attendance)
         if waited_s > self._stall_s and not wait.is_reported:
             wait.is_reported = True
@@ -101,7 +110,7 @@ class StallWatch:
     def _look_for_those_who_wait(self, attendance: Attendance) -> None:
         """Where others have waited for this rank for long, show what it does, once for each collective."""
         heard = attendance.heard()
-        waiting = [r for r, (says, begun) in heard.items() if says == Says.WAITS and begun > attendance.begun]
+        waiting = [r for r, word in heard.items() if word.says == Says.WAITS and word.begun > attendance.begun]
         where, since_s = self._late[attendance]
         if not waiting:
             self._late[attendance] = -1, 0.0
@@ -118,30 +127,25 @@ class StallWatch:
 
 def _end_if_hopeless(wait: _Wait, attendance: Attendance) -> None:
     """Twice the same reason: it was no moment between two collectives."""
-    before, wait.reason = wait.reason, _hopeless(attendance)
+    before, wait.reason = wait.reason, _hopeless(attendance, wait.phase)
     if wait.reason is not None and wait.reason == before:
         _end(wait, wait.reason)
 
 
-def _hopeless(attendance: Attendance) -> str | None:
+def _hopeless(attendance: Attendance, phase: str) -> str | None:
     """Why the collective that this rank waits in cannot end; None: it still can."""
-    gone = {r: says for r, (says, begun) in attendance.heard().items() if begun < attendance.begun}
-    joined, ended = ([r for r, says in gone.items() if says == kind] for kind in (Says.JOINED, Says.ENDED))
+    heard = attendance.heard()
+    joined = [r for r, word in heard.items() if word.says == Says.JOINED and word.begun < attendance.begun]
     if joined:
         return (
             f"{name_ranks(joined)} of {attendance.size} left this step by hvd.join(), which cannot stand in for a "
             "compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
         )
-    if ended:
-        return (
-            f"the program of {name_ranks(ended)} of {attendance.size} is over, while this one is in a step: make as "
-            "many steps on every rank, or put the training loop into 'with optimizer.join():' on every rank"
-        )
-    return None
+    return attendance.elsewhere(phase) or None
 
 
 def _end(wait: _Wait, reason: str) -> None:
-    logger.critical("rank %d of %d ends, in step %d, phase %r: %s", wait.rank, wait.size, wait.step, wait.phase, reason)
+    logger.critical("rank %d of %d ends, in %s: %s", wait.rank, wait.size, wait.place, reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -152,6 +156,8 @@ def _warn(wait: _Wait, waited_s: float) -> None:
         "Not all of them have begun this step: one that ran out of data must go on contributing (put the loop into "
         "'with optimizer.join():' on every rank), one that hangs or waits elsewhere must be looked for."
         if wait.phase == "agree"
+        else "Call the same functions in the same order, over the same transport, on every rank."
+        if wait.step is None
         else "One of them hangs, or the network does."
     )
     absent = wait.attendance.absent() if wait.attendance is not None else []
@@ -159,8 +165,8 @@ def _warn(wait: _Wait, waited_s: float) -> None:
         f"{name_ranks(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
     )
     logger.warning(
-        "rank %d of %d has waited for %.0f s for %s, in step %d, phase %r. %s",
-        *(wait.rank, wait.size, waited_s, who, wait.step, wait.phase, hint),
+        "rank %d of %d has waited for %.0f s for %s, in %s. %s",
+        *(wait.rank, wait.size, waited_s, who, wait.place, hint),
     )
 
 
