@@ -115,11 +115,16 @@ class GradientExchange:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
+    # Whatever makes an optimizer has imported Dynamo: it takes a second. torch 2.6 takes no reason here.
+    @torch.compiler.disable
     def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
 
         A parameter of which no rank has a gradient has none afterwards. One of which any rank has a gradient has one on
         all ranks. After a skip every ``p.grad`` is NaN on every rank, so that all who look at it see the same.
+
+        ``torch.compile`` leaves it out of its graphs, with all that it calls: its sizes and decisions come from other
+        ranks.
 
         Args:
             report: what the caller knows of this rank. Where it says ``held`` on all ranks nothing is exchanged, and
