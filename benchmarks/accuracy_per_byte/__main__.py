@@ -22,8 +22,9 @@ def parser(name: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=f"python -m {name}", description="Accuracy at equal wire bytes.")
     made.add_argument("--data-dir", type=Path, help="folder with mnist/, cifar10/ and text/")
     made.add_argument("--plan", choices=PLANS, help="groups of runs in order of priority")
-    made.add_argument("--tasks", nargs="+", choices=TASKS, help="in place of a plan (default: mnist)")
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(FIRST), help="default: the main ones")
+    made.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="in place of a plan (default: mnist)")
+    told = "of methods.py (default: the main ones)"
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(FIRST), metavar="METHOD", help=told)
     made.add_argument("--ratios", nargs="+", type=float, default=[150.0], help="times fewer bytes (default: 150)")
     made.add_argument("--workers", nargs="+", type=int, default=[4], help="ranks (default: 4)")
     made.add_argument("--skewed", action="store_true", help="every rank has two or three classes only")

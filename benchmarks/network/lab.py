@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,14 @@ def status_of(measure: Callable[[], None], records: Records) -> int:
 
 
 def network_parser(
-    about: str, name: str, methods: Sequence[str], rates: Sequence[str], plot: str
+    about: str,
+    name: str,
+    methods: Sequence[str],
+    rates: Sequence[str],
+    plot: str = "",
+    choices: Iterable[str] = METHODS,
 ) -> argparse.ArgumentParser:
-    """With the arguments of all benchmarks over a network."""
+    """With the arguments of all benchmarks over a network; ``plot`` says of what there is one."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.network.{name}",
         description=about,
@@ -95,11 +100,12 @@ def network_parser(
     )
     told = "of the network"
     parser.add_argument("--rates", type=rate_type, default=list(rates), nargs="+", metavar="RATE", help=told)
-    parser.add_argument("--methods", choices=METHODS, default=list(methods), nargs="+", metavar="METHOD")
+    parser.add_argument("--methods", choices=list(choices), default=list(methods), nargs="+", metavar="METHOD")
     parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
     told = "records (default: %(default)s)"
     parser.add_argument("--json", type=file_type, default=Path(f"{name}.json"), help=told)
-    parser.add_argument("--plot", type=file_type, metavar="FILE", help=f"PNG of {plot}")
+    if plot:
+        parser.add_argument("--plot", type=file_type, metavar="FILE", help=f"PNG of {plot}")
     return parser
 
 

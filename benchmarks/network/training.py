@@ -71,9 +71,9 @@ class Course:
 
 
 class MethodOptimizer:
-    """SGD on what a method makes of the gradients."""
+    """An optimizer of torch on what a method makes of the gradients."""
 
-    def __init__(self, method: str, model: nn.Module, transport: Transport, rate: Rate) -> None:
+    def __init__(self, method: str, model: nn.Module, transport: Transport, inner: torch.optim.Optimizer) -> None:
         parameters = list(model.parameters())
         dim = sum(parameter.numel() for parameter in parameters)
         self._gradient = torch.zeros(dim)
@@ -83,7 +83,7 @@ class MethodOptimizer:
         described = [(name, tuple(parameter.shape), "float32") for name, parameter in model.named_parameters()]
         self._method = METHODS[method](transport, dim, described)
         self.ledger = self._method.ledger
-        self._inner = rate.sgd(parameters)
+        self._inner = inner
 
     def zero_grad(self) -> None:
         self._gradient.zero_()
@@ -96,10 +96,10 @@ class MethodOptimizer:
 
 def make_optimizer(method: str, model: nn.Module, transport: Transport, rate: Rate) -> Any:
     """Ours as a user would make it; the others the leanest way."""
-    if method not in OURS:
-        return MethodOptimizer(method, model, transport, rate)
-    compression = OURS[method](model, transport.size)
     inner, named = rate.sgd(model.parameters()), model.named_parameters()
+    if method not in OURS:
+        return MethodOptimizer(method, model, transport, inner)
+    compression = OURS[method](model, transport.size)
     # A rate of the grid that diverges ends with a bad accuracy, not with an error.
     return hvd_sketch.DistributedOptimizer(inner, named, compression=compression, transport=transport, max_skips=0)
 
