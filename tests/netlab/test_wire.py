@@ -71,10 +71,10 @@ def sum_over_hosts(results: list[dict[str, Any]]) -> list[Phase]:
     return phases
 
 
-WORLDS = [(kind, ranks) for kind in ("torch", "mpi", "horovod-gloo") for ranks in (2, 3, 4)]
+WORLDS = [(kind, ranks) for kind in ("torch", "mpi", "horovod-gloo") for ranks in (2, 4)]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [*WORLDS, ("horovod-mpi", 3)])
+@pytest.mark.parametrize(("kind", "ranks"), [*WORLDS, ("mpi", 3), ("horovod-mpi", 3)])
 def test_ledger_is_what_the_interfaces_sent(monkeypatch, hosts: str, kind: str, ranks: int) -> None:
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", QUIET_CYCLE_MS)
     results = launch(kind, ranks, "tests.support.wire:weigh_exchanges", 240, hosts, dim=DIM, config=CONFIG, steps=STEPS)

@@ -295,14 +295,14 @@ def test_a_resumed_training_goes_on_to_the_bit(texts: Texts, model: str, method:
 
 @pytest.mark.multiprocess
 def test_real_ranks_equal_the_simulation(data_dir: Path, tmp_path: Path) -> None:
-    """Four ranks under mpirun, with dropout: every loss, BLEU and bytes of the two commands; then their figure."""
+    """Two ranks under mpirun, with dropout: every loss, BLEU and bytes of the two commands; then their figure."""
     arguments = ["--data-dir", str(data_dir), "--seeds", "1", "--pieces", str(PIECES), "--steps", "3"]
     command = [sys.executable, "-m", "benchmarks.paper.translation", *arguments, "--methods"]
     methods = [name for name, method in METHODS.items() if method.real]
     found = {}
-    for transport, launcher in (("simulation", []), ("mpi", ["launch/mpirun.sh", "-n", "4", "--"])):
+    for transport, launcher in (("simulation", []), ("mpi", ["launch/mpirun.sh", "-n", "2", "--"])):
         file = tmp_path / f"{transport}.json"
-        line = [*launcher, *command, *methods, "--json", str(file), "--workers", "4", "--transport", transport]
+        line = [*launcher, *command, *methods, "--json", str(file), "--workers", "2", "--transport", transport]
         status, output = run_command(line, timeout_s=150)
         assert status == 0, output
         found[transport] = [{**run, "seconds": 0} for run in json.loads(file.read_text())["runs"]]
