@@ -62,7 +62,12 @@ def broadcast_parameters(
     _check_tensors(entries)
     if any(is_sharded(tensor) for _, tensor in entries):
         require_equal_shards(comm, entries)
-    for bucket in _buckets([local(tensor) for _, tensor in entries]):
+    broadcast_tensors([local(tensor) for _, tensor in entries], root_rank, comm)
+
+
+def broadcast_tensors(tensors: list[Tensor], root_rank: int, comm: Transport) -> None:
+    """Copy the root's tensors to all ranks, in place; equal shapes and dtypes. Communication: collective, all ranks."""
+    for bucket in _buckets(tensors):
         _broadcast_bucket(bucket, root_rank, comm)
 
 
@@ -103,8 +108,21 @@ def broadcast_optimizer_state(
 
 
 def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Transport) -> None:
-    is_root = comm.rank == root_rank
-    data = _serialized(optimizer.state_dict()) if is_root else None
+    state = broadcast_state(optimizer.state_dict() if comm.rank == root_rank else None, root_rank, comm)
+    if comm.rank != root_rank:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(globalized(state, like=parameters))
+
+
+def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transport) -> dict[str, Any]:
+    """The root's state on all ranks, with :func:`~hvd_sketch.shards.localized` tensors on the CPU, as from a file.
+
+    Communication: collective, all ranks.
+
+    Raises:
+        ValueError: on every rank: it cannot be saved, or others could not load it safely.
+    """
+    data = _serialized(state) if state is not None else None
     length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
     if length == UNSAFE:
         raise ValueError(
@@ -112,12 +130,9 @@ def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Tra
             "torch.load(weights_only=True) refuses: keep to tensors, numbers, strings, lists and dicts in "
             "param_groups and state"
         )
-    if is_root and data is not None:
-        comm.broadcast_(data, root_rank)
-    else:
-        received = comm.broadcast_(torch.empty(length, dtype=torch.uint8), root_rank)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.load_state_dict(globalized(_deserialized(received), like=parameters))
+    if data is None:
+        data = torch.empty(length, dtype=torch.uint8)
+    return _deserialized(comm.broadcast_(data, root_rank))
 
 
 def _check_root(comm: Transport, root_rank: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.mesh import ShardRanks
 from hvd_sketch.transport import Transport
 
@@ -73,7 +74,7 @@ class ExchangingOptimizer(ForwardingOptimizer):
     """With what its exchange has to tell. Communication: none."""
 
     _transport: Transport
-    _gradients: GradientExchange
+    _gradients: GradientExchange | TwoLevels
 
     @property
     def exchange(self) -> ResidualExchange | None:

@@ -60,6 +60,8 @@ class GradientExchange:
     Attributes:
         ledger: of both exchanges.
         active: the ranks that had data in the last step.
+        is_over: all ranks had run out of data in the last call of :meth:`average`.
+        is_held: all ranks held averaged gradients then.
         shard_ranks: those that hold the other shards of the parameters.
 
     Communication: the constructor, :meth:`average`, :meth:`take_over_state` and ``state_dict(consolidated=True)`` are
@@ -91,7 +93,7 @@ class GradientExchange:
         self._begun = 0  # steps since construction or since a state was loaded
         self._were_equal = False  # the parameters, when they were last compared
         self._has_told = False  # that they never were
-        self._is_over = False  # all ranks have run out of data
+        self.is_over = self.is_held = False
         options = shared_options(self._named, max_skips, 2 if makes_sparse else 1)
         self.ledger = options["ledger"]
         self._routes = routes_of(self._named, config)
@@ -153,7 +155,7 @@ class GradientExchange:
         # A rank without data uses nothing, but offers what is left in its residual.
         own_unused = () if report.done else self._routes[0].used(report.used)[1]
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
-        self._is_over = not agreed.active
+        self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
                 exchange.take_over_state(agreed.root)
@@ -237,7 +239,7 @@ class GradientExchange:
         """
         while True:
             self.average(Report(done=True))
-            if self._is_over:
+            if self.is_over:
                 return self.active
 
     def forget(self) -> None:

@@ -6,10 +6,11 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
+from hvd_sketch.checks import check_choice
 from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
@@ -17,6 +18,7 @@ from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.forwarding import ExchangingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.routes import mark_sparse
@@ -79,6 +81,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         check_every: steps after which the ranks compare a checksum of their parameters; also after the first step since
             a start. 0: never.
         max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
+        levels: 2: a dense mean inside of every host first, then the compressed exchange between one rank of each, which
+            keeps the residuals; see :class:`~hvd_sketch.model.levels.TwoLevels`. 1: between all ranks.
 
     Attributes:
         inner: the wrapped optimizer.
@@ -111,6 +115,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         process_set: Any = None,
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
+        levels: Literal[1, 2] = 1,
     ) -> None:
         sketch, compression = compression_of(sketch, compression)
         self._transport, sketch = transport_of(transport, process_set, sketch)
@@ -119,15 +124,18 @@ class DistributedOptimizer(ExchangingOptimizer):
         counts = {**passes, "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
         with refused_together(self._transport):
             check_arguments(optimizer, sketch, horovod, counts)
+            check_choice("levels", levels, (1, 2))
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
-        compared = {"wrapped by": "DistributedOptimizer", **{name: value for name, (value, _) in counts.items()}}
+        told = {"wrapped by": "DistributedOptimizer", "levels": levels}
+        compared = told | {name: value for name, (value, _) in counts.items()}
         require_equal(self._transport, compared | horovod.compared())
         require_equal_optimizers(self._transport, optimizer)
         super().__init__(optimizer)
         self._named = named
         self._parameters = [parameter for _, parameter in named]
-        self._gradients = GradientExchange(
+        build = TwoLevels if levels == 2 else GradientExchange
+        self._gradients = build(
             named,
             sketch,
             self._transport,

@@ -269,7 +269,7 @@ class FlatParameters:
             values: float32 [n].
             used: for each parameter whether it gets a gradient; ``p.grad`` of the others becomes None. Default: all.
         """
-        gradients = self._writable_gradients(used)
+        gradients = self.writable_gradients(used)
         present = [gradient for gradient in gradients if gradient is not None]
         if present:
             torch._foreach_zero_(present)
@@ -286,18 +286,18 @@ class FlatParameters:
     @torch.no_grad()
     def unpack_dense(self, values: Tensor, used: Sequence[bool] | None = None) -> None:
         """Set every ``p.grad`` to its part of ``values``, ``dtype`` [dim]; see :meth:`unpack_sparse`."""
-        for gradient, (_, start, stop) in zip(self._writable_gradients(used), self._places, strict=True):
+        for gradient, (_, start, stop) in zip(self.writable_gradients(used), self._places, strict=True):
             if gradient is not None:
                 gradient.copy_(values[start:stop].view(gradient.shape))
 
     @torch.no_grad()
     def fill_gradients(self, value: float, used: Sequence[bool] | None = None) -> None:
         """Set every element of every ``p.grad`` to ``value``; see :meth:`unpack_sparse`."""
-        for gradient in self._writable_gradients(used):
+        for gradient in self.writable_gradients(used):
             if gradient is not None:
                 gradient.fill_(value)
 
-    def _writable_gradients(self, used: Sequence[bool] | None) -> list[Tensor | None]:
+    def writable_gradients(self, used: Sequence[bool] | None) -> list[Tensor | None]:
         """``p.grad`` of every parameter that is used; the others have none from now on."""
         gradients: list[Tensor | None] = []
         for parameter, is_used in zip(self.parameters, used or [True] * len(self.parameters), strict=True):

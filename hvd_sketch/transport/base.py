@@ -73,6 +73,14 @@ class Transport(Protocol):
         """Return once every rank has called it."""
 
 
+@runtime_checkable
+class Splitting(Protocol):
+    """A transport whose ranks can form groups."""
+
+    def split(self, color: int) -> Transport:
+        """The ranks that give the same colour, in rank order, as a transport. Communication: collective."""
+
+
 @dataclass(frozen=True)
 class Pending:
     """A handle that calls a function to finish."""
@@ -117,6 +125,12 @@ def check_shares(tensor: Tensor, size: int, collective: str) -> None:
             f"{collective} needs a tensor with one share for each of the {size} ranks along dimension 0, "
             f"got shape {tuple(tensor.shape)}"
         )
+
+
+def same_color(transport: Transport, color: int) -> list[int]:
+    """The ranks that give the same colour, ascending. Communication: collective."""
+    colors = transport.allgather(torch.tensor([color])).tolist()
+    return [rank for rank, each in enumerate(colors) if each == color]
 
 
 def name_ranks(ranks: list[int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hvd_sketch.transport.attendance import Attendance
-from hvd_sketch.transport.base import Handle, Pending, gather_texts
+from hvd_sketch.transport.base import Handle, Pending, Splitting, Transport, gather_texts
 from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.horovod_carriers import carrier_for
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
@@ -105,6 +105,19 @@ class HorovodTransport(ForwardingTransport):
     def barrier(self) -> None:
         with self._as_horovods():
             super().barrier()
+
+    def split(self, color: int) -> Transport:
+        """The ranks that give the same colour, in rank order. Communication: collective.
+
+        Raises:
+            ValueError: on every rank: Horovod's own collectives carry the data.
+        """
+        if not isinstance(self._inner, Splitting):
+            raise ValueError(
+                "Horovod's own collectives have no groups but process sets: start the job by horovodrun --gloo, "
+                "torchrun or mpirun, or leave out levels=2"
+            )
+        return self._inner.split(color)
 
     def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
         with self._as_horovods():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.checks import check_integer
-from hvd_sketch.transport.base import Handle, Pending, check_shares, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, check_shares, same_color, sum_in_rank_order
 
 T = TypeVar("T")
 Combine = Callable[[list[Tensor]], Tensor]
@@ -24,11 +24,19 @@ class _Room:
     """What the ranks of one group share: the tensor that each rank shows, and the result for all ranks."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[int, int], _Room] = {}
         self.shown: list[Tensor] = [NOTHING] * size
         self.combine: Combine | None = None
         self.combined = NOTHING
         self.all_show = threading.Barrier(size, self._combine, timeout_s)
         self.all_have_read = threading.Barrier(size, timeout=timeout_s)
+
+    def part(self, number: int, color: int, size: int) -> _Room:
+        """The room of the ranks of one colour in the ``number``-th split."""
+        with self._lock:
+            return self._parts.setdefault((number, color), _Room(size, self._timeout_s))
 
     def _combine(self) -> None:
         """Make the result for all ranks, once."""
@@ -43,6 +51,7 @@ class LocalTransport:
 
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
+        self._splits = 0
         self.rank, self.size = rank, len(room.shown)
 
     def stages(self, device: torch.device) -> bool:
@@ -72,6 +81,12 @@ class LocalTransport:
 
     def barrier(self) -> None:
         self._room.all_have_read.wait()
+
+    def split(self, color: int) -> LocalTransport:
+        """The ranks that give the same colour, in rank order. Communication: collective."""
+        members = same_color(self, color)
+        self._splits += 1
+        return LocalTransport(self._room.part(self._splits, color, len(members)), members.index(self.rank))
 
     def abort(self) -> None:
         """Release the other ranks, now or at their next collective, with ``BrokenBarrierError``."""

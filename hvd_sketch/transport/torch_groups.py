@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,13 +27,20 @@ NOWHERE: State = ("", [])
 
 @dataclass(frozen=True)
 class Channel:
-    """A group of our own: our messages cannot meet the user's."""
+    """A group of our own: our messages cannot meet the user's.
+
+    Attributes:
+        connect_part: a channel between some of the ranks, from a name of theirs, the rank and the size there.
+        parts: numbers them, alike on all ranks.
+    """
 
     rank: int
     size: int
     host: DirectMessages
     cuda: DeviceCollectives | None
     attendance: Attendance
+    connect_part: Callable[[str, int, int], Channel]
+    parts: Iterator[int] = field(default_factory=count)
 
 
 def users_group(group: Any, dim: str | int | None) -> Any:
@@ -186,12 +195,16 @@ def connect(
         of_gloo._timeout, of_gloo._devices = timeout, [gloo.create_device(hostname=host)]
     attendance = StoreAttendance(dist.PrefixStore("attendance", store), rank, size)
     messages = DirectMessages(gloo(dist.PrefixStore("host", store), rank, size, of_gloo))
+
+    def connect_part(name: str, rank: int, size: int) -> Channel:
+        return connect(dist.PrefixStore(name, store), rank, size, timeout, with_nccl=with_nccl, host=host)
+
     if not with_nccl:
-        return Channel(rank, size, messages, None, attendance)
+        return Channel(rank, size, messages, None, attendance, connect_part)
     of_nccl = c10d.ProcessGroupNCCL.Options()
     of_nccl._timeout = timeout
     cuda = c10d.ProcessGroupNCCL(dist.PrefixStore("cuda", store), rank, size, of_nccl)
-    return Channel(rank, size, messages, DeviceCollectives(cuda), attendance)
+    return Channel(rank, size, messages, DeviceCollectives(cuda), attendance, connect_part)
 
 
 def _timeout_of(group: Any, config: str) -> timedelta:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, finished
+from hvd_sketch.transport.base import Handle, Pending, check_shares, finished, same_color
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 from hvd_sketch.transport.torch_groups import Channel, channel_on, users_group
 from hvd_sketch.transport.torch_messages import Carrier
@@ -56,6 +56,7 @@ class TorchTransport:
 
     def _use(self, channel: Channel) -> None:
         self.rank, self.size = channel.rank, channel.size
+        self._channel = channel
         self._host, self._cuda, self.attendance = channel.host, channel.cuda, channel.attendance
 
     @property
@@ -98,6 +99,12 @@ class TorchTransport:
 
     def barrier(self) -> None:
         self._host.allreduce_(torch.zeros(1))
+
+    def split(self, color: int) -> TorchTransport:
+        """The ranks that give the same colour, in rank order. Communication: collective."""
+        members = same_color(self, color)
+        name = f"part {next(self._channel.parts)} of {color}"
+        return TorchTransport.on(self._channel.connect_part(name, members.index(self.rank), len(members)))
 
     def _carrier(self, tensor: Tensor) -> Carrier:
         return self._cuda if self._cuda is not None and tensor.is_cuda else self._host

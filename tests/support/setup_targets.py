@@ -102,3 +102,12 @@ def message_of(call: Callable[[], object]) -> str:
         return f"no error, but {call()!r}"
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """As :func:`message_of`, also an OSError or a RuntimeError; empty where there is none."""
+    try:
+        call()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

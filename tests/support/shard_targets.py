@@ -30,6 +30,7 @@ from hvd_sketch.config import Compression
 from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.shards import local
 from hvd_sketch.transport import TorchTransport
+from tests.support.setup_targets import error_of
 
 STEPS = 12
 COMPRESSIONS: dict[str, Compression | None] = {
@@ -138,14 +139,6 @@ def drifts(transport: TorchTransport) -> str:
     if transport.rank == 3:
         local(model[2].weight)[0, 0] += 1
     return error_of(optimizer.step)
-
-
-def error_of(call: Any) -> str:
-    try:
-        call()
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def takes_over(transport: TorchTransport) -> tuple[Tensor, Tensor]:
