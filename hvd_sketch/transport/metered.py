@@ -42,6 +42,9 @@ class MeteredTransport(ForwardingTransport):
                     yield
         except (RuntimeError, TimeoutError) as error:
             error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")
+            elsewhere = self._attendance.elsewhere(name) if self._attendance is not None else ""
+            if elsewhere:
+                error.add_note(elsewhere)
             raise
         finally:
             self._phase, self._of_device = outer

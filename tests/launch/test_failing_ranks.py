@@ -1,103 +1,26 @@
-"""One failing rank ends the job, and ranks see what they should."""
+"""A failing module or command ends the job as a failing script does, and ranks see what they should.
+
+tests/faults has failing scripts, under every launcher.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import script
 from tests.support.harness import run_command
 
-JOB_END_LIMIT_S = 30
-FAULT = """
-import os, pathlib, signal, sys
-fault, moment, marker = sys.argv[1:]
-names = "RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"
-rank = next(os.environ[name] for name in names if name in os.environ)
-
-def reach(here):
-    if rank == "1" and moment == here:
-        pathlib.Path(marker).touch()
-        if fault == "raise":
-            raise RuntimeError("boom")
-        if fault == "exit":
-            sys.exit(3)
-        os.kill(os.getpid(), signal.Signals[fault])
-
-reach("before")
-"""
-FAULT_MPI = """
-from mpi4py import MPI
-MPI.COMM_WORLD.Barrier()
-reach("inside")
-MPI.COMM_WORLD.Barrier()
-"""
-FAULT_HOROVOD = """
-import horovod.torch as hvd
-import torch
-hvd.init()
-hvd.allreduce(torch.ones(3), name="first")
-reach("inside")
-hvd.allreduce(torch.ones(3), name="second")
-"""
-FAULT_TORCH = """
-import torch.distributed as dist
-dist.init_process_group("gloo")
-dist.barrier()
-reach("inside")
-dist.barrier()
-"""
-
-
-def run_faulty(folder: Path, launcher: list[str], command: list[str], fault: str, moment: str) -> str:
-    """The output of a job with a fault, which must end in time, and not with status 0."""
-    marker = folder / "marker"
-    status, output = run_command(
-        [*launcher, "--", *command, fault, moment, str(marker)], timeout_s=120, PYTHONPATH=str(folder)
-    )
-    assert marker.exists(), output
-    assert status != 0, output
-    elapsed_s = time.time() - marker.stat().st_mtime
-    assert elapsed_s < JOB_END_LIMIT_S, f"the job ended {elapsed_s:.1f} s after its fault:\n{output}"
-    return output
+COMMAND = "import sys; from tests.faults.without_us import main; main(*sys.argv[1:])"
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("moment", ["before", "inside"])
-@pytest.mark.parametrize("fault", ["raise", "exit", "SIGKILL", "SIGSEGV"])
-def test_failing_rank_ends_the_job_under_mpirun(tmp_path, fault, moment):
-    job = script(tmp_path / "job.py", FAULT + FAULT_MPI)
-    output = run_faulty(tmp_path, ["launch/mpirun.sh", "-n", "3"], [sys.executable, str(job)], fault, moment)
-    assert ("RuntimeError: boom" in output) == (fault == "raise")
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("moment", ["before", "inside"])
-@pytest.mark.parametrize("fault", ["raise", "exit", "SIGKILL", "SIGSEGV"])
-def test_failing_rank_ends_the_job_under_torchrun(tmp_path, fault, moment):
-    job = script(tmp_path / "job.py", FAULT + FAULT_TORCH)
-    output = run_faulty(tmp_path, ["launch/torchrun.sh", "-n", "3"], [sys.executable, str(job)], fault, moment)
-    assert ("RuntimeError: boom" in output) == (fault == "raise")
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("form", [["-m", "job"], ["-c", "import job"]], ids=["module", "command"])
+@pytest.mark.parametrize("form", [["-m", "tests.faults.without_us"], ["-c", COMMAND]], ids=["module", "command"])
 def test_failing_module_or_command_ends_the_job_under_mpirun(tmp_path, form):
-    script(tmp_path / "job.py", FAULT + FAULT_MPI)
-    run_faulty(tmp_path, ["launch/mpirun.sh", "-n", "3"], [sys.executable, *form], "raise", "inside")
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("moment", ["before", "inside"])
-@pytest.mark.parametrize("fault", ["raise", "exit", "SIGKILL"])
-@pytest.mark.parametrize("controller", ["--gloo", "--mpi"])
-def test_failing_rank_ends_the_job_under_horovodrun(tmp_path, controller, fault, moment):
-    job = script(tmp_path / "job.py", FAULT + FAULT_HOROVOD)
-    launcher = ["launch/horovodrun.sh", controller, "-n", "2"]
-    run_faulty(tmp_path, launcher, [sys.executable, str(job)], fault, moment)
+    job = [sys.executable, *form, "mpi", "raise@inside", str(tmp_path)]
+    status, output = run_command(["launch/mpirun.sh", "-n", "3", "--", *job], timeout_s=60)
+    assert (tmp_path / "failed_at").exists(), output
+    assert status != 0 and "rank 1 fails on purpose" in output, output
 
 
 @pytest.mark.multiprocess

@@ -1,0 +1,87 @@
+"""Every fault of the table, injected under its launchers: it ends as promised, within the seconds that are promised.
+
+A run takes some of them, other ones every day; ``-m faults`` takes all.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hvd_sketch.model.checkpoint_files import folders, read_manifest, read_state
+from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE, process_watch
+from tests.faults.job import NOTE
+from tests.faults.table import ABORT_S, CELLS, LAUNCHERS, STALL_S, Cell, markdown, sample
+from tests.support.harness import ROOT, run_command, wait_until
+
+
+@pytest.mark.faults
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_cell(cell: Cell, tmp_path: Path) -> None:
+    launcher, transport = LAUNCHERS[cell.launcher]
+    program = [sys.executable, str(Path(__file__).parent / "without_us.py")]
+    if cell.row.module == "job":
+        program = [sys.executable, "-m", "tests.faults.job"]
+    command = [*launcher, "-n", str(cell.row.ranks), *program, transport, cell.what, str(tmp_path)]
+    limits = {STALL_VARIABLE: str(STALL_S), ABORT_VARIABLE: str(ABORT_S)}
+    status, output = run_command(command, timeout_s=170, **limits)
+    elapsed_s = time.time() - noted(tmp_path)
+    for told in cell.row.told:
+        assert re.search(told, output), f"{told!r} was not said:\n{output}"
+    if not cell.row.within_s:
+        assert status == 0, output
+        return
+    assert (tmp_path / NOTE).exists(), f"rank 1 did not come to its failure:\n{output}"
+    assert status != 0, output
+    assert elapsed_s < cell.row.within_s, f"the job ended {elapsed_s:.1f} s after its fault:\n{output}"
+    assert all(int(waited) <= STALL_S + 5 for waited in re.findall(r"has waited for (\d+) s", output)), output
+    wait_until(lambda: not processes_of(tmp_path))
+    if cell.what == "kill@save":
+        assert_goes_on(tmp_path / "checkpoints")
+
+
+def noted(folder: Path) -> float:
+    """When rank 1 failed, in seconds; now, where it did not."""
+    return float((folder / NOTE).read_text()) if (folder / NOTE).exists() else time.time()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of processes that were started with a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [command] * (str(folder) in command)
+    return found
+
+
+def assert_goes_on(directory: Path) -> None:
+    """The checkpoint before the failure is complete and whole, the one during it is not complete."""
+    older, newer = folders(directory)
+    assert older.is_complete and not newer.is_complete
+    manifest = read_manifest(older)
+    for name in manifest["files"]:
+        read_state(older, name, manifest)
+
+
+def test_every_cell_has_its_day() -> None:
+    days = [sample(day) for day in range(len(CELLS))]
+    assert {cell.name for day in days for cell in day} == {cell.name for cell in CELLS}
+    assert all(0 < sum(cell.row.takes_s for cell in day) <= 30 for day in days)
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+
+
+def test_the_documentation_has_this_table() -> None:
+    assert markdown() in (ROOT / "docs" / "faults.md").read_text(), "docs/faults.md: python -m tests.faults.table"
+
+
+def test_limits_that_are_no_seconds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STALL_VARIABLE, "soon")
+    with pytest.raises(ValueError, match=f"{STALL_VARIABLE} must be a number of seconds, 0 for never, got 'soon'"):
+        process_watch.__wrapped__()
