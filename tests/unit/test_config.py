@@ -101,6 +101,13 @@ def test_recommended_is_low_rank_where_the_ratio_leaves_every_matrix_rank_1(opti
     assert isinstance(beyond, SketchConfig) and beyond.candidates == "nominate"
 
 
+def test_recommended_for_a_sign_step_is_random_and_forgets() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(400))]
+    config = recommended(parameters, 60, 4, "signsgd")
+    assert isinstance(config, SketchConfig) and config.candidates == "random" and config.residual_decay == 0.95
+    assert config.k < recommended(parameters, 40, 4, "signsgd").k  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("optimizer", ["lion", None, 3])
 def test_recommended_for_other_optimizers_is_refused(optimizer: Any) -> None:
     with pytest.raises(ValueError, match="optimizer must be one of 'sgd', 'adam', 'adamw'"):
