@@ -117,7 +117,7 @@ class GradientExchange:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
-    # Whatever makes an optimizer has imported Dynamo: it takes a second. torch 2.6 takes no reason here.
+    # This imports Dynamo, which takes a second, as does making any torch optimizer. torch 2.6 takes no reason here.
     @torch.compiler.disable
     def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.

@@ -81,28 +81,24 @@ class TwoLevels:
     ) -> None:
         self._transport = transport
         with refused_together(transport):
-            split = _splitting(transport).split
+            splitting = _splitting(transport)
             _check(named, settings)
         hosts = gather_texts(transport, host if host is not None else host_name())
         firsts = [hosts.index(each) for each in hosts]  # for each rank the leader of its host
-        leaders = sorted(set(firsts))
-        if len(leaders) == 1 and config is not None:
-            config = replace(config, dense_below=ALL_DENSE)
-            if transport.rank == 0:
-                logger.warning("levels=2 with all ranks on one host: everything goes dense, nothing is compressed")
-        self._host = split(firsts[transport.rank])
-        among_leaders = split(int(transport.rank in leaders))
-        self._named = list(named)
-        self._flat = FlatParameters(self._named)
+        self._leader, self._leaders = firsts[transport.rank], sorted(set(firsts))
+        self._host = splitting.split(self._leader)
+        among_leaders = splitting.split(int(transport.rank in self._leaders))
+        if len(self._leaders) == 1 and config is not None:
+            config = _all_dense(config, transport.rank)
+        self._flat = FlatParameters(named)
         check_every = settings["check_every"]
-        self._inside = GradientExchange(self._named, None, self._host, check_every=check_every, max_skips=0)
+        self._inside = GradientExchange(named, None, self._host, check_every=check_every, max_skips=0)
         self._between: GradientExchange | None = None
         with refused_together(self._host):
             if self._host.rank == LEADER:
-                self._between = GradientExchange(self._named, config, among_leaders, **settings)
-        share = self._host.size if settings["is_sum"] else self._host.size * len(leaders) / transport.size
+                self._between = GradientExchange(named, config, among_leaders, **settings)
+        share = self._host.size if settings["is_sum"] else self._host.size * len(self._leaders) / transport.size
         self._share = torch.tensor(float(share)) if share != 1 else None  # of a host's mean in the mean of all
-        self._leaders, self._leader = leaders, firsts[transport.rank]
         self.ledger = self._between.ledger if self._between is not None else CommLedger()
         self.shard_ranks = ShardRanks(())
         self.skipped_steps = 0
@@ -119,6 +115,7 @@ class TwoLevels:
         """See :class:`~hvd_sketch.model.gradients.GradientExchange`; 0 on ranks that keep no residual."""
         return self._between.reset_coordinates if self._between is not None else 0
 
+    @torch.compiler.disable
     def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """See :meth:`GradientExchange.average`. Communication: collective, all ranks of all hosts."""
         refusal: Exception | None = None
@@ -240,6 +237,13 @@ class TwoLevels:
     def __repr__(self) -> str:
         hosts = f"{len(self._leaders)} hosts, rank {self._host.rank} of {self._host.size} on its own"
         return f"{hosts}, {self._inside!r} inside of them, {self._between!r} between them"
+
+
+def _all_dense(config: Compression, rank: int) -> Compression:
+    """There is no other host to compress for."""
+    if rank == 0:
+        logger.warning("levels=2 with all ranks on one host: everything goes dense, nothing is compressed")
+    return replace(config, dense_below=ALL_DENSE)
 
 
 def _splitting(transport: Transport) -> Splitting:

@@ -28,7 +28,6 @@ def trained(
     compression: Compression | None,
     compiled: Callable[[Any], Any],
     in_ddp: bool = False,
-    steps: int = 4,
 ) -> Tensor:
     """Parameters after a few steps; ``compiled`` is done to the model and to the step."""
     model: nn.Module = build()
@@ -38,23 +37,21 @@ def trained(
     if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(DDPState(model, optimizer), ddp_hook)
     forward, step = compiled(model), compiled(optimizer.step)
-    for number in range(steps):
+    for number in range(4):
         optimizer.zero_grad()
         loss_of(forward, transport.rank, number).backward()
         step()
     return shards(model)
 
 
-def compiles(
-    transport: Transport, names: list[str], in_ddp: bool = False, backend: str = "aot_eager"
-) -> dict[str, Any]:
+def compiles(transport: Transport, names: list[str], in_ddp: bool = False) -> dict[str, Any]:
     """Parameters of compiled and of plain trainings, by compression; and which calls broke graphs."""
     results: dict[str, Any] = {}
     for name in names:
         compression = COMPRESSIONS[name]
         torch._dynamo.reset()
         counters.clear()
-        ours = trained(transport, compression, lambda call: torch.compile(call, backend=backend), in_ddp)
+        ours = trained(transport, compression, lambda call: torch.compile(call, backend="aot_eager"), in_ddp)
         results[name] = {
             "compiled": ours,
             "plain": trained(transport, compression, lambda call: call, in_ddp),

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from hvd_sketch import DDPState, DistributedOptimizer, LowRankConfig, SketchConfig, ddp_hook
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import TorchTransport
-from tests.support.setup_targets import message_of
+from tests.support.setup_targets import error_of, message_of
 
 STEPS = 20
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}  # one for each matrix
@@ -41,16 +41,16 @@ def loss_of(model: nn.Module, rank: int, step: int, branch: int = 0) -> Tensor:
     return model(inputs, branch).square().mean()
 
 
-def wrapped(model: nn.Module, compression: Compression | None, momentum: float = 0.5) -> DistributedOptimizer:
-    inner = SGD(model.parameters(), lr=0.3, momentum=momentum)
-    return DistributedOptimizer(inner, model.named_parameters(), compression)
+def wrapped(model: nn.Module, compression: Compression | None, max_skips: int = 25) -> DistributedOptimizer:
+    inner = SGD(model.parameters(), lr=0.3, momentum=0.5)
+    return DistributedOptimizer(inner, model.named_parameters(), compression, max_skips=max_skips)
 
 
 def hooked(
-    compression: Compression | None, scaler: Any = None, **settings: Any
+    compression: Compression | None, scaler: Any = None, max_skips: int = 25, **settings: Any
 ) -> tuple[DistributedDataParallel, DistributedOptimizer]:
     model = DistributedDataParallel(Branching(), **{**SMALL_BUCKETS, **settings})
-    optimizer = wrapped(model, compression)
+    optimizer = wrapped(model, compression, max_skips)
     model.register_comm_hook(DDPState(model, optimizer, scaler), ddp_hook)
     return model, optimizer
 
@@ -118,8 +118,8 @@ def accumulates(transport: TorchTransport) -> tuple[Tensor, Tensor]:
 
 
 def skips(transport: TorchTransport) -> dict[str, Any]:
-    """A step in which one rank's gradient is NaN, with momentum that must not move anything."""
-    model, optimizer = hooked(NOMINATED, find_unused_parameters=True)
+    """A step in which one rank's gradient is NaN, with momentum that must not move anything; what too many raise."""
+    model, optimizer = hooked(NOMINATED, max_skips=2, find_unused_parameters=True)
     for step in range(3):
         optimizer.zero_grad()
         before = flat(model)
@@ -127,8 +127,13 @@ def skips(transport: TorchTransport) -> dict[str, Any]:
         (loss * float("nan") if (transport.rank, step) == (1, 2) else loss).backward()
         gradient = model.module.first.weight.grad.clone()
         optimizer.step()
+    said = ""
+    for _ in range(2):
+        optimizer.zero_grad()
+        said = error_of(lambda: (loss_of(model, transport.rank, 3) * float("nan")).backward())
     return {
         "moved": not torch.equal(before, flat(model)),
+        "said": said,
         "is nan": bool(gradient.isnan().all()),
         "skipped": optimizer.skipped_steps,
     }
