@@ -12,7 +12,7 @@ from hvd_sketch.coding import load_coding
 from hvd_sketch.exchange.base import SparseUpdate
 from hvd_sketch.kernels import load_backend, reference
 from hvd_sketch.kernels.selection import top_k
-from hvd_sketch.model.parameters import FlatParameters
+from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.transport import LocalTransport, local_transports
 
 RANKS, BITS, WIRE_RATIO = 4, 4, 150

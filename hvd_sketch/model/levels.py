@@ -20,9 +20,10 @@ from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.setup import refused_together
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_state, broadcast_tensors
+from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.model.gradients import NOTHING_TO_REPORT, GradientExchange
 from hvd_sketch.model.mesh import ShardRanks
-from hvd_sketch.model.parameters import FlatParameters, NamedParameter
+from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import is_sharded
 from hvd_sketch.transport.base import Splitting, Transport, gather_texts
 

@@ -15,7 +15,8 @@ from hvd_sketch.exchange.dense import DenseAllreduce
 from hvd_sketch.exchange.low_rank import LowRankAllreduce
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.sketched import SketchedAllreduce
-from hvd_sketch.model.parameters import FlatParameters, NamedParameter, is_dense
+from hvd_sketch.model.flat_parameters import FlatParameters
+from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.optim import LagAdamW
 from hvd_sketch.transport.base import Transport
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_sketch import CountSketch, SketchConfig, SketchedAllreduce
 from hvd_sketch import kernels as backends
 from hvd_sketch.kernels import gpu
-from hvd_sketch.model.parameters import FlatParameters
+from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.gpu.test_kernels import DEVICE
 from tests.gpu.test_kernels import poisoned_outputs as poisoned_outputs  # for these tests, too

@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
-from hvd_sketch.model import parameters as packing
+from hvd_sketch.model import flat_parameters
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.transport import LocalTransport, local_transports, run_local
 from tests.support.targets import float_gradient
@@ -25,7 +25,7 @@ RANKS = [1, 2, 3]
 def small_parts() -> Iterator[None]:
     """Parameters from 100 elements on are parts of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_ALONE", 100)
+        patch.setattr(flat_parameters, "MIN_ALONE", 100)
         yield
 
 
@@ -66,12 +66,14 @@ def test_a_gradient_may_come_in_parts(ranks: int) -> None:
 def test_a_large_plain_gradient_is_read_as_it_lies() -> None:
     model = make_model()
     backward(model, 0, 0)
-    flat = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1], in_slices=True)
+    flat = flat_parameters.FlatParameters(
+        [pair for pair in model.named_parameters() if pair[1].ndim > 1], in_slices=True
+    )
     assert [[p.numel() for p, _, _ in part] for part in flat.slices] == [[36], [270], [60, 40], [160]]
     parts = flat.pack()
     large = [p for p in model.parameters() if p.numel() >= 100]
     assert [part.data_ptr() for part in parts if part.numel() in (270, 160)] == [p.grad.data_ptr() for p in large]
-    in_one = packing.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1])
+    in_one = flat_parameters.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1])
     assert torch.equal(torch.cat(parts), in_one.pack()[0])
     assert flat.pack(weight_decay=0.1)[1].data_ptr() != large[0].grad.data_ptr()
 
