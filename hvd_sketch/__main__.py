@@ -1,30 +1,99 @@
-"""``python -m hvd_sketch``: print the version, or compile the kernels before a job needs them."""
+"""``hvd-sketch``, also ``python -m hvd_sketch``: what can be known before a run."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
+import json
+from typing import Annotated
 
-from hvd_sketch import __version__
+import typer
+from rich.console import Console
+
+from hvd_sketch.version import __version__
+
+TABLE_WIDTH = 80  # where the output is no terminal
+app = typer.Typer(
+    help="Sketched gradient exchange for PyTorch over torch.distributed, Horovod and MPI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Bad use raises ``SystemExit(2)``. Communication: none."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hvd_sketch",
-        description="Sketched gradient exchange for PyTorch over torch.distributed, Horovod and MPI.",
-    )
-    parser.add_argument("--version", action="version", version=f"hvd_sketch {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "compile the CPU kernels now and keep them (beside the package, or in NUMBA_CACHE_DIR): no job waits for it"
-    commands.add_parser("warm-up", help=text, description=text)
-    parser.parse_args(arguments)
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hvd_sketch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what stands before the command."""
+
+
+@app.command("warm-up")
+def warm_up() -> None:
+    """Compile the CPU kernels now and keep them, so that no job waits for it.
+
+    They are kept beside the package, or in NUMBA_CACHE_DIR.
+    """
     from hvd_sketch.warm_up import warm_up  # not before: it imports Numba, which --version does not need
 
-    warm_up(print)
-    return 0
+    warm_up(typer.echo)
+
+
+@app.command()
+def plan(
+    params: Annotated[float | None, typer.Option(help="How many parameters the model has, such as 90e6.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:function that makes the model, in its place.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="How many there will be, each with a link of its own.")] = 4,
+    bandwidth: Annotated[str, typer.Option(help="Of a rank's link, one way.")] = "1gbit",
+    latency: Annotated[str, typer.Option(help="Of a message between hosts.")] = "50us",
+    backward: Annotated[str, typer.Option(help="What a training step takes without its exchange.")] = "0s",
+    ratio: Annotated[float, typer.Option(help="Times fewer bytes than a dense ring, for ours.")] = 150.0,
+    launcher: Annotated[str, typer.Option(help="torch, mpi or horovod.")] = "torch",
+    calibrate: Annotated[bool, typer.Option(help="Time the local work of ours on this machine, for seconds.")] = False,
+    measure: Annotated[bool, typer.Option(help="Under a launcher: measure this job's network and local work.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Predict what an exchange takes, dense and compressed, and say whether compression pays.
+
+    Times are those of a model: bytes over bandwidth, collectives times latency, and local work.
+    """
+    from hvd_sketch.commands import plan as planning
+    from hvd_sketch.cost import NANOSECONDS
+
+    nanoseconds, is_first = NANOSECONDS, True
+    try:
+        shapes, backward_s = planning.shapes_of(params, model), planning.seconds(backward)
+        network = planning.network_of(ranks, bandwidth, latency, launcher)
+        if measure or calibrate:
+            from hvd_sketch.commands import measure as measuring
+
+            if measure:
+                network, is_first = measuring.network_of_job()
+            nanoseconds = measuring.nanoseconds_here(shapes, ratio, network.ranks)
+        made = planning.Plan(shapes, network, ratio, backward_s, nanoseconds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not is_first:
+        return
+    if as_json:
+        typer.echo(json.dumps(made.as_record(), indent=2))
+    else:
+        console = Console()
+        made.show(console if console.is_terminal else Console(width=TABLE_WIDTH))
+
+
+def main() -> None:
+    """The console script. Bad use exits with status 2."""
+    app(prog_name="hvd-sketch")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS
+from benchmarks.methods import FEW_BIT_RATIO, METHODS
 from benchmarks.network.checks import check
 from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together
+from benchmarks.network.plan_check import PLANNED
 from benchmarks.network.records import Record, Records, environment
+from hvd_sketch.commands.measure import probed, seconds_of_step
+from hvd_sketch.cost import configurations
 from hvd_sketch.exchange.base import Exchange, Parameters
 from hvd_sketch.transport import Transport, resolve_transport
 
@@ -42,13 +45,23 @@ def main(
         check(method, transport, inputs)
         exchanges = Exchanges(method, clocked, transport, inputs)
         exchanges.split()  # compiles what only it takes
+        probe = probe_of(name, transport, matrices(dim))
         for rate in rates:
             shape_together(transport, lab, rate)
             about = {"method": name, "transport": transport_name, "dim": dim, "hosts": hosts, "rate": rate}
-            measured = exchanges.measure(repeats, budget_s)
+            measured = exchanges.measure(repeats, budget_s) | {"probe": probe}
             if transport.rank == 0:
                 kept.append(about | measured | environment())
                 print(about | measured, flush=True)
+
+
+def probe_of(name: str, transport: Transport, parameters: Parameters) -> Record:
+    """What ``hvd-sketch plan --measure`` measures of this job, for plan_check.py. Communication: collective."""
+    carrier, method = probed(transport), PLANNED.get(name)
+    shapes = [shape for _, shape, _ in parameters]
+    config = configurations(shapes, FEW_BIT_RATIO, transport.size).get(method) if method else None
+    local_s = None if config is None else slowest(transport, seconds_of_step(config, shapes))[0]
+    return {"collective_s": carrier.collective_s, "bytes_per_s": carrier.bytes_per_s, "local_s": local_s}
 
 
 @lru_cache(maxsize=1)

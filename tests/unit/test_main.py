@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 import hvd_sketch
-from hvd_sketch.__main__ import main
+from hvd_sketch.__main__ import app
 
 
 def test_version() -> None:
@@ -17,23 +19,30 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"hvd_sketch {hvd_sketch.__version__}\n"), done.stderr
 
 
-def test_help_names_the_commands(capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    assert "warm-up" in capsys.readouterr().out
+def run(*arguments: str) -> tuple[int, str]:
+    """The exit status, and what was printed."""
+    done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.output
+
+
+def test_help_names_the_commands() -> None:
+    status, text = run("--help")
+    assert status == 0 and "warm-up" in text and "plan" in text
 
 
 @pytest.mark.parametrize("arguments", [[], ["cool-down"], ["--speed"], ["warm-up", "now"]])
-def test_bad_use_exits_with_2(capsys, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "usage: python -m hvd_sketch" in capsys.readouterr().err
+def test_bad_use_exits_with_2(arguments: list[str]) -> None:
+    status, text = run(*arguments)
+    assert status == 2 and "Usage: " in text
 
 
-def test_warm_up_compiles_the_kernels_and_says_what(capsys, monkeypatch) -> None:
+def test_the_installed_command_is_the_same() -> None:
+    command = [Path(sys.executable).with_name("hvd-sketch"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"hvd_sketch {hvd_sketch.__version__}\n"), done.stderr
+
+
+def test_warm_up_compiles_the_kernels_and_says_what(monkeypatch) -> None:
     kernels = SimpleNamespace(warm_up=lambda tell: tell("compiling sketch_row"))
     monkeypatch.setitem(sys.modules, "hvd_sketch.warm_up", kernels)
-    assert main(["warm-up"]) == 0
-    assert capsys.readouterr().out == "compiling sketch_row\n"
+    assert run("warm-up") == (0, "compiling sketch_row\n")
