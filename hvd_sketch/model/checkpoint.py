@@ -96,7 +96,7 @@ def save_checkpoint(
     if optimizer.transport.rank == 0:
         kind = type(optimizer.inner).__name__
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
-    step = _step_of(everyone)
+    step = step_of(everyone)
     require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint")
     folder = _make_folder(root, step, comm)
     try:
@@ -182,7 +182,7 @@ def _read(folder: Folder, name: str, manifest: dict[str, Any], model: nn.Module)
     return globalized(read_state(folder, name, manifest), like=model.parameters())
 
 
-def _step_of(state: dict[str, Any]) -> int:
+def step_of(state: dict[str, Any]) -> int:
     """How many steps an optimizer had made when it gave its state."""
     return next(state[STATE_KEY][kind]["step"] for kind in ("sketched", "dense") if state[STATE_KEY][kind] is not None)
 

@@ -40,7 +40,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
     assert (tmp_path / NOTE).exists(), f"rank 1 did not come to its failure:\n{output}"
     assert status != 0, output
     assert elapsed_s < cell.row.within_s, f"the job ended {elapsed_s:.1f} s after its fault:\n{output}"
-    assert all(int(waited) <= STALL_S + 5 for waited in re.findall(r"has waited for (\d+) s", output)), output
+    assert all(int(waited) <= STALL_S + 5 for waited in re.findall(r"has waited for (\d+) s for", output)), output
     wait_until(lambda: not processes_of(tmp_path))
     if cell.what == "kill@save":
         assert_goes_on(tmp_path / "checkpoints")

@@ -1,0 +1,144 @@
+"""Elastic Horovod: a job whose hosts come and go, with residuals that survive (``import hvd_sketch.elastic``)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from horovod.common.exceptions import HostsUpdatedInterrupt
+from horovod.torch.elastic.state import TorchState
+
+from hvd_sketch.config import Compression
+from hvd_sketch.model.broadcast import broadcast_optimizer_state
+from hvd_sketch.model.checkpoint import step_of
+from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
+from hvd_sketch.model.parameters import NamedParameter
+from hvd_sketch.transport import HorovodTransport, Transport
+
+logger = logging.getLogger(__name__)
+
+
+class SketchState(TorchState):
+    """What ``hvd.elastic.run`` carries from one set of ranks to the next::
+
+        state = SketchState(model, torch.optim.SGD(model.parameters(), lr=0.1), compression=compression, batch=0)
+
+        @hvd.elastic.run
+        def train(state):
+            for state.batch in range(state.batch, batches):
+                ...
+                state.optimizer.step()
+                state.commit()
+
+    After a reset parameters, the wrapped optimizer's state and the objects are rank 0's. Every rank that was there
+    before keeps its momentum and its residual, multiplied by the new number of ranks over the old one: the averaged
+    update that is still to come stays the same. A new rank begins with zeros. What a lost rank had not sent is lost,
+    and rank 0 says so.
+
+    Communication: :meth:`commit` and :meth:`sync` are collective, and so is what ``hvd.elastic.run`` does.
+
+    Args:
+        model: of every rank.
+        optimizer: a plain torch optimizer of its parameters, which is wrapped anew after every reset.
+        compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
+        arguments: others of its arguments, by name.
+        **objects: by name, what else is to be carried; they become attributes.
+
+    Attributes:
+        model: as given.
+        optimizer: a :class:`~hvd_sketch.DistributedOptimizer` over the ranks of now; None before ``hvd.elastic.run``.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        compression: Compression | None = None,
+        named_parameters: Iterable[NamedParameter] | None = None,
+        arguments: dict[str, Any] | None = None,
+        **objects: Any,
+    ) -> None:
+        named = list(named_parameters if named_parameters is not None else model.named_parameters())
+        self._inner = optimizer
+        self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
+        self._committed: dict[str, Any] | None = None  # state of the optimizer
+        self._kept: dict[str, Any] | None = None  # with which it goes on after a reset
+        self._ranks = 0  # over which the optimizer was wrapped last
+        super().__init__(model=model, **objects)
+        del self._saved_state["optimizer"]  # ours is no object to send
+        self.optimizer: Any = None
+
+    def save(self) -> None:
+        """Remember everything as it is now. Communication: none."""
+        if self.optimizer is not None:
+            self._committed = copy.deepcopy(self.optimizer.state_dict())
+        super().save()
+
+    def restore(self) -> None:
+        """Go back to what was saved last. Communication: none."""
+        self._kept = self._committed
+        if self._committed is not None:
+            self._inner.load_state_dict({k: v for k, v in self._committed.items() if k != STATE_KEY})
+        super().restore()
+
+    def check_host_updates(self) -> None:
+        try:
+            super().check_host_updates()
+        except HostsUpdatedInterrupt:
+            raise HostsUpdatedInterrupt(skip_sync=False) from None  # the optimizer is wrapped anew in any case
+
+    def reset(self) -> None:
+        """Called after the ranks have changed, before :meth:`sync`. Communication: none."""
+        if self._kept is None and self.optimizer is not None:
+            self._kept = copy.deepcopy(self.optimizer.state_dict())
+        self.optimizer = None
+
+    def sync(self) -> None:
+        """Make the ranks of now equal, and wrap the optimizer over them. Communication: collective."""
+        super().sync()
+        transport = HorovodTransport()
+        broadcast_optimizer_state(self._inner, 0, transport)
+        self.optimizer = self._wrap(transport=transport)
+        self._go_on(transport)
+        self._kept, self._ranks = None, transport.size
+        self.save()
+
+    def _go_on(self, transport: Transport) -> None:
+        """Load what this rank has kept, or zeros, at rank 0's step. Communication: collective."""
+        own = self._kept if self._kept is not None else self.optimizer.state_dict()
+        ranks, has_kept = transport.allgather(torch.tensor([[self._ranks, self._kept is not None]])).unbind(1)
+        step = int(transport.broadcast_(torch.tensor([step_of(own)])))
+        if not bool(has_kept.any()):
+            return
+        before = int(ranks.max())
+        exchanged = _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
+        if self._kept is None:
+            exchanged = _at_step(exchanged, step)
+        self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged})
+        self.optimizer.take_over_state(0)
+        lost = before - int(has_kept.sum())
+        if transport.rank == 0 and lost:
+            logger.warning(
+                "%d of %d ranks are gone, and with them what they had not sent: the others go on from step %d.",
+                *(lost, before, step),
+            )
+
+
+def _for_other_ranks(state: dict[str, Any], transport: Transport, factor: float) -> dict[str, Any]:
+    """One rank's own state of an exchange as that of a rank of now, momentum and residual times a factor."""
+    sketched = state["sketched"]
+    if sketched is None:
+        return state
+    kept = {name: sketched[name] * factor for name in ("u", "v") if name in sketched}
+    return {**state, "sketched": {**sketched, **kept, "rank": transport.rank, "size": transport.size}}
+
+
+def _at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
+    """The state of a new rank, as if it had made so many steps."""
+    stepped = {kind: {**state[kind], "step": step} for kind in ("sketched", "dense") if state[kind] is not None}
+    return {**state, **stepped}

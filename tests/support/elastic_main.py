@@ -1,0 +1,90 @@
+"""A job of two ranks that a third one joins and leaves again, by a kill; run by test_elastic.py under horovodrun.
+
+Arguments: the file that says which hosts there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_sketch import SketchConfig
+from hvd_sketch.elastic import SketchState
+
+FIRST_HOST, SECOND_HOST = "localhost:2", "127.0.0.1:1"
+
+
+class Watched(SketchState):
+    """Compares what a rank has after a reset with what it had."""
+
+    before: tuple[torch.Tensor, int] | None = None  # residual, and the number of ranks
+
+    def restore(self) -> None:
+        super().restore()
+        kept = self._kept["hvd_sketch"]["sketched"]
+        self.before = kept["v"].clone(), kept["size"]
+
+    def sync(self) -> None:
+        if self.before is None and self.optimizer is None and self._kept is not None:
+            self.before = self._kept["hvd_sketch"]["sketched"]["v"].clone(), self._ranks
+        super().sync()
+        residual = self.optimizer.exchange.residual
+        if self.before is None:
+            assert not bool(residual.any()), "a new rank begins with zeros"
+        else:
+            was, ranks = self.before
+            torch.testing.assert_close(residual, was * hvd.size() / ranks)
+            print(f"rank {hvd.rank()} of {hvd.size()} kept its residual, times {hvd.size() / ranks:.4f}", flush=True)
+        self.before = None
+        assert_equal_everywhere(self)
+
+
+def assert_equal_everywhere(state: Any) -> None:
+    """Parameters, momenta, learning rate and number of the step."""
+    buffers = [each["momentum_buffer"] for each in state.optimizer.state.values() if "momentum_buffer" in each]
+    numbers = torch.tensor([state.optimizer.param_groups[0]["lr"], float(state.optimizer.exchange.step_number)])
+    own = torch.cat([each.detach().flatten() for each in (*state.model.parameters(), *buffers, numbers)])
+    every = hvd.allgather(own.unsqueeze(0))
+    assert bool((every == every[0]).all())
+
+
+def main(hosts: Path) -> None:
+    hvd.init()
+    torch.manual_seed(os.getpid())
+    model = torch.nn.Linear(40, 30)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, nesterov=True)
+    config = SketchConfig(k=20, candidates="nominate", dense_below=8)
+    state = Watched(model, inner, compression=config, batch=0, seen=[])
+
+    @hvd.elastic.run
+    def train(state: Any) -> None:
+        state.seen = [*state.seen, hvd.size()]
+        begun = state.batch
+        while state.batch < begun + 6 or state.seen != [2, 3, 2]:
+            state.optimizer.zero_grad()
+            model(torch.ones(4, 40) * (1 + hvd.rank())).square().mean().backward()
+            if state.batch > begun + 3 and os.environ["HOROVOD_HOSTNAME"] == SECOND_HOST.split(":")[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            state.optimizer.step()
+            state.batch += 1
+            inner.param_groups[0]["lr"] *= 0.99
+            if state.batch == 4 and hvd.rank() == 0:
+                hosts.write_text(f"{FIRST_HOST}\n{SECOND_HOST}\n")
+            time.sleep(0.1)
+            if state.batch % 2 == 0:
+                state.commit()
+        assert_equal_everywhere(state)
+
+    train(state)
+    print(f"rank {hvd.rank()} ends after {state.seen}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
