@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,8 +87,38 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.as_record(), indent=2))
     else:
-        console = Console()
-        made.show(console if console.is_terminal else Console(width=TABLE_WIDTH))
+        made.show(_console())
+
+
+@app.command()
+def doctor(
+    hosts: Annotated[Path | None, typer.Option(help="Host file: also look at these by ssh.", exists=True)] = None,
+    self_test: Annotated[bool, typer.Option(help="Exchange between two ranks under every launcher.")] = True,
+    bundle: Annotated[Path | None, typer.Option(help="Also write a text file to attach to a report.")] = None,
+    names: Annotated[bool, typer.Option(help="Leave host names and paths in the bundle.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Look for what is wrong with this machine, and say how to mend it.
+
+    Exit status 1 where something is wrong.
+    """
+    from hvd_sketch.commands import doctor as examining
+
+    lines = hosts.read_text().splitlines() if hosts is not None else []
+    found = examining.examine([line.split()[0] for line in lines if line.split("#")[0].strip()], self_test)
+    if bundle is not None:
+        examining.write_bundle(found, bundle, names)
+    if as_json:
+        typer.echo(examining.as_json(found))
+    else:
+        examining.show(found, _console())
+    raise typer.Exit(any(finding.state == "wrong" for finding in found))
+
+
+def _console() -> Console:
+    """For tables: as wide as the terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=TABLE_WIDTH)
 
 
 def main() -> None:

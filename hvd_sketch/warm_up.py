@@ -49,11 +49,11 @@ def warm_up(report: Report | None = None) -> None:
     Modifies: files in Numba's cache. Communication: none.
     """
     marker = _marker()
-    if marker.exists():
+    if is_warm():
         return
     report = report or (lambda sentence: None)
     with _one_process(marker.parent, report):
-        if not marker.exists():
+        if not is_warm():
             _compile(report)
             with suppress(OSError):  # without a marker the next process calls every kernel
                 marker.touch()
@@ -71,6 +71,11 @@ def _compile(report: Report) -> None:
 def _compiled() -> int:
     """How many kernels this process has compiled because the cache did not hold them."""
     return sum(sum(kernel.stats.cache_misses.values()) for kernel in cached_kernels())
+
+
+def is_warm() -> bool:
+    """Whether the cache holds every kernel."""
+    return _marker().exists()
 
 
 @cache

@@ -1,0 +1,40 @@
+"""What every rank of ``hvd-sketch doctor``'s jobs runs: some steps, of which nothing is lost and all ranks agree."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from hvd_sketch import SketchConfig, SketchedAllreduce
+from hvd_sketch.transport import resolve_transport
+
+DIM, STEPS = 10_000, 20
+CLOSE = 1e-4
+
+
+def main(transport_name: str) -> int:
+    """Returns the exit status. Communication: collective, all ranks."""
+    transport = resolve_transport(transport_name)
+    exchange = SketchedAllreduce(SketchConfig.for_wire_ratio(20, DIM, transport.size), DIM, transport)
+    random = torch.Generator().manual_seed(transport.rank)
+    produced, sent = torch.zeros(DIM), torch.zeros(DIM)
+    for _ in range(STEPS):
+        gradient = torch.randn(DIM, generator=random)
+        produced += gradient
+        update = exchange.step(gradient)
+        sent[update.indices] += update.values
+    left = transport.allreduce_(produced - exchange.residual) / transport.size
+    equal = torch.equal(transport.broadcast_(sent.clone()), sent)
+    lost = float((left - sent).abs().max())
+    if not equal or lost > CLOSE:
+        print(
+            f"rank {transport.rank}: updates are {'' if equal else 'not '}equal, {lost:.2g} was lost", file=sys.stderr
+        )
+        return 1
+    print(f"rank {transport.rank} of {transport.size}: ok")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
