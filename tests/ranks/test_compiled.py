@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvd_sketch.transport import run_local
-from tests.support.compiled_targets import COMPRESSIONS, compiles
+from tests.support.compiled_targets import compiles
 from tests.support.worlds import register
 
 TARGETS = "tests.support.compiled_targets"
@@ -23,7 +23,7 @@ def assert_compiled(result: dict[str, Any]) -> None:
     assert any("GradientExchange.average" in reason for reason in result["breaks"]), result["breaks"]
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", ["dense", "sketched"])
 def test_on_one_rank(compression: str) -> None:
     (results,) = run_local(1, partial(compiles, names=[compression]), 120)
     assert_compiled(results[compression])

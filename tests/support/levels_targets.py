@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from hvd_sketch.model.levels import HOST_VARIABLE
 from hvd_sketch.transport import Transport
 from tests.support.setup_targets import error_of, message_of
 from tests.support.toy import Toy, integers
+from tests.support.wire import Scales
 
 STEPS = 6
 COMPRESSIONS: dict[str, Compression | None] = {
@@ -233,3 +235,21 @@ def refused(transport: Transport) -> dict[str, str]:
             )
         ),
     }
+
+
+def weighs(transport: Transport) -> dict[str, Any]:
+    """What this host's interface sends in a few dense steps with one level and with two, and what the ledger says."""
+    result: dict[str, Any] = {"host": socket.gethostname()}
+    for levels in (1, 2):
+        model = nn.Linear(1000, 1000, bias=False)
+        inner = SGD(model.parameters(), lr=0.0)
+        optimizer = DistributedOptimizer(inner, None, None, transport, check_every=0, levels=levels)
+        gradient = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(transport.rank))
+        scales = Scales(transport)
+        with scales.weigh("steps"):
+            for _ in range(3):
+                model.weight.grad = gradient.clone()
+                optimizer.step()
+        sent, packets, _ = scales.weighed["steps"]
+        result[str(levels)] = {"sent": (sent, packets), "modelled": optimizer.ledger.totals().wire_bytes}
+    return result
