@@ -192,16 +192,26 @@ def test_ranks_that_split_parameters_differently_all_raise() -> None:
     assert all("dense_below" in message for message in run_local(2, rank_main, LIMIT_S))
 
 
+class Momentous(RAdam):
+    """Of a class that nobody knows."""
+
+
 @pytest.mark.parametrize(
     ("inner", "sketch", "message"),
     [
         (lambda p: SGD(p, momentum=0.9), {}, "SGD has momentum, with which candidates='sketch' train worse"),
         (lambda p: SGD(p, momentum=0.9), {"candidates": "nominate"}, None),
-        (lambda p: RAdam(p), {"momentum": 0.5}, "momentum is applied twice: RAdam has 0.9"),
+        (lambda p: Momentous(p), {"momentum": 0.5}, "momentum is applied twice: Momentous has 0.9"),
         (lambda p: SGD(p, weight_decay=0.1), {"weight_decay": 0.2}, "weight decay is applied twice: SGD has 0.1"),
         (lambda p: SGD(p), {"momentum": 0.5, "weight_decay": 0.1}, None),
-        (lambda p: RAdam(p, betas=(0.0, 0.9)), {"momentum": 0.5}, None),
+        (lambda p: Momentous(p, betas=(0.0, 0.9)), {"momentum": 0.5}, None),
+        (
+            lambda p: RAdam(p),
+            {},
+            "RAdam takes an arriving sum over many steps for the gradient of one, and trains worse",
+        ),
         (lambda p: AdamW(p, weight_decay=0.1), {"candidates": "nominate"}, "candidates='nominate': a loss of 2.46"),
+        (lambda p: RAdam(p), {}, "has not been shown to train"),
         (lambda p: Adam(p), {}, "Adam takes an arriving sum over many steps for the gradient of one"),
         (lambda p: LagAdamW(p), {}, "LagAdamW trains worse with candidates='sketch'"),
         (lambda p: LagAdamW(p), {"candidates": "nominate"}, None),

@@ -93,7 +93,7 @@ def test_bad_ratios(value: object) -> None:
             make()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_recommended_is_low_rank_where_the_ratio_leaves_every_matrix_rank_1(optimizer: Any) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(400, 400))]
     assert isinstance(recommended(parameters, 1000, 4, optimizer), LowRankConfig)
