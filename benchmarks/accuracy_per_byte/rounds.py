@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_per_byte.methods import Place
-from benchmarks.accuracy_per_byte.training import Training, optimizer_for, rate_at, set_rate
+from benchmarks.accuracy_per_byte.steps import Training, optimizer_for, rate_at, set_rate
 from hvd_sketch import LocalSteps
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.routes import make_exchange

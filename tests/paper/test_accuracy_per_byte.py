@@ -16,8 +16,9 @@ from benchmarks.accuracy_per_byte.methods import METHODS, place_of
 from benchmarks.accuracy_per_byte.plans import groups_at, targets
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.schedule import run_all
+from benchmarks.accuracy_per_byte.steps import Training, optimizer_for, rate_at, set_rate
 from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
-from benchmarks.accuracy_per_byte.training import Training, optimizer_for, rate_at, set_rate, train
+from benchmarks.accuracy_per_byte.training import train
 from benchmarks.methods.top_k import CodedTopK
 from hvd_sketch import SketchConfig
 from hvd_sketch.model.gradients import GradientExchange

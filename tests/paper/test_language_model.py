@@ -16,9 +16,10 @@ from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.models import Transformer
 from benchmarks.accuracy_per_byte.plans import PLANS
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
+from benchmarks.accuracy_per_byte.steps import rate_at
 from benchmarks.accuracy_per_byte.subjects import TEXT
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.accuracy_per_byte.training import begin, rate_at, train
+from benchmarks.accuracy_per_byte.training import begin, train
 from benchmarks.methods.demo import cosines, from_tiles, to_tiles
 
 STEPS = 16
