@@ -215,8 +215,8 @@ def check_horovods_broadcast_of_a_fresh_optimizer(t: Transport) -> None:
         for sketch in COMPRESSIONS:
             model = network()
             inner = make(model.parameters())
-            inner.param_groups[0]["lr"] *= 1 + t.rank
             optimizer = DistributedOptimizer(inner, model.named_parameters(), sketch, t)
+            inner.param_groups[0]["lr"] *= 1 + t.rank
             hvd.broadcast_optimizer_state(optimizer, root_rank=1)
             assert_same_parameters(model, network())
             assert optimizer.param_groups[0]["lr"] == inner.defaults["lr"] * 2
