@@ -57,7 +57,7 @@ class Method:
         inner: what steps the language model. Other tasks have SGD, and only methods with ``"adam"`` here.
         every: 1: gradients are exchanged. More: the ranks take as many steps each by itself, and then exchange what has
             become of their parameters, by :class:`hvd_sketch.LocalSteps`.
-        outer: the optimizer that ends a round; None: the library's own.
+        outer: makes the optimizer that ends a round; default: the library's own.
         fixed_ratio: of a method whose bytes cannot be chosen.
         rate_factor: of the task's learning rate at which the search begins.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
