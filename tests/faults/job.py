@@ -30,7 +30,7 @@ IN_STEP = ("agree", "second", "third", "fourth", "fifth", "last")  # before a st
 POINTS = (
     *("start", "connected", "set-up", "broadcast", "data", "backward"),
     *IN_STEP,
-    *("in flight", "averaged", "update", "save"),
+    *("in flight", "accumulate", "averaged", "update", "save"),
 )
 NOTE = "failed_at"
 
@@ -115,12 +115,16 @@ class Job:
         inner = torch.optim.SGD(self._model.parameters(), lr=0.1)
         sketch = SketchConfig.paper(cols=300, k=60, momentum=0.0)
         self._optimizer = DistributedOptimizer(inner, self._model.named_parameters(), sketch, self._transport)
+        exchange: Any = self._optimizer.exchange
+        exchange.accumulate = partial(self._accumulate, exchange.accumulate)
+        self._now = fault  # of the step that is under way
         self._transport.before = partial(fault.reach, "broadcast")
         broadcast_parameters(self._model.state_dict(), 0, self._transport)
         self._transport.before = lambda: None
 
     def step(self, step: int) -> None:
         fault = self._fault if step == FAILING_STEP else Fault("kill", "nowhere", self._folder)
+        self._now = fault
         fault.reach("data")
         self._optimizer.zero_grad()
         loss = self._model(torch.randn(16, 40)).square().mean()
@@ -134,6 +138,10 @@ class Job:
         self._optimizer.register_step_pre_hook(lambda *arguments: fault.reach("update"))
         with self._optimizer.skip_synchronize():
             self._optimizer.step()
+
+    def _accumulate(self, accumulate: Callable[..., None], *arguments: Any) -> None:
+        self._now.reach("accumulate")
+        accumulate(*arguments)
 
     def save(self) -> None:
         save_checkpoint(self._folder / "checkpoints", self._model, self._optimizer)
