@@ -9,7 +9,7 @@ usage: launch/test.sh [pytest arguments]
 
 Runs launch/setup.sh, then pytest on tests/. Examples: launch/test.sh -x -k hash; launch/test.sh -m "not multiprocess"
 
-  HVD_SKETCH_TEST_LIMIT_S   seconds after which the whole run is ended as failed (default: 4500)
+  HVD_SKETCH_TEST_LIMIT_S   seconds after which the whole run is ended as failed (default: 4800)
 EOF
 }
 
@@ -17,7 +17,7 @@ main() {
     case ${1:-} in
         -h | --help) usage && exit 0 ;;
     esac
-    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4500} foreground=''
+    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4800} foreground=''
     need_count HVD_SKETCH_TEST_LIMIT_S "$limit"
     "$checkout/launch/setup.sh"
     # shellcheck source=launch/env.sh
@@ -33,7 +33,7 @@ main() {
     case ${1:-} in
         -h | --help) usage && exit 0 ;;
     esac
-    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4500} foreground=''
+    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4800} foreground=''
     need_count HVD_SKETCH_TEST_LIMIT_S "$limit"
     "$checkout/launch/setup.sh"
     # shellcheck source=launch/env.sh

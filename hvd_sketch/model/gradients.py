@@ -101,6 +101,8 @@ class GradientExchange:
             self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype, make=make
         )
         self._lead = self._exchanges[0]  # agrees on every step for both
+        # No decorator: it imports Dynamo, which changes the filters of warnings. Every torch optimizer has imported it.
+        self.average = torch.compiler.disable(self.average)  # type: ignore[method-assign]
 
     @property
     def compressed(self) -> ResidualExchange | None:
@@ -117,8 +119,6 @@ class GradientExchange:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
-    # This imports Dynamo, which takes a second, as does making any torch optimizer. torch 2.6 takes no reason here.
-    @torch.compiler.disable
     def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
 

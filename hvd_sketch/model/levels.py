@@ -105,6 +105,7 @@ class TwoLevels:
         self.skipped_steps = 0
         self._had_data = True  # in the last step
         self._is_over = False
+        self.average = torch.compiler.disable(self.average)  # type: ignore[method-assign]
 
     @property
     def compressed(self) -> ResidualExchange | None:
@@ -116,7 +117,6 @@ class TwoLevels:
         """See :class:`~hvd_sketch.model.gradients.GradientExchange`; 0 on ranks that keep no residual."""
         return self._between.reset_coordinates if self._between is not None else 0
 
-    @torch.compiler.disable
     def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
         """See :meth:`GradientExchange.average`. Communication: collective, all ranks of all hosts."""
         refusal: Exception | None = None
