@@ -32,7 +32,7 @@ def recommended(
     the rate of Adam.
 
     Evidence (benchmarks/results/accuracy_per_byte; per cent, three seeds), for low rank, nominated, random and dense:
-    at 150 times fewer bytes MNIST 96.6, 96.1, 96.2, 96.8; CIFAR-10 in 1,500 steps 66.8, 66.1, 66.4, 67.8; with 16 ranks
+    at 150 times fewer bytes MNIST 96.6, 96.1, 96.2, 96.8; CIFAR-10 in 1,500 steps 68.0, 66.1, 66.4, 68.3; with 16 ranks
     in 300 steps 51.3, 48.5, 49.5, 53.2; at 1,000 times, 2 million parameters, 58.2, 57.3, 51.9, 61.1.
 
     With Adam at 60 times fewer bytes, losses of a character transformer after 300 and 1,500 steps: low rank 2.37 and
