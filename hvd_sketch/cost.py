@@ -35,7 +35,7 @@ class Carrier:
     bytes_per_s: float
 
 
-CARRIERS = {"mpi": Carrier(80e-6, 1.6e9), "torch": Carrier(1.3e-3, 0.8e9), "horovod": Carrier(1.3e-3, 0.8e9)}
+CARRIERS = {"mpi": Carrier(80e-6, 1.6e9), "torch": Carrier(1.6e-3, 0.8e9), "horovod": Carrier(1.6e-3, 0.8e9)}
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ NANOSECONDS = {
     "bf16": 1.2,
     "topk": 7.0,
     "powersgd": 4.5,
-    "nominate": 4.0,
-    "lowrank": 3.5,
-    "random": 1.5,
-    "sketch": 7.0,
-    "paper": 6.0,
+    "nominate": 2.3,
+    "lowrank": 5.7,
+    "random": 2.7,
+    "sketch": 3.0,
+    "paper": 2.5,
 }
 COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "paper": 7}  # of a step
 

@@ -18,6 +18,7 @@ from hvd_sketch.transport import Transport, local_transports, resolve_transport
 LARGEST_TIMED = 4_000_000  # coordinates
 LEAST_S = 0.3  # of every measurement
 LEAST_REPEATS = 5
+SMALL_FLOATS = 64
 PROBE_FLOATS = 1 << 20  # of the whole vector: 4 MiB, as much as a large step sends
 
 
@@ -65,8 +66,14 @@ def probed(transport: Transport) -> Carrier:
 
     Communication: collective, all ranks; some seconds.
     """
-    small, large = torch.zeros(1), torch.zeros(transport.size, PROBE_FLOATS // transport.size)
-    collective_s = _slowest(transport, lambda: transport.allreduce_(small))
+    small, shares = torch.zeros(SMALL_FLOATS), torch.zeros(transport.size, SMALL_FLOATS)
+    large = torch.zeros(transport.size, PROBE_FLOATS // transport.size)
+    kinds: list[Callable[[], object]] = [
+        lambda: transport.allreduce_(small),
+        lambda: transport.allgather(small),
+        lambda: transport.reduce_scatter(shares),
+    ]
+    collective_s = statistics.mean(_slowest(transport, collective) for collective in kinds)
     whole_s = _slowest(transport, lambda: transport.reduce_scatter(large))
     moved = 4 * large.numel() * (transport.size - 1) / transport.size
     return Carrier(collective_s, moved / max(whole_s - collective_s, 1e-9))
