@@ -2,6 +2,9 @@
 
 The functions of the backend run with launches replaced by compilations, so that what is compiled are the
 variants that they launch. To be run by itself: under Triton's interpreter nothing is compiled.
+
+Two processes compile at once. Only kernels whose instructions are looked at are disassembled, each variant once:
+half a second each, where a compilation takes as long.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +33,14 @@ from hvd_sketch.kernels import gpu
 from hvd_sketch.kernels.lag_adam import Settings, State, by_triton_
 
 HOPPER = GPUTarget("cuda", 90, 32)
+LIMIT_S = 500
+DISASSEMBLED = ("feedback", "accumulate", "dequantize_sum")  # by test_kernels_compile_for_a_gpu
+HASHES = (
+    BlockHash(1 << 16, 3, 1 << 13),  # as in training: blocks of 256
+    BlockHash(100_003, 4, 5_001, 3),  # lengths that are multiples of nothing
+    BlockHash(1_000, 9, 70, 2),  # the most rows of a network; blocks of 8
+    BlockHash(100, 1, 1),  # blocks of 1
+)
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -34,50 +48,57 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def report(compiled: Any) -> dict[str, Any]:
-    """Bytes of stack and local memory, where spilled registers go, and the machine instructions."""
+def report(compiled: Any, is_disassembled: bool) -> dict[str, Any]:
+    """Bytes of stack and local memory, where spilled registers go, and perhaps the machine instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage", file.name))
         instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
-        code = re.findall(instruction, cuobjdump("-sass", file.name), re.MULTILINE)
-    return {name: int(value) for name, value in usage} | {"instructions": code}
+        code = cuobjdump("-sass", file.name) if is_disassembled else ""
+    return {name: int(value) for name, value in usage} | {"instructions": re.findall(instruction, code, re.MULTILINE)}
 
 
 def compile_all() -> list[dict[str, Any]]:
-    compiled: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(2) as pool:
+        launches = [launch_others, *(partial(launch_all, hash) for hash in HASHES)]
+        return [kernel for kernels in pool.map(compiled_by, launches, timeout=LIMIT_S) for kernel in kernels]
+
+
+def compiled_by(launch: Callable[[], None]) -> list[dict[str, Any]]:
+    """Reports of the variants that a function launches, each once."""
+    reports: dict[str, dict[str, Any]] = {}
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        result = kernel.warmup(*arguments, grid=(max(programs, 1),), **constants)
-        compiled.append({"name": kernel.fn.__name__, "constants": constants, **report(result)})
+        compiled, name = kernel.warmup(*arguments, grid=(max(programs, 1),), **constants), kernel.fn.__name__
+        if compiled.hash not in reports:
+            about = {"name": name, "constants": constants}
+            reports[compiled.hash] = about | report(compiled, name in DISASSEMBLED)
 
     device = SimpleNamespace(
         get_current_target=lambda: HOPPER, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     driver.set_active(device)
     with mock.patch.object(gpu, "_launch", compile_only), mock.patch.object(torch, "empty", torch.zeros):
-        for hash in (
-            BlockHash(1 << 16, 3, 1 << 13),  # as in training: blocks of 256
-            BlockHash(100_003, 4, 5_001, 3),  # lengths that are multiples of nothing
-            BlockHash(1_000, 9, 70, 2),  # the most rows of a network; blocks of 8
-            BlockHash(100, 1, 1),  # blocks of 1
-        ):
-            launch_all(hash)
-        many_rows = BlockHash(1 << 16, 12, 1 << 13)
-        gpu.estimate(many_rows, torch.zeros(many_rows.table_shape), 0, many_rows.dim)
-        for dtype in gpu.DTYPES:
-            targets, starts, values = [torch.zeros(99, dtype=dtype)] * 3, torch.zeros(4).long(), torch.zeros(297)
-            gpu.scatter_(targets, starts, torch.arange(297), values)
-        far = BlockHash(1 << 34, 3, 1 << 13)
-        table, v, start = torch.zeros(far.table_shape), torch.zeros(1000), far.dim - 1000
-        gpu.accumulate_atomic_(far, table, v, start)
-        gpu.accumulate_gather_(far, table, v, start)
-        gpu.estimate(far, table, start, far.dim)
-        gpu_probes.hash_only(many_rows, table.device)
-        for adding in (False, True):
-            gpu_probes.walk(v, 2, adding)
-    return compiled
+        launch()
+    return list(reports.values())
+
+
+def launch_others() -> None:
+    """What does not depend on a hash, and hashes of extreme sizes."""
+    many_rows = BlockHash(1 << 16, 12, 1 << 13)
+    gpu.estimate(many_rows, torch.zeros(many_rows.table_shape), 0, many_rows.dim)
+    for dtype in gpu.DTYPES:
+        targets, starts, values = [torch.zeros(99, dtype=dtype)] * 3, torch.zeros(4).long(), torch.zeros(297)
+        gpu.scatter_(targets, starts, torch.arange(297), values)
+    far = BlockHash(1 << 34, 3, 1 << 13)
+    table, v, start = torch.zeros(far.table_shape), torch.zeros(1000), far.dim - 1000
+    gpu.accumulate_atomic_(far, table, v, start)
+    gpu.accumulate_gather_(far, table, v, start)
+    gpu.estimate(far, table, start, far.dim)
+    gpu_probes.hash_only(many_rows, table.device)
+    for adding in (False, True):
+        gpu_probes.walk(v, 2, adding)
 
 
 def launch_all(hash: BlockHash) -> None:

@@ -15,11 +15,11 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0000001, -2.0, 1e-45, -1e-38, 3e38, np.inf, -
 
 
 @st.composite
-def hashes(draw: st.DrawFn, most: int = 10_000) -> BlockHash:
+def hashes(draw: st.DrawFn, most: int = 10_000, most_cols: int = 5_000) -> BlockHash:
     dim = draw(st.one_of(st.integers(1, 300), st.integers(1, most)))
     rows = draw(st.integers(1, 9))
     shards = draw(st.integers(1, 7))
-    cols = draw(st.one_of(st.integers(shards, 40), st.integers(shards, 5_000)))
+    cols = draw(st.one_of(st.integers(shards, 40), st.integers(shards, most_cols)))
     seed, step = draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 3))
     return BlockHash(dim, rows, cols, shards, seed, step)
 

@@ -158,15 +158,15 @@ def _largest_curvature(features: Tensor) -> float:
     return float(torch.linalg.matrix_norm(features, 2) ** 2 / len(features))
 
 
-@pytest.mark.parametrize("make", [quadratic, robust])
-def test_theorem_4(make: Callable[[Tensor, Tensor], Objective]) -> None:
+@pytest.mark.parametrize(("make", "steps"), [(quadratic, 250), (robust, 500)])
+def test_theorem_4(make: Callable[[Tensor, Tensor], Objective], steps: int) -> None:
     """``E min ||f'||^2 <= 2 f0 / sqrt(T+1) + L G^2 / (2 sqrt(T+1)) + 4 L^2 G^2 (1 - k/d) / ((k/d)^2 (T+1))``.
 
     Alg. 2 with ``eta = 1 / sqrt(T+1)`` on two ranks that draw terms of their own; G^2 is the largest mean squared norm
     that the averaged gradient had. T is large enough for the bound to demand progress: to a quarter of the start. The
     bound is loose, so the same without error feedback has to do worse.
     """
-    dim, steps, ranks = 48, 700, 2
+    dim, ranks = 48, 2
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(256, dim, generator=generator) * torch.logspace(0, -0.7, dim)
     objective = make(features, 0.1 * torch.randn(dim, generator=generator))
