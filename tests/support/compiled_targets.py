@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-from hvd_sketch import DDPState, DistributedOptimizer, LowRankConfig, SketchConfig, ddp_hook
+from hvd_sketch import DDPState, DistributedOptimizer, ddp_hook
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
-from tests.support.shard_targets import build, loss_of, shards
-
-COMPRESSIONS: dict[str, Compression | None] = {
-    "dense": None,
-    "sketched": SketchConfig(cols=300, k=150),
-    "nominated": SketchConfig(k=150, candidates="nominate"),
-    "low rank": LowRankConfig(rank=2),
-}
+from tests.support.layers import COMPRESSIONS, build, loss_of
+from tests.support.toy import flat
 
 
 def trained(
@@ -41,7 +35,7 @@ def trained(
         optimizer.zero_grad()
         loss_of(forward, transport.rank, number).backward()
         step()
-    return shards(model)
+    return flat(model)
 
 
 def compiles(transport: Transport, names: list[str], in_ddp: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hvd_sketch import DDPState, DistributedOptimizer, LowRankConfig, SketchConf
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import TorchTransport
 from tests.support.setup_targets import error_of, message_of
+from tests.support.toy import flat
 
 STEPS = 20
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}  # one for each matrix
@@ -53,10 +54,6 @@ def hooked(
     optimizer = wrapped(model, compression, max_skips)
     model.register_comm_hook(DDPState(model, optimizer, scaler), ddp_hook)
     return model, optimizer
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def trained(model: nn.Module, optimizer: DistributedOptimizer, branch_of: Callable[[int], int], rank: int) -> Tensor:

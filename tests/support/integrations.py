@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from hvd_sketch import DistributedOptimizer, SketchConfig, broadcast_parameters, sketched_dim
 from hvd_sketch.transport import Transport
+from tests.support.toy import flat
 
 STEPS = 12
 BATCH = 16
@@ -45,10 +46,6 @@ def sketched(model: nn.Module, lr: float, transport: str | Transport = "horovod"
     sketch = SketchConfig.for_compression(10, sketched_dim(model.parameters()), momentum=0.0)
     inner = torch.optim.SGD(model.parameters(), lr=lr)
     return DistributedOptimizer(inner, model.named_parameters(), sketch=sketch, transport=transport)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def result(

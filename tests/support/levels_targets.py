@@ -24,7 +24,7 @@ from hvd_sketch.config import Compression
 from hvd_sketch.model.levels import HOST_VARIABLE
 from hvd_sketch.transport import Transport
 from tests.support.setup_targets import error_of, message_of
-from tests.support.toy import Toy, integers
+from tests.support.toy import Toy, flat, integers
 from tests.support.wire import Scales
 
 STEPS = 6
@@ -55,10 +55,6 @@ def wrapped(
         )
 
 
-def held(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
 def train(model: Toy, optimizer: DistributedOptimizer, rank: int, steps: range = range(STEPS)) -> None:
     for step in steps:
         optimizer.zero_grad()
@@ -74,10 +70,10 @@ def trains(transport: Transport, hosts: list[int]) -> dict[str, Any]:
         optimizer = wrapped(model, transport, hosts, name)
         train(model, optimizer, transport.rank)
         residual = optimizer.exchange.residual.clone() if optimizer.exchange is not None else None
-        results[name] = {"parameters": held(model), "residual": residual, "totals": optimizer.ledger.totals()}
+        results[name] = {"parameters": flat(model), "residual": residual, "totals": optimizer.ledger.totals()}
     model = Toy()
     train(model, wrapped(model, transport, hosts, "dense", op="sum"), transport.rank)
-    results["sums"] = held(model)
+    results["sums"] = flat(model)
     return results
 
 
@@ -93,7 +89,7 @@ def hosts_alone(transport: Transport, name: str, hosts: list[int]) -> dict[str, 
             parameter.grad = sum(of_ranks) * weight
         optimizer.step()
     residual = optimizer.exchange.residual.clone() if optimizer.exchange is not None else None
-    return {"parameters": held(model), "residual": residual, "totals": optimizer.ledger.totals()}
+    return {"parameters": flat(model), "residual": residual, "totals": optimizer.ledger.totals()}
 
 
 HOSTS = [0, 0, 1, 1]
@@ -104,14 +100,14 @@ def skips(transport: Transport) -> dict[str, Any]:
     model = Toy()
     optimizer = wrapped(model, transport, HOSTS, "nominated")
     train(model, optimizer, transport.rank, range(2))
-    before = held(model)
+    before = flat(model)
     optimizer.zero_grad()
     model.backward(transport.rank, 2, factor=float("nan") if transport.rank == 3 else 1.0)
     optimizer.step()
     is_nan = all(bool(gradient.isnan().all()) for gradient in model.gradients())
-    moved = not torch.equal(before, held(model))
+    moved = not torch.equal(before, flat(model))
     train(model, optimizer, transport.rank, range(3, 4))
-    return {"moved": moved, "nan": is_nan, "skipped": optimizer.skipped_steps, "parameters": held(model)}
+    return {"moved": moved, "nan": is_nan, "skipped": optimizer.skipped_steps, "parameters": flat(model)}
 
 
 def parts_used(transport: Transport) -> tuple[Tensor, list[bool]]:
@@ -125,7 +121,7 @@ def parts_used(transport: Transport) -> tuple[Tensor, list[bool]]:
         if transport.rank != 3:
             model.bias.grad = None
         optimizer.step()
-    return held(model), [parameter.grad is not None for parameter in model.parameters()]
+    return flat(model), [parameter.grad is not None for parameter in model.parameters()]
 
 
 def refuses(transport: Transport) -> list[str]:
@@ -162,7 +158,7 @@ def clips(transport: Transport) -> tuple[Tensor, Tensor]:
             model.backward(transport.rank, step)
             assert optimizer.synchronize()
             optimizer.step()  # warns, and exchanges nothing again
-        results.append(held(model))
+        results.append(flat(model))
     return results[0], results[1]
 
 
@@ -176,7 +172,7 @@ def joins(transport: Transport) -> tuple[Tensor, Tensor]:
             optimizer = DistributedOptimizer(inner, model.named_parameters(), None, transport, levels=levels)
         with optimizer.join():
             train(model, optimizer, transport.rank, range(1 + transport.rank))
-        results.append(held(model))
+        results.append(flat(model))
     return results[0], results[1]
 
 
@@ -187,9 +183,9 @@ def goes_on(transport: Transport, folder: str) -> dict[str, Any]:
     train(model, optimizer, transport.rank, range(3))
     save_checkpoint(f"{folder}/levels", model, optimizer)
     own, everyone = optimizer.state_dict(), optimizer.state_dict(consolidated=True)
-    at = held(model)
+    at = flat(model)
     train(model, optimizer, transport.rank, range(3, 5))
-    results: dict[str, Any] = {"whole": held(model)}
+    results: dict[str, Any] = {"whole": flat(model)}
     for way in ("checkpoint", "own", "consolidated", "broadcast"):
         later = Toy()
         its = wrapped(later, transport, HOSTS, "paper")
@@ -209,7 +205,7 @@ def goes_on(transport: Transport, folder: str) -> dict[str, Any]:
             results["wrong root"] = error_of(lambda its=its: broadcast_optimizer_state(its, 1, transport))
             broadcast_optimizer_state(its, 0, transport)
         train(later, its, transport.rank, range(3, 5))
-        results[way] = held(later)
+        results[way] = flat(later)
     return results
 
 
@@ -219,7 +215,7 @@ def one_host(transport: Transport) -> tuple[Tensor, bool]:
         SGD(model.parameters(), lr=1.0), model.named_parameters(), COMPRESSIONS["paper"], transport, levels=2
     )
     train(model, optimizer, transport.rank, range(1))
-    return held(model), optimizer.exchange is None
+    return flat(model), optimizer.exchange is None
 
 
 def refused(transport: Transport) -> dict[str, str]:

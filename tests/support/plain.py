@@ -13,7 +13,7 @@ from hvd_sketch.hashing import BlockHash
 def from_the_edge(values: list[float], count: int) -> list[int]:
     """At least the ``count`` largest magnitudes, none of them zero: all in and above the bin in which the last of them
     is, on a grid of bins that is finer where the bin is crowded."""
-    bits = [int(np.float32(value).view(np.int32)) & 0x7FFFFFFF for value in values]
+    bits = (np.array(values, dtype=np.float32).view(np.int32) & 0x7FFFFFFF).tolist()
     chosen = [i for i, b in enumerate(bits) if b]
     if len(chosen) <= count:
         return chosen

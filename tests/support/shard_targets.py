@@ -19,8 +19,6 @@ from torch.optim import SGD
 from hvd_sketch import (
     DistributedOptimizer,
     LocalSteps,
-    LowRankConfig,
-    SketchConfig,
     broadcast_optimizer_state,
     broadcast_parameters,
     load_checkpoint,
@@ -30,29 +28,11 @@ from hvd_sketch.config import Compression
 from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.shards import local
 from hvd_sketch.transport import TorchTransport
+from tests.support.layers import COMPRESSIONS, build, loss_of
 from tests.support.setup_targets import error_of
+from tests.support.toy import flat
 
 STEPS = 12
-COMPRESSIONS: dict[str, Compression | None] = {
-    "dense": None,
-    "sketched": SketchConfig(cols=300, k=150),
-    "nominated": SketchConfig(k=150, candidates="nominate"),
-    "low rank": LowRankConfig(rank=2),
-}
-
-
-def build(seed: int = 0) -> nn.Sequential:
-    """With a bias that does not divide by the number of shards."""
-    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 63))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return model
-
-
-def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
-    inputs = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * rank + step))
-    return model(inputs).square().mean()
 
 
 def mesh_of() -> DeviceMesh:
@@ -102,7 +82,7 @@ def trains(transport: TorchTransport) -> dict[str, Any]:
     plain = build()
     optimizer = wrapped(plain, None, transport)
     train(plain, optimizer, transport.rank)
-    results["unsharded"] = torch.cat([parameter.detach().flatten() for parameter in plain.parameters()])
+    results["unsharded"] = flat(plain)
     return results
 
 

@@ -10,6 +10,7 @@ from hvd_sketch import DistributedOptimizer, broadcast_parameters
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.transport import Transport
+from tests.support.toy import flat
 
 
 def integer_gradient(dim: int, rank: int, step: int) -> torch.Tensor:
@@ -66,7 +67,7 @@ def train(transport: Transport, config: Compression, steps: int = 50) -> torch.T
         optimizer.zero_grad()
         model(torch.randn(16, 40, generator=generator)).square().mean().backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return flat(model)
 
 
 def everything(transport: Transport, cases: list[dict[str, Any]]) -> dict[str, Any]:

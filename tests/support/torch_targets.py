@@ -19,6 +19,7 @@ from hvd_sketch.transport import TorchTransport
 from tests.support.group_main import EXCHANGE
 from tests.support.setup_targets import message_of
 from tests.support.targets import run_steps
+from tests.support.toy import flat
 
 
 def meshes(transport: TorchTransport) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def trains_under_no_sync(transport: TorchTransport) -> dict[str, torch.Tensor]:
                 model(batch).square().mean().backward()
             result["own gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
             optimizer.step()
-        result[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        result[name] = flat(model)
     return result
 
 

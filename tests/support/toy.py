@@ -49,6 +49,11 @@ class Toy(nn.Module):
         return [p.grad.clone() for p in self.parameters() if p.grad is not None]
 
 
+def flat(model: nn.Module) -> Tensor:
+    """All parameters as one vector, detached."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
 def integers(rank: int, step: int) -> list[Tensor]:
     """Gradients of Toy in whole numbers, none of them zero: their sums are exact in any order."""
     generator = torch.Generator().manual_seed(100 * rank + step)
