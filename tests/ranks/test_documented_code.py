@@ -1,0 +1,38 @@
+"""Code in the README and in docs/ runs, under the launcher that it is written for."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+
+import hvd_sketch
+from tests.support.documented_code import RANKS, Block, blocks
+from tests.support.harness import LAUNCHERS, run_command
+
+ALL = list(blocks())
+LAUNCHED = {"torch": "torch", "horovod": "horovod-mpi"}  # of which mpirun is a part
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_blocks_run(launcher: str, tmp_path) -> None:
+    rank = [sys.executable, "-m", "tests.support.documented_code", launcher]
+    command = [*LAUNCHERS[LAUNCHED[launcher]], "-n", str(RANKS), "--", *rank]
+    status, output = run_command(command, timeout_s=200, TMPDIR=str(tmp_path))
+    assert status == 0, output
+    expected = [block.name for block in ALL if block.launcher == launcher]
+    assert expected and [name for name in expected if f"ran {name}" not in output] == [], output
+
+
+@pytest.mark.parametrize("block", [block for block in ALL if not block.launcher], ids=lambda block: block.name)
+def test_what_is_not_run_compiles_and_names_what_there_is(block: Block) -> None:
+    block.compiled()
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hvd_sketch":
+            assert hasattr(hvd_sketch, node.attr), f"{block.name}: hvd_sketch.{node.attr}"
+
+
+def test_most_blocks_run() -> None:
+    assert sum(bool(block.launcher) for block in ALL) > 20 and sum(not block.launcher for block in ALL) < 10
