@@ -115,6 +115,24 @@ def doctor(
     raise typer.Exit(any(finding.state == "wrong" for finding in found))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Logs of rank 0, such as run.jsonl.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one page about some runs: bytes, losses, where the time goes. It needs no network.
+
+    Logs of other ranks, such as run.rank1.jsonl, are looked for beside each.
+    """
+    from hvd_sketch.commands import report as reporting
+
+    try:
+        written = reporting.write_report(runs, output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(written)
+
+
 def _console() -> Console:
     """For tables: as wide as the terminal."""
     console = Console()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hvd_sketch.files import replaced
+from hvd_sketch.observer import Observer
 
 # How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. The transports
 # really send these bytes (tests/netlab/test_wire.py), except in allreduces by Open MPI: small ones, of flags and
@@ -61,10 +62,15 @@ class CommLedger:
 
     Totals, also those by phase, and ratios cover every step; ``records`` keeps the most recent ``max_records`` (None:
     all). The memory of a ledger does not grow with the steps, unless all records are kept.
+
+    Attributes:
+        records: the most recent ones.
+        observer: looks on while the exchanges of this ledger take their steps.
     """
 
     def __init__(self, max_records: int | None = RECENT) -> None:
         self.records: deque[Record] = deque(maxlen=max_records)
+        self.observer = Observer()
         self._by_phase: dict[str, list[int]] = {}  # collectives, payload, wire, staged bytes
         self._step = -1
         self._collectives = 0
@@ -120,6 +126,15 @@ class CommLedger:
     def by_phase(self) -> dict[str, Totals]:
         """The totals of every phase, in the order of their first collectives; ``steps`` are those of all phases."""
         return {phase: Totals(self._step + 1, *counts) for phase, counts in self._by_phase.items()}
+
+    def wire_bytes_by_phase(self) -> dict[str, int]:
+        """Of every phase, over all steps so far."""
+        return {phase: counts[2] for phase, counts in self._by_phase.items()}
+
+    @property
+    def dense_ring_bytes(self) -> int:
+        """Of the dense exchanges in place of all steps so far, without the factor (W - 1) / W."""
+        return self._dense_ring_bytes
 
     def compression_ratio(self) -> float:
         """Bytes of a ring allreduce of the dense gradient over the bytes we send, both modelled; NaN before any step.

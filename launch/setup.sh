@@ -98,7 +98,7 @@ install_packages() {
     say "installing torch and what builds Horovod"
     pip install -c "$constraints" torch numpy 'cmake<4' 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml
     say "installing Open MPI, mpi4py, the test tools and hvd_sketch itself"
-    local extras=mpi,gpu,examples,paper,integrations,docs,test,dev
+    local extras=mpi,gpu,report,tensorboard,examples,paper,integrations,docs,test,dev
     (cd "$checkout" && pip install -c "$constraints" --no-build-isolation -e ".[$extras]")
 }
 

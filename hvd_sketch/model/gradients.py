@@ -21,6 +21,7 @@ from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
+from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
 
@@ -115,6 +116,11 @@ class GradientExchange:
         return self._lead.skipped_steps
 
     @property
+    def step_number(self) -> int:
+        """Number of the step that comes next, from 0."""
+        return self._lead.step_number
+
+    @property
     def reset_coordinates(self) -> int:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
@@ -143,7 +149,8 @@ class GradientExchange:
         packed: list[list[Tensor]] = []
         sums: Tensor | None = None  # checksums of the parameters
         try:
-            packed = [] if report.held else self._pack(inverse_scale, report.done)
+            with self.ledger.observer.span(Kind.LOCAL, "pack"):
+                packed = [] if report.held else self._pack(inverse_scale, report.done)
             finite = report.finite and all_finite([values for slices in packed for values in slices])
             report = replace(report, finite=finite)
             if self._check_is_due() and not (report.done or report.held):
@@ -192,8 +199,10 @@ class GradientExchange:
             route.flat.fill_gradients(float("nan"), route.used(agreed.used)[0])
 
     def _exchange(self, packed: list[list[Tensor]], used: Sequence[bool]) -> None:
-        for route, exchange, gradient in zip(self._routes, self._exchanges, packed, strict=True):
-            exchange.accumulate(gradient, route.used(used)[1])
+        with self.ledger.observer.span(Kind.LOCAL, "accumulate"):
+            for route, exchange, gradient in zip(self._routes, self._exchanges, packed, strict=True):
+                exchange.accumulate(gradient, route.used(used)[1])
+        self.ledger.observer.accumulated()
         for route, exchange in zip(self._routes, self._exchanges, strict=True):  # in this order, as in Simulation
             route.unpack(exchange.agree(), route.used(used)[0], self._scale)
         for (_, parameter), is_sparse in zip(self._named, used[len(self._named) :], strict=False):

@@ -114,6 +114,11 @@ class TwoLevels:
         return self._between.compressed if self._between is not None else None
 
     @property
+    def step_number(self) -> int:
+        """See :class:`~hvd_sketch.model.gradients.GradientExchange`."""
+        return self._inside.step_number
+
+    @property
     def reset_coordinates(self) -> int:
         """See :class:`~hvd_sketch.model.gradients.GradientExchange`; 0 on ranks that keep no residual."""
         return self._between.reset_coordinates if self._between is not None else 0

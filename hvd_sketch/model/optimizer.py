@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -15,6 +17,8 @@ from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
+from hvd_sketch.logs import outputs_of
+from hvd_sketch.logs.step_observer import StepObserver
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.forwarding import ExchangingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
@@ -27,9 +31,11 @@ from hvd_sketch.model.wrapping import (
     HorovodArguments,
     check_arguments,
     compression_of,
+    describe,
     transport_of,
     warn_about_settings,
 )
+from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
@@ -83,6 +89,10 @@ class DistributedOptimizer(ExchangingOptimizer):
         max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
         levels: 2: a dense mean inside of every host first, then the compressed exchange between one rank of each, which
             keeps the residuals; see :class:`~hvd_sketch.model.levels.TwoLevels`. 1: between all ranks.
+        log: a file such as ``run.jsonl`` for a line about every step, which ``hvd-sketch report`` shows. Ranks other
+            than 0 write ``run.rank1.jsonl`` and so on. None: no file. Ranks may differ.
+        trace: a file such as ``trace.json`` for the time of every part of a step; of ranks as for ``log``.
+        tensorboard: a folder for TensorBoard's scalars, of rank 0.
 
     Attributes:
         inner: the wrapped optimizer.
@@ -116,6 +126,9 @@ class DistributedOptimizer(ExchangingOptimizer):
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
         levels: Literal[1, 2] = 1,
+        log: str | PathLike[str] | None = None,
+        trace: str | PathLike[str] | None = None,
+        tensorboard: str | PathLike[str] | None = None,
     ) -> None:
         sketch, compression = compression_of(sketch, compression)
         self._transport, sketch = transport_of(transport, process_set, sketch)
@@ -127,6 +140,8 @@ class DistributedOptimizer(ExchangingOptimizer):
             check_choice("levels", levels, (1, 2))
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
+            about = describe(optimizer, named, sketch) | {"levels": levels}
+            outputs = outputs_of(self._transport, about, log=log, trace=trace, tensorboard=tensorboard)
         told = {"wrapped by": "DistributedOptimizer", "levels": levels}
         compared = told | {name: value for name, (value, _) in counts.items()}
         require_equal(self._transport, compared | horovod.compared())
@@ -148,6 +163,9 @@ class DistributedOptimizer(ExchangingOptimizer):
         mark_sparse(optimizer, named, sketch)
         self._known = {id(parameter) for _, parameter in named}
         self._progress = Progress(self._parameters)
+        if outputs:
+            self.ledger.observer = StepObserver(self.ledger, self.exchange, self._transport.size, outputs)
+            weakref.finalize(self, self.ledger.observer.close)  # at the latest when the program ends
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
@@ -327,11 +345,27 @@ class DistributedOptimizer(ExchangingOptimizer):
             refusal=self._unregistered(),
         )
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
-        is_averaged = self._gradients.average(report, inverse_scale)
+        observer = self.ledger.observer
+        with observer.span(Kind.EXCHANGE, "exchange"):
+            is_averaged = self._gradients.average(report, inverse_scale)
         progress.forgives = False
         if not is_held:
             progress.note_exchange(is_averaged)
+            observer.end_step(self._gradients.step_number - 1, is_averaged)
         return bool(progress.exchanged)
+
+    def log_values(self, **values: Any) -> None:
+        """Add numbers, such as ``loss=loss``, to the next step in what this optimizer writes about its steps.
+
+        Call it before ``step()``. Several numbers of one name become their mean. Without ``log``, ``trace`` or
+        ``tensorboard`` it does nothing.
+
+        Args:
+            **values: numbers, or tensors of one element, of this rank. Those on a device are read in ``step()``.
+
+        Communication: none.
+        """
+        self.ledger.observer.log_values(values)
 
     def _unregistered(self) -> RuntimeError | None:
         """What is wrong where parameters came later."""

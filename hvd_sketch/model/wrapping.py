@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.optim import LagAdamW
+from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
 WIRE_DTYPES = {"NoneCompressor": None, "none": None, "FP16Compressor": torch.float16, "fp16": torch.float16}
@@ -27,6 +28,7 @@ LOSSES = {
     **{(name, "nominate"): 2.46 for name in ("Adam", "AdamW")},
     **{(name, candidates): 2.77 for name in ("Adam", "AdamW") for candidates in ("sketch", "random")},
 }
+SHOWN = (bool, int, float, str, tuple)  # of an optimizer's settings
 logger = logging.getLogger(__name__)
 
 
@@ -147,6 +149,21 @@ def check_arguments(
     horovod.check()
     if isinstance(optimizer, torch.optim.Optimizer) and sketch is not None:
         _refuse_momentum_twice(optimizer, sketch)
+
+
+def describe(
+    optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: Compression | None
+) -> dict[str, Any]:
+    """What a log says of the run, for JSON: class and settings of the optimizer and of the compression, sizes."""
+    least = sketch.dense_below if sketch is not None else ALL_DENSE
+    settings = {name: value for name, value in optimizer.defaults.items() if isinstance(value, SHOWN)}
+    return {
+        "optimizer": {"class": type(optimizer).__name__, **settings},
+        "compression": {"class": type(sketch).__name__, **asdict(sketch)} if sketch is not None else None,
+        "tensors": len(named),
+        "elements": sum(local(p).numel() for _, p in named),
+        "elements_compressed": sum(local(p).numel() for _, p in named if not is_dense(p, least)),
+    }
 
 
 def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:

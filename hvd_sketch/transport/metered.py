@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.ledger import CommLedger
+from hvd_sketch.observer import Kind
 from hvd_sketch.transport.attendance import Attendance
-from hvd_sketch.transport.base import Handle, Transport
+from hvd_sketch.transport.base import Handle, Pending, Transport
 from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.stall import process_watch
 
@@ -35,11 +37,12 @@ class MeteredTransport(ForwardingTransport):
         """
         outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
-            if self.size == 1:
-                yield
-            else:
-                with process_watch().over(self.rank, self.size, self.ledger.step, name, self._attendance):
+            with self.ledger.observer.span(Kind.PHASE, name):
+                if self.size == 1:
                     yield
+                else:
+                    with process_watch().over(self.rank, self.size, self.ledger.step, name, self._attendance):
+                        yield
         except (RuntimeError, TimeoutError) as error:
             error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")
             elsewhere = self._attendance.elsewhere(name) if self._attendance is not None else ""
@@ -52,37 +55,53 @@ class MeteredTransport(ForwardingTransport):
     def allreduce_(self, tensor: Tensor) -> Tensor:
         self._come()
         self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=8 * tensor.numel())
-        return super().allreduce_(tensor)
+        with self._timed("allreduce"):
+            return super().allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
         self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
-        return super().reduce_scatter(tensor, ordered or self._deterministic)
+        with self._timed("reduce_scatter"):
+            return super().reduce_scatter(tensor, ordered or self._deterministic)
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
-        return super().start_reduce_scatter(tensor, ordered or self._deterministic)
+        with self._timed("reduce_scatter"):
+            started = super().start_reduce_scatter(tensor, ordered or self._deterministic)
+
+        def wait() -> Tensor:
+            with self._timed("reduce_scatter"):
+                return started.wait()
+
+        return Pending(wait)
 
     def alltoall(self, tensor: Tensor) -> Tensor:
         self._come()
         self._record("alltoall", tensor, moved=2 * tensor.nbytes)
-        return super().alltoall(tensor)
+        with self._timed("alltoall"):
+            return super().alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
         self._come()
-        gathered = super().allgather(tensor)
+        with self._timed("allgather"):
+            gathered = super().allgather(tensor)
         self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
         return gathered
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         self._come()
         self._record("broadcast", tensor, moved=2 * tensor.nbytes)
-        return super().broadcast_(tensor, root)
+        with self._timed("broadcast"):
+            return super().broadcast_(tensor, root)
 
     def _come(self) -> None:
         if self._attendance is not None:
             self._attendance.come()
+
+    def _timed(self, collective: str) -> AbstractContextManager[Any]:
+        """A block in which this rank sends, receives, or waits for others."""
+        return self.ledger.observer.span(Kind.COLLECTIVE, collective)
 
     def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
         """Record a collective of the whole logical vector ``payload``.

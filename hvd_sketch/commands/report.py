@@ -1,0 +1,47 @@
+"""``hvd-sketch report``: what runs have done, as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvd_sketch.commands.plan import told_bytes
+from hvd_sketch.files import replaced
+from hvd_sketch.report.charts import charts
+from hvd_sketch.report.page import page
+from hvd_sketch.report.runs import Run, read_run
+from hvd_sketch.report.tables import configuration, summary
+
+
+def write_report(paths: Sequence[Path], output: Path) -> str:
+    """Write a page about the runs that some logs tell of.
+
+    Args:
+        paths: logs of rank 0.
+        output: is replaced.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: a file is no log; Plotly is not installed.
+        OSError: the page could not be written.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # not before: few have it
+    except ImportError as error:
+        raise ValueError("hvd-sketch report needs Plotly: pip install 'hvd_sketch[report]'") from error
+    runs = read_runs(paths)
+    names = [run.name for run in runs]
+    text = page(", ".join(names), [summary(runs), configuration(runs)], charts(runs), names, get_plotlyjs())
+    with replaced(output) as draft:
+        draft.write_text(text, encoding="utf-8")
+    steps = f"{sum(run.steps.sum() for run in runs):,.0f} steps"
+    return f"{output}: {', '.join(names)}, {steps}, {told_bytes(output.stat().st_size)}"
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of some logs; those of one name are told apart by their folders. Raises ValueError."""
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")) for path in paths]
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]

@@ -1,0 +1,52 @@
+"""What tells of a training while it goes on: a log of its steps, a trace of their time, scalars for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+
+from hvd_sketch.logs.line_file import make_folder_of
+from hvd_sketch.logs.run_log import RunLog
+from hvd_sketch.logs.scalars import Scalars
+from hvd_sketch.logs.step_observer import Output
+from hvd_sketch.logs.trace import TraceFile
+from hvd_sketch.transport import Transport
+from hvd_sketch.version import __version__
+
+Place = str | PathLike[str] | None
+
+
+def outputs_of(
+    transport: Transport, about: Mapping[str, Any], *, log: Place, trace: Place, tensorboard: Place
+) -> list[Output]:
+    """What this rank writes; none of it where all places are None.
+
+    Args:
+        transport: tells rank and size.
+        about: what describes the run, beside these and versions.
+        log, trace: files of rank 0.
+        tensorboard: a folder of rank 0.
+
+    Raises:
+        OSError: nothing can be written in such a place.
+        TypeError: a place is no path.
+        ValueError: TensorBoard is not installed.
+
+    Communication: none.
+    """
+    rank, size = transport.rank, transport.size
+    outputs: list[Output] = []
+    if log is not None:
+        make_folder_of(log)
+        of_rank = {"rank": rank, "size": size, "transport": type(transport).__name__}
+        versions = {"hvd_sketch": __version__, "torch": torch.__version__}
+        outputs.append(RunLog(log, rank, {**of_rank, **about, **versions}))
+    if trace is not None:
+        make_folder_of(trace)
+        outputs.append(TraceFile(trace, rank, size))
+    if tensorboard is not None and rank == 0:
+        outputs.append(Scalars(tensorboard))
+    return outputs

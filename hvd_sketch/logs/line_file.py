@@ -1,0 +1,114 @@
+"""A file of lines that is written while a program does something else, and never stops it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from os import PathLike
+from pathlib import Path
+
+FLUSH_S = 1.0
+MOST_BYTES = 256 << 20
+logger = logging.getLogger(__name__)
+
+
+def path_of_rank(path: str | PathLike[str], rank: int) -> Path:
+    """``path`` itself for rank 0, and ``run.rank3.jsonl`` beside ``run.jsonl`` for rank 3."""
+    path = Path(path)
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def make_folder_of(path: str | PathLike[str]) -> None:
+    """Make the folder that a file shall be in. Raises OSError where nothing can be written there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path} cannot be written: expected the name of a file in a folder that this user may write to")
+
+
+class LineFile:
+    """Lines that reach a file about once a second, and only whole ones.
+
+    A process that is killed loses the lines of its last second. Where the disk is full, or the file cannot be written
+    for another reason, an error is logged once, lines are lost until it can be written again, and the program goes on.
+
+    Args:
+        path: the file to be; its folder exists. One that is there already is kept as ``<path>.old``.
+        goes_on: add to what is there instead.
+        most_bytes: after which no more is written.
+        flush_s: lines wait for so long at most, if more of them come.
+    """
+
+    def __init__(
+        self, path: str | Path, goes_on: bool = False, most_bytes: int = MOST_BYTES, flush_s: float = FLUSH_S
+    ) -> None:
+        self.path = Path(path)
+        self._goes_on, self._most_bytes, self._flush_s = goes_on, most_bytes, flush_s
+        self._waiting: list[str] = []
+        self._flushed_s = time.monotonic()
+        self._file: int | None = None
+        self._size = 0  # bytes of whole lines
+        self._is_failing = self._is_full = False
+
+    def write(self, line: str) -> None:
+        """Add a line, without its end."""
+        self._waiting.append(line)
+        if time.monotonic() - self._flushed_s > self._flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand all lines to the operating system; they survive the process."""
+        data = "".join(line + "\n" for line in self._waiting).encode()
+        self._waiting.clear()
+        self._flushed_s = time.monotonic()
+        if not data or self._is_full:
+            return
+        if self._size + len(data) > self._most_bytes:
+            self._is_full = True
+            logger.warning("%s has %d bytes: no more is written to it", self.path, self._size)
+            return
+        try:
+            self._append(data)
+        except OSError as error:
+            self._tell(error)
+        else:
+            self._is_failing = False
+
+    def close(self) -> None:
+        """Write what waits, and let it reach the disk."""
+        self.flush()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            self._goes_on = True  # should more come
+
+    def _append(self, data: bytes) -> None:
+        if self._file is None:
+            self._file = self._open()
+        written = 0
+        while written < len(data):
+            try:
+                written += os.write(self._file, data[written:])
+            except OSError:
+                os.ftruncate(self._file, self._size)  # no half of a line stays
+                raise
+        self._size += len(data)
+
+    def _open(self) -> int:
+        if not self._goes_on and self.path.is_file():
+            self.path.replace(self.path.with_name(self.path.name + ".old"))
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._size = os.fstat(file).st_size
+        if self._size and os.pread(file, 1, self._size - 1) != b"\n":
+            self._size += os.write(file, b"\n")  # a process was ended while it wrote
+        return file
+
+    def _tell(self, error: OSError) -> None:
+        if not self._is_failing:
+            logger.error(
+                "%s was not written (%s): lines are missing there until it can be written again. Make room, or name "
+                "another place. The training goes on.",
+                *(self.path, error.strerror or error),
+            )
+        self._is_failing = True

@@ -1,0 +1,241 @@
+"""What an optimizer writes about its steps: equal to what the ledger counts, whole after a kill, never in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hvd_sketch.logs.line_file import LineFile
+from hvd_sketch.logs.run_log import SINGLE_STEPS, steps_of_line
+from hvd_sketch.report.runs import read_run
+from hvd_sketch.transport import LocalTransport, run_local
+from tests.support.harness import started
+from tests.support.logged import SKIPPED, SLOW_RANK, SLOW_S, STEPS, train, wrapped
+from tests.support.saving import full_disk
+from tests.support.toy import LIMIT_S, alone
+from tests.support.worlds import register
+
+pytestmark = pytest.mark.filterwarnings("ignore:all ranks skip this step")
+JOB = register("mpi", 2, "tests.support.logged:train")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("threads"), pytest.param("mpi", marks=pytest.mark.multiprocess)])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    """What each rank of a run knows; its files are in ``folder``."""
+    if request.param == "mpi":
+        results = JOB.results()
+    else:
+        folder = str(tmp_path_factory.mktemp("logged"))
+        results = run_local(3, lambda transport: train(transport, folder), LIMIT_S)
+    yield results
+    shutil.rmtree(results[0]["folder"])
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_has_what_the_ledger_counts(ranks: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        name = "run.jsonl" if rank == 0 else f"run.rank{rank}.jsonl"
+        about, *steps, last = lines_of(Path(result["folder"], name))
+        assert (about["rank"], about["size"], about["optimizer"]["class"]) == (rank, len(ranks), "SGD")
+        assert about["compression"]["k"] == 10 and (about["elements"], about["elements_compressed"]) == (63, 60)
+        assert [line["step"] for line in steps] == list(range(STEPS)) and last == {"values": {"accuracy": 0.25}}
+        sent = [sum(count for count, _ in line["phases"].values()) for line in steps]
+        assert torch.tensor(sent).cumsum(0).tolist() == result["sent"]
+        assert [line["skipped"] for line in steps] == [int(step == SKIPPED) for step in range(STEPS)]
+        dense = round(2 * 63 * 4 * (len(ranks) - 1) / len(ranks))
+        assert [line["dense_bytes"] for line in steps] == [0 if step == SKIPPED else dense for step in range(STEPS)]
+        assert [line["values"] for line in steps] == [{"loss": 2 * rank + s + 1, "lr": 0.5} for s in range(STEPS)]
+        assert sum(line["step_s"] for line in steps) == pytest.approx(steps[-1]["time_s"], abs=1e-4)
+        assert all(sum(s for _, s in line["phases"].values()) <= line["exchange_s"] for line in steps)
+
+
+def test_a_report_finds_the_rank_that_others_wait_for(ranks: list[dict[str, Any]]) -> None:
+    run = read_run(Path(ranks[0]["folder"], "run.jsonl"), "run")
+    assert run.has_all_ranks and run.sent_so_far[-1] == pytest.approx(ranks[0]["sent"][-1])
+    waiting_s = np.median(run.parts_s["waiting for the slowest"], axis=1)  # whatever else this machine does
+    others = [seconds for rank, seconds in enumerate(waiting_s) if rank != SLOW_RANK]
+    assert waiting_s[SLOW_RANK] < 0.5 * SLOW_S < 0.8 * SLOW_S < min(others), waiting_s
+    assert all((seconds >= 0).all() for seconds in run.parts_s.values())
+    assert sum(run.parts_s.values()) == pytest.approx(run.step_s, abs=1e-4)
+    assert run.values["loss"].values.tolist() == [len(ranks) + step for step in range(STEPS)]  # mean over ranks
+    assert run.values["accuracy"].at.tolist() == [STEPS - 1]
+
+
+def test_a_trace_nests_and_agrees_with_the_log(ranks: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        folder, of_rank = Path(result["folder"]), f".rank{rank}" * (rank > 0)
+        text = (folder / f"trace{of_rank}.json").read_text()
+        events = [event for event in json.loads(text.rstrip(",\n") + "]") if event["ph"] == "X"]
+        assert {event["pid"] for event in events} == {rank}
+        exchanges = [event for event in events if event["cat"] == "exchange"]
+        logged = [line["exchange_s"] for line in lines_of(folder / f"run{of_rank}.jsonl")[1:-1]]
+        assert [event["dur"] * 1e-6 for event in exchanges] == pytest.approx(logged, abs=2e-6)
+        for event in events:
+            if event["cat"] in ("phase", "collective", "local"):
+                assert any(inside(event, exchange) for exchange in exchanges), event
+        assert len([event for event in events if event["cat"] == "step"]) == STEPS
+        assert {"agree", "sketch", "accumulate", "allreduce"} <= {event["name"] for event in events}
+
+
+def inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
+    slack_us = 0.01
+    ends = event["ts"] + event["dur"] <= outer["ts"] + outer["dur"] + slack_us
+    return outer["ts"] <= event["ts"] + slack_us and ends
+
+
+def test_tensorboard_reads_the_scalars(ranks: list[dict[str, Any]]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(f"{ranks[0]['folder']}/scalars").Reload()
+    scalars = {tag: {event.step: event.value for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+    assert scalars["loss"] == {step: step + 1 for step in range(STEPS)}
+    assert scalars["accuracy"] == {STEPS - 1: 0.25}
+    assert scalars["exchange/sent_bytes"] == {0: ranks[0]["sent"][0], 10: ranks[0]["sent"][10]}
+    steps = lines_of(Path(ranks[0]["folder"], "run.jsonl"))[1:-1]
+    for tag, key in (("exchange/residual_norm", "residual_norm"), ("exchange/captured_energy", "captured")):
+        assert scalars[tag] == {0: pytest.approx(steps[0][key], rel=1e-4)}
+    assert scalars["exchange/ratio"][10] > 0
+
+
+def test_residual_and_captured_energy_are_those_of_the_exchange(tmp_path: Path) -> None:
+    model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
+    model.backward(0, 0)
+    gradient = torch.cat([model.weight.grad.flatten(), model.other.grad.flatten()])  # type: ignore[union-attr]
+    optimizer.step()
+    residual = optimizer.exchange.residual.clone()  # type: ignore[union-attr]
+    optimizer.ledger.observer.close()
+    step = lines_of(tmp_path / "run.jsonl")[1]
+    assert step["residual_norm"] == pytest.approx(float(residual.norm()), rel=1e-4)
+    assert step["captured"] == pytest.approx(1 - float(residual.norm() / gradient.norm()) ** 2, rel=1e-4)
+
+
+def test_torch_profiler_shows_the_phases() -> None:
+    model, optimizer = wrapped(alone())
+    model.backward(0, 0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        optimizer.step()
+    names = {event.key for event in profiled.key_averages()}
+    assert {"hvd_sketch exchange", "hvd_sketch agree", "hvd_sketch sketch", "hvd_sketch allreduce"} <= names
+
+
+def test_without_a_place_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = wrapped(alone())
+    model.backward(0, 0)
+    optimizer.log_values(loss=1.0)
+    optimizer.step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    def rank_main(transport: LocalTransport) -> str:
+        places = {"log": tmp_path / "file" / "run.jsonl"} if transport.rank == 1 else {}
+        with pytest.raises((OSError, RuntimeError)) as refused:
+            wrapped(transport, **places)
+        return str(refused.value)
+
+    told = run_local(2, rank_main, LIMIT_S)
+    assert "file" in told[1] and "rank 1" in told[0]
+
+
+def test_a_run_that_goes_on_adds_to_its_log_and_a_new_one_keeps_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    state: dict[str, Any] = {}
+    for start, stop in ((0, 6), (4, 9)):  # the second from a checkpoint of step 4
+        model, optimizer = wrapped(alone(), log=path)
+        if state:
+            optimizer.load_state_dict(state)
+        for step in range(start, stop):
+            if step == 4:
+                state = optimizer.state_dict()
+            optimizer.zero_grad()
+            model.backward(0, step)
+            optimizer.log_values(part=start)
+            optimizer.step()
+        optimizer.ledger.observer.close()
+    run = read_run(path, "run")
+    assert run.step.tolist() == list(range(9)) and run.values["part"].values.tolist() == [0] * 4 + [4] * 5
+    assert (run.time_s[1:] > run.time_s[:-1]).all()
+    model, optimizer = wrapped(alone(), log=path)
+    model.backward(0, 0)
+    optimizer.step()
+    optimizer.ledger.observer.close()
+    assert read_run(path, "run").step.tolist() == [0]
+    assert len(lines_of(path.with_name("run.jsonl.old"))) == 2 + 6 + 5
+
+
+def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run.jsonl"
+    file = LineFile(path, flush_s=0.0)
+    file.write("first")
+    with full_disk(1000), caplog.at_level(logging.ERROR):
+        for number in range(100):
+            file.write(f"{number:99d}")
+    assert len(caplog.records) == 1 and "run.jsonl was not written (File too large)" in caplog.text
+    file.write("last")
+    file.close()
+    lines = path.read_text().splitlines()
+    assert lines[0] == "first" and lines[-1] == "last" and len(lines) == 11
+    assert all(len(line) == 99 for line in lines[1:-1]), "no half of a line stays"
+
+
+def test_a_file_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = LineFile(tmp_path / "trace.json", most_bytes=1000, flush_s=0.0)
+    for _ in range(100):
+        file.write("x" * 99)
+    file.close()
+    assert (tmp_path / "trace.json").stat().st_size == 1000
+    assert "trace.json has 1000 bytes: no more is written to it" in caplog.text
+
+
+def test_long_runs_have_fewer_lines() -> None:
+    lines, step = 0, 0
+    while step < 1_000_000:
+        width = steps_of_line(step)
+        assert step % width == 0 and steps_of_line(step + width - 1) == width
+        lines, step = lines + 1, step + width
+    assert steps_of_line(SINGLE_STEPS - 1) == 1 and steps_of_line(SINGLE_STEPS) == 2
+    assert lines < 45_000
+
+
+@pytest.mark.multiprocess
+def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    command = [sys.executable, "-m", "tests.support.logged", str(path)]
+    with started(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while not path.exists() or path.stat().st_size < 5000:
+            done = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert path.read_bytes().endswith(b"\n")
+    steps = [line["step"] for line in lines_of(path)[1:]]
+    assert steps == list(range(len(steps))) and 0 < len(steps) <= done + 2
+
+
+def test_a_line_that_is_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    model, optimizer = wrapped(alone(), log=path)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.backward(0, step)
+        optimizer.step()
+    optimizer.ledger.observer.close()
+    path.write_bytes(path.read_bytes()[:-20])
+    assert read_run(path, "run").step.tolist() == [0, 1]

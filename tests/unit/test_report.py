@@ -1,0 +1,161 @@
+"""The page of ``hvd-sketch report``: what it says, how it looks in a browser, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from hvd_sketch.__main__ import app
+from hvd_sketch.report.charts import Chart, charts, running_mean
+from hvd_sketch.report.decimate import ends, peaks, sums
+from hvd_sketch.report.runs import Run, read_run
+from hvd_sketch.report.tables import summary
+from tests.support.browser import CHROMIUM, look_at
+from tests.support.logged import SLOW_RANK, write_long_run
+
+STEPS, RANKS = 10_000, 4
+MOST_BYTES, OPENS_WITHIN_MS = 8e6, 2000
+pytest.importorskip("plotly")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of 10,000 steps on four ranks."""
+    path = tmp_path_factory.mktemp("report") / "long.jsonl"
+    write_long_run(path, STEPS, RANKS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(log: Path) -> Run:
+    return read_run(log, "long")
+
+
+@pytest.fixture(scope="module")
+def page(log: Path) -> Path:
+    """Of that run beside a short one."""
+    short = log.with_name("short.jsonl")
+    write_long_run(short, 20, 2)
+    status, text = report(log, short, "--output", str(log.with_name("report.html")))
+    assert status == 0 and "report.html: long, short, 10,020 steps" in text.replace("\n", ""), text
+    return log.with_name("report.html")
+
+
+def report(*arguments: Any) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    return done.exit_code, re.sub(r"[│\s]+", " ", done.output)
+
+
+def chart(found: list[Chart], title: str) -> Chart:
+    return next(each for each in found if each.title == title)
+
+
+# --- what it says
+
+
+def test_no_peak_is_hidden_and_no_chart_has_many_points(run: Run) -> None:
+    found = charts([run])
+    longest = chart(found, "Longest and shortest steps").data[0]
+    assert max(longest["y"]) == pytest.approx(run.longest_s.max(), rel=1e-4) and max(longest["y"]) > 2
+    assert longest["x"][int(np.argmax(longest["y"]))] == STEPS // 3
+    assert all(len(trace["x"]) <= 1000 for each in found for trace in each.data)
+
+
+def test_the_numbers_are_those_of_the_log(run: Run) -> None:
+    told = {name: texts[0] for name, texts in summary([run]).rows}
+    assert told["bytes of a step, sent"] == "15.0 kB" and told["times fewer bytes"] == "400.0"
+    assert told["bytes sent by a rank"] == told["bytes received by a rank"] == "150 MB"
+    assert told["skipped steps"] == "10" and told["steps"] == "10000" and told["ranks"] == "4"
+    found = charts([run])
+    cumulative, dense = chart(found, "Bytes sent and received").data
+    assert (cumulative["y"][-1], dense["y"][-1]) == (1.5e8, 6e10)
+    phases = {trace["name"]: trace["y"][0] for trace in chart(found, "Bytes of a step, by phase").data}
+    assert phases["back"] == 5000 and phases["single steps"] == 15000
+    waiting = chart(found, "Time of a step, by rank").data[-1]
+    assert waiting["name"] == "waiting for the slowest"
+    assert waiting["x"] == pytest.approx([0 if rank == SLOW_RANK else 0.004 for rank in range(RANKS)])
+    assert chart(found, "loss over bytes").data and chart(found, "accuracy over time").data
+
+
+def test_without_the_other_ranks_waiting_is_not_told_from_the_network(log: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "long.jsonl"
+    alone.write_bytes(log.read_bytes())
+    run = read_run(alone, "alone")
+    assert "network and waiting" in run.parts_s and "network" not in run.parts_s
+    assert "1 of 4 ranks were found" in chart(charts([run]), "Time of a step").about
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(1, 20))
+def test_peaks_and_sums_keep_what_matters(values: list[float], buckets: int) -> None:
+    y = np.array(values)
+    at = peaks(y, buckets)
+    assert at[0] == 0 and at[-1] == len(y) - 1 and (np.diff(at) > 0).all() and len(at) <= 4 * buckets + 2
+    assert y[at].max() == y.max() and y[at].min() == y.min()
+    assert sums(y, buckets).sum() == pytest.approx(y.sum(), abs=1e-3) and ends(len(y), buckets)[-1] == len(y) - 1
+    mean = running_mean(y, 3)
+    assert mean == pytest.approx([y[max(i - 2, 0) : i + 1].mean() for i in range(len(y))], abs=1e-3)
+
+
+# --- how it looks
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_nothing_is_cut_off_at_any_width(page: Path, tmp_path: Path, is_dark: bool) -> None:
+    for seen in look_at(page, tmp_path, (400, 1400), is_dark):
+        assert not seen["too_wide"] and not seen["cut_off"], seen
+        assert len(seen["charts"]) == 15 and all(seen["charts"]) and seen["texts"] > 100, "all charts are drawn"
+        page_is, ink_is = [np.mean([int(part) for part in re.findall(r"\d+", seen[what])]) for what in ("page", "ink")]
+        assert (page_is < 60 and ink_is > 200) if is_dark else (page_is > 200 and ink_is < 80), seen
+        assert not seen["loaded"], "it needs no other file"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_long_run_opens_at_once(log: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert report(log, "--output", page)[0] == 0
+    assert page.stat().st_size < MOST_BYTES
+    share = max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)  # of this machine, that other programs leave
+    opened_ms = look_at(page, tmp_path, [1400], False)[0]["drawn_ms"]
+    assert opened_ms < OPENS_WITHIN_MS * share
+
+
+def test_names_cannot_break_out_of_the_page(log: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "<script>alert(1)<script>.jsonl"
+    write_long_run(odd, 3, 1)
+    assert report(odd, "--output", tmp_path / "report.html")[0] == 0
+    assert "<script>alert" not in (tmp_path / "report.html").read_text()
+
+
+# --- what is refused
+
+
+def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+    for text, told in (
+        ("", "is no log of this version"),
+        ('{"loss": 1}\nnot json\n', "is no log of this version"),
+        (json.dumps({"run": 99, "size": 1}) + "\n", "of format 1, found 99"),
+        (json.dumps({"run": 1, "size": 1}) + "\n", "has no step"),
+    ):
+        path = tmp_path / "run.jsonl"
+        path.write_text(text)
+        status, output = report(path, "--output", tmp_path / "report.html")
+        assert status == 2 and told in output, output
+    assert not (tmp_path / "report.html").exists()
+    assert report(tmp_path / "nowhere.jsonl")[0] == 2
+
+
+def test_a_missing_library_is_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    status, output = report(log)
+    assert status == 2 and "pip install 'hvd_sketch[report]'" in output
