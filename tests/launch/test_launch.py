@@ -11,7 +11,7 @@ from tests.support.harness import ROOT
 
 THREADS = "-x OMP_NUM_THREADS={0} -x NUMBA_NUM_THREADS={0} -x MKL_NUM_THREADS={0}"
 THREADS_ENV = "env OMP_NUM_THREADS={0} NUMBA_NUM_THREADS={0} MKL_NUM_THREADS={0}"
-LAUNCH_SCRIPTS = ["setup.sh", "test.sh", "quickstart.sh", "torchrun.sh", "mpirun.sh", "horovodrun.sh"]
+LAUNCH_SCRIPTS = ["setup.sh", "test.sh", "quickstart.sh", "docs.sh", "torchrun.sh", "mpirun.sh", "horovodrun.sh"]
 EAGER = "--mca btl_tcp_eager_limit 2097152 --mca btl_tcp_rndv_eager_limit 2097152"
 PREFIX = f"--prefix {VENV}"
 TCP = f"--mca oob_tcp_if_include eth0 --mca btl_tcp_flags send\\,inplace --mca btl_tcp_sndbuf 131072 {EAGER}"

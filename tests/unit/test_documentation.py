@@ -73,6 +73,12 @@ def test_no_link_is_broken_and_nothing_is_loaded_from_elsewhere(site: dict[Path,
     assert len(site) > 30 and sum(len(page.links) for page in site.values()) > 1000
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"^ *- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages and not pages - listed, "add them to nav in mkdocs.yml"
+
+
 def test_every_public_name_is_in_the_api(site: dict[Path, Page]) -> None:
     page = next(page for path, page in site.items() if path.name == "api.html")
     missing = {name for name in hvd_sketch.__all__ if f"hvd_sketch.{name}" not in page.places | {page.text}}
