@@ -60,18 +60,24 @@ def plan(
     launcher: Annotated[str, typer.Option(help="torch, mpi or horovod.")] = "torch",
     calibrate: Annotated[bool, typer.Option(help="Time the local work of ours on this machine, for seconds.")] = False,
     measure: Annotated[bool, typer.Option(help="Under a launcher: measure this job's network and local work.")] = False,
+    gradient: Annotated[
+        Path | None, typer.Option(help="A saved one, flat: .npy, or torch.save. Which settings capture most of it?")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw times against bandwidth and ranks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Predict what an exchange takes, dense and compressed, and say whether compression pays.
 
     Times are those of a model: bytes over bandwidth, collectives times latency, and local work.
     """
+    from hvd_sketch.commands import capture, plan_figure
     from hvd_sketch.commands import plan as planning
     from hvd_sketch.cost import NANOSECONDS
 
-    nanoseconds, is_first = NANOSECONDS, True
+    nanoseconds, is_first, captured = NANOSECONDS, True, None
     try:
-        shapes, backward_s = planning.shapes_of(params, model), planning.seconds(backward)
+        flat = capture.load_gradient(gradient) if gradient is not None else None
+        shapes, backward_s = planning.shapes_of(params, model, flat), planning.seconds(backward)
         network = planning.network_of(ranks, bandwidth, latency, launcher)
         if measure or calibrate:
             from hvd_sketch.commands import measure as measuring
@@ -79,15 +85,21 @@ def plan(
             if measure:
                 network, is_first = measuring.network_of_job()
             nanoseconds = measuring.nanoseconds_here(shapes, ratio, network.ranks)
+        if not is_first:
+            return
         made = planning.Plan(shapes, network, ratio, backward_s, nanoseconds)
+        if plot is not None:
+            plan_figure.write_figure(plot, shapes, network, ratio, nanoseconds)
+        if flat is not None:
+            captured = capture.Comparison(flat, shapes if model is not None else None, ratio, network.ranks)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if not is_first:
-        return
     if as_json:
-        typer.echo(json.dumps(made.as_record(), indent=2))
-    else:
-        made.show(_console())
+        typer.echo(json.dumps(made.as_record() | (captured.as_record() if captured else {}), indent=2))
+        return
+    made.show(_console())
+    if captured is not None:
+        captured.show(_console())
 
 
 @app.command()

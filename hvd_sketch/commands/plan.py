@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from hvd_sketch.checks import check_choice, check_positive
 from hvd_sketch.config import LowRankConfig
@@ -80,10 +81,23 @@ def shapes_of_model(factory: str) -> Shapes:
     return shapes
 
 
-def shapes_of(params: float | None, model: str | None) -> Shapes:
-    """Of the tensors that are compressed: of a model, or of one of so many parameters. Raises ValueError."""
-    if (params is None) == (model is None):
-        raise ValueError("give one of --params 90e6 and --model package.module:function")
+def shapes_of(params: float | None, model: str | None, gradient: Tensor | None = None) -> Shapes:
+    """Of the tensors that are compressed: of a model, or of one of so many parameters. Raises ValueError.
+
+    Args:
+        gradient: float [dim], a saved one, which says in place of ``params`` how many there are.
+    """
+    if gradient is not None and params is None:
+        shapes = shapes_of_size(gradient.numel()) if model is None else shapes_of_model(model)
+        dim = sum(map(math.prod, shapes))
+        if dim != gradient.numel():
+            raise ValueError(
+                f"--gradient has {gradient.numel():,} elements, the tensors of --model that are compressed {dim:,}: "
+                "save the gradients of these alone, in the model's order"
+            )
+        return shapes
+    if (params is None) == (model is None) or gradient is not None:
+        raise ValueError("give one of --params 90e6 and --model package.module:function; with --gradient no --params")
     if model is not None:
         return shapes_of_model(model)
     if params is None or not 1 <= params < 1e13 or params != int(params):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from math import prod
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,8 +18,9 @@ from typer.testing import CliRunner
 from benchmarks.methods import LibraryAllreduce, PowerSGD
 from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
-from hvd_sketch.commands import plan
+from hvd_sketch.commands import plan, plan_figure
 from hvd_sketch.commands.plan import Plan, bits_per_s, shapes_of_size
+from hvd_sketch.commands.styles import STYLES
 from hvd_sketch.cost import CARRIERS, NANOSECONDS, Network, break_even, bytes_of, configurations, kept_bytes, methods
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.model.routes import make_exchange
@@ -121,10 +126,35 @@ def test_a_users_model_and_this_machine() -> None:
     assert record["methods"]["nominate"]["local_s"] != 1e-9 * NANOSECONDS["nominate"] * record["coordinates"]
 
 
+def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
+    axes: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_figure, "_mark", lambda panel, value: axes.append((panel, value)))
+        status, text = run("--params", "1e6", "--ranks", "16", "--plot", str(tmp_path / "plan.png"))
+    assert status == 0, text
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [value for _, value in axes] == [1e9, 16]
+    found = methods(shapes_of_size(1_000_000), 150, replace(GIGABIT, ranks=16, carrier=CARRIERS["torch"]))
+    for panel, value in axes:
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        assert list(lines) == [method.title for method in found.values()]
+        assert {line.get_color() for line in lines.values()} == {STYLES[name].color for name in found}
+        network = replace(GIGABIT, ranks=16, carrier=CARRIERS["torch"])
+        x, y = lines["dense float32"].get_data()
+        assert np.interp(value, x, y) == pytest.approx(found["dense"].seconds(network), rel=0.02)
+
+
+def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, text = run("--params", "1e6", "--plot", str(tmp_path / "plan.png"))
+    assert status == 2 and "pip install matplotlib" in text and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "--params"),
+        (["--params", "1e6", "--plot", "plan.abacus"], "not supported"),
         (["--params", "1e6", "--model", "tests.unit.test_plan:model"], "one of"),
         (["--params", "-3"], "whole number"),
         (["--params", "1e6", "--bandwidth", "fast"], "100mbit"),

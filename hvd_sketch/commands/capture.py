@@ -1,0 +1,182 @@
+"""How much of a saved gradient each way to compress captures at equal bytes, and which settings capture most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hvd_sketch.config import Compression, SketchConfig
+from hvd_sketch.cost import TITLES, Shapes, configurations
+from hvd_sketch.model.routes import make_exchange
+from hvd_sketch.transport import local_transports
+
+ROWS = (1, 3, 5, 7)
+TABLE_SHARES = (0.25, 0.5, 0.75)  # of the bytes
+OVERSAMPLES = (2, 4, 8)
+LOW_RANK_STEPS = 3  # it begins with random factors, and goes on from those of the step before
+SAVE = "torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), FILE)"
+NOTE = (
+    "Of one step, rounding to few bits included; training sends the rest in later steps. Nominations are taken to be "
+    "the largest of this gradient, which is their upper bound: ranks know their own gradients only."
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one configuration captures.
+
+    Attributes:
+        name: of the method, as in :func:`hvd_sketch.cost.methods`.
+        config: at the bytes that were asked for.
+        energy: ``1 - |g - sent|^2 / |g|^2`` of a step.
+    """
+
+    name: str
+    config: Compression
+    energy: float
+
+    def as_record(self) -> dict[str, Any]:
+        """For programs."""
+        return {"method": self.name, "energy": self.energy, "config": asdict(self.config)}
+
+
+def load_gradient(path: Path) -> Tensor:
+    """A flat gradient from a file: float32 [dim].
+
+    Args:
+        path: of a tensor that ``torch.save`` wrote, or of an array in NumPy's ``.npy``; nothing in it is run.
+
+    Raises:
+        ValueError: the file holds no finite vector of floats, or only zeros.
+    """
+    try:
+        if path.suffix == ".npy":
+            loaded: Any = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the bytes lead to
+        raise ValueError(f"--gradient {path} cannot be read ({type(error).__name__}): write it by {SAVE}") from error
+    if not isinstance(loaded, Tensor) or loaded.ndim != 1 or not loaded.is_floating_point():
+        what = f"{loaded.dtype} {list(loaded.shape)}" if isinstance(loaded, Tensor) else type(loaded).__name__
+        raise ValueError(f"--gradient {path} must hold one vector of floats, got {what}: write it by {SAVE}")
+    gradient = loaded.detach().float().contiguous()
+    if not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+        raise ValueError(f"--gradient {path} must be finite and not all zero")
+    return gradient
+
+
+class Comparison:
+    """Of every method the settings that capture most of a gradient at one ratio.
+
+    Args:
+        gradient: float32 [dim]; every rank is taken to have it.
+        shapes: of the tensors that make it up; None: they are not known, and low rank is not judged.
+        ratio: bytes of a dense ring over those of a step.
+        ranks: how many share the bytes.
+
+    Attributes:
+        best: of each method, the one that captures most first.
+
+    Communication: none.
+    """
+
+    def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int) -> None:
+        best: dict[str, Captured] = {}
+        for name, config in _candidates(gradient.numel(), shapes, ratio, ranks):
+            captured = Captured(name, config, energy_captured(config, gradient, shapes))
+            if name not in best or captured.energy > best[name].energy:
+                best[name] = captured
+        self.best = sorted(best.values(), key=lambda captured: -captured.energy)
+        self._has_shapes = shapes is not None
+
+    def as_record(self) -> dict[str, Any]:
+        """For programs."""
+        return {"captured": [captured.as_record() for captured in self.best]}
+
+    def show(self, console: Console) -> None:
+        """A table that fits 80 columns, the best tables' settings to copy, and what is not judged."""
+        table = Table(title="Energy of the gradient that a step captures at equal bytes")
+        table.add_column("method")
+        for heading in ("energy", "rows", "cols", "k", "oversample"):
+            table.add_column(heading, justify="right")
+        for captured in self.best:
+            table.add_row(TITLES[captured.name], f"{captured.energy:.1%}", *_told(captured.config))
+        console.print(table)
+        for captured in self.best:
+            if isinstance(captured.config, SketchConfig) and captured.config.has_table:
+                console.print(f"{TITLES[captured.name]}: {_call(captured.config)}", soft_wrap=True)  # one line to copy
+        if not self._has_shapes:
+            console.print("Low rank is not judged: it needs the shapes of the tensors, by --model.")
+        console.print(NOTE)
+
+
+def _candidates(dim: int, shapes: Shapes | None, ratio: float, ranks: int) -> Iterator[tuple[str, Compression]]:
+    """Every configuration that is tried, of equal bytes."""
+    for name, config in configurations(shapes or [(dim,)], ratio, ranks).items():
+        if not isinstance(config, SketchConfig):
+            if shapes is not None:
+                yield name, config
+        elif not config.has_table:
+            yield name, config
+        else:
+            yield from ((name, other) for other in _tables(config, ratio, dim, ranks))
+
+
+def _tables(config: SketchConfig, ratio: float, dim: int, ranks: int) -> Iterator[SketchConfig]:
+    """Other divisions of the same bytes among rows, columns and coordinates."""
+    fields = ("value_bits", "table_bits", "momentum")
+    kept = {name: getattr(config, name) for name in fields}
+    cells = 2 * config.rows * config.cols  # in all of the bytes: half of them go to the table
+    for rows in ROWS:
+        for share in TABLE_SHARES:
+            for oversample in OVERSAMPLES if config.chooses else (1,):
+                cols = max(int(share * cells / rows), ranks)
+                try:
+                    yield SketchConfig.for_wire_ratio(
+                        ratio, dim, ranks, rows=rows, cols=cols, oversample=oversample, **kept
+                    )
+                except ValueError:  # a division that leaves no coordinate
+                    continue
+
+
+def energy_captured(config: Compression, gradient: Tensor, shapes: Shapes | None) -> float:
+    """``1 - |g - sent|^2 / |g|^2`` of a step of the exchange itself, without momentum, all ranks with one gradient."""
+    steps = LOW_RANK_STEPS
+    if isinstance(config, SketchConfig):
+        config, steps = replace(config, momentum=0.0), 1
+    (alone,) = local_transports(1)
+    exchange = make_exchange(
+        config, gradient.numel(), alone, torch.device("cpu"), shapes=shapes or [tuple(gradient.shape)]
+    )
+    for _ in range(steps):
+        exchange.residual.zero_()
+        update = exchange.step(gradient.clone())
+    rest = gradient.double()
+    if update.indices is None:
+        rest -= update.values
+    else:
+        rest[update.indices] -= update.values.double()
+    return 1 - float(rest.square().sum() / gradient.double().square().sum())
+
+
+def _told(config: Compression) -> list[str]:
+    if not isinstance(config, SketchConfig):
+        return ["", "", "", ""]
+    table = [str(config.rows), f"{config.cols:,}"] if config.has_table else ["", ""]
+    return [*table, f"{config.k:,}", str(config.oversample) if config.has_table else ""]
+
+
+def _call(config: SketchConfig) -> str:
+    """As a user writes it."""
+    return (
+        f"SketchConfig(rows={config.rows}, cols={config.cols}, k={config.k}, oversample={config.oversample}, "
+        f"value_bits={config.value_bits}, table_bits={config.table_bits}, momentum={config.momentum:g})"
+    )
