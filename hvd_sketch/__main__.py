@@ -145,6 +145,21 @@ def report(
     typer.echo(written)
 
 
+@app.command("merge-traces")
+def merge_traces(
+    traces: Annotated[list[Path], typer.Argument(help="Of ranks, torch's profiler, or Horovod.", exists=True)],
+    output: Annotated[Path, typer.Option(help="The trace to write.")] = Path("merged.json"),
+) -> None:
+    """Put traces into one, for Perfetto or chrome://tracing: their times fit together."""
+    from hvd_sketch.commands import merge_traces as merging
+
+    try:
+        written = merging.merge_traces(traces, output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(written)
+
+
 def _console() -> Console:
     """For tables: as wide as the terminal."""
     console = Console()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hvd_sketch.commands.merge_traces import merge_traces
 from hvd_sketch.logs.line_file import LineFile
 from hvd_sketch.logs.run_log import SINGLE_STEPS, steps_of_line
 from hvd_sketch.report.runs import read_run
@@ -96,6 +98,40 @@ def inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
     slack_us = 0.01
     ends = event["ts"] + event["dur"] <= outer["ts"] + outer["dur"] + slack_us
     return outer["ts"] <= event["ts"] + slack_us and ends
+
+
+# As Horovod 0.28 begins and, where it is ended, leaves a timeline.
+TIMELINE = """[
+{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros":%d}},
+{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "allgather.hvd_sketch.0.allgather"}},
+{"ph": "B", "name": "ALLGATHER", "ts": 1000, "pid": 1},
+{"ph": "E", "ts": 2000, "pid": 1},
+{"ph": "B", "name": "ALLGA"""
+
+
+def test_traces_of_ranks_torch_and_horovod_fit_together(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("trace.json", "torch.json", "timeline.json")]
+    model, optimizer = wrapped(alone(), trace=files[0])
+    model.backward(0, 0)
+    start_us = time.time_ns() // 1000
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        optimizer.step()
+    end_us = time.time_ns() // 1000
+    optimizer.ledger.observer.close()
+    profiled.export_chrome_trace(str(files[1]))
+    files[2].write_text(TIMELINE % start_us)
+    merge_traces(files, tmp_path / "merged.json")
+    events = json.loads((tmp_path / "merged.json").read_text())["traceEvents"]
+    ours, theirs = [next(e for e in events if e.get("name") == name) for name in ("exchange", "hvd_sketch exchange")]
+    slack_us = 10_000
+    assert abs(ours["ts"] - theirs["ts"]) < slack_us and abs(ours["dur"] - theirs["dur"]) < slack_us
+    assert len({event["pid"] for event in events if event.get("name") in ("exchange", "hvd_sketch exchange")}) == 2
+    gathered = next(event for event in events if event.get("name") == "ALLGATHER")
+    assert gathered["ts"] - 1000 - slack_us < ours["ts"] < gathered["ts"] - 1000 + end_us - start_us + slack_us
+    assert [event["ph"] for event in events if event["pid"] == gathered["pid"]] == ["M", "B", "E"]
+    files[0].write_text("no trace")
+    with pytest.raises(ValueError, match=r"trace\.json is no trace"):
+        merge_traces(files, tmp_path / "merged.json")
 
 
 def test_tensorboard_reads_the_scalars(ranks: list[dict[str, Any]]) -> None:

@@ -1,0 +1,77 @@
+"""``hvd-sketch merge-traces``: traces of ranks, of torch's profiler and of Horovod on one axis of time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvd_sketch.files import replaced
+from hvd_sketch.logs.trace import PERIOD_NS
+
+START_OF_HOROVOD = "start_time_since_epoch_in_micros"
+Event = dict[str, Any]
+
+
+def merge_traces(paths: Sequence[Path], output: Path) -> str:
+    """Write one trace of several, for a viewer that opens one file.
+
+    Args:
+        paths: what ``DistributedOptimizer(trace=…)``, ``export_chrome_trace`` of torch's profiler, or Horovod's
+            ``HOROVOD_TIMELINE`` has written.
+        output: is replaced.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: a file is no such trace.
+        OSError: the file could not be written.
+    """
+    merged: list[Event] = []
+    processes: dict[tuple[Path, Any], int] = {}
+    for path in paths:
+        for event in _events(path):
+            number = processes.setdefault((path, event.get("pid")), len(processes))
+            merged.append({**event, "pid": number, **_told_apart(event, path)})
+    with replaced(output) as draft:
+        draft.write_text(json.dumps({"traceEvents": merged, "displayTimeUnit": "ms"}, separators=(",", ":")))
+    return f"{output}: {len(merged):,} events of {len(processes)} processes"
+
+
+def _told_apart(event: Event, path: Path) -> Event:
+    """What an event says in another way where several files say the same."""
+    changed: Event = {}
+    if "id" in event:
+        changed["id"] = f"{path.name} {event['id']}"
+    if event.get("name") == "process_name" and "name" in event.get("args", {}):
+        changed["args"] = {"name": f"{event['args']['name']} ({path.name})"}
+    return changed
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """The events of a trace, their times in microseconds since the start of a period; see ``logs/trace.py``."""
+    try:
+        data = path.read_bytes()
+        trace = _parsed((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
+        events = trace["traceEvents"] if isinstance(trace, dict) else trace
+        starts = [event["args"][START_OF_HOROVOD] for event in events if START_OF_HOROVOD in event.get("args", {})]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no trace ({error}): expected what DistributedOptimizer(trace=…), torch's profiler, or "
+            "HOROVOD_TIMELINE writes"
+        ) from error
+    base_us = trace.get("baseTimeNanoseconds", 0) / 1000 if isinstance(trace, dict) else 0
+    shift_us = (starts[0] if starts else base_us) % (PERIOD_NS / 1000)
+    for event in events:
+        yield {**event, "ts": event["ts"] + shift_us} if "ts" in event else event
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or an array of events whose end is missing: those that are whole."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(text[: text.rindex("}") + 1] + "]")
