@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -113,6 +114,11 @@ def test_what_is_raised_and_warned_of_is_found(site: dict[Path, Page]) -> None:
     assert looked_for > 200
 
 
+@cache
+def listed() -> list[str]:
+    return [message.text for path in SOURCES for message in messages(path.read_text())]
+
+
 WRONG: list[Callable[[], object]] = [
     lambda: hvd_sketch.SketchConfig(k=0, candidates="nominate"),
     lambda: hvd_sketch.SketchConfig(k=5, candidates="nominate", oversample=2),
@@ -127,8 +133,7 @@ def test_a_real_message_is_one_of_those_listed(wrong: Callable[[], object]) -> N
     with pytest.raises(ValueError) as raised:
         wrong()
     said = " ".join(str(raised.value).split())
-    listed = [message for path in SOURCES for message in messages(path.read_text())]
-    patterns = [".*?".join(map(re.escape, message.text.split(GAP))) for message in listed if len(message.text) > 20]
+    patterns = [".*?".join(map(re.escape, text.split(GAP))) for text in listed() if len(text) > 20]
     assert any(re.fullmatch(pattern, said) for pattern in patterns), said
 
 
@@ -136,9 +141,8 @@ def test_messages_with_advice_exist() -> None:
     """Every heading in backticks on the page about troubleshooting is a part of a message."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     quoted = [part for line in re.findall(r"^### (`.*)$", page, re.M) for part in re.findall(r"`([^`]+)`", line)]
-    known = [message.text for path in SOURCES for message in messages(path.read_text())]
     assert len(quoted) > 30
-    assert not [part for part in quoted if not any(part in text for text in known)]
+    assert not [part for part in quoted if not any(part in text for text in listed())]
 
 
 def test_the_picture_is_of_this_package() -> None:
