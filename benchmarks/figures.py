@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hvd_sketch.commands.styles import STYLES
 from hvd_sketch.files import replaced
 
 Record = dict[str, Any]
@@ -26,6 +27,21 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Write a figure of matplotlib to a file, in the format of its suffix; the file is never half there."""
     with replaced(path) as draft:
         figure.savefig(draft, dpi=dpi)
+
+
+def styles_of(kinds: Mapping[str, str]) -> dict[str, Record]:
+    """Options of ``axes.plot`` for every method of a figure, from :data:`hvd_sketch.commands.styles.STYLES`.
+
+    Args:
+        kinds: by method, its key in STYLES. Of several methods of one kind the later ones have hollow markers.
+    """
+    seen: set[str] = set()
+    styles: dict[str, Record] = {}
+    for method, kind in kinds.items():
+        later = {"markerfacecolor": "white", "linestyle": ":"} if kind in seen else {}
+        styles[method] = {**STYLES[kind].options(), **later}
+        seen.add(kind)
+    return styles
 
 
 def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:

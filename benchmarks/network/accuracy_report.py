@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.figures import Record, grouped, markdown, new_figure, save_figure
-from benchmarks.network.bandwidth_report import LABELS
+from benchmarks.network.bandwidth_report import LABELS, LINES
 from benchmarks.network.lab import bits_per_s
 
 STYLES = {"mpi": "-", "torch": ":", "horovod": "--"}
@@ -52,8 +52,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for (transport, method), record in shown.items():
         megabytes = [wire_bytes / 1e6 for _, _, wire_bytes, _ in record["curve"]]
         accuracy = [point[-1] for point in record["curve"]]
-        color, line = f"C{list(LABELS).index(method)}", STYLES[transport]
-        axes.plot(megabytes, accuracy, line, color=color, marker=".", label=f"{LABELS[method]}, {transport}")
+        style = {**LINES[method], "linestyle": STYLES[transport], "markevery": max(len(accuracy) // 12, 1)}
+        axes.plot(megabytes, accuracy, markersize=5, label=f"{LABELS[method]}, {transport}", **style)
     axes.set(xscale="log", xlabel="MB sent by each host so far (ledger)", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -106,6 +106,7 @@ def network_parser(
     parser.add_argument("--json", type=file_type, default=Path(f"{name}.json"), help=told)
     if plot:
         parser.add_argument("--plot", type=file_type, metavar="FILE", help=f"PNG of {plot}")
+        parser.add_argument("--from-records", action="store_true", help="measure nothing: show the records there are")
     return parser
 
 

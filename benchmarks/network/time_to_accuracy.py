@@ -86,12 +86,14 @@ def pending_over(
 def main() -> int:
     arguments = parse_arguments()
     records = Records(arguments.json)
-    try:
-        data = load_images(arguments.data_dir)
-    except FileNotFoundError as error:
-        sys.exit(str(error))
-    common = {"data": data.name} | {name: getattr(arguments, name) for name in SETTING}
-    status = status_of(partial(run, arguments, common, records), records)
+    common, status = {}, 0  # of all settings
+    if not arguments.from_records:
+        try:
+            data = load_images(arguments.data_dir)
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+        common = {"data": data.name} | {name: getattr(arguments, name) for name in SETTING}
+        status = status_of(partial(run, arguments, common, records), records)
     trained = [record for record in records.read() if "rate" in record and common.items() <= record.items()]
     print(table(trained))
     if arguments.plot and trained:

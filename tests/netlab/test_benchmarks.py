@@ -300,10 +300,10 @@ def test_time_to_accuracy_end_to_end(tmp_path) -> None:
     assert "| sketched 20×, mpi |" in output
 
 
-def test_tables_say_where_ours_loses() -> None:
-    def record(method: str, rate: str, seconds: float) -> dict:
+def test_tables_and_figures_say_where_ours_loses(tmp_path: Path) -> None:
+    def record(method: str, rate: str, seconds: float, dim: int = 1000) -> dict:
         return {
-            **{"method": method, "transport": "mpi", "dim": 1000, "hosts": 2, "rate": rate, "compute_s": 0.1},
+            **{"method": method, "transport": "mpi", "dim": dim, "hosts": 2, "rate": rate, "compute_s": 0.1},
             **{
                 "network_s": 0.2,
                 "seconds": {"median": seconds},
@@ -319,6 +319,16 @@ def test_tables_say_where_ours_loses() -> None:
     assert "at no rate measured" in text and "at every rate measured" in text
     assert "| PowerSGD, rank 4, mpi | 0.1 | 0.9 | 7 | **0.5** |" in accuracy_report.table(records)
     assert "not reached (50.00%)" in accuracy_report.table(records)
+    records += [
+        record(name, rate, 1.0, 25_000_000) for name in ("allreduce", "sketch100") for rate in ("1gbit", "none")
+    ]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    options = ["--json", str(path), "--plot", str(tmp_path / "figure.png"), "--from-records"]
+    status, output = benchmark("network.bandwidth", *options)
+    assert status == 0 and "at no rate measured" in output, output
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["figure-1000.png", "figure-25M.png"]
+    assert json.loads(path.read_text()) == records, "nothing is measured"
 
 
 def test_cifar10_files_are_read(tmp_path: Path) -> None:
