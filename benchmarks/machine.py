@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -22,8 +23,10 @@ def describe_machine(device: torch.device) -> dict[str, object]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "versions": versions, "commit": commit()}
+    if device.type != "cuda":
+        return {"device": _processor(), "versions": versions, "commit": commit()}
+    versions["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"device": torch.cuda.get_device_name(device), "versions": versions, "commit": commit()}
 
 
 def _processor() -> str:
@@ -35,12 +38,19 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Of the checkout; of a copy that is none, what HVD_SKETCH_COMMIT says."""
+    folder = str(Path(__file__).parent)
+    described = _first_line("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or os.environ.get("HVD_SKETCH_COMMIT") or None
+
+
+def _first_line(*command: str) -> str:
+    """That a program prints; empty where it cannot be run."""
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return ""
+    return printed.partition("\n")[0].strip()
 
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int | None:

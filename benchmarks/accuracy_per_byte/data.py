@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.accuracy_per_byte.models import CONTEXT
-from benchmarks.image_data import read_cifar10, read_mnist
+from benchmarks.image_data import Images, load_cifar10, read_cifar10, read_mnist
+from benchmarks.paper.resnet9 import SIDE, Augmentation, ResNet9
 
 CLASSES = 10
 BYTES = 256
 SHAKESPEARE = "tinyshakespeare_input.txt"
+STATISTICS_IMAGES = 2000  # from which the statistics of batch norm are made
 DATA_SEED = 1000  # plus the run's: of the order of the data
 Batch = tuple[Tensor, Tensor]  # inputs and what to predict
 
@@ -92,6 +94,41 @@ class ImageData:
 
 
 @dataclass(frozen=True)
+class AugmentedImages:
+    """Of a large model: float32 [n, 3, 32, 32] on its device; those to train with are shifted, flipped and cut."""
+
+    images: Images
+    classes: int = CLASSES
+
+    def batches(self, workers: int, per_worker: int, seed: int, skewed: bool) -> Iterator[list[Batch]]:
+        if skewed:
+            raise ValueError("augmented images come in one order for all workers: leave --skewed out")
+        images, labels, count = self.images.train_images, self.images.train_labels, workers * per_worker
+        draw = np.random.default_rng(DATA_SEED + seed)
+        while True:
+            order = torch.from_numpy(draw.permutation(len(labels))).to(labels.device)
+            for chosen in order.split(count):
+                if len(chosen) == count:
+                    changed = Augmentation.draw(draw, count).apply(images, chosen)
+                    changed = changed.contiguous(memory_format=torch.channels_last)
+                    yield list(zip(changed.split(per_worker), labels[chosen].split(per_worker), strict=True))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> tuple[float | None, float]:
+        assert isinstance(model, ResNet9), "its batch norms have no statistics before"
+        model.set_statistics(self.images.train_images[:STATISTICS_IMAGES])
+        model.eval()
+        logits = torch.cat([model(part) for part in self.images.test_images.split(1000)])
+        model.train()
+        labels = self.images.test_labels
+        accuracy = 100 * (logits.argmax(1) == labels).double().mean()
+        return float(accuracy), float(cross_entropy(logits, labels))
+
+
+@dataclass(frozen=True)
 class TextData:
     """Characters as int64 [n], to train with and to judge by, in sequences of ``context``."""
 
@@ -136,6 +173,19 @@ def cifar10(data_dir: Path) -> ImageData:
     train_images, train_labels, test_images, test_labels = map(_tensor, read_cifar10(data_dir / "cifar10"))
     train = train_images.view(-1, 3, 32, 32), train_labels.long()
     return ImageData(train, (test_images.view(-1, 3, 32, 32), test_labels.long()), offset=120, scale=62)
+
+
+def augmented_cifar10(data_dir: Path) -> AugmentedImages:
+    """CIFAR-10 for a model on :func:`device_of_large`."""
+    flat, shape = load_cifar10(data_dir / "cifar10"), (-1, 3, SIDE, SIDE)
+    train, test = flat.train_images.view(shape), flat.test_images.view(shape)
+    images = Images(flat.name, train, flat.train_labels, test, flat.test_labels)
+    return AugmentedImages(images.to(torch.device(device_of_large())))
+
+
+def device_of_large() -> str:
+    """Where large models are trained: on a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def shakespeare(data_dir: Path) -> TextData:

@@ -119,9 +119,8 @@ def optimizer_for(task: Task, model: nn.Module, method: str) -> torch.optim.Opti
     parameters: list[Tensor] = list(model.parameters())
     if task.adam:
         return make_inner(METHODS[method].inner, model, task.weight_decay)
-    if METHODS[method].kind == "nesterov":
-        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
-    return torch.optim.SGD(parameters, lr=0.1)
+    momentum = {"momentum": 0.9, "nesterov": True} if METHODS[method].kind == "nesterov" else {}
+    return torch.optim.SGD(parameters, lr=0.1, weight_decay=task.weight_decay, **momentum)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -15,6 +15,7 @@ from benchmarks.accuracy_per_byte import data
 from benchmarks.accuracy_per_byte.data import Data
 from benchmarks.accuracy_per_byte.models import CONTEXT, HEADS, Transformer, large_cnn, small_cnn
 from benchmarks.models import mlp
+from benchmarks.paper.resnet9 import ResNet9
 
 BASE_WORKERS = 4  # up to so many have ``per_worker`` examples each; more share as many
 DENSE_BELOW = 512  # elements: the CNN's last matrix has 960, the default would leave it dense
@@ -37,7 +38,7 @@ class Task:
         long_factor: of the rates with momentum from ``long`` steps on.
         long: steps.
         adam: the optimizer is Adam, or what a method has in its place; the loss is the measure, not the accuracy.
-        weight_decay: decoupled, of matrices.
+        weight_decay: of Adam decoupled, of matrices; of SGD in the gradient, of all.
         cosine: the learning rate falls to a tenth along a cosine, not to zero along a line.
         begins_with: the name of a task: its model, trained dense, is the start. Empty: random weights are.
         is_large: trained on a GPU where there is one.
@@ -61,7 +62,7 @@ class Task:
     @property
     def device(self) -> str:
         """Where to train."""
-        return "cuda" if self.is_large and torch.cuda.is_available() else "cpu"
+        return data.device_of_large() if self.is_large else "cpu"
 
     def batch(self, workers: int) -> int:
         """Examples per worker and step."""
@@ -75,6 +76,18 @@ class Task:
 
 def _cifar(name: str, title: str, make: Callable[[], nn.Module], steps: int, rates: Mapping[Kind, float]) -> Task:
     return Task(name, title, lambda classes: make(), data.cifar10, steps, rates)
+
+
+def _resnet9() -> Task:
+    """Of the paper: 24 epochs of batches of 512."""
+    rates: Mapping[Kind, float] = {"nesterov": 0.4, "plain": 3.2, "masked": 0.4}
+    options: Mapping[str, Any] = {"per_worker": 128, "long_factor": 1.0, "weight_decay": 5e-4, "is_large": True}
+
+    def make(classes: int) -> nn.Module:
+        return ResNet9(64).to(memory_format=torch.channels_last)
+
+    title = "CIFAR-10, ResNet-9 of 6.6 M, augmented"
+    return Task("resnet9", title, make, data.augmented_cifar10, 24 * 97, rates, **options)
 
 
 def _text(name: str, title: str, make: Callable[[int], nn.Module] = Transformer, **options: Any) -> Task:
@@ -106,6 +119,7 @@ TASKS = {
         ),
         _cifar("cifar", "CIFAR-10, CNN of 139 k", small_cnn, 300, {"nesterov": 0.1, "plain": 0.8, "masked": 0.2}),
         _cifar("cifar2m", "CIFAR-10, CNN of 2.0 M", large_cnn, 400, {"nesterov": 0.05, "plain": 0.8, "masked": 0.1}),
+        _resnet9(),
         _text("lm", "tiny Shakespeare, character transformer of 240 k, Adam"),
         _text("lm64", "tiny Shakespeare, character transformer of 240 k, Adam, 64 sequences a step", per_worker=16),
         _wikitext("wikitext", "0.3 M", 96, 2, ADAM_RATE, steps=300),

@@ -47,7 +47,7 @@ def kernel_operations(hash: BlockHash, values: Tensor, count: int) -> Operations
         "recovery": lambda: recover(kernels, hash, own, count),
         "checksum": lambda: checksums([values]),
     }
-    if values.device.type == "cpu":
+    if kernels.ON_HOST:
         operations["hash alone"] = lambda: hash_only(hash)
     else:
         from benchmarks.kernels import gpu_probes  # which imports Triton
@@ -153,7 +153,9 @@ def random_gradients(setting: Setting, device: torch.device) -> list[Tensor]:
 
 
 def step_extra_bytes(setting: Setting, device: torch.device) -> int | None:
-    """Peak memory of a step in a process of its own: what was freed here before would hide or hinder what it takes."""
+    """Peak memory of a step, on a CPU in a process of its own: what was freed here would hide what it takes."""
+    if not load_backend(None, device).ON_HOST:
+        return _step_extra_bytes(setting, device, torch.get_num_threads())
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_step_extra_bytes, setting, device, torch.get_num_threads()).result()
 

@@ -79,8 +79,12 @@ def limits_ms(medians: dict[str, float], setting: Setting, l2_bytes: int) -> dic
     if "L2 read" not in medians or 2 * 4 * setting.rows * setting.cols > l2_bytes:
         return {}
     copy_ms_per_byte = medians["copy"] / BYTES_PER_COORDINATE["copy"]  # for each coordinate
-    l2_ms = 4 * setting.rows * setting.dim * medians["L2 read"] / (L2_BUFFER_BYTES * L2_PASSES)
-    return {name: max(BYTES_PER_COORDINATE[name] * copy_ms_per_byte, l2_ms) for name in USES_OF_HASH}
+    limits = {}
+    for name in USES_OF_HASH:
+        probe_ms = medians["L2 read" if name == "estimate" else "L2 add"]
+        l2_ms = 4 * setting.rows * setting.dim * probe_ms / (L2_BUFFER_BYTES * L2_PASSES)
+        limits[name] = max(BYTES_PER_COORDINATE[name] * copy_ms_per_byte, l2_ms)
+    return limits
 
 
 def print_table(report: dict) -> None:

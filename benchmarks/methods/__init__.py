@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
+
 from benchmarks.methods.allreduce import HalfPrecision, LibraryAllreduce
 from benchmarks.methods.powersgd import PowerSGD
 from benchmarks.methods.top_k import LocalTopK
@@ -27,28 +29,30 @@ TOPK_LIKE_RATIO = 20.0  # local top-k sends as many coordinates as a sketch of t
 FEW_BIT_RATIO = 150.0  # of bytes on the wire
 
 
-# From this rank's end of the network, the length of the gradient, and what it is made of. Communication: collective.
-Method = Callable[[Transport, int, Parameters], Exchange]
+# From this rank's end of the network, the length of the gradient, what it is made of, and the device that holds it
+# (default: the CPU). Communication: collective.
+Method = Callable[..., Exchange]
+CPU = torch.device("cpu")
 
 
 def _method(kind: type[Exchange], ratio: float | None = None) -> Method:
-    def build(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+    def build(transport: Transport, dim: int, parameters: Parameters, device: torch.device = CPU) -> Exchange:
         config = None if ratio is None else SketchConfig.for_compression(ratio, dim, momentum=0.0)
-        return kind(config, dim, transport, parameters=parameters)
+        return kind(config, dim, transport, device, parameters=parameters)
 
     return build
 
 
-def _nominated(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+def _nominated(transport: Transport, dim: int, parameters: Parameters, device: torch.device = CPU) -> Exchange:
     config = SketchConfig.for_wire_ratio(FEW_BIT_RATIO, dim, transport.size, candidates="nominate")
-    return SketchedAllreduce(config, dim, transport, parameters=parameters)
+    return SketchedAllreduce(config, dim, transport, device, parameters=parameters)
 
 
-def _low_rank(transport: Transport, dim: int, parameters: Parameters) -> Exchange:
+def _low_rank(transport: Transport, dim: int, parameters: Parameters, device: torch.device = CPU) -> Exchange:
     shapes = [shape for _, shape, _ in parameters]
     highest = DENSE_BYTES * dim / least_bytes(shapes, bits=4)  # at rank 1
     config = LowRankConfig(ratio=min(FEW_BIT_RATIO, highest))
-    return LowRankAllreduce(config, dim, transport, parameters=parameters, shapes=shapes)
+    return LowRankAllreduce(config, dim, transport, device, parameters=parameters, shapes=shapes)
 
 
 METHODS: dict[str, Method] = {

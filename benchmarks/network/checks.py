@@ -38,20 +38,26 @@ def check(method: Exchange, transport: Transport, make: Callable[[int], Tensor])
     Communication: collective.
     """
     for step in range(2):
-        produced = make(step) + method.residual
-        update = method.step(make(step))
-        wrong = _nothing_lost(method, transport, produced, update)
+        produced = (make(step) + method.residual).cpu()
+        update, kept = _on_host(method.step(make(step))), method.residual.cpu()
+        wrong = _nothing_lost(method, transport, produced, update, kept)
         if isinstance(method, ResidualExchange):
             wrong += _same_bits(transport, update)
         if isinstance(method, SketchedAllreduce) and method.config.value_bits == 32:
             wrong += _exact_at_indices(transport, produced, update)
         if isinstance(method, LocalTopK):
-            wrong += _largest(method.config.k, produced, method.residual)
+            wrong += _largest(method.config.k, produced, kept)
         _raise_together(transport, wrong, step)
 
 
-def _nothing_lost(method: Exchange, transport: Transport, produced: Tensor, update: SparseUpdate) -> list[str]:
-    own = [project(produced), project(method.residual), float(produced.norm()) ** 2]
+def _on_host(update: SparseUpdate) -> SparseUpdate:
+    return SparseUpdate(None if update.indices is None else update.indices.cpu(), update.values.cpu(), update.skipped)
+
+
+def _nothing_lost(
+    method: Exchange, transport: Transport, produced: Tensor, update: SparseUpdate, kept: Tensor
+) -> list[str]:
+    own = [project(produced), project(kept), float(produced.norm()) ** 2]
     made, stays, square = transport.allgather(torch.tensor([own], dtype=torch.float64)).sum(0).tolist()
     everywhere = update.values
     if everywhere.numel() < method.dim:

@@ -19,6 +19,7 @@ from hvd_sketch.kernels.threads import run_on_threads
 
 SAMPLED_RUN = 64  # gaps in a row that are sampled to choose b
 ALL_SAMPLED = 4096  # of fewer positions all gaps are sampled
+SPARSE = 256  # times as many positions as codes hold: a sort takes less time than a bit for each
 Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
@@ -62,7 +63,8 @@ def decode_owned(
 def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     """The positions that are in any of several codes, one after the other: int64, ascending, on ``device``.
 
-    Through a bit for each position below ``span``: a million of 25 million take a tenth of the time of a sort.
+    Through a bit for each position below ``span``: a million of 25 million take a tenth of the time of a sort. Few of
+    very many are sorted.
     """
     words = encoded.numpy().view(np.uint64)
     streams = _streams(words)
@@ -73,6 +75,8 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     run_on_threads(min(threads, len(streams)), _decode_streams, positions.numpy(), ends, words, streams)
     if len(streams) == 1:
         return positions.to(device)
+    if len(positions) * SPARSE < span:
+        return torch.from_numpy(np.unique(positions.numpy())).to(device)
     bitmap = torch.empty(ceil_div(span, 64), dtype=torch.int64).numpy().view(np.uint64)
     found = np.zeros(threads + 1, dtype=np.int64)
     run_on_threads(threads, _unite, bitmap, found[1:], positions.numpy(), ends)

@@ -101,8 +101,7 @@ class LowRankAllreduce(ResidualExchange):
         self._limit_(update)
         floats = 2 * sum(matrix.rank * (matrix.rows + matrix.cols) for matrix in used)  # there and back
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, floats * self.config.value_bits // 32)
-        for number, right in zip(numbers, _by_matrix(mean, used), strict=True):
-            self._keep_right(number, right)
+        self._keep_rights(numbers, _by_matrix(mean, used))
         self.count_step()
         return SparseUpdate(None, update)
 
@@ -115,7 +114,9 @@ class LowRankAllreduce(ResidualExchange):
                 matrix.times_right_(out, self._feedback.v, right)
 
         total = self._sum(own, multiply, ("left", "left sums")).total
-        return [orthonormalize_(left) for left in _by_matrix(total, matrices, of_rows=True)]
+        lefts = _by_matrix(total, matrices, of_rows=True)
+        orthonormalize_(lefts)
+        return lefts
 
     def _agree_on_rights(self, matrices: Sequence[Matrix], lefts: Sequence[Tensor]) -> RoundedSum:
         """The sum over ranks of ``M^T P``, all matrices' one after the other."""
@@ -184,17 +185,21 @@ class LowRankAllreduce(ResidualExchange):
     def _is_unused(self, matrix: Matrix) -> bool:
         return any(start <= matrix.start and matrix.stop <= stop for start, stop in self._unused)
 
-    def _keep_right(self, number: int, right: Tensor) -> None:
-        """Begin the next step with ``right``, float32 [rank, cols], equal on all ranks.
+    def _keep_rights(self, numbers: Sequence[int], rights: Sequence[Tensor]) -> None:
+        """Begin the next step with the right factors of some matrices, float32 [rank, cols] each, equal on all ranks.
 
         Each column is divided by a power of two, so that M Q is about as large as M. A column of zeros is drawn.
         """
-        largest = right.abs().amax(1, keepdim=True)
-        powers = (largest.view(torch.int32) & EXPONENT).view(torch.float32)
-        kept = self._rights[number]
-        torch.div(right, powers, out=kept)
-        for column in (powers == 0).flatten().nonzero().flatten().tolist():
-            kept[column] = self._draw(number, column, self._step + 1)
+        columns, powers = [], []
+        for number, right in zip(numbers, rights, strict=True):
+            largest = right.abs().amax(1, keepdim=True)
+            powers.append((largest.view(torch.int32) & EXPONENT).view(torch.float32))
+            torch.div(right, powers[-1], out=self._rights[number])
+            columns += [(number, column) for column in range(len(right))]
+        are_zero = torch.cat(powers).flatten().eq(0).nonzero().flatten().tolist() if powers else []
+        for at in are_zero:
+            number, column = columns[at]
+            self._rights[number][column] = self._draw(number, column, self._step + 1)
 
     def _draw(self, number: int, column: int, step: int) -> Tensor:
         """A column of the right factor for a step: float32 [cols], uniform in [-1, 1), equal on all ranks."""

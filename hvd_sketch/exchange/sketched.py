@@ -173,7 +173,7 @@ class SketchedAllreduce(ResidualExchange):
         return total
 
     def _top_k_sums(self, own_sums: Tensor, candidates: int, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Positions among the candidates, ascending, and sums, on the CPU, of the k largest; equal on all ranks.
+        """Positions among the candidates, ascending, and sums, of the k largest; equal on all ranks.
 
         Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
         pick together and send one bit per candidate and the k sums: whichever takes less time.
@@ -193,10 +193,11 @@ class SketchedAllreduce(ResidualExchange):
         own_positions, _ = values.above(threshold)
         gathered = self._gather(self._coding.encode_choice(own_positions, own_sums), own_beside)
         positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
+        sums = to_device(sums, self._device)
         if not threshold.excess:
             return positions, sums
         chosen = top_k(sums, self.config.k, threshold.edge)
-        return positions.index_select(0, to_device(chosen, self._device)), sums.index_select(0, chosen)
+        return positions.index_select(0, chosen), sums.index_select(0, chosen)
 
     def _gather(self, own: Tensor, own_beside: Tensor | None) -> Tensor:
         """What all ranks give, [n] on the CPU, one after the other; with it their sums of the companion's vector."""

@@ -99,7 +99,7 @@ def flip(values, words, origin, place):
 
 @triton.jit
 def for_lanes(per_block, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
-    """From [TILE // BLOCK] to [TILE // LANES]: an offset is hashed once per block, not once per row of the matrix."""
+    """From [TILE // BLOCK] to [TILE // LANES], each repeated: an offset is hashed once per block, not once per row."""
     repeated = tl.broadcast_to(per_block[:, None], (TILE // BLOCK, BLOCK // LANES))
     return tl.reshape(repeated, (TILE // LANES,))
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from hvd_sketch.kernels._gpu_hash import VARYING, columns, flip, for_lanes, sign_words, tile_blocks, wrap
+from hvd_sketch.kernels._gpu_hash import VARYING, columns, for_lanes, lanes, sign_words, tile_blocks, wrap
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
 NETWORK_ROWS = 9  # medians of more rows are found by counting, which loads rows * rows votes instead of rows
@@ -20,18 +20,18 @@ _NETWORK_ROWS = tl.constexpr(NETWORK_ROWS)
 
 @triton.jit
 def _vote(
-    shard_row, coefficients, row, block, origin, first, place, exists, cols,
+    shard_row, coefficients, row, block, word, bit, lane, exists, cols,
     BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A row's votes as int32 keys in the order of the floats, NaN of either sign last.
+    """A row's votes as int32 keys in the order of the floats, NaN of either sign last: [TILE].
 
-    ``shard_row`` points to the first cell of each matrix row's shard in that row of the table.
+    ``shard_row`` points to the first cell of each coordinate's shard in that row of the table.
     """
-    column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
-    cells = shard_row[:, None] + wrap(column[:, None] + place, cols)
-    votes = tl.load(cells, mask=exists, other=0.0)
+    column = for_lanes(columns(coefficients, row, block, cols), BLOCK, 1, TILE) + lane
+    votes = tl.load(shard_row + wrap(column, cols), mask=exists, other=0.0)
     magnitude = _magnitudes(votes)
-    key = _mirrored(flip(votes, sign_words(coefficients, row, origin >> 4), origin, place))
+    words = for_lanes(sign_words(coefficients, row, word), LANES, 1, TILE)
+    key = _mirrored(votes.to(tl.int32, bitcast=True) ^ ((words >> bit) << 31))
     return tl.where(magnitude > _INFINITY, magnitude, key)
 
 
@@ -52,25 +52,34 @@ def _sorted(a, b):
 
 
 @triton.jit
-def _medians(
-    shard_row, coefficients, block, first, place, dim, cols, row_cells,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+def _estimates(
+    table, coefficients, tile, shard, dim, cols, row_cells,
+    OWNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Medians over rows at the places ``place``, [1, WIDTH], of the tile's matrix: [TILE // LANES, WIDTH]."""
-    WIDTH: tl.constexpr = place.shape[1]
-    origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
-    exists = origin[:, None] + place < dim
+    """The medians of a tile, zero past the vector's end: float32 [TILE].
+
+    Table rows are not aligned, so each thread reads single floats: of a vector neighbours read neighbours, of a matrix
+    they do not with every compiler (Triton 3.6). A sign word is worked out once, and goes to its coordinates.
+    """
+    block, base = tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
+    first, _ = lanes(BLOCK, LANES, TILE)
+    word = (for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first) >> 4
+    lane = tl.arange(0, TILE) % BLOCK
+    coordinate = for_lanes(block, BLOCK, 1, TILE) * BLOCK + lane
+    bit, exists = (coordinate & 15).to(tl.int32), coordinate < dim
+    shard_row = table + for_lanes(base, BLOCK, 1, TILE)
     if ROWS <= _NETWORK_ROWS:
         # The five least values so far, in order, of ROWS votes and some values below all votes. The last one will be
         # the median. The compiler drops what is not needed, such as comparisons with these constants.
-        below = tl.full((TILE // LANES, WIDTH), _LEAST, tl.int32)
-        e = tl.full((TILE // LANES, WIDTH), _GREATEST, tl.int32)
+        below = tl.full((TILE,), _LEAST, tl.int32)
+        e = tl.full((TILE,), _GREATEST, tl.int32)
         a = e if ROWS > 7 else below
         b = e if ROWS > 5 else below
         c = e if ROWS > 3 else below
         d = e if ROWS > 1 else below
         for row in tl.static_range(ROWS):
-            vote = _vote(shard_row, coefficients, row, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+            vote = _vote(shard_row, coefficients, row, block, word, bit, lane, exists, cols, BLOCK, LANES, TILE)
             shard_row += row_cells
             a, vote = _sorted(a, vote)
             b, vote = _sorted(b, vote)
@@ -79,16 +88,16 @@ def _medians(
             e = tl.minimum(e, vote)
         low, high = d, e
     else:
-        low = tl.full((TILE // LANES, WIDTH), 0, tl.int32)
+        low = tl.full((TILE,), 0, tl.int32)
         high = low
         first_row = shard_row
         for row in range(ROWS):
-            vote = _vote(shard_row, coefficients, row, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+            vote = _vote(shard_row, coefficients, row, block, word, bit, lane, exists, cols, BLOCK, LANES, TILE)
             shard_row += row_cells
-            rank = tl.full((TILE // LANES, WIDTH), 0, tl.int32)
+            rank = tl.full((TILE,), 0, tl.int32)
             other_row = first_row
             for i in range(ROWS):
-                other = _vote(other_row, coefficients, i, block, origin, first, place, exists, cols, BLOCK, LANES, TILE)
+                other = _vote(other_row, coefficients, i, block, word, bit, lane, exists, cols, BLOCK, LANES, TILE)
                 other_row += row_cells
                 rank += ((other < vote) | ((other == vote) & (i < row))).to(tl.int32)
             low = tl.where(rank == (ROWS - 1) // 2, vote, low)
@@ -97,33 +106,6 @@ def _medians(
     if ROWS % 2 == 0:
         median = (_mirrored(low).to(tl.float32, bitcast=True) + median) * 0.5
     return median
-
-
-@triton.jit
-def _estimates(
-    table, coefficients, tile, shard, dim, cols, row_cells,
-    OWNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The medians of a tile, zero past the vector's end: float32 [TILE].
-
-    Table rows are not aligned, so each thread reads single floats. The compiler gives a thread every 32nd float, each
-    of another sign word. Four calls for a fourth of the places each give a thread four neighbours of one sign word.
-    """
-    block, base = tile_blocks(coefficients, tile, shard, cols, OWNED, BLOCK, SHARDS, TILE)
-    cells = table + for_lanes(base, BLOCK, LANES, TILE)
-    first = (tl.arange(0, TILE // LANES) * LANES) % BLOCK
-    if LANES < 4 or ROWS > _NETWORK_ROWS:
-        place = tl.arange(0, LANES)[None, :]
-        median = _medians(cells, coefficients, block, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-    else:
-        place = tl.arange(0, LANES // 4)[None, :] * 4
-        m0 = _medians(cells, coefficients, block, first, place, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-        m1 = _medians(cells, coefficients, block, first, place + 1, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-        m2 = _medians(cells, coefficients, block, first, place + 2, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-        m3 = _medians(cells, coefficients, block, first, place + 3, dim, cols, row_cells, ROWS, BLOCK, LANES, TILE)
-        median = tl.join(tl.join(m0, m2), tl.join(m1, m3))
-    return tl.reshape(median, (TILE,))
 
 
 @triton.jit(do_not_specialize=VARYING)

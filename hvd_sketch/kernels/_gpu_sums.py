@@ -11,13 +11,16 @@ from hvd_sketch.kernels._gpu_hash import VARYING, columns, flip, for_lanes, lane
 
 @triton.jit
 def _fed_back(v, u, gradient, at, mask, momentum):
-    """``u <- m * u + g``, ``v <- v + u`` at coordinates ``at``; the new v. Compile it without fused rounding."""
-    fed = tl.load(gradient + at, mask=mask)
+    """``u <- m * u + g``, ``v <- v + u`` at coordinates ``at``; the new v. Compile it without fused rounding.
+
+    What passes once leaves the level-2 cache first, to the table.
+    """
+    fed = tl.load(gradient + at, mask=mask, eviction_policy="evict_first")
     if u is not None:
-        fed = tl.load(u + at, mask=mask) * momentum + fed
-        tl.store(u + at, fed, mask=mask)
-    fed += tl.load(v + at, mask=mask)
-    tl.store(v + at, fed, mask=mask)
+        fed = tl.load(u + at, mask=mask, eviction_policy="evict_first") * momentum + fed
+        tl.store(u + at, fed, mask=mask, eviction_policy="evict_first")
+    fed += tl.load(v + at, mask=mask, eviction_policy="evict_first")
+    tl.store(v + at, fed, mask=mask, eviction_policy="evict_first")
     return fed
 
 
@@ -32,24 +35,31 @@ def accumulate(
     table, values, u, gradient, coefficients, momentum, start, size, cols, row_cells, first_row, last_row,
     BLOCK: tl.constexpr, SHARDS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of values to the rows from ``table`` on, atomically; with a gradient, after its feedback."""
+    """Add a tile of values to the rows from ``table`` on, atomically; with a gradient, after its feedback.
+
+    Signs are worked out in the tile's matrix, additions made in a vector: of a matrix some compilers (Triton 3.6) give
+    neighbouring threads cells of different rows, and additions to scattered cells take eight times as long.
+    """
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     block, base = tile_blocks(coefficients, tile, 0, cols, False, BLOCK, SHARDS, TILE)
     first, place = lanes(BLOCK, LANES, TILE)
     origin = for_lanes(block, BLOCK, LANES, TILE) * BLOCK + first
-    base = for_lanes(base, BLOCK, LANES, TILE)
     at = origin[:, None] + place - start
     mask = (at >= 0) & (at < size)
     if gradient is not None:
         value = _fed_back(values, u, gradient, at, mask, momentum)
     else:
-        value = tl.load(values + at, mask=mask)
+        value = tl.load(values + at, mask=mask, eviction_policy="evict_first")
+    lane = tl.arange(0, TILE)
+    at = tile * TILE + lane - start
+    mask = (at >= 0) & (at < size)
+    cells = table + for_lanes(base, BLOCK, 1, TILE)
     for row in range(first_row, last_row):
-        column = for_lanes(columns(coefficients, row, block, cols), BLOCK, LANES, TILE) + first
-        cells = (table + base)[:, None] + wrap(column[:, None] + place, cols)
+        column = for_lanes(columns(coefficients, row, block, cols), BLOCK, 1, TILE) + lane % BLOCK
         signed = flip(value, sign_words(coefficients, row, origin >> 4), origin, place)
-        tl.atomic_add(cells, signed.to(tl.float32, bitcast=True), mask=mask, sem="relaxed")
-        table += row_cells
+        signed = tl.reshape(signed.to(tl.float32, bitcast=True), (TILE,))
+        tl.atomic_add(cells + wrap(column, cols), signed, mask=mask, sem="relaxed")
+        cells += row_cells
 
 
 @triton.jit(do_not_specialize=VARYING)

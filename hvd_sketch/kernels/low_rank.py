@@ -8,8 +8,9 @@ A factor of rank r is float32 [r, length], contiguous: its columns one after the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from hvd_sketch.kernels import _cpu_low_rank as loops
 from hvd_sketch.kernels import cpu
 from hvd_sketch.kernels.threads import run_on_threads
 
+# Of a column's length that is left beside the columns before it: with less, products of float64 lose too many digits.
+SAFE_REST = 2.0**-18
 _lock = threading.Lock()
 _inside = 0  # threads inside of full_precision
 _users_precision = "highest"  # what torch was told before the first came in
@@ -47,18 +50,50 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(_users_precision)
 
 
-def orthonormalize_(factor: Tensor) -> Tensor:
-    """Make the columns orthonormal, in place and in order; returns ``factor``. Communication: none.
+def orthonormalize_(factors: Sequence[Tensor]) -> None:
+    """Make the columns of each factor orthonormal, in place and in order. Communication: none.
 
-    A zero column, and one that depends on those before it, becomes zeros. All must be finite.
+    A zero column, and one that depends on those before it, becomes zeros. All must be finite, and on one device.
     """
-    if factor.device.type == "cpu":
+    if factors and factors[0].device.type != "cpu":
+        _orthonormalize_by_torch_(factors)
+        return
+    for factor in factors:
         loops.orthonormalize(factor.numpy())
-        return factor
-    return _orthonormalize_by_torch_(factor)
 
 
-def _orthonormalize_by_torch_(factor: Tensor) -> Tensor:
+def _orthonormalize_by_torch_(factors: Sequence[Tensor]) -> None:
+    """By the Cholesky factor of the columns' products, twice, for factors of one shape together: few launches.
+
+    Where that factor does not exist, or a column nearly depends on others, column by column. One wait for the device.
+    """
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for factor in factors:
+        by_shape.setdefault(factor.shape, []).append(factor)
+    groups = list(by_shape.values())
+    bases = [_cholesky_bases(torch.stack(group).double()) for group in groups]
+    are_good = torch.cat([is_good for _, is_good in bases]).tolist() if bases else []
+    for factor, basis in zip(chain(*groups), chain.from_iterable(basis for basis, _ in bases), strict=True):
+        if are_good.pop(0):
+            factor.copy_(basis)
+        else:
+            _orthonormalize_columns_(factor)
+
+
+def _cholesky_bases(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Of float64 [n, rank, length]; and whether each is to be used: bool [n]."""
+    lengths = columns.norm(dim=2)
+    is_good = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
+    for number in range(2):
+        lower, info = torch.linalg.cholesky_ex(columns @ columns.mT)
+        if number == 0:
+            rests = lower.diagonal(dim1=1, dim2=2)
+            is_good = (info == 0) & (rests > SAFE_REST * lengths).all(dim=1)
+        columns = torch.linalg.solve_triangular(lower, columns, upper=False)
+    return columns, is_good & torch.isfinite(columns).all(dim=2).all(dim=1)
+
+
+def _orthonormalize_columns_(factor: Tensor) -> None:
     columns = factor.double()
     for number, column in enumerate(columns):
         before = column.norm()
@@ -67,7 +102,7 @@ def _orthonormalize_by_torch_(factor: Tensor) -> Tensor:
         rest = column.norm()
         is_new = rest > loops.LEAST_REST * before
         column.copy_(torch.where(is_new, column / torch.where(is_new, rest, 1.0), 0.0))
-    return factor.copy_(columns)
+    factor.copy_(columns)
 
 
 def product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

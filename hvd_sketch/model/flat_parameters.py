@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -146,8 +145,8 @@ class FlatParameters:
     def unpack_sparse(self, indices: Tensor, values: Tensor, used: Sequence[bool] | None = None) -> None:
         """Set every ``p.grad`` to zeros but for ``values`` at ``indices``; created where absent.
 
-        All of it is written, for it holds this rank's gradient: on a GPU in two launches for all contiguous parameters
-        of one dtype, and without waiting for it; where one is not contiguous, it is waited for once.
+        All of it is written, for it holds this rank's gradient: on a GPU in two launches for all parameters of one
+        dtype, and without waiting for it. One whose memory is in another order is written by way of a copy.
 
         Args:
             indices: int64 [n], ascending, in ``0 … dim - 1``.
@@ -155,18 +154,19 @@ class FlatParameters:
             used: for each parameter whether it gets a gradient; ``p.grad`` of the others becomes None. Default: all.
         """
         gradients = self.writable_gradients(used)
-        present = [gradient for gradient in gradients if gradient is not None]
+        ordered = [
+            g if g is None or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device)
+            for g in gradients
+        ]
+        present = [gradient for gradient in ordered if gradient is not None]
         if present:
             torch._foreach_zero_(present)
         for dtype in dict.fromkeys(gradient.dtype for gradient in present):
-            alike = [g if g is not None and g.is_contiguous() and g.dtype == dtype else None for g in gradients]
+            alike = [gradient if gradient is not None and gradient.dtype == dtype else None for gradient in ordered]
             load_backend(None, self.device).scatter_(alike, self._starts, indices, values)
-        if all(gradient.is_contiguous() for gradient in present):
-            return
-        for gradient, (start, first, last) in zip(gradients, self._bounds(indices), strict=True):
-            if gradient is not None and not gradient.is_contiguous():
-                places = torch.unravel_index(indices[first:last] - start, gradient.shape)
-                gradient[places] = values[first:last].to(gradient.dtype)
+        for gradient, in_order in zip(gradients, ordered, strict=True):
+            if gradient is not None and in_order is not None and in_order is not gradient:
+                gradient.copy_(in_order)
 
     @torch.no_grad()
     def unpack_dense(self, values: Tensor, used: Sequence[bool] | None = None) -> None:
@@ -190,12 +190,6 @@ class FlatParameters:
                 parameter.grad = None
             gradients.append(_writable_gradient(parameter) if is_used else None)
         return gradients
-
-    def _bounds(self, indices: Tensor) -> Iterator[tuple[int, int, int]]:
-        """Where each parameter starts in the vector, and from where to where in ``indices`` its own lie."""
-        bounds = torch.searchsorted(indices, self._starts).tolist()
-        for (_, start, _), (first, last) in zip(self._places, pairwise(bounds), strict=True):
-            yield start, first, last
 
 
 Kind = tuple[torch.dtype, torch.Size, torch.device]

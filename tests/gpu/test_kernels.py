@@ -27,8 +27,10 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 FAR = 1 << 34  # a dim whose coordinates do not fit in 32 bits
 
-some_examples = settings(max_examples=300 if HAS_GPU else 15, deadline=None)  # one takes the interpreter a second
-few_examples = settings(max_examples=60 if HAS_GPU else 3, deadline=None)  # of each of five windows
+some_examples = settings(
+    max_examples=30 if HAS_GPU else 15, deadline=None
+)  # one takes a second: to interpret, or to compile
+few_examples = settings(max_examples=6 if HAS_GPU else 3, deadline=None)  # of each of five windows
 
 
 class PoisonedTorch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,13 @@ from hvd_sketch.hashing import MAX_DIM, BlockHash
 CODINGS = [host, device]
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("coding", CODINGS, ids=["host", "device"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_are_coded_on_the_device_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "FEW", -1)
+        yield
 
 
 @st.composite

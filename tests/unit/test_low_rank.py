@@ -120,10 +120,11 @@ def test_a_basis_is_orthonormal_and_has_the_bits_of_plain_operations(rank: int, 
     factor = (
         torch.randn(rank, length, generator=torch.Generator().manual_seed(rank)) * 10.0 ** torch.arange(rank)[:, None]
     )
-    expected, by_torch = plain_basis(factor), _orthonormalize_by_torch_(factor.clone())
-    spans = factor.clone()
-    basis = orthonormalize_(factor)
-    assert basis is factor and torch.equal(basis, expected)
+    expected, by_torch = plain_basis(factor), factor.clone()
+    spans, basis = factor.clone(), factor
+    _orthonormalize_by_torch_([by_torch])
+    orthonormalize_([basis])
+    assert torch.equal(basis, expected)
     assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-6)
     assert torch.allclose(spans, spans @ basis.T @ basis, atol=0, rtol=1e-3)
     assert torch.allclose(basis, by_torch, atol=1e-6)
@@ -135,7 +136,14 @@ def test_columns_that_depend_on_others_become_zeros(make: object, size: float) -
     column = torch.randn(50).clamp(-1, 1)
     factor = torch.stack([torch.zeros(50), column, torch.ones(50), column, -column, torch.zeros(50)]) * size
     assert callable(make)
-    lengths = make(factor).norm(dim=1)
+    others = [
+        torch.ones(1, 50),
+        torch.eye(6, 50),
+    ]  # of which one has the shape, and all are orthonormal but for a length
+    make([others[0], factor, others[1]])
+    assert torch.allclose(others[0], torch.full((1, 50), 50**-0.5))
+    assert torch.allclose(others[1], torch.eye(6, 50))
+    lengths = factor.norm(dim=1)
     assert torch.allclose(lengths, torch.tensor([0.0, 1, 1, 0, 0, 0]), atol=1e-6)
 
 

@@ -55,7 +55,21 @@ class NominatedCandidates:
 
     def nominate(self, v: Tensor, parts: Parts) -> Tensor:
         """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
+        if not self._kernels.ON_HOST and len(parts) > 1:
+            v, parts = self._in_one(v, parts), [(0, self._dim, None)]
         return self._coding.encode_positions(self._own_largest(v, _joined(parts)), self._dim)
+
+    def _in_one(self, v: Tensor, parts: Parts) -> Tensor:
+        """v with the gradients taken in, zeros outside of the parts: on a device each part would take a wait."""
+        sums = torch.zeros_like(v)
+        targets = [sums[start:stop] for start, stop, _ in parts]
+        torch._foreach_copy_(targets, [v[start:stop] for start, stop, _ in parts])
+        fed = [
+            (target, gradient) for target, (_, _, gradient) in zip(targets, parts, strict=True) if gradient is not None
+        ]
+        if fed:
+            torch._foreach_add_(*map(list, zip(*fed, strict=True)))
+        return sums
 
     def take_codes(self, codes: Tensor | None) -> None:
         """All ranks' codes have arrived already, one after the other; None: they have not, or are not wanted."""

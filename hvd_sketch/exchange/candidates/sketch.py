@@ -119,7 +119,7 @@ class SketchCandidates:
         self.predictor.update(threshold)
         positions, values = estimates.above(threshold)
         if threshold.excess and not self._config.chooses:  # equal estimates, of which coarse tables have many
-            positions = positions[top_k(values, own_count)]
+            positions = positions[top_k(values, own_count, threshold.edge)]
         return self._allgather_candidates(positions)
 
     def _find_threshold(self, estimates: Magnitudes, count: int, lower_bound: int = 0) -> Threshold:
