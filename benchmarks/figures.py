@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvd_sketch.commands.styles import STYLES
+from hvd_sketch.commands.styles import STYLES, Style
 from hvd_sketch.files import replaced
 
+OF_OTHERS = Style("#8C564B", "--", "d")
+LATER_MARKERS = "^sv<>DPX*h"
 Record = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
@@ -33,14 +36,21 @@ def styles_of(kinds: Mapping[str, str]) -> dict[str, Record]:
     """Options of ``axes.plot`` for every method of a figure, from :data:`hvd_sketch.commands.styles.STYLES`.
 
     Args:
-        kinds: by method, its key in STYLES. Of several methods of one kind the later ones have hollow markers.
+        kinds: by method, its key in STYLES, or anything else for methods of others. Of several methods of one kind the
+            later ones have hollow markers, from the third on other ones.
     """
-    seen: set[str] = set()
+    seen: Counter[Style] = Counter()
     styles: dict[str, Record] = {}
     for method, kind in kinds.items():
-        later = {"markerfacecolor": "white", "linestyle": ":"} if kind in seen else {}
-        styles[method] = {**STYLES[kind].options(), **later}
-        seen.add(kind)
+        style = STYLES.get(kind, OF_OTHERS)
+        own, place = style.options(), seen[style]
+        if place:
+            own |= {"markerfacecolor": "white", "linestyle": ":"}
+        if place > 1:
+            others = LATER_MARKERS.replace(own["marker"], "")
+            own["marker"] = others[(place - 2) % len(others)]
+        styles[method] = own
+        seen[style] += 1
     return styles
 
 
@@ -104,7 +114,7 @@ def draw_band(ax: Any, x: Floats, values: Floats, style: str, color: str, label:
     ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
-def draw_bars(ax: Any, x: Sequence[float] | Floats, values: Sequence[Floats], style: str, **options: Any) -> None:
+def draw_bars(ax: Any, x: Sequence[float] | Floats, values: Sequence[Floats], style: str = "", **options: Any) -> None:
     """At each place the mean over seeds, with a bar from the least to the greatest seed."""
     means, least, greatest = (np.array([f(each) for each in values]) for f in (np.mean, np.min, np.max))
     ax.errorbar(x, means, [means - least, greatest - means], fmt=style, capsize=3, **options)

@@ -8,8 +8,19 @@ from typing import Any
 
 from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, mean, results_of
-from benchmarks.figures import draw_bars, grouped, new_figure, save_figure
+from benchmarks.figures import draw_bars, grouped, new_figure, save_figure, styles_of
 
+KINDS = ("lowrank", "nominate", "sketch", "random", "dense16", "dense", "local", "truetopk", "paper", "powersgd")
+TOPK = ("local", "truetopk")
+
+
+def kind_of(method: str) -> str:
+    """Whose colour a method has in figures; its own name where it is none of ours or of our rivals."""
+    kind = next((kind for kind in KINDS if method.startswith(kind)), method)
+    return "topk" if kind in TOPK else "bf16" if kind == "dense16" else kind
+
+
+LINES = styles_of({name: kind_of(name) for name in METHODS})
 FEWEST = 3  # numbers of ranks that make a figure
 
 
@@ -34,12 +45,12 @@ def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) 
         return False
     figure = new_figure(10, 4.2)
     axes = figure.subplots(1, 2)
-    for number, (method, groups) in enumerate(lines.items()):
+    for method, groups in lines.items():
         groups.sort(key=lambda group: group.workers)
-        style = {"color": f"C{number}", "label": METHODS[method].title, "linewidth": 1, "markersize": 5}
+        style = {**LINES[method], "label": METHODS[method].title, "linewidth": 1, "markersize": 6}
         ranks = [group.workers for group in groups]
-        draw_bars(axes[0], ranks, [results_of(best[group]) for group in groups], "o-", **style)
-        axes[1].plot(ranks, [(mean(best[g], "wire_bytes_per_step") or 0) / 1000 for g in groups], "o-", **style)
+        draw_bars(axes[0], ranks, [results_of(best[group]) for group in groups], **style)
+        axes[1].plot(ranks, [(mean(best[g], "wire_bytes_per_step") or 0) / 1000 for g in groups], **style)
     axes[0].set_ylabel(measure)
     axes[1].set(ylabel="kB per step and rank, sent and received", yscale="log")
     ranks = sorted({group.workers for groups in lines.values() for group in groups})

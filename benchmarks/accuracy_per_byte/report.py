@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from benchmarks.accuracy_per_byte.by_ranks import draw_by_ranks
+from benchmarks.accuracy_per_byte.by_ranks import LINES, draw_by_ranks
 from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, Run, mean, results_of
 from benchmarks.accuracy_per_byte.search import best_rate, rates_tried
@@ -116,16 +116,14 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
 def _draw_place(ax: Any, best: Mapping[Group, list[Record]]) -> None:
     """Methods of one ratio side by side: they have nearly the same bytes."""
     present = [name for name in METHODS if name != "dense" and any(g.method == name for g in best)]
-    for number, (name, method) in enumerate(METHODS.items()):
+    for name, method in METHODS.items():
         own = [(mean(runs, "wire_bytes_per_step"), results_of(runs)) for g, runs in best.items() if g.method == name]
         points = sorted(((x, values) for x, values in own if x is not None and len(values)), key=lambda point: point[0])
         if not points:
             continue
-        style = {"color": f"C{number % 10}", "label": method.title, "linewidth": 1, "markersize": 5}
         if name == "dense":
             ax.axhline(points[0][1].mean(), color="black", linestyle=":", label="dense")
             continue
         aside = BESIDE ** (present.index(name) - (len(present) - 1) / 2)
-        draw_bars(
-            ax, [x * aside for x, _ in points], [values for _, values in points], "os^vD"[number // 10] + "-", **style
-        )
+        style = {**LINES[name], "label": method.title, "linewidth": 1, "markersize": 6}
+        draw_bars(ax, [x * aside for x, _ in points], [values for _, values in points], **style)
