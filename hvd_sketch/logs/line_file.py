@@ -1,14 +1,13 @@
-"""A file of lines that is written while a program does something else, and never stops it."""
+"""A file of lines that never stops the program that writes it."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
-FLUSH_S = 1.0
 MOST_BYTES = 256 << 20
 logger = logging.getLogger(__name__)
 
@@ -28,40 +27,27 @@ def make_folder_of(path: str | PathLike[str]) -> None:
 
 
 class LineFile:
-    """Lines that reach a file about once a second, and only whole ones.
+    """Lines in a file, only whole ones, whatever happens while they are written.
 
-    A process that is killed loses the lines of its last second. Where the disk is full, or the file cannot be written
-    for another reason, an error is logged once, lines are lost until it can be written again, and the program goes on.
+    Where the disk is full, or the file cannot be written for another reason, an error is logged once, lines are lost
+    until it can be written again, and the program goes on.
 
     Args:
         path: the file to be; its folder exists. One that is there already is kept as ``<path>.old``.
         goes_on: add to what is there instead.
         most_bytes: after which no more is written.
-        flush_s: lines wait for so long at most, if more of them come.
     """
 
-    def __init__(
-        self, path: str | Path, goes_on: bool = False, most_bytes: int = MOST_BYTES, flush_s: float = FLUSH_S
-    ) -> None:
+    def __init__(self, path: str | PathLike[str], goes_on: bool = False, most_bytes: int = MOST_BYTES) -> None:
         self.path = Path(path)
-        self._goes_on, self._most_bytes, self._flush_s = goes_on, most_bytes, flush_s
-        self._waiting: list[str] = []
-        self._flushed_s = time.monotonic()
+        self._goes_on, self._most_bytes = goes_on, most_bytes
         self._file: int | None = None
         self._size = 0  # bytes of whole lines
         self._is_failing = self._is_full = False
 
-    def write(self, line: str) -> None:
-        """Add a line, without its end."""
-        self._waiting.append(line)
-        if time.monotonic() - self._flushed_s > self._flush_s:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand all lines to the operating system; they survive the process."""
-        data = "".join(line + "\n" for line in self._waiting).encode()
-        self._waiting.clear()
-        self._flushed_s = time.monotonic()
+    def write(self, lines: Iterable[str]) -> None:
+        """Hand lines, without their ends, to the operating system; they survive the process."""
+        data = "".join(line + "\n" for line in lines).encode()
         if not data or self._is_full:
             return
         if self._size + len(data) > self._most_bytes:
@@ -76,12 +62,11 @@ class LineFile:
             self._is_failing = False
 
     def close(self) -> None:
-        """Write what waits, and let it reach the disk."""
-        self.flush()
+        """Close the file; it is opened again should more come."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-            self._goes_on = True  # should more come
+            self._goes_on = True
 
     def _append(self, data: bytes) -> None:
         if self._file is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,6 +13,7 @@ from hvd_sketch.logs.line_file import LineFile, path_of_rank
 from hvd_sketch.logs.step_observer import Output, Step
 
 FORMAT = 1
+ENCODE = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps makes an encoder each time
 SINGLE_STEPS = 10_000  # that have a line each; then lines of 2, from twice as many steps on of 4, and so on
 
 
@@ -37,86 +38,85 @@ class RunLog(Output):
         self._path = path_of_rank(path, rank)
         self._file: LineFile | None = None
         self._about = {"run": FORMAT, "started": time.time(), **about}
-        self._line = _Line()
+        self._start_s = 0.0  # of the first step
+        self._line = _Line(0.0)
 
-    def step(self, step: Step) -> None:
+    def write(self, steps: Sequence[Step]) -> None:
+        lines = []
         if self._file is None:
-            self._file = LineFile(self._path, goes_on=step.number > 0)
-            self._file.write(json.dumps(self._about, default=str))
-        self._line.add(step)
-        if (step.number + 1) % steps_of_line(step.number) == 0:
-            self._end_line()
+            self._file = LineFile(self._path, goes_on=steps[0].number > 0)
+            self._start_s = steps[0].end_s - steps[0].step_s
+            self._line = _Line(self._start_s)
+            lines.append(json.dumps(self._about, default=str))
+        for step in steps:
+            self._line.add(step)
+            if (step.number + 1) % steps_of_line(step.number) == 0:
+                lines.append(self._end_line())
+        self._file.write(lines)
 
     def close(self, last: Mapping[str, float]) -> None:
         if self._file is None:
             return
-        if self._line.steps:
-            self._end_line()
+        lines = [self._end_line()] if self._line.steps else []
         if last:
-            self._file.write(json.dumps({"values": _as_json(last)}))
+            lines.append(json.dumps({"values": as_json(last)}))
+        self._file.write(lines)
         self._file.close()
 
-    def _end_line(self) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(self._line.as_record(), separators=(",", ":")))
-        self._line = _Line()
+    def _end_line(self) -> str:
+        line, self._line = self._line, _Line(self._start_s)
+        return ENCODE(line.as_record())
 
 
 class _Line:
-    """The sums over the steps of a line."""
+    """The sums over the steps of a line, of a run that began at ``start_s``."""
 
-    def __init__(self) -> None:
-        self._steps: list[Step] = []
-
-    @property
-    def steps(self) -> int:
-        return len(self._steps)
+    def __init__(self, start_s: float) -> None:
+        self._start_s = start_s
+        self.steps = self._dense_bytes = self._skipped = 0
+        self._step_s = self._longest_s = self._exchange_s = 0.0
+        self._phases: dict[str, tuple[int, float]] = {}
+        self._values: dict[str, list[float]] = {}
+        self._measured: dict[str, float | None] = {}
 
     def add(self, step: Step) -> None:
-        self._steps.append(step)
+        self.steps += 1
+        self._last = step
+        self._dense_bytes += step.dense_bytes
+        self._skipped += step.is_skipped
+        self._step_s += step.step_s
+        self._longest_s = max(self._longest_s, step.step_s)
+        self._exchange_s += step.exchange_s
+        for phase, sent in step.sent_bytes.items():
+            before = self._phases.get(phase, (0, 0.0))
+            self._phases[phase] = before[0] + sent, before[1] + step.collective_s.get(phase, 0.0)
+        for name, value in step.values.items():
+            self._values.setdefault(name, []).append(value)
+        if step.residual_norm is not None:
+            self._measured = {"residual_norm": number(step.residual_norm), "captured": number(step.captured)}
 
     def as_record(self) -> dict[str, Any]:
         """For JSON. Times are in seconds, and are not written finer than a microsecond."""
-        steps, last = self._steps, self._steps[-1]
-        phases = {
-            phase: [
-                sum(step.sent_bytes.get(phase, 0) for step in steps),
-                round(sum(step.collective_s.get(phase, 0.0) for step in steps), 6),
-            ]
-            for phase in last.sent_bytes
+        return {
+            "step": self._last.number,
+            "steps": self.steps,
+            "time_s": round(self._last.end_s - self._start_s, 6),
+            "step_s": round(self._step_s, 6),
+            "longest_s": round(self._longest_s, 6),
+            "exchange_s": round(self._exchange_s, 6),
+            "phases": {phase: (sent, round(spent_s, 6)) for phase, (sent, spent_s) in self._phases.items()},
+            "dense_bytes": self._dense_bytes,
+            "skipped": self._skipped,
+            "values": as_json({name: sum(values) / len(values) for name, values in self._values.items()}),
+            **self._measured,
         }
-        record = {
-            "step": last.number,
-            "steps": len(steps),
-            "time_s": round(last.end_s, 6),
-            "step_s": round(sum(step.step_s for step in steps), 6),
-            "longest_s": round(max(step.step_s for step in steps), 6),
-            "exchange_s": round(sum(step.exchange_s for step in steps), 6),
-            "phases": phases,
-            "dense_bytes": sum(step.dense_bytes for step in steps),
-            "skipped": sum(step.is_skipped for step in steps),
-            "values": _as_json(_means(step.values for step in steps)),
-        }
-        measured = [step for step in steps if step.residual_norm is not None]
-        if measured:
-            record["residual_norm"] = _number(measured[-1].residual_norm)
-            record["captured"] = _number(measured[-1].captured)
-        return record
 
 
-def _means(given: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """By name, over those that have it."""
-    found: dict[str, list[float]] = {}
-    for values in given:
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def as_json(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers by name, None where one is not finite."""
+    return {name: number(value) for name, value in values.items()}
 
 
-def _as_json(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _number(value: float | None) -> float | None:
+def number(value: float | None) -> float | None:
     """Six digits; None where there is no number: JSON has no NaN."""
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 from hvd_sketch.logs.step_observer import Output, Step
@@ -33,7 +33,11 @@ class Scalars(Output):
         self._last = 0
         self._is_failing = False
 
-    def step(self, step: Step) -> None:
+    def write(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self._write(step)
+
+    def _write(self, step: Step) -> None:
         self._last = step.number
         self._sent_bytes += sum(step.sent_bytes.values())
         scalars = dict(step.values)

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.observer import Kind, Observer
 
 NORM_EVERY = 50  # steps: two norms of a million coordinates that are not in the cache take 0.5 ms
+FLUSH_S = 1.0
+MOST_SPANS = 1000  # more are of steps that do not end: of a rank that has run out of data
+
+
+class Span(NamedTuple):
+    """Time that was spent, by ``time.perf_counter``."""
+
+    kind: Kind
+    name: str
+    start_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +37,7 @@ class Step:
 
     Attributes:
         number: from 0.
-        end_s: when its exchange ended, in seconds since the optimizer was made.
+        end_s: when its exchange ended, by ``time.perf_counter``.
         step_s: since the exchange before ended. What is not ``exchange_s`` is the forward and backward pass, data, and
             the wrapped optimizer's step of before.
         exchange_s: from this rank's gradient to the average.
@@ -38,6 +50,7 @@ class Step:
         values: what the user logged, by name.
         residual_norm: of what this rank has produced and not sent; None: not measured in this step.
         captured: the share of the residual's energy (sum of squares) that was sent, of this rank's; None: not measured.
+        spans: the parts of its exchange, in the order of their ends.
     """
 
     number: int
@@ -52,31 +65,40 @@ class Step:
     values: Mapping[str, float]
     residual_norm: float | None = None
     captured: float | None = None
+    spans: Sequence[Span] = ()
 
 
 class Output(ABC):
-    """Where steps are written to. Nothing here may stop the training.
-
-    Attributes:
-        wants_spans: whether :meth:`span` is called, about 20 times a step.
-    """
-
-    wants_spans: ClassVar[bool] = False
-
-    def span(self, kind: Kind, name: str, start_s: float, end_s: float) -> None:  # noqa: B027
-        """Time was spent, by ``time.perf_counter``."""
+    """Where steps are written to. Nothing here may stop the training."""
 
     @abstractmethod
-    def step(self, step: Step) -> None:
-        """A step has ended."""
+    def write(self, steps: Sequence[Step]) -> None:
+        """Some steps have ended, one after the other."""
 
     @abstractmethod
     def close(self, last: Mapping[str, float]) -> None:
         """No more steps come; ``last`` was logged after the last one."""
 
 
+class _Ended(NamedTuple):
+    """What is known of a step at its end; counters are sums over all steps so far."""
+
+    number: int
+    end_s: float
+    spans: list[Span]
+    sent_bytes: dict[str, int]
+    dense_ring_bytes: int
+    ratio: float
+    is_averaged: bool
+    values: dict[str, list[float | Tensor]]
+    energies: Sequence[Tensor]  # of the residual, before and after; or none
+
+
 class StepObserver(Observer):
-    """Measures every step of one rank and hands it to some outputs.
+    """Measures every step of one rank, and about once a second hands those that have ended to some outputs.
+
+    Not every step by itself: between two steps all caches are overwritten, and so the same code took 130 us a step in
+    place of 20.
 
     Args:
         ledger: of the exchange.
@@ -90,107 +112,119 @@ class StepObserver(Observer):
     ) -> None:
         self._ledger, self._exchange, self._share = ledger, exchange, (size - 1) / size
         self._outputs = outputs
-        self._watching = [output for output in outputs if output.wants_spans]
-        self._start_s = self._end_s = time.perf_counter()
-        self._phase = ""
-        self._exchange_s = 0.0
-        self._collective_s: dict[str, float] = {}
-        self._sent_bytes = ledger.wire_bytes_by_phase()
-        self._dense_bytes = ledger.dense_ring_bytes
-        self._energy: Tensor | None = None  # of the residual, before anything of it was sent
+        self._spans: list[Span] = []
         self._values: dict[str, list[float | Tensor]] = {}
+        self._energies: list[Tensor] = []
         self._seen = 0
+        self._before = self._now(-1, True)  # the last step that was handed over
+        self._ended: list[_Ended] = []
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
-        return _Span(self, kind, name, super().span(kind, name))
-
-    def begin(self, kind: Kind, name: str) -> None:
-        """A span begins."""
-        if kind is Kind.PHASE:
-            self._phase = name
-
-    def end(self, kind: Kind, name: str, start_s: float, end_s: float) -> None:
-        """A span has ended."""
-        if kind is Kind.COLLECTIVE:
-            self._collective_s[self._phase] = self._collective_s.get(self._phase, 0.0) + end_s - start_s
-        elif kind is Kind.EXCHANGE:
-            self._exchange_s += end_s - start_s
-        for output in self._watching:
-            output.span(kind, name, start_s, end_s)
+        return _Timed(self._spans, kind, name, super().span(kind, name))
 
     def accumulated(self) -> None:
+        if len(self._spans) > MOST_SPANS:
+            self._spans.clear()
         if self._exchange is not None and self._seen % NORM_EVERY == 0:
-            self._energy = _energy(self._exchange.residual)
+            self._energies = [_energy(self._exchange.residual)]
 
     def log_values(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, Tensor):
-                # Numbers on a device are fetched when the exchange has waited for the device anyway.
+                # Numbers on a device are fetched later: to wait for the device would cost more than all the rest.
                 value = value.item() if value.device.type == "cpu" else value.detach().clone()
             self._values.setdefault(name, []).append(value if isinstance(value, Tensor) else float(value))
 
     def end_step(self, step: int, is_averaged: bool) -> None:
-        now_s = time.perf_counter()
-        sent, dense = self._ledger.wire_bytes_by_phase(), self._ledger.dense_ring_bytes
-        before = self._sent_bytes
-        norm, captured = self._measure()
-        ended = Step(
-            number=step,
-            end_s=now_s - self._start_s,
-            step_s=now_s - self._end_s,
-            exchange_s=self._exchange_s,
-            collective_s=self._collective_s,
-            sent_bytes={phase: count - before.get(phase, 0) for phase, count in sent.items()},
-            dense_bytes=round((dense - self._dense_bytes) * self._share),
-            ratio=self._ledger.compression_ratio(),
-            is_skipped=not is_averaged,
-            values=self._take_values(),
-            residual_norm=norm,
-            captured=captured,
-        )
-        self._end_s, self._sent_bytes, self._dense_bytes = now_s, sent, dense
-        self._exchange_s, self._collective_s = 0.0, {}
+        if self._energies and self._exchange is not None:
+            self._energies.append(_energy(self._exchange.residual))
+        ended = self._now(step, is_averaged)
+        self._ended.append(ended)
+        self._spans, self._values, self._energies = [], {}, []
         self._seen += 1
-        for output in self._outputs:
-            output.step(ended)
+        if ended.end_s - self._before.end_s > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand all steps to the outputs that have ended since the last time."""
+        if self._ended:
+            steps = [self._step(before, ended) for before, ended in pairwise([self._before, *self._ended])]
+            self._before, self._ended = self._ended[-1], []
+            for output in self._outputs:
+                output.write(steps)
 
     def close(self) -> None:
-        last = self._take_values()
+        self.flush()
+        last, self._values = _means(self._values), {}
         for output in self._outputs:
             output.close(last)
 
-    def _measure(self) -> tuple[float | None, float | None]:
-        """Norm of the residual, and the share of its energy that was sent."""
-        before, self._energy = self._energy, None
-        if before is None or self._exchange is None:
-            return None, None
-        energies = torch.stack([before, _energy(self._exchange.residual)]).tolist()
-        return energies[1] ** 0.5, 1 - energies[1] / energies[0] if energies[0] else None
+    def _now(self, step: int, is_averaged: bool) -> _Ended:
+        ledger = self._ledger
+        counted = ledger.wire_bytes_by_phase(), ledger.dense_ring_bytes, ledger.compression_ratio()
+        return _Ended(step, time.perf_counter(), self._spans, *counted, is_averaged, self._values, self._energies)
 
-    def _take_values(self) -> dict[str, float]:
-        """What was logged since the step before; of several numbers of one name their mean."""
-        values = {name: sum(map(float, given)) / len(given) for name, given in self._values.items()}
-        self._values = {}
-        return values
+    def _step(self, before: _Ended, ended: _Ended) -> Step:
+        norm, captured = _measured(ended.energies)
+        return Step(
+            number=ended.number,
+            end_s=ended.end_s,
+            step_s=ended.end_s - before.end_s,
+            exchange_s=sum(span.end_s - span.start_s for span in ended.spans if span.kind is Kind.EXCHANGE),
+            collective_s=_by_phase(ended.spans),
+            sent_bytes={phase: sent - before.sent_bytes.get(phase, 0) for phase, sent in ended.sent_bytes.items()},
+            dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._share),
+            ratio=ended.ratio,
+            is_skipped=not ended.is_averaged,
+            values=_means(ended.values),
+            residual_norm=norm,
+            captured=captured,
+            spans=ended.spans,
+        )
 
 
-class _Span:
+class _Timed:
     """A block whose time is measured. A generator in its place takes twice as long."""
 
-    __slots__ = ("_inner", "_kind", "_name", "_observer", "_start_s")
+    __slots__ = ("_inner", "_kind", "_name", "_spans", "_start_s")
 
-    def __init__(self, observer: StepObserver, kind: Kind, name: str, inner: AbstractContextManager[Any]) -> None:
-        self._observer, self._kind, self._name, self._inner = observer, kind, name, inner
+    def __init__(self, spans: list[Span], kind: Kind, name: str, inner: AbstractContextManager[Any]) -> None:
+        self._spans, self._kind, self._name, self._inner = spans, kind, name, inner
 
     def __enter__(self) -> None:
         self._inner.__enter__()
-        self._observer.begin(self._kind, self._name)
         self._start_s = time.perf_counter()
 
     def __exit__(self, *failure: Any) -> None:
-        self._observer.end(self._kind, self._name, self._start_s, time.perf_counter())
+        self._spans.append(Span(self._kind, self._name, self._start_s, time.perf_counter()))
         self._inner.__exit__(*failure)
+
+
+def _by_phase(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds in collectives. They end before their phase does."""
+    found: dict[str, float] = {}
+    inside = 0.0
+    for kind, name, start_s, end_s in spans:
+        if kind is Kind.COLLECTIVE:
+            inside += end_s - start_s
+        elif kind is Kind.PHASE:
+            found[name] = found.get(name, 0.0) + inside
+            inside = 0.0
+    return found
 
 
 def _energy(values: Tensor) -> Tensor:
     return torch.dot(values, values)
+
+
+def _measured(energies: Sequence[Tensor]) -> tuple[float | None, float | None]:
+    """Norm of the residual, and the share of its energy that was sent."""
+    if len(energies) < 2:
+        return None, None
+    before, after = torch.stack(list(energies)).tolist()
+    return after**0.5, 1 - after / before if before else None
+
+
+def _means(values: Mapping[str, Sequence[float | Tensor]]) -> dict[str, float]:
+    """Of several numbers of one name their mean."""
+    return {name: sum(map(float, given)) / len(given) for name, given in values.items()}

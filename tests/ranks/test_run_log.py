@@ -218,13 +218,13 @@ def test_a_run_that_goes_on_adds_to_its_log_and_a_new_one_keeps_the_old(tmp_path
 
 def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run.jsonl"
-    file = LineFile(path, flush_s=0.0)
-    file.write("first")
+    file = LineFile(path)
+    file.write(["first"])
     with full_disk(1000), caplog.at_level(logging.ERROR):
         for number in range(100):
-            file.write(f"{number:99d}")
+            file.write([f"{number:99d}"])
     assert len(caplog.records) == 1 and "run.jsonl was not written (File too large)" in caplog.text
-    file.write("last")
+    file.write(["last"])
     file.close()
     lines = path.read_text().splitlines()
     assert lines[0] == "first" and lines[-1] == "last" and len(lines) == 11
@@ -232,9 +232,9 @@ def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path, caplo
 
 
 def test_a_file_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = LineFile(tmp_path / "trace.json", most_bytes=1000, flush_s=0.0)
+    file = LineFile(tmp_path / "trace.json", most_bytes=1000)
     for _ in range(100):
-        file.write("x" * 99)
+        file.write(["x" * 99])
     file.close()
     assert (tmp_path / "trace.json").stat().st_size == 1000
     assert "trace.json has 1000 bytes: no more is written to it" in caplog.text

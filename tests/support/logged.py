@@ -63,22 +63,24 @@ def write_long_run(path: Path, steps: int, ranks: int) -> None:
             end_s += step_s
             waiting_s = 0.004 * (rank != SLOW_RANK)
             phases = ("agree", "sketch", "select", "indices", "values", "back")
-            log.step(
-                Step(
-                    number=number,
-                    end_s=end_s,
-                    step_s=step_s,
-                    exchange_s=0.012,
-                    collective_s={phase: 0.001 + waiting_s * (phase == "agree") for phase in phases},
-                    sent_bytes={phase: 1000 * at for at, phase in enumerate(phases)},
-                    dense_bytes=6_000_000,
-                    ratio=400.0,
-                    is_skipped=number % 997 == 996,
-                    values={"loss": 10 / (1 + 0.01 * number) + noise[number][rank]}
-                    | ({"accuracy": 1 - 1 / (1 + number / 100)} if number % 100 == 0 else {}),
-                    residual_norm=1.0 + noise[number][0] if number % 10 == 0 else None,
-                    captured=0.3 if number % 10 == 0 else None,
-                )
+            log.write(
+                [
+                    Step(
+                        number=number,
+                        end_s=end_s,
+                        step_s=step_s,
+                        exchange_s=0.012,
+                        collective_s={phase: 0.001 + waiting_s * (phase == "agree") for phase in phases},
+                        sent_bytes={phase: 1000 * at for at, phase in enumerate(phases)},
+                        dense_bytes=6_000_000,
+                        ratio=400.0,
+                        is_skipped=number % 997 == 996,
+                        values={"loss": 10 / (1 + 0.01 * number) + noise[number][rank]}
+                        | ({"accuracy": 1 - 1 / (1 + number / 100)} if number % 100 == 0 else {}),
+                        residual_norm=1.0 + noise[number][0] if number % 10 == 0 else None,
+                        captured=0.3 if number % 10 == 0 else None,
+                    )
+                ]
             )
         log.close({})
 
