@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.harness import LAUNCHERS, run_command
 
 ALL = list(blocks())
 LAUNCHED = {"torch": "torch", "horovod": "horovod-mpi"}  # of which mpirun is a part
+SCRIPTS = [block for block in ALL if block.launcher == "script"]
 
 
 @pytest.mark.multiprocess
@@ -26,6 +28,18 @@ def test_blocks_run(launcher: str, tmp_path) -> None:
     assert expected and [name for name in expected if f"ran {name}" not in output] == [], output
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda block: block.name)
+def test_whole_scripts_run(script: Block, tmp_path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(f"import os\n\nos.chdir({str(tmp_path)!r})\n{script.code}")
+    command = [*LAUNCHERS["torch"], "-n", str(RANKS), "--", sys.executable, str(path)]
+    status, output = run_command(command, timeout_s=120)
+    assert status == 0, output
+    losses = [float(loss) for loss in re.findall(r"loss (\S+),", output)]
+    assert losses[-1] < losses[0] / 2 and "102 times fewer bytes" in output, output
+
+
 @pytest.mark.parametrize("block", [block for block in ALL if not block.launcher], ids=lambda block: block.name)
 def test_what_is_not_run_compiles_and_names_what_there_is(block: Block) -> None:
     block.compiled()
@@ -35,4 +49,4 @@ def test_what_is_not_run_compiles_and_names_what_there_is(block: Block) -> None:
 
 
 def test_most_blocks_run() -> None:
-    assert sum(bool(block.launcher) for block in ALL) > 20 and sum(not block.launcher for block in ALL) < 10
+    assert sum(bool(block.launcher) for block in ALL) > 20 and SCRIPTS and sum(not block.launcher for block in ALL) < 10

@@ -1,7 +1,8 @@
 """Runs the blocks of Python in the README and in docs/ on the ranks of a launcher, named in the first argument.
 
 Every block runs by itself, among names that a training script has: ``model``, ``optimizer``, ``loader`` and so on. A
-block after ``<!-- not run: why -->`` is only compiled, and what it takes from the package must be there.
+block after ``<!-- not run: why -->`` is only compiled, and what it takes from the package must be there. A whole script
+is left to the test, which starts it by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hvd_sketch
-from hvd_sketch.transport import resolve_transport
+from hvd_sketch.transport import Transport, resolve_transport
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +32,12 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a page, where it begins, and the launcher that runs it ("torch", "horovod" over MPI; "": none)."""
+    """A block of a page.
+
+    Attributes:
+        name: page and line.
+        launcher: what runs it: "torch", "horovod" (over MPI), "script" (it is a whole one), "" (nothing).
+    """
 
     name: str
     code: str
@@ -47,6 +53,7 @@ def blocks() -> Iterator[Block]:
         for found in BLOCK.finditer(text):
             line, code = text[: found.start(2)].count("\n"), found[2]
             launcher = "horovod" if "hvd." in code or "MPITransport()" in code else "torch"
+            launcher = "script" if "destroy_process_group()" in code else launcher
             yield Block(f"{page.relative_to(ROOT)}:{line}", code, "" if found[1] else launcher)
 
 
@@ -68,12 +75,15 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def names(block: Block, launcher: str) -> dict[str, Any]:
-    """What a script around the block has. Communication: collective."""
-    model, transport = Blocks(), resolve_transport(launcher)
-    hvd_sketch.broadcast_parameters(model.state_dict(), 0, transport)
+    """What a script around the block has. Communication: collective, unless the block itself begins to communicate."""
+    model = Blocks()
     dim = hvd_sketch.sketched_dim(model.parameters())
     compression = hvd_sketch.SketchConfig.for_wire_ratio(20, dim, RANKS)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01)
+    transport = None
+    if "init_process_group" not in block.code:
+        transport = begun(launcher)
+        hvd_sketch.broadcast_parameters(model.state_dict(), 0, transport)
     if not re.search(r"DistributedOptimizer\(|LocalSteps\(|imulation", block.code):  # none of these wraps it
         optimizer = hvd_sketch.DistributedOptimizer(optimizer, model.named_parameters(), compression, transport)
         loss_of(model, torch.ones(2, 64)).backward()
@@ -98,7 +108,7 @@ def names(block: Block, launcher: str) -> dict[str, Any]:
         "loss_of": loss_of,
         "model": model,
         "optimizer": optimizer,
-        "rank": transport.rank,
+        "rank": transport and transport.rank,
         "ranks": RANKS,
         "saved": {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
         "scaler": torch.amp.GradScaler("cpu"),
@@ -109,29 +119,23 @@ def names(block: Block, launcher: str) -> dict[str, Any]:
     }
 
 
-def begin(launcher: str) -> None:
-    """What a script has begun before the block."""
+def begun(launcher: str) -> Transport:
+    """The transport of a script that has begun to communicate before the block."""
     if launcher == "torch" and not dist.is_initialized():
         dist.init_process_group("gloo")
     if launcher == "horovod":
         import horovod.torch as hvd
 
         hvd.init()
+    return resolve_transport(launcher)
 
 
 def main(launcher: str) -> None:
     os.chdir(tempfile.gettempdir())
-    sys.argv = ["train.py"]
-    for number, block in enumerate(block for block in blocks() if block.launcher == launcher):
-        begin(launcher)
-        given = names(block, launcher)
-        rank = given["rank"]
-        if "init_process_group" in block.code:
-            dist.barrier()
-            dist.destroy_process_group()
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number + 1)  # begins again at other keys of the store
-        exec(block.compiled(), given)
-        if rank == 0:
+    mine = [block for block in blocks() if block.launcher == launcher]
+    for block in sorted(mine, key=lambda block: "init_process_group" not in block.code):  # one that begins is the first
+        exec(block.compiled(), names(block, launcher))
+        if begun(launcher).rank == 0:
             print(f"ran {block.name}", flush=True)
 
 
