@@ -44,6 +44,7 @@ class Run:
     bounds: np.ndarray
 
 
+@cache
 def vector_of(rank: int) -> Tensor:
     return torch.randn(DIM, generator=torch.Generator().manual_seed(rank))
 
