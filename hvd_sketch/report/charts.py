@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_sketch.commands.plan import told_bytes, told_seconds
 from hvd_sketch.report.decimate import ends, peaks, sums
 from hvd_sketch.report.runs import Numbers, Run, Series
 
 # Told apart on white and on black, and by those who see colours differently (Okabe and Ito).
 COLORS = ("#0a84d6", "#e08a00", "#00a37a", "#d4569a", "#8c7ae6", "#d9534f", "#5aa9c9", "#9a8c2e", "#7f8c8d")
 FAINT, SMOOTHED = 0.35, 50  # of single points; a curve is their mean over a 50th of a run
+FEW_DECADES = 2
 SEVERAL = 20.0  # times as large: then an axis has a logarithmic scale
 BYTES = {"tickformat": "~s", "ticksuffix": "B"}
 SECONDS = {"tickformat": "~s", "ticksuffix": "s"}
 STEP = {"title": {"text": "step"}}
 Colored = tuple[Run, str]
-SENT = {"title": {"text": "bytes sent by a rank"}, **BYTES}
+SENT = {"title": {"text": "bytes sent by a rank"}}
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ def cumulative_bytes(runs: Sequence[Colored]) -> Chart:
         "Bytes sent and received",
         "By a rank, up to each step, where collectives are rings: it receives as many as it sends. Logarithmic.",
         data,
-        {"xaxis": STEP, "yaxis": {"type": "log", **BYTES}},
+        {"xaxis": STEP, "yaxis": _logarithmic(_all_of("y", data), told_bytes)},
     )
 
 
 def over_bytes(name: str, runs: Sequence[Colored]) -> Chart:
     """A number that was logged, over the bytes that it took."""
     is_wide = _spread([run.sent_so_far[-1] for run, _ in runs]) > SEVERAL
-    scale = {"type": "log", "dtick": 1} if is_wide else {}
     data = _curves(runs, lambda run: run.values[name], lambda run: run.sent_so_far)
+    scale = _logarithmic(_all_of("x", data), told_bytes) if is_wide else BYTES
     return Chart(f"{name} over bytes", "", data, {"xaxis": {**SENT, **scale}})
 
 
@@ -133,7 +135,7 @@ def longest_steps(runs: Sequence[Colored]) -> Chart:
         "Longest and shortest steps",
         "Of the slowest rank. All peaks are there. Logarithmic.",
         data,
-        {"xaxis": STEP, "yaxis": {"type": "log", **SECONDS}},
+        {"xaxis": STEP, "yaxis": _logarithmic(_all_of("y", data), told_seconds)},
     )
 
 
@@ -200,10 +202,28 @@ def _curves(
 
 
 def running_mean(y: Numbers, width: int) -> Numbers:
-    """The mean of the last ``width`` numbers at each of them, [n]; of fewer at the beginning."""
-    total = np.cumsum(y)
-    total[width:] -= total[:-width].copy()
-    return total / np.minimum(np.arange(1, len(y) + 1), width)
+    """The mean of the last ``width`` numbers at each of them, [n]; of the last tenth of a series where that is less."""
+    before = np.concatenate([[0.0], np.cumsum(y)])
+    ends = np.arange(1, len(y) + 1)
+    widths = np.clip(ends // 10, 1, max(width, 1))
+    return (before[ends] - before[ends - widths]) / widths
+
+
+def _logarithmic(values: NDArray[Any], told: Callable[[float], str]) -> dict[str, Any]:
+    """An axis with the powers of ten that some values span, in words; with few of them also twice and five times."""
+    positive = values[values > 0]
+    low, high = (np.log10(positive.min()), np.log10(positive.max())) if len(positive) else (0.0, 0.0)
+    steps = (1, 2, 5) if high - low < FEW_DECADES else (1,)
+    ticks = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
+    return {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [told(tick).replace(".00", "").replace(".0 ", " ") for tick in ticks],
+    }
+
+
+def _all_of(axis: str, data: list[dict[str, Any]]) -> NDArray[Any]:
+    return np.concatenate([np.asarray(trace[axis]) for trace in data])
 
 
 def _stack(run: Run, parts: Any) -> list[dict[str, Any]]:

@@ -30,6 +30,10 @@ addEventListener("load", () => {
     too_wide: [document.documentElement, ...document.querySelectorAll("section, .table")]
       .filter((element) => element.scrollWidth > element.clientWidth + 1).map((element) => element.textContent),
     cut_off: texts.filter(outside).map((text) => text.textContent),
+    overlapping: [...document.querySelectorAll(".chart")].filter((chart) => {
+      const [legend, title] = [".legend", ".xtitle"].map((name) => chart.querySelector(name));
+      return legend && title && box(legend).bottom > box(title).top + 1 && box(legend).top < box(title).bottom - 1;
+    }).map((chart) => chart.ariaLabel),
     texts: texts.length,
     charts: [...document.querySelectorAll(".chart")].map((chart) => chart.querySelectorAll(".main-svg").length),
     page: getComputedStyle(document.body).backgroundColor,
