@@ -102,7 +102,8 @@ def profile(step: Step, trace: Path, device: torch.device) -> dict[str, Any]:
             collectives += step.optimizer.ledger.totals().collectives - before
     profiler.export_chrome_trace(str(trace))
     inside = _inside(profiler.events())
-    device_events = [e for e in inside if e.device_type == torch.autograd.DeviceType.CUDA]
+    is_kernel = [e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in inside]
+    device_events = [event for event, is_one in zip(inside, is_kernel, strict=True) if is_one]
     by_name: dict[str, list[float]] = {}
     for event in device_events:
         by_name.setdefault(event.name, []).append(event.device_time_total)

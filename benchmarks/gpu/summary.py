@@ -28,6 +28,8 @@ def sections(folder: Path) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     title = "Rehearsal" if machine.get("rehearsal") else "Record of a GPU"
     yield f"# {title}\n\n{machine.get('device')}; {versions}; commit {machine.get('commit')}."
+    if record.get("notes"):
+        yield "\n".join(f"- {note}" for note in record["notes"])
     yield "## Parts\n\n" + _parts(record)
     yield "## Goals\n\n" + _goals(record, kernels, str(machine.get("device")))
     yield "## Kernels\n\n" + (_kernels(kernels) or NOT_MEASURED)
@@ -41,7 +43,7 @@ def _parts(record: Record) -> str:
     rows = [
         (name, "passed" if part["status"] == 0 else f"status {part['status']}", str(part["seconds"]))
         for name, part in record.items()
-        if "status" in part
+        if isinstance(part, dict) and "status" in part
     ]
     return markdown("part | result | seconds", rows)
 

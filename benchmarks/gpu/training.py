@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,21 +44,28 @@ PARTS = {"training": ("resnet9", RESNET9), "language": ("wikitext124m", LANGUAGE
 
 
 def steps_that_fit(task: str, methods: Sequence[tuple[str, float]], data_dir: Path, seconds: float) -> int:
-    """Of each method in turn, by the time that the slowest takes."""
-    step_s = 0.0
+    """Of each method in turn, by the time that the slowest takes of those that can train."""
+    step_s = 1e-3
     for method, ratio in methods:
-        group = Group(task, WORKERS, False, TASKS[task].steps, method, ratio)
-        training = begin(Run(group, METHODS[method].first_rate(TASKS[task], group.steps), 0), data_dir)
-        training.step()  # compiles
-        _finish_work()
-        started = time.perf_counter()
-        for _ in range(TRIED_STEPS):
-            training.step()
-        _finish_work()
-        step_s = max(step_s, (time.perf_counter() - started) / TRIED_STEPS)
-        del training
+        try:
+            step_s = max(step_s, seconds_of_step(task, method, ratio, data_dir))
+        except Exception:  # the others are still worth their time
+            traceback.print_exc()
     print(f"{task}: {step_s * 1e3:.0f} ms a step of the slowest method", flush=True)
     return max(min(int(seconds * RESERVE / len(methods) / step_s), TASKS[task].steps), 2)
+
+
+def seconds_of_step(task: str, method: str, ratio: float, data_dir: Path) -> float:
+    """Of four workers together, once everything is compiled."""
+    group = Group(task, WORKERS, False, TASKS[task].steps, method, ratio)
+    training = begin(Run(group, METHODS[method].first_rate(TASKS[task], group.steps), 0), data_dir)
+    training.step()
+    _finish_work()
+    started = time.perf_counter()
+    for _ in range(TRIED_STEPS):
+        training.step()
+    _finish_work()
+    return (time.perf_counter() - started) / TRIED_STEPS
 
 
 def _finish_work() -> None:
@@ -77,13 +86,19 @@ def run(out: Path, data_dir: Path, part: str, is_rehearsal: bool) -> None:
     left_s = budget_s - (time.monotonic() - started)
     steps = 2 if is_rehearsal else steps_that_fit(task, methods, data_dir, left_s)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for method, ratio in methods:
         group = Group(task, WORKERS, False, steps, method, ratio)
-        # Without the trial that sets the bytes right: the record has those that were sent.
-        record = train(Run(group, METHODS[method].first_rate(TASKS[task], steps), 0), data_dir, ratio)
-        rows.append(record)
-        print(record, flush=True)
+        try:  # without the trial that sets the bytes right: the record has those that were sent
+            rows.append(train(Run(group, METHODS[method].first_rate(TASKS[task], steps), 0), data_dir, ratio))
+        except Exception:
+            traceback.print_exc()
+            failed.append(method)
+            continue
+        print(rows[-1], flush=True)
         add(out, part, title=TASKS[task].title, rows=rows)
+    if failed:
+        sys.exit(f"{part}: {', '.join(failed)} failed")
 
 
 def _shrink() -> None:

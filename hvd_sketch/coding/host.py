@@ -19,7 +19,7 @@ from hvd_sketch.kernels.threads import run_on_threads
 
 SAMPLED_RUN = 64  # gaps in a row that are sampled to choose b
 ALL_SAMPLED = 4096  # of fewer positions all gaps are sampled
-SPARSE = 256  # times as many positions as codes hold: a sort takes less time than a bit for each
+SPARSE = 192  # times as many positions as codes hold: a sort takes less time than a bit for each
 Bytes = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
@@ -76,7 +76,10 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     if len(streams) == 1:
         return positions.to(device)
     if len(positions) * SPARSE < span:
-        return torch.from_numpy(np.unique(positions.numpy())).to(device)
+        ordered = np.sort(positions.numpy(), kind="stable")  # which merges what is in order already
+        is_new = np.ones(len(ordered), dtype=np.bool_)
+        is_new[1:] = ordered[1:] != ordered[:-1]
+        return torch.from_numpy(ordered[is_new]).to(device)
     bitmap = torch.empty(ceil_div(span, 64), dtype=torch.int64).numpy().view(np.uint64)
     found = np.zeros(threads + 1, dtype=np.int64)
     run_on_threads(threads, _unite, bitmap, found[1:], positions.numpy(), ends)

@@ -21,7 +21,7 @@ class HorovodCollectives:
 
     Host tensors are summed here, after an alltoall: Gloo's reducescatter sends up to 1.5 times the bytes of a ring.
     CUDA tensors are given to a Horovod that was built with NCCL, whose reducescatter sums them (unless ``ordered``). A
-    build for CPUs refuses CUDA tensors, and gets pinned copies on the host. Neither has run on a GPU yet.
+    build for CPUs refuses CUDA tensors, and gets pinned copies on the host. This has not run on a GPU yet.
 
     Args:
         hvd: ``horovod.torch``, initialised.

@@ -34,7 +34,7 @@ class MPITransport:
     leave the other ranks waiting.
 
     CUDA tensors are given to an MPI library that says it takes them; other libraries get pinned copies on the host.
-    Neither has run on a GPU yet.
+    This has not run on a GPU yet.
 
     Communication: the first constructor on a communicator is collective (``Comm.Dup``), later ones send nothing.
 

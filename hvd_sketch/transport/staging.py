@@ -1,4 +1,4 @@
-"""Copies of device tensors in host memory, for transports that reach nothing else. They have not run on a GPU yet.
+"""Copies of device tensors in host memory, for transports that reach nothing else.
 
 CUDA copies go through pinned memory. Torch reuses freed pinned blocks once the copies that use them have ended: from
 the second step on no more memory is pinned.

@@ -144,7 +144,9 @@ class DirectMessages(Carrier):
 
 
 class DeviceCollectives(Carrier):
-    """The backend's own collectives, in the device's current stream. For NCCL; they have not run on a GPU yet."""
+    """The backend's own collectives, in the device's current stream. For NCCL, with which only one rank has
+    exchanged on a GPU yet.
+    """
 
     def start_sum(self, tensor: Tensor, total: Tensor, ordered: bool) -> Callable[[], Tensor]:
         if ordered:

@@ -345,7 +345,12 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    kernels = json.loads(run.stdout)
+    every = json.loads(run.stdout)
+    kernels = [kernel for kernel in every if kernel["architecture"] == "sm_90"]
+    assert {kernel["architecture"] for kernel in every} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for architecture in ("sm_80", "sm_100", "gfx942"):
+        some = {kernel["name"] for kernel in every if kernel["architecture"] == architecture}
+        assert some >= {"accumulate", "gather", "write_chosen", "quantize", "scatter", "lag_adam"}
     names = {kernel["name"] for kernel in kernels}
     assert names == {
         "feedback",
@@ -364,7 +369,11 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "hash_tiles",  # of benchmarks/kernels/gpu_probes.py, as is the next
         "walk_tiles",
     }
-    assert [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]] == []
+    # Triton 3.6 keeps one address of scatter on the stack.
+    assert [kernel for kernel in kernels if kernel["STACK"] > 8 or kernel["LOCAL"]] == []
+    # In a vector: of a matrix not every compiler gives neighbouring threads neighbouring cells.
+    shapes = [shape for kernel in kernels if kernel["name"] == "accumulate" for shape in kernel["added"]]
+    assert shapes and set(shapes) == {str(gpu.TILE)}
     instructions = {name: {i for k in kernels if k["name"] == name for i in k["instructions"]} for name in names}
     # The division of quantize is made of FFMA.
     for name in ("feedback", "accumulate", "dequantize_sum"):

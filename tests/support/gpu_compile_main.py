@@ -1,4 +1,5 @@
-"""Compile every GPU kernel for a Hopper GPU, which need not be there; print what the compiler says, as JSON.
+"""Compile every GPU kernel for a Hopper GPU, which need not be there; print what the compiler says, as JSON. Some are
+also compiled for other GPUs.
 
 The functions of the backend run with launches replaced by compilations, so that what is compiled are the
 variants that they launch. To be run by itself: under Triton's interpreter nothing is compiled.
@@ -33,6 +34,11 @@ from hvd_sketch.kernels import gpu
 from hvd_sketch.kernels.lag_adam import Settings, State, by_triton_
 
 HOPPER = GPUTarget("cuda", 90, 32)
+OTHERS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 LIMIT_S = 500
 DISASSEMBLED = ("feedback", "accumulate", "dequantize_sum")  # by test_kernels_compile_for_a_gpu
 HASHES = (
@@ -56,27 +62,31 @@ def report(compiled: Any, is_disassembled: bool) -> dict[str, Any]:
         usage = re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage", file.name))
         instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
         code = cuobjdump("-sass", file.name) if is_disassembled else ""
-    return {name: int(value) for name, value in usage} | {"instructions": re.findall(instruction, code, re.MULTILINE)}
+    added = re.findall(r"tt.atomic_rmw.*-> tensor<([\dx]+)xf32", compiled.asm["ttgir"])
+    about = {"instructions": re.findall(instruction, code, re.MULTILINE), "added": added}
+    return about | {name: int(value) for name, value in usage}
 
 
 def compile_all() -> list[dict[str, Any]]:
     with ProcessPoolExecutor(2) as pool:
         launches = [launch_others, *(partial(launch_all, hash) for hash in HASHES)]
-        return [kernel for kernels in pool.map(compiled_by, launches, timeout=LIMIT_S) for kernel in kernels]
+        jobs = [pool.submit(compiled_by, launch, "sm_90", HOPPER) for launch in launches]
+        jobs += [pool.submit(compiled_by, launch_some, name, target) for name, target in OTHERS.items()]
+        return [kernel for job in jobs for kernel in job.result(timeout=LIMIT_S)]
 
 
-def compiled_by(launch: Callable[[], None]) -> list[dict[str, Any]]:
+def compiled_by(launch: Callable[[], None], architecture: str, target: GPUTarget) -> list[dict[str, Any]]:
     """Reports of the variants that a function launches, each once."""
     reports: dict[str, dict[str, Any]] = {}
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         compiled, name = kernel.warmup(*arguments, grid=(max(programs, 1),), **constants), kernel.fn.__name__
         if compiled.hash not in reports:
-            about = {"name": name, "constants": constants}
-            reports[compiled.hash] = about | report(compiled, name in DISASSEMBLED)
+            about = {"name": name, "architecture": architecture, "constants": constants}
+            reports[compiled.hash] = about | (report(compiled, name in DISASSEMBLED) if target == HOPPER else {})
 
     device = SimpleNamespace(
-        get_current_target=lambda: HOPPER, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     driver.set_active(device)
     with mock.patch.object(gpu, "_launch", compile_only), mock.patch.object(torch, "empty", torch.zeros):
@@ -99,6 +109,19 @@ def launch_others() -> None:
     gpu_probes.hash_only(many_rows, table.device)
     for adding in (False, True):
         gpu_probes.walk(v, 2, adding)
+
+
+def launch_some() -> None:
+    """Kernels of a training step, once each."""
+    hash = HASHES[0]
+    table, v = torch.zeros(hash.table_shape), torch.zeros(hash.dim)
+    gpu.feedback_accumulate_(hash, table, v, v, v, 0.9, 0)
+    gpu.accumulate_gather_(hash, table, v, 0, range(1))
+    gpu.owned_histogram_kept(hash, table[:, 0].contiguous(), 0, 1, 12, 64, 100)
+    gpu.subtract_at_(v, torch.arange(100), v[:100])
+    gpu.dequantize_sum(gpu.quantize(v.view(1, -1), 4).unsqueeze(0), v.numel(), 4)
+    gpu.scatter_([v], torch.tensor([0, len(v)]), torch.arange(100), v[:100])
+    by_triton_(v, v, State(v, v, torch.zeros(hash.dim, dtype=torch.int32)), Settings(2, 0.1, 0.9, 0.999, 1e-8, 0.01))
 
 
 def launch_all(hash: BlockHash) -> None:
