@@ -58,7 +58,7 @@ def test_set_up_installs_then_has_nothing_to_do(set_up):
     assert status == 0, output
     installs = [line for line in calls.splitlines() if " install " in line]
     assert " torch " in installs[0]
-    assert "-e .[mpi,gpu,examples,paper,integrations,docs,test,dev]" in installs[1]
+    assert "-e .[mpi,gpu,report,tensorboard,examples,paper,integrations,docs,test,dev]" in installs[1]
     assert str(set_up.wheel) in installs[2]
     assert calls.splitlines()[-1] == "-m hvd_sketch warm-up"
 
