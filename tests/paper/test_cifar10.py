@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,6 @@ def train_on_ranks(transport: Transport) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     tasks = {method: tiny_task(method) for method in ("dense", "sketched")}
     return {method: train(Cifar10Training(task, transport), STEPS) for method, task in tasks.items()}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.multiprocess

@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,15 +59,6 @@ def sentences(count: int, seed: int) -> Pairs:
 def write(path: Path, lines: list[str]) -> None:
     content = "".join(line + "\n" for line in lines).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What the experiment computes with; two threads share nothing this small to advantage."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
