@@ -15,11 +15,14 @@ from torch import Tensor
 
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.observer import Kind, Observer
+from hvd_sketch.observer import NOTHING, Kind, Observer
 
 NORM_EVERY = 50  # steps: two norms of a million coordinates that are not in the cache take 0.5 ms
 FLUSH_S = 1.0
 MOST_SPANS = 1000  # more are of steps that do not end: of a rank that has run out of data
+
+
+_Spent = tuple[Kind, str, float, float]  # a Span to be: making one in the step takes three times as long
 
 
 class Span(NamedTuple):
@@ -85,7 +88,7 @@ class _Ended(NamedTuple):
 
     number: int
     end_s: float
-    spans: list[Span]
+    spans: list[_Spent]
     sent_bytes: dict[str, int]
     dense_ring_bytes: int
     ratio: float
@@ -112,7 +115,7 @@ class StepObserver(Observer):
     ) -> None:
         self._ledger, self._exchange, self._share = ledger, exchange, (size - 1) / size
         self._outputs = outputs
-        self._spans: list[Span] = []
+        self._spans: list[_Spent] = []
         self._values: dict[str, list[float | Tensor]] = {}
         self._energies: list[Tensor] = []
         self._seen = 0
@@ -120,7 +123,8 @@ class StepObserver(Observer):
         self._ended: list[_Ended] = []
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
-        return _Timed(self._spans, kind, name, super().span(kind, name))
+        inner = super().span(kind, name)
+        return _Timed(self._spans, kind, name, None if inner is NOTHING else inner)
 
     def accumulated(self) -> None:
         if len(self._spans) > MOST_SPANS:
@@ -166,12 +170,13 @@ class StepObserver(Observer):
 
     def _step(self, before: _Ended, ended: _Ended) -> Step:
         norm, captured = _measured(ended.energies)
+        spans = [Span(*spent) for spent in ended.spans]
         return Step(
             number=ended.number,
             end_s=ended.end_s,
             step_s=ended.end_s - before.end_s,
-            exchange_s=sum(span.end_s - span.start_s for span in ended.spans if span.kind is Kind.EXCHANGE),
-            collective_s=_by_phase(ended.spans),
+            exchange_s=sum(span.end_s - span.start_s for span in spans if span.kind is Kind.EXCHANGE),
+            collective_s=_by_phase(spans),
             sent_bytes={phase: sent - before.sent_bytes.get(phase, 0) for phase, sent in ended.sent_bytes.items()},
             dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._share),
             ratio=ended.ratio,
@@ -179,7 +184,7 @@ class StepObserver(Observer):
             values=_means(ended.values),
             residual_norm=norm,
             captured=captured,
-            spans=ended.spans,
+            spans=spans,
         )
 
 
@@ -188,16 +193,18 @@ class _Timed:
 
     __slots__ = ("_inner", "_kind", "_name", "_spans", "_start_s")
 
-    def __init__(self, spans: list[Span], kind: Kind, name: str, inner: AbstractContextManager[Any]) -> None:
+    def __init__(self, spans: list[_Spent], kind: Kind, name: str, inner: AbstractContextManager[Any] | None) -> None:
         self._spans, self._kind, self._name, self._inner = spans, kind, name, inner
 
     def __enter__(self) -> None:
-        self._inner.__enter__()
+        if self._inner is not None:
+            self._inner.__enter__()
         self._start_s = time.perf_counter()
 
     def __exit__(self, *failure: Any) -> None:
-        self._spans.append(Span(self._kind, self._name, self._start_s, time.perf_counter()))
-        self._inner.__exit__(*failure)
+        self._spans.append((self._kind, self._name, self._start_s, time.perf_counter()))
+        if self._inner is not None:
+            self._inner.__exit__(*failure)
 
 
 def _by_phase(spans: Sequence[Span]) -> dict[str, float]:
