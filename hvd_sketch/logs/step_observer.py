@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.observer import NOTHING, Kind, Observer
+from hvd_sketch.observer import Kind, Observer
 
 NORM_EVERY = 50  # steps: two norms of a million coordinates that are not in the cache take 0.5 ms
 FLUSH_S = 1.0
@@ -119,12 +119,14 @@ class StepObserver(Observer):
         self._values: dict[str, list[float | Tensor]] = {}
         self._energies: list[Tensor] = []
         self._seen = 0
+        self._is_profiled = False
         self._before = self._now(-1, True)  # the last step that was handed over
         self._ended: list[_Ended] = []
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
-        inner = super().span(kind, name)
-        return _Timed(self._spans, kind, name, None if inner is NOTHING else inner)
+        if kind is Kind.EXCHANGE:  # asked once a step: each time would take a third of a span's time
+            self._is_profiled = torch.autograd._profiler_enabled()
+        return _Timed(self._spans, kind, name, super().span(kind, name) if self._is_profiled else None)
 
     def accumulated(self) -> None:
         if len(self._spans) > MOST_SPANS:
@@ -136,7 +138,7 @@ class StepObserver(Observer):
         for name, value in values.items():
             if isinstance(value, Tensor):
                 # Numbers on a device are fetched later: to wait for the device would cost more than all the rest.
-                value = value.item() if value.device.type == "cpu" else value.detach().clone()
+                value = value.item() if value.is_cpu else value.detach().clone()
             self._values.setdefault(name, []).append(value if isinstance(value, Tensor) else float(value))
 
     def end_step(self, step: int, is_averaged: bool) -> None:
