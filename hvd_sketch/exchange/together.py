@@ -52,7 +52,9 @@ def allgather_with_code(comm: MeteredTransport, head: Tensor, code: Tensor) -> t
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Bytes on the CPU, one after the other. torch.cat wakes all of its threads for them, which can take 5 ms."""
-    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+    joined = torch.empty(sum(part.numel() for part in parts), dtype=torch.uint8)
+    np.concatenate([part.numpy() for part in parts], out=joined.numpy())
+    return joined
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
