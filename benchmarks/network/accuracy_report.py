@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,22 +10,21 @@ from benchmarks.figures import Record, grouped, markdown, new_figure, save_figur
 from benchmarks.network.bandwidth_report import LABELS, LINES
 from benchmarks.network.lab import bits_per_s
 
-STYLES = {"mpi": "-", "torch": ":", "horovod": "--"}
-
 
 def table(records: Sequence[Record]) -> str:
-    """One row for each method; the fastest at each rate in bold."""
+    """One row for each method; the fastest at each rate over a transport in bold."""
     rates = sorted({record["rate"] for record in records}, key=bits_per_s)
-    best = {
-        rate: min((r["seconds"]["median"] for r in records if r["rate"] == rate and r["reached"]), default=0)
-        for rate in rates
-    }
+    best: dict[tuple[str, str], float] = {}
+    for record in records:
+        if record["reached"]:
+            where = record["transport"], record["rate"]
+            best[where] = min(best.get(where, math.inf), record["seconds"]["median"])
     times = " | ".join(f"s at {rate}" for rate in rates)
     head = f" | learning rate | momentum | steps | {times} | MB sent per host | ratio"
     rows = []
     for (transport, method), own in grouped(records, "transport", "method").items():
         by_rate = {record["rate"]: record for record in own}
-        seconds = [_seconds(by_rate.get(rate), best[rate]) for rate in rates]
+        seconds = [_seconds(by_rate.get(rate), best.get((transport, rate))) for rate in rates]
         about = [
             f"{LABELS[method]}, {transport}",
             f"{own[0]['learning_rate']:g}",
@@ -36,7 +36,7 @@ def table(records: Sequence[Record]) -> str:
     return markdown(head, rows)
 
 
-def _seconds(record: Record | None, best: float) -> str:
+def _seconds(record: Record | None, best: float | None) -> str:
     if record is None:
         return ""
     if not record["reached"]:
@@ -46,14 +46,14 @@ def _seconds(record: Record | None, best: float) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
+    """Each method once: accuracy and bytes are alike at all rates and over all transports."""
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    shown = {(record["transport"], record["method"]): record for record in records}  # bytes are alike at all rates
-    for (transport, method), record in shown.items():
+    for (method,), (record, *_) in grouped(records, "method").items():
         megabytes = [wire_bytes / 1e6 for _, _, wire_bytes, _ in record["curve"]]
         accuracy = [point[-1] for point in record["curve"]]
-        style = {**LINES[method], "linestyle": STYLES[transport], "markevery": max(len(accuracy) // 12, 1)}
-        axes.plot(megabytes, accuracy, markersize=5, label=f"{LABELS[method]}, {transport}", **style)
+        style = {**LINES[method], "linestyle": "-", "markevery": max(len(accuracy) // 12, 1)}
+        axes.plot(megabytes, accuracy, markersize=5, label=LABELS[method], **style)
     axes.set(xscale="log", xlabel="MB sent by each host so far (ledger)", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
