@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.harness import run_command
+from tests.support.harness import ROOT, child_environment, run_command
 
 HOSTS = "localhost:2\n"
 
@@ -29,3 +35,70 @@ def test_a_rank_joins_and_is_lost_over_horovod(tmp_path: Path) -> None:
         assert f"rank {rank} of 2 kept its residual, times 0.6667" in output, output
         assert f"rank {rank} ends after [2, 3, 2]" in output, output
     assert "1 of 3 ranks are gone, and with them what they had not sent" in output
+
+
+class Agent:
+    """A torchrun of one host's rank, which may be killed like a host."""
+
+    def __init__(self, endpoint: str, job: list[str], is_first: bool = False) -> None:
+        quick = f"is_host={int(is_first)},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4"
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "elastic", "--rdzv-conf", quick]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
+        options = [*meet, "--max-restarts", "3", "--monitor-interval", "0.2", "-m", "tests.support.restarted_main"]
+        self._process = subprocess.Popen(
+            [*torchrun, *options, *job],
+            cwd=ROOT,
+            env=child_environment() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        """The agent and its rank, which has a session of its own."""
+        ranks = subprocess.run(["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True, check=False)
+        for pid in (self._process.pid, *map(int, ranks.stdout.split())):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end(self, timeout_s: float) -> str:
+        """Its output, once it has ended by itself."""
+        try:
+            return self._process.communicate(timeout=timeout_s)[0]
+        finally:
+            self.kill()
+
+
+def wait_for(told: Path, ranks: int, steps: int, timeout_s: float = 60) -> tuple[int, int]:
+    """Until the job has taken some steps with so many ranks; where it began, and where it is."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        lines = told.read_text().splitlines() if told.exists() else []
+        size, begun, step = map(int, lines[-1].split()) if lines else (0, 0, 0)
+        if size == ranks and step - begun >= steps:
+            return begun, step
+        time.sleep(0.1)
+    raise AssertionError(f"{ranks} ranks did not take {steps} steps in {timeout_s} s: {lines[-3:]}")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    """A host is lost: the other goes on alone, and repeats at most the step that was not saved yet."""
+    told = tmp_path / "told"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = [Agent(endpoint, [str(tmp_path / "saved"), str(told)], is_first) for is_first in (True, False)]
+    try:
+        _, lost_at = wait_for(told, 2, 3)
+        agents[1].kill()
+        begun, _ = wait_for(told, 1, 3)
+        assert begun >= lost_at - 1
+        told.with_suffix(".end").touch()
+        assert "rank 0 of 1 ends" in agents[0].end(timeout_s=30)
+    finally:
+        for agent in agents:
+            agent.kill()
