@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,9 +91,14 @@ def launch(carrier: str, ranks: int, arguments: list[str]) -> bool:
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [*launcher, "-m", "benchmarks.gpu.ranks", *arguments, "--carrier", carrier]
     print("+", *command, flush=True)
+    process = subprocess.Popen(command, env=environment)
     try:
-        status = subprocess.run(command, env=environment, timeout=JOB_LIMIT_S, check=False).returncode
+        status = process.wait(JOB_LIMIT_S)
     except subprocess.TimeoutExpired:
+        process.terminate()  # a launcher then ends its ranks, which may have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
         status = 124
     print(f"{carrier}, {ranks} ranks: status {status}", flush=True)
     return status == 0

@@ -70,10 +70,10 @@ part() {
     ((status == 0)) || failed+=" $name"
 }
 
-# A failing kernel can print a line for each of its threads.
+# A failing kernel can print a line for each of its threads: the beginning and the end tell what happened.
 at_most_a_megabyte() {
-    head -c 1000000
-    cat >/dev/null
+    head -c 500000
+    tail -c 500000
 }
 
 run_parts() {

@@ -81,7 +81,8 @@ def _kernels(kernels: list[Record]) -> str:
     head = " | ".join(["operation", *(f"{s['dim'] / 1e6:g} M, {s['rows']} rows" for s in kernels)])
     settings = [_lines_of(kernels, s["dim"], s["rows"]) for s in kernels]
     rows = [(name, *(_cell(lines[name]) if name in lines else "" for lines in settings)) for name in names]
-    return "Milliseconds, copies of the vector, share of the derived limit.\n\n" + markdown(head, rows)
+    told = "Milliseconds, copies of the vector, share of the derived limit (which is none where a launch takes longer)."
+    return f"{told}\n\n" + markdown(head, rows)
 
 
 def _cell(line: Record) -> str:

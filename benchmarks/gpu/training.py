@@ -45,12 +45,14 @@ PARTS = {"training": ("resnet9", RESNET9), "language": ("wikitext124m", LANGUAGE
 
 def steps_that_fit(task: str, methods: Sequence[tuple[str, float]], data_dir: Path, seconds: float) -> int:
     """Of each method in turn, by the time that the slowest takes of those that can train."""
-    step_s = 1e-3
+    step_s = 0.0
     for method, ratio in methods:
         try:
             step_s = max(step_s, seconds_of_step(task, method, ratio, data_dir))
         except Exception:  # the others are still worth their time
             traceback.print_exc()
+    if not step_s:
+        sys.exit(f"{task}: no method can train")
     print(f"{task}: {step_s * 1e3:.0f} ms a step of the slowest method", flush=True)
     return max(min(int(seconds * RESERVE / len(methods) / step_s), TASKS[task].steps), 2)
 

@@ -2,8 +2,8 @@
 
 Only codes are copied to the host, a byte or two for each position. Encoding waits once for the device, for the code.
 Decoding does not wait: the codes, which came over the network to the host, hold the number of positions. A step takes
-about a hundred operations for any number of ranks. On an H100 that is 1.0 ms to encode and 1.2 to decode, however few
-there are: few positions are copied to the host instead and coded there, in 0.1 to 0.4 ms
+about a hundred operations for any number of ranks. On an H100 that is about 1 ms to encode and 1.2 to decode, however
+few there are: few positions are copied to the host instead and coded there, 100,000 in 0.4 ms
 (``python -m benchmarks.gpu.coding``).
 """
 

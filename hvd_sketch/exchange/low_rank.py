@@ -20,7 +20,7 @@ from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.hashing import Purpose, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.low_rank import full_precision, orthonormalize_, product_
+from hvd_sketch.kernels.low_rank import full_precision, load_linear_algebra, orthonormalize_, product_
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.staging import to_device
 from hvd_sketch.warm_up import warm_up
@@ -72,6 +72,8 @@ class LowRankAllreduce(ResidualExchange):
         self._matrices = as_matrices(shapes, config)
         if self._device.type == "cpu":  # no rank compiles inside the first step
             warm_up(logger.warning if transport.rank == 0 else None)
+        else:
+            load_linear_algebra(self._device)
         self._kernels = load_backend(None, self._device)
         # What a rank gives at most to a sum: then no sum and no product of summed factors overflows.
         self._most = LARGEST_SUM / (HEADROOM * transport.size * max(matrix.rank for matrix in self._matrices))

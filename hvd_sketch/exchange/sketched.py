@@ -62,8 +62,8 @@ class SketchedAllreduce(ResidualExchange):
                 "exchange dense (sketch=None)",
                 stacklevel=2,
             )
-        if self._device.type == "cpu":
-            warm_up(logger.warning if transport.rank == 0 else None)  # no rank compiles inside the first step
+        # No rank compiles inside the first step. Few positions are coded on the host for a device, too.
+        warm_up(logger.warning if transport.rank == 0 else None)
         self._kernels = load_backend(None, self._device)
         self._coding = load_coding(self._kernels)
         self._source: CandidateSource = load_source(config.candidates)(config, dim, self._comm, self._device)

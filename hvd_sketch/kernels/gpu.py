@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -324,7 +325,11 @@ def device_coefficients(hash: BlockHash, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
+_launching = Lock()
+
+
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """By one thread at a time: Triton hands out a kernel while another thread is still loading it."""
     if programs:
-        with torch.cuda.device_of(arguments[0]):
+        with _launching, torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants)

@@ -72,8 +72,6 @@ def _orthonormalize_by_torch_(factors: Sequence[Tensor]) -> None:
     for factor in factors:
         by_shape.setdefault(factor.shape, []).append(factor)
     groups = list(by_shape.values())
-    if factors:
-        _load_linear_algebra(factors[0].device)
     bases = [_cholesky_bases(torch.stack(group).double()) for group in groups]
     are_good = torch.cat([is_good for _, is_good in bases]).tolist() if bases else []
     for factor, basis in zip(chain(*groups), chain.from_iterable(basis for basis, _ in bases), strict=True):
@@ -84,7 +82,7 @@ def _orthonormalize_by_torch_(factors: Sequence[Tensor]) -> None:
 
 
 @cache
-def _load_linear_algebra(device: torch.device) -> None:
+def load_linear_algebra(device: torch.device) -> None:
     """Torch loads its linear algebra for a GPU at the first use, which must not be by several threads at once."""
     with _lock:
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=device))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import CountSketch, SketchConfig, SketchedAllreduce
+from hvd_sketch import CountSketch, LowRankAllreduce, LowRankConfig, SketchConfig, SketchedAllreduce
 from hvd_sketch import kernels as backends
-from hvd_sketch.kernels import gpu
 from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.gpu.test_kernels import DEVICE
@@ -67,14 +64,6 @@ def test_exchange_selects_what_the_reference_selects(
 ) -> None:
     config = SketchConfig.paper(rows=3, cols=400, k=k, deterministic=True)
     gradients = [torch.ones(dim) if ties else random_integers(dim, seed) for seed in range(2)]
-    lock = threading.Lock()  # the interpreter patches modules while it runs
-    launch = gpu._launch
-
-    def launch_alone(*arguments: Any, **constants: Any) -> None:
-        with lock:
-            launch(*arguments, **constants)
-
-    monkeypatch.setattr(gpu, "_launch", launch_alone)
 
     def two_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:
         exchange = SketchedAllreduce(config, dim, transport, device)
@@ -87,3 +76,48 @@ def test_exchange_selects_what_the_reference_selects(
         monkeypatch.setitem(backends.DEFAULT_BACKENDS, device.type, name)
         updates += run_local(2, partial(two_steps, device))
     assert all(torch.equal(a, b) for update in updates[1:] for a, b in zip(update, updates[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SketchConfig(rows=3, cols=400, k=60, deterministic=True), id="sketch"),
+        pytest.param(SketchConfig(k=60, candidates="nominate"), id="nominate"),
+        pytest.param(SketchConfig(k=60, candidates="random"), id="random"),
+    ],
+)
+def test_few_bit_exchanges_of_threads_have_the_reference_bits(
+    config: SketchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with few positions, which the host codes."""
+    gradients = [random_integers(2_000, seed) for seed in range(2)]
+
+    def three_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:
+        exchange = SketchedAllreduce(config, 2_000, transport, device)
+        steps = [exchange.step(gradients[transport.rank].to(device)) for _ in range(3)]
+        return [tensor.cpu() for step in steps for tensor in (step.indices, step.values)] + [exchange.residual.cpu()]
+
+    monkeypatch.setitem(backends.DEFAULT_BACKENDS, DEVICE.type, "triton")
+    ours = run_local(2, partial(three_steps, DEVICE))
+    monkeypatch.setitem(backends.DEFAULT_BACKENDS, "cpu", "reference")
+    theirs = run_local(2, partial(three_steps, torch.device("cpu")))
+    for mine, right in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+
+
+def test_low_rank_of_threads() -> None:
+    """On a GPU by torch, whose sums have another order than a CPU's."""
+    gradients = [random_integers(2_000, seed) for seed in range(2)]
+
+    def three_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:
+        exchange = LowRankAllreduce(LowRankConfig(rank=2), 2_000, transport, device, shapes=[(40, 30), (20, 40)])
+        steps = [exchange.step(gradients[transport.rank].to(device)) for _ in range(3)]
+        return [step.values.cpu() for step in steps] + [exchange.residual.cpu()]
+
+    ours, theirs = (run_local(2, partial(three_steps, device)) for device in (DEVICE, torch.device("cpu")))
+    assert all(torch.equal(a, b) for a, b in zip(ours[0][:-1], ours[1][:-1], strict=True))
+    for mine, right in zip(ours, theirs, strict=True):
+        assert all(torch.allclose(a, b, atol=0.5) for a, b in zip(mine, right, strict=True))
+    produced = 3 * sum(gradients)
+    sent = 2 * sum(ours[0][:-1])
+    assert torch.allclose(sent + ours[0][-1] + ours[1][-1], produced, atol=1e-3)

@@ -55,9 +55,10 @@ class NominatedCandidates:
 
     def nominate(self, v: Tensor, parts: Parts) -> Tensor:
         """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
+        parts = _joined(parts)
         if not self._kernels.ON_HOST and len(parts) > 1:
             v, parts = self._in_one(v, parts), [(0, self._dim, None)]
-        return self._coding.encode_positions(self._own_largest(v, _joined(parts)), self._dim)
+        return self._coding.encode_positions(self._own_largest(v, parts), self._dim)
 
     def _in_one(self, v: Tensor, parts: Parts) -> Tensor:
         """v with the gradients taken in, zeros outside of the parts: on a device each part would take a wait."""
