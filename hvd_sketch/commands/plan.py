@@ -145,20 +145,22 @@ class Plan:
         """One sentence: what to do, and why."""
         best, dense, peer = self._best, self._dense, self._peer
         gain = self.step_s(dense) / self.step_s(best)
-        pays = f"It pays below {told_rate(self._break_even())}."
+        # The bandwidth of a network that was measured is not known by itself.
+        is_rate_known = math.isfinite(self._network.bytes_per_s)
+        pays = f" It pays below {told_rate(self._break_even())}." if is_rate_known else ""
         if MUCH * self.step_s(peer) < min(self.step_s(best), self.step_s(dense)):
             faster = self.step_s(peer) / self.step_s(best)
             return f"Use {peer.title}: its step takes {faster:.0%} of the time of {best.title}, the faster of ours."
         if gain < MUCH:
-            return f"Stay dense: with {best.title} a step is {gain:.2f} times as fast. {pays}"
-        return f"Compress: with {best.title} a step is {gain:.1f} times as fast as with {dense.title}. {pays}"
+            return f"Stay dense: with {best.title} a step is {gain:.2f} times as fast.{pays}"
+        return f"Compress: with {best.title} a step is {gain:.1f} times as fast as with {dense.title}.{pays}"
 
     def _break_even(self) -> float:
         return break_even(self._best, self._network, [self.methods["dense"], self.methods["bf16"]])
 
     def as_record(self) -> dict[str, Any]:
         """For programs: seconds and bytes of every method, the advice, the bandwidth in bits per second."""
-        rate = 8 * self._break_even()
+        rate = 8 * self._break_even() if math.isfinite(self._network.bytes_per_s) else math.inf
         return {
             "coordinates": self._dim,
             "ranks": self._network.ranks,

@@ -35,22 +35,23 @@ def write_figure(path: Path, shapes: Shapes, network: Network, ratio: float, nan
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    by_rate, by_ranks = figure.subplots(1, 2)
+    is_rate_known = math.isfinite(network.bytes_per_s)  # it is not where the network was measured
+    by_ranks, *others = figure.subplots(1, 1 + is_rate_known, squeeze=False)[0][::-1]
     found = {ranks: methods(shapes, ratio, replace(network, ranks=ranks), nanoseconds) for ranks in RANKS}
     own = methods(shapes, ratio, network, nanoseconds)
-    rates = [replace(network, bytes_per_s=rate / 8) for rate in BITS_PER_S]
     titles = {name: method.title for name, method in own.items()}
-    _draw(by_rate, BITS_PER_S, {name: [own[name].seconds(there) for there in rates] for name in own}, titles)
+    for by_rate in others:
+        rates = [replace(network, bytes_per_s=rate / 8) for rate in BITS_PER_S]
+        _draw(by_rate, BITS_PER_S, {name: [own[name].seconds(there) for there in rates] for name in own}, titles)
+        by_rate.set(xlabel="bandwidth of each rank, bit/s", title=f"{network.ranks} ranks")
+        _mark(by_rate, 8 * network.bytes_per_s)
     _draw(by_ranks, RANKS, {name: [_at(found[ranks], name, network, ranks) for ranks in RANKS] for name in own}, titles)
-    by_rate.set(xlabel="bandwidth of each rank, bit/s", title=f"{network.ranks} ranks")
-    rate = "the measured network" if math.isinf(network.bytes_per_s) else told_rate(network.bytes_per_s)
-    by_ranks.set(xlabel="ranks", title=rate)
+    by_ranks.set(xlabel="ranks", title=told_rate(network.bytes_per_s) if is_rate_known else "the measured network")
     by_ranks.set_xticks(RANKS, [str(ranks) for ranks in RANKS], minor=False)
-    _mark(by_rate, 8 * network.bytes_per_s)
     _mark(by_ranks, network.ranks)
     dim = sum(map(math.prod, shapes))
     figure.suptitle(f"Predicted exchange of {dim:,} coordinates, ours at {ratio:g}x; dotted: as asked")
-    figure.legend(*by_rate.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.legend(*by_ranks.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     try:
         with replaced(path) as draft:
             figure.savefig(draft, dpi=DPI)
@@ -73,5 +74,4 @@ def _draw(axes: Any, x: Any, seconds: Seconds, titles: Mapping[str, str]) -> Non
 
 def _mark(axes: Any, value: float) -> None:
     """Where the plan is."""
-    if math.isfinite(value):
-        axes.axvline(value, color="grey", linestyle=":", linewidth=1, zorder=0)
+    axes.axvline(value, color="grey", linestyle=":", linewidth=1, zorder=0)

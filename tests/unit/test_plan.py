@@ -144,6 +144,20 @@ def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
         assert np.interp(value, x, y) == pytest.approx(found["dense"].seconds(network), rel=0.02)
 
 
+def test_a_network_that_was_measured_has_no_bandwidth_to_compare_with(tmp_path: Path) -> None:
+    shapes = shapes_of_size(25_000_000)
+    measured = replace(GIGABIT, bytes_per_s=math.inf, latency_s=0.0)
+    for nanoseconds in (NANOSECONDS, {**NANOSECONDS, "nominate": 0.0, "lowrank": 0.0}):
+        made = Plan(shapes, measured, 150, 0.0, nanoseconds)
+        assert "bandwidth" not in made.advice and "pays" not in made.advice and made.advice.endswith(".")
+        assert made.as_record()["break_even_bits_per_s"] is None
+    marked: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_figure, "_mark", lambda panel, value: marked.append(value))
+        plan_figure.write_figure(tmp_path / "plan.png", shapes, measured, 150, NANOSECONDS)
+    assert marked == [RANKS]
+
+
 def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, text = run("--params", "1e6", "--plot", str(tmp_path / "plan.png"))
