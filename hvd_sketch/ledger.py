@@ -66,11 +66,14 @@ class CommLedger:
     Attributes:
         records: the most recent ones.
         observer: looks on while the exchanges of this ledger take their steps.
+        ring_share: (W - 1) / W of the W ranks of the last collective: what each of them sends of a payload in one pass
+            of a ring; 0 before the first.
     """
 
     def __init__(self, max_records: int | None = RECENT) -> None:
         self.records: deque[Record] = deque(maxlen=max_records)
         self.observer = Observer()
+        self.ring_share = 0.0
         self._by_phase: dict[str, list[int]] = {}  # collectives, payload, wire, staged bytes
         self._step = -1
         self._collectives = 0
@@ -99,7 +102,8 @@ class CommLedger:
     ) -> None:
         """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload and as staged."""
         ring_bytes = RING_PASSES[collective] * payload_bytes
-        wire_bytes = round(ring_bytes * (size - 1) / size)
+        self.ring_share = (size - 1) / size
+        wire_bytes = round(ring_bytes * self.ring_share)
         name = str(dtype).removeprefix("torch.")
         self.records.append(Record(self._step, phase, collective, name, payload_bytes, wire_bytes, staged_bytes))
         self._collectives += 1

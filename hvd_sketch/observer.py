@@ -8,7 +8,10 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
+
+from hvd_sketch.shards import is_sharded
 
 RANGE = "hvd_sketch {}".format  # what torch's profiler calls a span
 NOTHING: AbstractContextManager[Any] = nullcontext()
@@ -21,6 +24,28 @@ class Kind(Enum):
     LOCAL = "local"  # inside of an exchange: this rank's own work
     PHASE = "phase"  # of the exchange: collectives, and the work between them
     COLLECTIVE = "collective"  # the network, and waiting for other ranks
+
+
+def check_loggable(name: str, value: object, rank: int) -> None:
+    """Raises TypeError unless ``value`` is one number: what float() takes, text apart, or a tensor of one element.
+
+    A DTensor is refused: to read it might be a collective, or give this rank's part only.
+    """
+    if is_sharded(value):
+        raise TypeError(f"rank {rank} cannot log {name!r}, a DTensor: log {name}.full_tensor(), on every rank")
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex() and not value.is_meta:
+            return
+        got = f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}: log its mean or norm"
+    else:
+        try:
+            if not isinstance(value, str | bytes):
+                float(value)  # type: ignore[arg-type]
+                return
+        except (TypeError, ValueError, OverflowError):
+            pass
+        got = f"{type(value).__name__}"
+    raise TypeError(f"rank {rank} cannot log {name!r}: expected a number or a tensor of one element, got {got}")
 
 
 class Observer:
@@ -41,7 +66,7 @@ class Observer:
         """An exchange has ended, of the step of this number; all ranks averaged, or all skipped."""
 
     def log_values(self, values: Mapping[str, Any]) -> None:
-        """Numbers that belong to the step that comes next."""
+        """Numbers that belong to the step that comes next; each is loggable, see :func:`check_loggable`."""
 
     def close(self) -> None:
         """Write what is to be written."""

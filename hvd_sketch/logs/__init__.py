@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.logs.line_file import make_folder_of
+from hvd_sketch.logs.line_file import make_folder_of, path_of_shard
 from hvd_sketch.logs.run_log import RunLog
 from hvd_sketch.logs.scalars import Scalars
 from hvd_sketch.logs.step_observer import Output
@@ -20,15 +20,17 @@ Place = str | PathLike[str] | None
 
 
 def outputs_of(
-    transport: Transport, about: Mapping[str, Any], *, log: Place, trace: Place, tensorboard: Place
+    transport: Transport, shard: int, about: Mapping[str, Any], *, log: Place, trace: Place, tensorboard: Place
 ) -> list[Output]:
     """What this rank writes; none of it where all places are None.
 
     Args:
         transport: tells rank and size.
+        shard: number of the shards that the ranks of ``transport`` hold; 0 where nothing is sharded. Files have it in
+            their names: ranks of several transports write side by side.
         about: what describes the run, beside these and versions.
-        log, trace: files of rank 0.
-        tensorboard: a folder of rank 0.
+        log, trace: files of rank 0 of shard 0.
+        tensorboard: a folder of rank 0 of shard 0, which alone writes there.
 
     Raises:
         OSError: nothing can be written in such a place.
@@ -43,10 +45,10 @@ def outputs_of(
         make_folder_of(log)
         of_rank = {"rank": rank, "size": size, "transport": type(transport).__name__}
         versions = {"hvd_sketch": __version__, "torch": torch.__version__}
-        outputs.append(RunLog(log, rank, {**of_rank, **about, **versions}))
+        outputs.append(RunLog(path_of_shard(log, shard), rank, {**of_rank, **about, **versions}))
     if trace is not None:
         make_folder_of(trace)
-        outputs.append(TraceFile(trace, rank, size))
-    if tensorboard is not None and rank == 0:
+        outputs.append(TraceFile(path_of_shard(trace, shard), rank, size))
+    if tensorboard is not None and rank == shard == 0:
         outputs.append(Scalars(tensorboard))
     return outputs

@@ -18,6 +18,12 @@ def path_of_rank(path: str | PathLike[str], rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
+def path_of_shard(path: str | PathLike[str], shard: int) -> Path:
+    """``path`` itself for shard 0, and ``run.shard2.jsonl`` beside ``run.jsonl`` for shard 2: of its rank 0."""
+    path = Path(path)
+    return path if shard == 0 else path.with_name(f"{path.stem}.shard{shard}{path.suffix}")
+
+
 def make_folder_of(path: str | PathLike[str]) -> None:
     """Make the folder that a file shall be in. Raises OSError where nothing can be written there."""
     path = Path(path)
@@ -45,21 +51,26 @@ class LineFile:
         self._size = 0  # bytes of whole lines
         self._is_failing = self._is_full = False
 
-    def write(self, lines: Iterable[str]) -> None:
-        """Hand lines, without their ends, to the operating system; they survive the process."""
+    def write(self, lines: Iterable[str]) -> bool:
+        """Hand lines, without their ends, to the operating system; they survive the process.
+
+        Returns:
+            Whether the file has them; False: they are lost.
+        """
         data = "".join(line + "\n" for line in lines).encode()
         if not data or self._is_full:
-            return
+            return not data
         if self._size + len(data) > self._most_bytes:
             self._is_full = True
             logger.warning("%s has %d bytes: no more is written to it", self.path, self._size)
-            return
+            return False
         try:
             self._append(data)
         except OSError as error:
             self._tell(error)
-        else:
-            self._is_failing = False
+            return False
+        self._is_failing = False
+        return True
 
     def close(self) -> None:
         """Close the file; it is opened again should more come."""
@@ -84,9 +95,13 @@ class LineFile:
         if not self._goes_on and self.path.is_file():
             self.path.replace(self.path.with_name(self.path.name + ".old"))
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._size = os.fstat(file).st_size
-        if self._size and os.pread(file, 1, self._size - 1) != b"\n":
-            self._size += os.write(file, b"\n")  # a process was ended while it wrote
+        try:
+            self._size = os.fstat(file).st_size
+            if self._size and os.pread(file, 1, self._size - 1) != b"\n":
+                self._size += os.write(file, b"\n")  # a process was ended while it wrote
+        except OSError:
+            os.close(file)
+            raise
         return file
 
     def _tell(self, error: OSError) -> None:

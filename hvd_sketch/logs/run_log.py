@@ -26,7 +26,7 @@ class RunLog(Output):
     """One rank's log, as an output of :class:`~hvd_sketch.logs.step_observer.StepObserver`.
 
     The first line describes the run. Each other line tells of one step, or of the sums over several: see
-    docs/report.md for its entries. A run of a million steps has 45,000 lines.
+    docs/report.md for its entries. A run of a million steps has 42,813 lines.
 
     Args:
         path: of rank 0's; see :func:`~hvd_sketch.logs.line_file.path_of_rank`.
@@ -37,7 +37,7 @@ class RunLog(Output):
     def __init__(self, path: str | PathLike[str], rank: int, about: Mapping[str, Any]) -> None:
         self._path = path_of_rank(path, rank)
         self._file: LineFile | None = None
-        self._about = {"run": FORMAT, "started": time.time(), **about}
+        self._begin = [json.dumps({"run": FORMAT, "started": time.time(), **about}, default=str)]  # until it is written
         self._start_s = 0.0  # of the first step
         self._line = _Line(0.0)
 
@@ -47,12 +47,11 @@ class RunLog(Output):
             self._file = LineFile(self._path, goes_on=steps[0].number > 0)
             self._start_s = steps[0].end_s - steps[0].step_s
             self._line = _Line(self._start_s)
-            lines.append(json.dumps(self._about, default=str))
         for step in steps:
             self._line.add(step)
             if (step.number + 1) % steps_of_line(step.number) == 0:
                 lines.append(self._end_line())
-        self._file.write(lines)
+        self._append(lines)
 
     def close(self, last: Mapping[str, float]) -> None:
         if self._file is None:
@@ -60,8 +59,13 @@ class RunLog(Output):
         lines = [self._end_line()] if self._line.steps else []
         if last:
             lines.append(json.dumps({"values": as_json(last)}))
-        self._file.write(lines)
+        self._append(lines)
         self._file.close()
+
+    def _append(self, lines: Sequence[str]) -> None:
+        """Write lines, after the first one, without which they could not be read."""
+        if self._file is not None and self._file.write([*self._begin, *lines]):
+            self._begin = []
 
     def _end_line(self) -> str:
         line, self._line = self._line, _Line(self._start_s)

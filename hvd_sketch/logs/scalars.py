@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 class Scalars(Output):
     """What the user logs, and bytes, ratio, residual, as an output of
-    :class:`~hvd_sketch.logs.step_observer.StepObserver`.
+    :class:`~hvd_sketch.logs.step_observer.StepObserver`. Bytes and ratio are since this start of the program.
 
     Args:
         folder: of the run, as TensorBoard's ``SummaryWriter`` takes it.

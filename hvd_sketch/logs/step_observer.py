@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,8 +22,10 @@ from hvd_sketch.observer import Kind, Observer
 NORM_EVERY = 50  # steps: two norms of a million coordinates that are not in the cache take 0.5 ms
 FLUSH_S = 1.0
 MOST_SPANS = 1000  # more are of steps that do not end: of a rank that has run out of data
+logger = logging.getLogger(__name__)
 
 
+_Sums = dict[str, tuple[float | Tensor, int]]  # and counts, of numbers by name
 _Spent = tuple[Kind, str, float, float]  # a Span to be: making one in the step takes three times as long
 
 
@@ -41,8 +45,8 @@ class Step:
     Attributes:
         number: from 0.
         end_s: when its exchange ended, by ``time.perf_counter``.
-        step_s: since the exchange before ended. What is not ``exchange_s`` is the forward and backward pass, data, and
-            the wrapped optimizer's step of before.
+        step_s: since the exchange before ended; the first step begins with its exchange. What is not ``exchange_s`` is
+            the forward and backward pass, data, and the wrapped optimizer's step of before.
         exchange_s: from this rank's gradient to the average.
         collective_s: of that, in collectives, by phase: the network, and waiting for other ranks.
         sent_bytes: to the network, by phase; what a rank sends on average where collectives are rings. It receives as
@@ -93,8 +97,8 @@ class _Ended(NamedTuple):
     dense_ring_bytes: int
     ratio: float
     is_averaged: bool
-    values: dict[str, list[float | Tensor]]
-    energies: Sequence[Tensor]  # of the residual, before and after; or none
+    values: _Sums
+    norms: Sequence[Tensor]  # of the residual, before and after; or none
 
 
 class StepObserver(Observer):
@@ -106,18 +110,17 @@ class StepObserver(Observer):
     Args:
         ledger: of the exchange.
         exchange: the one that compresses; None: all goes dense.
-        size: how many ranks there are.
         outputs: in order.
     """
 
-    def __init__(
-        self, ledger: CommLedger, exchange: ResidualExchange | None, size: int, outputs: Sequence[Output]
-    ) -> None:
-        self._ledger, self._exchange, self._share = ledger, exchange, (size - 1) / size
+    def __init__(self, ledger: CommLedger, exchange: ResidualExchange | None, outputs: Sequence[Output]) -> None:
+        self._ledger, self._exchange = ledger, exchange
         self._outputs = outputs
+        self._process = os.getpid()
+        self._is_failing = False
         self._spans: list[_Spent] = []
-        self._values: dict[str, list[float | Tensor]] = {}
-        self._energies: list[Tensor] = []
+        self._values: _Sums = {}
+        self._norms: list[Tensor] = []
         self._seen = 0
         self._is_profiled = False
         self._before = self._now(-1, True)  # the last step that was handed over
@@ -126,27 +129,33 @@ class StepObserver(Observer):
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
         if kind is Kind.EXCHANGE:  # asked once a step: each time would take a third of a span's time
             self._is_profiled = torch.autograd._profiler_enabled()
+            if self._seen == 0:
+                self._before = self._now(-1, True)  # what came before is set-up
         return _Timed(self._spans, kind, name, super().span(kind, name) if self._is_profiled else None)
 
     def accumulated(self) -> None:
         if len(self._spans) > MOST_SPANS:
             self._spans.clear()
         if self._exchange is not None and self._seen % NORM_EVERY == 0:
-            self._energies = [_energy(self._exchange.residual)]
+            self._norms = [torch.linalg.vector_norm(self._exchange.residual)]
 
     def log_values(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            total, count = self._values.get(name, (0.0, 0))
+            if isinstance(value, Tensor) and not value.is_cpu:
                 # Numbers on a device are fetched later: to wait for the device would cost more than all the rest.
-                value = value.item() if value.is_cpu else value.detach().clone()
-            self._values.setdefault(name, []).append(value if isinstance(value, Tensor) else float(value))
+                device = total.device if isinstance(total, Tensor) else value.device
+                value = value.detach().to(device, torch.float32, copy=True).sum()
+            else:
+                value = float(value.item() if isinstance(value, Tensor) else value)
+            self._values[name] = total + value, count + 1
 
     def end_step(self, step: int, is_averaged: bool) -> None:
-        if self._energies and self._exchange is not None:
-            self._energies.append(_energy(self._exchange.residual))
+        if self._norms and self._exchange is not None:
+            self._norms.append(torch.linalg.vector_norm(self._exchange.residual))
         ended = self._now(step, is_averaged)
         self._ended.append(ended)
-        self._spans, self._values, self._energies = [], {}, []
+        self._spans, self._values, self._norms = [], {}, []
         self._seen += 1
         if ended.end_s - self._before.end_s > FLUSH_S:
             self.flush()
@@ -154,24 +163,40 @@ class StepObserver(Observer):
     def flush(self) -> None:
         """Hand all steps to the outputs that have ended since the last time."""
         if self._ended:
-            steps = [self._step(before, ended) for before, ended in pairwise([self._before, *self._ended])]
-            self._before, self._ended = self._ended[-1], []
-            for output in self._outputs:
-                output.write(steps)
+            counted = [self._before, *self._ended]
+            self._before, self._ended = counted[-1], []
+            with self._never_in_the_way():
+                steps = [self._step(before, ended) for before, ended in pairwise(counted)]
+                for output in self._outputs:
+                    output.write(steps)
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # forked: the files are the other process's
         self.flush()
-        last, self._values = _means(self._values), {}
-        for output in self._outputs:
-            output.close(last)
+        given, self._values = self._values, {}
+        with self._never_in_the_way():
+            last = _means(given)
+            for output in self._outputs:
+                output.close(last)
+
+    @contextmanager
+    def _never_in_the_way(self) -> Iterator[None]:
+        """An error inside is told once, and the training goes on."""
+        try:
+            yield
+        except Exception as error:  # whatever it is: a log is worth no training
+            if not self._is_failing:
+                logger.exception("steps are missing in the logs (%s: %s)", type(error).__name__, error)
+            self._is_failing = True
 
     def _now(self, step: int, is_averaged: bool) -> _Ended:
         ledger = self._ledger
         counted = ledger.wire_bytes_by_phase(), ledger.dense_ring_bytes, ledger.compression_ratio()
-        return _Ended(step, time.perf_counter(), self._spans, *counted, is_averaged, self._values, self._energies)
+        return _Ended(step, time.perf_counter(), self._spans, *counted, is_averaged, self._values, self._norms)
 
     def _step(self, before: _Ended, ended: _Ended) -> Step:
-        norm, captured = _measured(ended.energies)
+        norm, captured = _measured(ended.norms)
         spans = [Span(*spent) for spent in ended.spans]
         return Step(
             number=ended.number,
@@ -180,7 +205,7 @@ class StepObserver(Observer):
             exchange_s=sum(span.end_s - span.start_s for span in spans if span.kind is Kind.EXCHANGE),
             collective_s=_by_phase(spans),
             sent_bytes={phase: sent - before.sent_bytes.get(phase, 0) for phase, sent in ended.sent_bytes.items()},
-            dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._share),
+            dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._ledger.ring_share),
             ratio=ended.ratio,
             is_skipped=not ended.is_averaged,
             values=_means(ended.values),
@@ -222,18 +247,14 @@ def _by_phase(spans: Sequence[Span]) -> dict[str, float]:
     return found
 
 
-def _energy(values: Tensor) -> Tensor:
-    return torch.dot(values, values)
-
-
-def _measured(energies: Sequence[Tensor]) -> tuple[float | None, float | None]:
+def _measured(norms: Sequence[Tensor]) -> tuple[float | None, float | None]:
     """Norm of the residual, and the share of its energy that was sent."""
-    if len(energies) < 2:
+    if len(norms) < 2:
         return None, None
-    before, after = torch.stack(list(energies)).tolist()
-    return after**0.5, 1 - after / before if before else None
+    before, after = torch.stack(list(norms)).tolist()
+    return after, 1 - (after / before) ** 2 if before else None
 
 
-def _means(values: Mapping[str, Sequence[float | Tensor]]) -> dict[str, float]:
+def _means(sums: _Sums) -> dict[str, float]:
     """Of several numbers of one name their mean."""
-    return {name: sum(map(float, given)) / len(given) for name, given in values.items()}
+    return {name: float(total) / count for name, (total, count) in sums.items()}

@@ -42,14 +42,15 @@ class TraceFile(Output):
             self._begin.append(json.dumps(event) + ",")
 
     def write(self, steps: Sequence[Step]) -> None:
-        lines, self._begin = self._begin, []
+        lines = [*self._begin]
         for step in steps:
             lines += [self._span(span.name, EXCHANGE, span.kind.value, span.start_s, span.end_s) for span in step.spans]
             sent = sum(step.sent_bytes.values())
             told = {"sent_bytes": sent, "skipped": step.is_skipped, "values": as_json(step.values)}
             name, start_s = f"step {step.number}", step.end_s - step.step_s
             lines.append(self._span(name, STEPS, "step", start_s, step.end_s, f',"args":{json.dumps(told)}'))
-        self._file.write(lines)
+        if self._file.write(lines):
+            self._begin = []
 
     def close(self, last: Mapping[str, float]) -> None:
         self._file.close()

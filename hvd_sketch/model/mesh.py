@@ -51,6 +51,17 @@ def _describe_place(tensor: Any) -> str:
     return f"({placements}) at {tuple(mesh.get_coordinate() or ())} of a mesh of shape {tuple(mesh.shape)}"
 
 
+def shard_number(named: Sequence[NamedParameter]) -> int:
+    """Of this rank's shards, from 0: equal on ranks that hold the same. Communication: none."""
+    meshes: list[Any] = [tensor.device_mesh for _, tensor in named if is_sharded(tensor)]  # type: ignore[attr-defined]
+    number = 0
+    if meshes:
+        widest = max(meshes, key=lambda mesh: mesh.size())
+        for place, size in zip(widest.get_coordinate(), widest.shape, strict=True):
+            number = number * size + place
+    return number
+
+
 class ShardRanks:
     """The ranks that hold the other shards of this rank's parameters: all of them take a step, or none.
 
@@ -58,7 +69,7 @@ class ShardRanks:
         named: the parameters. Where none is sharded, there are no other ranks and nothing is sent.
 
     Attributes:
-        number: of this rank's shards, from 0: equal on ranks that hold the same.
+        number: see :func:`shard_number`.
 
     Communication: the constructor and :meth:`agree` are collective, all ranks of the parameters' meshes.
     """
@@ -68,11 +79,7 @@ class ShardRanks:
         groups = [mesh.get_group(number) for mesh in meshes for number in range(mesh.ndim)]
         self._comms = [TorchTransport(group) for group in dict.fromkeys(groups) if group.size() > 1]
         self._job: Transport | None = None
-        self.number = 0
-        if meshes:
-            widest = max(meshes, key=lambda mesh: mesh.size())
-            for place, size in zip(widest.get_coordinate(), widest.shape, strict=True):
-                self.number = self.number * size + place
+        self.number = shard_number(named)
 
     def with_replicas(self, comm: Transport) -> Transport:
         """All ranks of all shards and replicas; where nothing is sharded, those of ``comm``.

@@ -23,6 +23,7 @@ from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_para
 from hvd_sketch.model.forwarding import ExchangingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.levels import TwoLevels
+from hvd_sketch.model.mesh import shard_number
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.routes import mark_sparse
@@ -32,10 +33,11 @@ from hvd_sketch.model.wrapping import (
     check_arguments,
     compression_of,
     describe,
+    is_outside,
     transport_of,
     warn_about_settings,
 )
-from hvd_sketch.observer import Kind
+from hvd_sketch.observer import Kind, check_loggable
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
@@ -83,14 +85,15 @@ class DistributedOptimizer(ExchangingOptimizer):
         num_groups, groups: taken and without effect: all tensors travel together.
         sparse_as_dense: hand sparse gradients, of rows, to the wrapped optimizer. They are exchanged as dense ones
             always.
-        process_set: an ``hvd.ProcessSet`` to average over; a rank outside of it steps alone.
+        process_set: an ``hvd.ProcessSet`` to average over; a rank outside of it steps alone, and writes no log.
         check_every: steps after which the ranks compare a checksum of their parameters; also after the first step since
             a start. 0: never.
         max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
         levels: 2: a dense mean inside of every host first, then the compressed exchange between one rank of each, which
             keeps the residuals; see :class:`~hvd_sketch.model.levels.TwoLevels`. 1: between all ranks.
         log: a file such as ``run.jsonl`` for a line about every step, which ``hvd-sketch report`` shows. Ranks other
-            than 0 write ``run.rank1.jsonl`` and so on. None: no file. Ranks may differ.
+            than 0 write ``run.rank1.jsonl`` and so on; those of other shards ``run.shard1.jsonl``,
+            ``run.shard1.rank1.jsonl``. None: no file. Ranks may differ.
         trace: a file such as ``trace.json`` for the time of every part of a step; of ranks as for ``log``.
         tensorboard: a folder for TensorBoard's scalars, of rank 0.
 
@@ -141,7 +144,10 @@ class DistributedOptimizer(ExchangingOptimizer):
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
             about = describe(optimizer, named, sketch) | {"levels": levels}
-            outputs = outputs_of(self._transport, about, log=log, trace=trace, tensorboard=tensorboard)
+            if is_outside(process_set):
+                log = trace = tensorboard = None
+            shard = shard_number(named)
+            outputs = outputs_of(self._transport, shard, about, log=log, trace=trace, tensorboard=tensorboard)
         told = {"wrapped by": "DistributedOptimizer", "levels": levels}
         compared = told | {name: value for name, (value, _) in counts.items()}
         require_equal(self._transport, compared | horovod.compared())
@@ -164,8 +170,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         self._known = {id(parameter) for _, parameter in named}
         self._progress = Progress(self._parameters)
         if outputs:
-            self.ledger.observer = StepObserver(self.ledger, self.exchange, self._transport.size, outputs)
-            weakref.finalize(self, self.ledger.observer.close)  # at the latest when the program ends
+            self.ledger.observer = StepObserver(self.ledger, self.exchange, outputs)
+            weakref.finalize(self, self.ledger.observer.close)  # at the latest when the program ends; not if it forks
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
@@ -358,14 +364,30 @@ class DistributedOptimizer(ExchangingOptimizer):
         """Add numbers, such as ``loss=loss``, to the next step in what this optimizer writes about its steps.
 
         Call it before ``step()``. Several numbers of one name become their mean. Without ``log``, ``trace`` or
-        ``tensorboard`` it does nothing.
+        ``tensorboard`` it only checks them.
 
         Args:
-            **values: numbers, or tensors of one element, of this rank. Those on a device are read in ``step()``.
+            **values: numbers, or tensors of one element, of this rank. Those on a device are read up to a second later,
+                in a ``step()``.
+
+        Raises:
+            TypeError: a value is none of these. A DTensor is only a part of its number.
 
         Communication: none.
         """
+        for name, value in values.items():
+            check_loggable(name, value, self._transport.rank)
         self.ledger.observer.log_values(values)
+
+    def close_logs(self) -> None:
+        """Write what ``log``, ``trace`` and ``tensorboard`` have not got yet, and close them.
+
+        The end of the program does it, too, or of the optimizer. Call it before another optimizer of this program goes
+        on with the same files. A step after it opens the files again; TensorBoard's get no more.
+
+        Communication: none.
+        """
+        self.ledger.observer.close()
 
     def _unregistered(self) -> RuntimeError | None:
         """What is wrong where parameters came later."""

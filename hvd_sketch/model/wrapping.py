@@ -122,10 +122,15 @@ def transport_of(
             f"process_set is Horovod's and needs transport='horovod', got {transport!r}: give MPITransport(comm) of a "
             "communicator, or TorchTransport(group) of a process group, that holds the ranks"
         )
-    if not hasattr(process_set, "included") or process_set.included():
+    if not is_outside(process_set):
         return HorovodTransport(process_set), sketch
     alone = replace(sketch, dense_below=ALL_DENSE) if isinstance(sketch, Compression) else sketch
     return local_transports(1)[0], alone
+
+
+def is_outside(process_set: Any) -> bool:
+    """Whether this rank is in no set that averages: it steps alone, and writes no log. Communication: none."""
+    return hasattr(process_set, "included") and not process_set.included()
 
 
 def check_arguments(

@@ -106,7 +106,7 @@ def bytes_by_phase(run: Run, suffix: str) -> Chart:
 
 def time_of_step(run: Run, suffix: str) -> Chart:
     """What a step's time goes into: means over ranks and over some steps."""
-    data = _stack(run, {name: seconds.mean(0) for name, seconds in run.parts_s.items()})
+    data = _stack(run, {name: np.nanmean(seconds, 0) for name, seconds in run.parts_s.items()})
     return Chart(
         f"Time of a step{suffix}", _about_time(run), data, {"xaxis": STEP, "yaxis": {**SECONDS, "rangemode": "tozero"}}
     )
@@ -115,8 +115,9 @@ def time_of_step(run: Run, suffix: str) -> Chart:
 def time_of_ranks(run: Run, suffix: str) -> Chart:
     """What a step's time goes into, on each rank."""
     names = [f"rank {rank}" for rank in run.ranks]
+    steps = (np.isfinite(run.step_s) * run.steps).sum(1)  # [r], of which each has a line
     data = [
-        {"type": "bar", "orientation": "h", "name": name, "y": names, "x": _short(seconds.sum(1) / run.steps.sum())}
+        {"type": "bar", "orientation": "h", "name": name, "y": names, "x": _short(np.nansum(seconds, 1) / steps)}
         | {"marker": {"color": color}}
         for (name, seconds), color in zip(run.parts_s.items(), COLORS, strict=False)
     ]
@@ -171,7 +172,7 @@ def captured(runs: Sequence[Colored]) -> Chart:
 def _about_time(run: Run) -> str:
     if run.has_all_ranks:
         return "Means over ranks and some steps. The rank that comes last to a collective waits for nobody."
-    found = f"{len(run.ranks)} of {run.about['size']} ranks"
+    found = f"{run.found} of {run.about['size']} ranks"
     return f"The logs of {found} were found: without the others, the network cannot be told from waiting."
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_sketch.logs.run_log import FORMAT
+
+STARTED_WITHIN_S = 600.0  # ranks of a run, by the clocks of their hosts
+OF_RANK = {"rank", "started", "hvd_sketch", "torch"}  # entries of a first line that ranks may have each for themselves
+logger = logging.getLogger(__name__)
 
 Numbers = NDArray[np.float64]
 Lines = dict[int, dict[str, Any]]  # by the number of their last step, ascending
@@ -33,19 +38,23 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. There are ``n`` lines of one or more steps, and ``r`` ranks whose logs were found.
+    """One run. There are ``n`` lines of one or more steps, rank 0's, and ``r`` ranks that exchange with each other.
+
+    With ``levels=2`` these are the hosts' leaders. The lines of other ranks tell of their values alone.
 
     Attributes:
         name: for the page.
         about: what the log says of the run as a whole.
-        ranks: those that were found, ascending.
+        found: how many logs of ranks were found.
+        longest_log: steps that the longest of them tells of; more than rank 0's where lines of rank 0 are missing.
+        ranks: those that exchange, ascending.
         step: [n], number of the last step of each line.
         steps: [n], how many steps the line tells of.
         time_s: [n], of training at its end, without the time between an end and a new start.
-        step_s, exchange_s: [r, n], sums over its steps.
+        step_s, exchange_s: [r, n], sums over its steps; NaN where a rank has no such line.
         longest_s: [n], of its longest step on any rank.
         sent_bytes: [n] by phase, the mean over ranks.
-        collective_s: [r, n] by phase, in collectives.
+        collective_s: [r, n] by phase, in collectives; NaN as above.
         dense_bytes: [n], what a dense exchange would have sent.
         skipped: [n], steps.
         values: what the user logged, by name.
@@ -54,6 +63,8 @@ class Run:
 
     name: str
     about: Mapping[str, Any]
+    found: int
+    longest_log: int
     ranks: Sequence[int]
     step: Numbers
     steps: Numbers
@@ -72,7 +83,12 @@ class Run:
     @property
     def has_all_ranks(self) -> bool:
         """Whether waiting can be told from the network."""
-        return len(self.ranks) == self.about["size"]
+        return self.found == self.about["size"]
+
+    @property
+    def in_all_logs(self) -> NDArray[np.bool_]:
+        """bool [n], whether all ranks have the line."""
+        return np.all(np.isfinite(self.step_s), axis=0)
 
     @cached_property
     def sent_so_far(self) -> Numbers:
@@ -95,7 +111,7 @@ class Run:
             return {**parts, "network and waiting": inside}
         network = np.zeros_like(self.step_s)
         for seconds in self.collective_s.values():
-            network += seconds.min(0)
+            network += np.nanmin(seconds, 0)
         return {**parts, "network": network, "waiting for the slowest": np.maximum(inside - network, 0)}
 
 
@@ -108,14 +124,30 @@ def read_run(path: Path, name: str) -> Run:
         ValueError: the file is no log, or has no step.
     """
     logs = {0: path} | {rank: other for other in path.parent.iterdir() if (rank := _rank_of(other, path)) is not None}
-    read = {rank: _read_lines(logs[rank]) for rank in sorted(logs)}
-    about = read[0][0]
-    ranks = [rank for rank in read if rank < about["size"] and read[rank][1]]
-    every = [read[rank][1] for rank in ranks]
-    common = [number for number in every[0] if all(number in lines for lines in every)] if every else []
-    if not common:
-        raise ValueError(f"{path} has no step that is in the logs of all ranks: expected a log of DistributedOptimizer")
-    return _put_together(name, about, ranks, [[lines[number] for number in common] for lines in every])
+    about, own = _read_lines(path)
+    if not own:
+        raise ValueError(f"{path} has no step: expected a log of DistributedOptimizer")
+    every = {0: own}
+    for rank in sorted(logs.keys() - {0}):
+        its_about, lines = _read_lines(logs[rank])
+        if rank < about["size"] and lines and _is_of_run(logs[rank], its_about, about):
+            every[rank] = lines
+    return _put_together(name, about, every)
+
+
+def _is_of_run(path: Path, about: Mapping[str, Any], of_first: Mapping[str, Any]) -> bool:
+    """Whether another rank's log is of the same run as rank 0's, and not left there by one before; tells where not."""
+    names = (about.keys() | of_first.keys()) - OF_RANK
+    differ = sorted(name for name in names if about.get(name) != of_first.get(name))
+    if abs(about.get("started", 0) - of_first.get("started", 0)) > STARTED_WITHIN_S:
+        differ.append("started")
+    if differ:
+        logger.warning(
+            "%s is left out: it is of another run than rank 0's log, whose first line differs in %s. Delete it, or "
+            "copy the log of this run from its host.",
+            *(path, ", ".join(differ)),
+        )
+    return not differ
 
 
 def _rank_of(other: Path, path: Path) -> int | None:
@@ -137,6 +169,8 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
             record = json.loads(text)
         except ValueError:
             continue  # cut short by a kill
+        if not isinstance(record, dict):
+            continue
         if "run" in record:
             about, before_s = record, max((line["time_s"] for line in lines.values()), default=0.0)
         elif "step" in record:
@@ -154,41 +188,68 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
     return about, lines
 
 
-def _put_together(name: str, about: Mapping[str, Any], ranks: list[int], every: list[list[dict[str, Any]]]) -> Run:
-    """A run from the lines of its ranks, as many of each."""
+def _put_together(name: str, about: Mapping[str, Any], logs: Mapping[int, Lines]) -> Run:
+    """A run from the logs of its ranks."""
+    every = [[lines.get(number) for number in logs[0]] for lines in logs.values()]  # [ranks, n], of rank 0's steps
+    # With levels=2 only leaders have phases: the others wait inside of their hosts, of which logs do not tell.
+    exchanging = {
+        rank: found for rank, found in zip(logs, every, strict=True) if rank == 0 or any(map(_has_phases, found))
+    }
 
     def of_ranks(key: str) -> Numbers:
-        return np.array([[line[key] for line in lines] for lines in every], dtype=np.float64)
+        return _numbers([[line and line[key] for line in lines] for lines in exchanging.values()])
 
     def of_phase(phase: str, entry: int) -> Numbers:
         nothing = (0, 0.0)
-        return np.array([[line["phases"].get(phase, nothing)[entry] for line in lines] for lines in every], np.float64)
+        return _numbers(
+            [[line and line["phases"].get(phase, nothing)[entry] for line in lines] for lines in exchanging.values()]
+        )
 
-    phases = dict.fromkeys(phase for lines in every for line in lines for phase in line["phases"])
-    names = dict.fromkeys(name for lines in every for line in lines for name in line["values"])
+    def series(of_line: Callable[[dict[str, Any]], float | None]) -> Series:
+        return _series([[line and of_line(line) for line in lines] for lines in every])
+
+    lines_of_all = [line for lines in every for line in lines if line]
+    phases = dict.fromkeys(phase for line in lines_of_all for phase in line["phases"])
+    names = dict.fromkeys(name for line in lines_of_all for name in line["values"])
     return Run(
         name=name,
         about=about,
-        ranks=ranks,
+        found=len(logs),
+        longest_log=max(sum(line["steps"] for line in lines.values()) for lines in logs.values()),
+        ranks=list(exchanging),
         step=of_ranks("step")[0],
         steps=of_ranks("steps")[0],
         time_s=of_ranks("time_s")[0],
         step_s=of_ranks("step_s"),
         exchange_s=of_ranks("exchange_s"),
-        longest_s=of_ranks("longest_s").max(0),
-        sent_bytes={phase: of_phase(phase, 0).mean(0) for phase in phases},
+        longest_s=np.nanmax(of_ranks("longest_s"), 0),
+        sent_bytes={phase: np.nanmean(of_phase(phase, 0), 0) for phase in phases},
         collective_s={phase: of_phase(phase, 1) for phase in phases},
-        dense_bytes=of_ranks("dense_bytes").mean(0),
+        dense_bytes=np.nanmean(of_ranks("dense_bytes"), 0),
         skipped=of_ranks("skipped")[0],
-        values={name: _series([[line["values"].get(name) for line in lines] for lines in every]) for name in names},
-        residual_norm=_series([[line.get("residual_norm") for line in lines] for lines in every]),
-        captured=_series([[line.get("captured") for line in lines] for lines in every]),
+        values={name: series(partial(_value, name)) for name in names},
+        residual_norm=series(lambda line: line.get("residual_norm")),
+        captured=series(lambda line: line.get("captured")),
     )
 
 
-def _series(given: list[list[float | None]]) -> Series:
+def _value(name: str, line: dict[str, Any]) -> float | None:
+    value: float | None = line["values"].get(name)
+    return value
+
+
+def _has_phases(line: dict[str, Any] | None) -> bool:
+    return line is not None and bool(line["phases"])
+
+
+def _numbers(given: list[list[Any]]) -> Numbers:
+    """Numbers of ranks and lines, NaN in place of None."""
+    return np.array([[np.nan if value is None else value for value in values] for values in given], dtype=np.float64)
+
+
+def _series(given: list[list[Any]]) -> Series:
     """Numbers of ranks and lines, None where there is none."""
-    numbers = np.array([[np.nan if value is None else value for value in values] for values in given])
+    numbers = _numbers(given)
     counts = np.isfinite(numbers).sum(0)
     at = np.flatnonzero(counts)
     return Series(at, np.nansum(numbers[:, at], 0) / counts[at])

@@ -47,11 +47,11 @@ def configuration(runs: Sequence[Run]) -> Table:
 def _sums(run: Run) -> dict[str, str]:
     steps, sent, dense = run.steps.sum(), run.sent_so_far[-1], run.dense_bytes.sum()
     found = {
-        "ranks": f"{run.about['size']}" + ("" if run.has_all_ranks else f", logs of {len(run.ranks)}"),
-        "steps": f"{steps:.0f}",
+        "ranks": f"{run.about['size']}" + ("" if run.has_all_ranks else f", logs of {run.found}"),
+        "steps": f"{steps:.0f}" + _missing(run),
         "skipped steps": f"{run.skipped.sum():.0f}",
         "time of training": told_seconds(run.time_s[-1]),
-        "time of a step": told_seconds(run.step_s.mean(0).sum() / steps),
+        "time of a step": told_seconds(np.nanmean(run.step_s, 0).sum() / steps),
         "longest step": told_seconds(run.longest_s.max()),
         "bytes of a step, sent": told_bytes(sent / steps),
         "bytes sent by a rank": told_bytes(sent),
@@ -60,11 +60,18 @@ def _sums(run: Run) -> dict[str, str]:
         "times fewer bytes": f"{dense / sent:.1f}" if sent else NONE,
     }
     for name, seconds in run.parts_s.items():
-        found[f"of a step: {name}"] = f"{seconds.sum() / run.step_s.sum():.1%}"
+        found[f"of a step: {name}"] = f"{np.nansum(seconds) / np.nansum(run.step_s):.1%}"
     for name, series in run.values.items():
         if len(series.at):
             found[f"{name}, last"] = f"{np.mean(series.values[-_last(len(series.values)) :]):.3g}"
     return found
+
+
+def _missing(run: Run) -> str:
+    """What to say where lines of some rank are missing."""
+    steps, in_all = run.steps.sum(), run.steps[run.in_all_logs].sum()
+    told = f", {in_all:.0f} of them in the logs of all ranks" if in_all < steps else ""
+    return told + (f"; rank 0's log lacks {run.longest_log - steps:.0f} more" if run.longest_log > steps else "")
 
 
 def _last(count: int) -> int:

@@ -21,7 +21,7 @@ STEPS, SLOW_RANK, SLOW_S = 12, 1, 0.05
 SKIPPED = 4  # the step in which rank 0 has NaN
 
 
-def wrapped(transport: Transport, **places: Any) -> tuple[Toy, DistributedOptimizer]:
+def wrapped(transport: Transport | str, **places: Any) -> tuple[Toy, DistributedOptimizer]:
     model = Toy()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, DistributedOptimizer(inner, model.named_parameters(), little(), transport, **places)

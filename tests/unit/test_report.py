@@ -95,6 +95,45 @@ def test_without_the_other_ranks_waiting_is_not_told_from_the_network(log: Path,
     assert "1 of 4 ranks were found" in chart(charts([run]), "Time of a step").about
 
 
+def test_steps_that_some_rank_has_not_written_are_told_not_left_out(tmp_path: Path) -> None:
+    path, other = tmp_path / "run.jsonl", tmp_path / "run.rank1.jsonl"
+    write_long_run(path, 20, 2)
+    lines = other.read_text().splitlines(keepends=True)
+    other.write_text("".join(lines[:6] + lines[16:]))  # as where its disk was full for 10 steps
+    run = read_run(path, "run")
+    told = {name: texts[0] for name, texts in summary([run]).rows}
+    assert told["steps"] == "20, 10 of them in the logs of all ranks"
+    assert run.sent_so_far[-1] == 20 * 15000 and run.has_all_ranks
+    text = json.dumps([each.data for each in charts([run])])
+    assert "NaN" not in text and "nan" not in "".join(told.values())
+    waiting = chart(charts([run]), "Time of a step, by rank").data[-1]
+    assert waiting["x"][1] == pytest.approx(0, abs=1e-9)  # the slow rank's, over the steps that it has
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    told = {name: texts[0] for name, texts in summary([read_run(path, "run")]).rows}
+    assert told["steps"] == "17, 7 of them in the logs of all ranks"
+    other.write_text("".join(lines))
+    told = {name: texts[0] for name, texts in summary([read_run(path, "run")]).rows}
+    assert told["steps"] == "17; rank 0's log lacks 3 more"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"started": 1000.0}, "differs in started"), ({"compression": None}, "differs in compression")],
+)
+def test_the_log_of_a_run_before_is_left_out(
+    changed: dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, other = tmp_path / "run.jsonl", tmp_path / "run.rank1.jsonl"
+    write_long_run(path, 20, 2)
+    first, rest = other.read_text().split("\n", 1)
+    other.write_text(json.dumps({**json.loads(first), **changed}) + "\n" + rest)
+    run = read_run(path, "run")
+    assert run.ranks == [0] and not run.has_all_ranks
+    assert (
+        f"run.rank1.jsonl is left out: it is of another run than rank 0's log, whose first line {told}" in caplog.text
+    )
+
+
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(1, 20))
 def test_peaks_and_sums_keep_what_matters(values: list[float], buckets: int) -> None:
     y = np.array(values)
@@ -144,7 +183,7 @@ def test_names_cannot_break_out_of_the_page(log: Path, tmp_path: Path) -> None:
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     for text, told in (
         ("", "is no log of this version"),
-        ('{"loss": 1}\nnot json\n', "is no log of this version"),
+        ('{"loss": 1}\nnot json\n3\n[]\n', "is no log of this version"),
         (json.dumps({"run": 99, "size": 1}) + "\n", "of format 1, found 99"),
         (json.dumps({"run": 1, "size": 1}) + "\n", "has no step"),
     ):
