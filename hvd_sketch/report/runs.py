@@ -192,18 +192,15 @@ def _put_together(name: str, about: Mapping[str, Any], logs: Mapping[int, Lines]
     """A run from the logs of its ranks."""
     every = [[lines.get(number) for number in logs[0]] for lines in logs.values()]  # [ranks, n], of rank 0's steps
     # With levels=2 only leaders have phases: the others wait inside of their hosts, of which logs do not tell.
-    exchanging = {
-        rank: found for rank, found in zip(logs, every, strict=True) if rank == 0 or any(map(_has_phases, found))
-    }
+    exchanging = {rank: lines for rank, lines in zip(logs, every, strict=True) if rank == 0 or _has_phases(lines)}
+    own = exchanging.values()
 
     def of_ranks(key: str) -> Numbers:
-        return _numbers([[line and line[key] for line in lines] for lines in exchanging.values()])
+        return _numbers([[line and line[key] for line in lines] for lines in own])
 
     def of_phase(phase: str, entry: int) -> Numbers:
         nothing = (0, 0.0)
-        return _numbers(
-            [[line and line["phases"].get(phase, nothing)[entry] for line in lines] for lines in exchanging.values()]
-        )
+        return _numbers([[line and line["phases"].get(phase, nothing)[entry] for line in lines] for lines in own])
 
     def series(of_line: Callable[[dict[str, Any]], float | None]) -> Series:
         return _series([[line and of_line(line) for line in lines] for lines in every])
@@ -238,8 +235,8 @@ def _value(name: str, line: dict[str, Any]) -> float | None:
     return value
 
 
-def _has_phases(line: dict[str, Any] | None) -> bool:
-    return line is not None and bool(line["phases"])
+def _has_phases(lines: list[dict[str, Any] | None]) -> bool:
+    return any(line is not None and line["phases"] for line in lines)
 
 
 def _numbers(given: list[list[Any]]) -> Numbers:
