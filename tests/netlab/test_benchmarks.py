@@ -176,12 +176,14 @@ def test_probes_of_l2_read_and_add_to_every_cell() -> None:
 
 
 def test_limits_take_the_slower_of_memory_and_l2() -> None:
-    """A copy of 1 M coordinates takes 1 ms: 8 GB/s. L2 is 4 times as fast."""
+    """A copy of 1 M coordinates takes 1 ms: 8 GB/s. L2 is read 4 times as fast, and adds twice as fast."""
     l2_ms = L2_BUFFER_BYTES * L2_PASSES / 32e6
-    elapsed = {"copy": [1.0], "sketch": [5.0], "feedback + sketch": [5.0], "estimate": [1.0], "L2 read": [l2_ms]}
+    elapsed = {"copy": [1.0], "sketch": [5.0], "feedback + sketch": [5.0], "estimate": [1.0]}
+    elapsed |= {"L2 read": [l2_ms], "L2 add": [2 * l2_ms]}
     setting = Setting(1_000_000, 5, 1_000, 10, 4)
     by_name = {line["operation"]: line for line in lines(elapsed, setting, l2_bytes=40_000)}
-    assert by_name["sketch"]["limit"] == pytest.approx(4 * 5 / 32 / 5)  # L2's, 4 r / L
+    assert by_name["sketch"]["limit"] == pytest.approx(4 * 5 / 16 / 5)  # L2's, 4 r / A
+    assert by_name["estimate"]["limit"] == pytest.approx(4 * 5 / 32)  # L2's, 4 r / L
     assert by_name["feedback + sketch"]["limit"] == pytest.approx(20 / 8 / 5)  # memory's, 20 / M
     assert by_name["L2 read"]["bandwidth"] == pytest.approx(4)
     assert all(line["limit"] is None for line in lines(elapsed, setting, l2_bytes=39_999))
