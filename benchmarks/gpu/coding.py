@@ -6,15 +6,13 @@ network, and the union of the codes of four ranks, on the device. Exits with 1 w
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.record import add
+from benchmarks.gpu.record import add, asked
 from benchmarks.kernels.measure import time_ms
 from hvd_sketch.coding import device as on_device
 from hvd_sketch.coding import host as on_host
@@ -51,18 +49,15 @@ def measure(count: int, span: int, device: torch.device) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--rehearse", action="store_true")
-    arguments = parser.parse_args()
+    out, is_rehearsal = asked()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts = [300] if arguments.rehearse else [1_000, 10_000, 100_000, 1_000_000, 4_000_000]
-    span = 10_000 if arguments.rehearse else 100_000_000
+    counts = [300] if is_rehearsal else [1_000, 10_000, 100_000, 1_000_000, 4_000_000]
+    span = 10_000 if is_rehearsal else 100_000_000
     rows = []
     for count in counts:
         rows.append({"count": count, **measure(count, span, device)})
         print(rows[-1], flush=True)
-        add(arguments.out, "coding", span=span, ranks=RANKS, rows=rows)
+        add(out, "coding", span=span, ranks=RANKS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
@@ -31,6 +32,15 @@ def add(folder: Path, part: str, **figures: Any) -> None:
     record[part] = {**record.get(part, {}), **figures}
     with replaced(folder / "record.json") as draft:
         draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def asked() -> tuple[Path, bool]:
+    """A part's arguments: OUT, and whether it is a rehearsal."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    arguments = parser.parse_args()
+    return arguments.out, arguments.rehearse
 
 
 def begin(folder: Path, is_rehearsal: bool) -> None:

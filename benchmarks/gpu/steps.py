@@ -7,7 +7,6 @@ chrome://tracing or ui.perfetto.dev.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import hvd_sketch
-from benchmarks.gpu.record import add
+from benchmarks.gpu.record import add, asked
 from benchmarks.kernels.measure import time_ms
 from benchmarks.paper.resnet9 import ResNet9
 from hvd_sketch import SketchConfig
@@ -126,21 +125,18 @@ def _inside(events: Any) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--rehearse", action="store_true")
-    arguments = parser.parse_args()
+    out, is_rehearsal = asked()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    width, batch, rounds = (16, 8, 1) if arguments.rehearse else (64, 512, ROUNDS)
+    width, batch, rounds = (16, 8, 1) if is_rehearsal else (64, 512, ROUNDS)
     steps = {name: Step(name, width, batch, device) for name in NAMES}
     rows = measure(steps, device, rounds)
     print(*rows, sep="\n", flush=True)
-    add(arguments.out, "steps", batch=batch, width=width, rows=rows)
+    add(out, "steps", batch=batch, width=width, rows=rows)
     for name in ("sketched 20x", "nominated 150x"):
-        trace = arguments.out / f"trace-{name.partition(' ')[0]}.json.gz"
+        trace = out / f"trace-{name.partition(' ')[0]}.json.gz"
         figures = profile(steps[name], trace, device)
         print(name, figures, flush=True)
-        add(arguments.out, "steps", **{f"profile, {name}": figures})
+        add(out, "steps", **{f"profile, {name}": figures})
 
 
 if __name__ == "__main__":

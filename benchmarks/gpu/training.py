@@ -81,7 +81,6 @@ def run(out: Path, data_dir: Path, part: str, is_rehearsal: bool) -> None:
     torch.set_float32_matmul_precision("high")  # as people train
     task, methods = PARTS[part]
     if is_rehearsal:
-        methods = methods[:3]
         _shrink()
     else:
         steps_that_fit(task, methods[:1], data_dir, 1.0)  # the data, and the first use of everything

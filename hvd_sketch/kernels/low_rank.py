@@ -90,15 +90,13 @@ def load_linear_algebra(device: torch.device) -> None:
 
 def _cholesky_bases(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Of float64 [n, rank, length]; and whether each is to be used: bool [n]."""
-    lengths = columns.norm(dim=2)
-    is_good = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
-    for number in range(2):
-        lower, info = torch.linalg.cholesky_ex(columns @ columns.mT)
-        if number == 0:
-            rests = lower.diagonal(dim1=1, dim2=2)
-            is_good = (info == 0) & (rests > SAFE_REST * lengths).all(dim=1)
-        columns = torch.linalg.solve_triangular(lower, columns, upper=False)
-    return columns, is_good & torch.isfinite(columns).all(dim=2).all(dim=1)
+    lower, info = torch.linalg.cholesky_ex(columns @ columns.mT)
+    rests = lower.diagonal(dim1=1, dim2=2)
+    is_good = (info == 0) & (rests > SAFE_REST * columns.norm(dim=2)).all(dim=1)
+    nearly = torch.linalg.solve_triangular(lower, columns, upper=False)
+    lower, _ = torch.linalg.cholesky_ex(nearly @ nearly.mT)
+    bases = torch.linalg.solve_triangular(lower, nearly, upper=False)
+    return bases, is_good & torch.isfinite(bases).all(dim=2).all(dim=1)
 
 
 def _orthonormalize_columns_(factor: Tensor) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.record import read
+from benchmarks.gpu.training import LANGUAGE, RESNET9
 from tests.support.harness import ROOT, run_command
 
 pytestmark = pytest.mark.multiprocess
@@ -46,7 +47,8 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
         "nominate150",
         "lowrank150",
     }
-    assert [row["method"] for row in record["training"]["rows"]] == ["dense", "paper", "nominate4"]
+    trained = [(row["method"], row["ratio"]) for part in ("training", "language") for row in record[part]["rows"]]
+    assert trained == RESNET9 + LANGUAGE
     assert record["steps"]["profile, sketched 20x"]["collectives"] == 5
     assert json.loads((out / "kernels.json").read_text())["settings"][0]["dim"] == 20_000
     assert "not measured" not in (out / "summary.md").read_text().replace("## Goals\n\nnot measured", "")
