@@ -24,9 +24,13 @@ TARGETS: Sequence[Place] = (
     ("mnist", 4, True, 400, 150.0),
     ("cifar", 16, False, 300, 150.0),
     ("mnist", 4, False, 400, 60.0),
-    ("cifar", 4, False, 1500, 60.0),
-    ("cifar2m", 4, False, 400, 150.0),
+    ("cifar", 4, True, 300, 150.0),
+    ("mnist", 4, False, 2000, 150.0),
+    ("mnist", 4, False, 2000, 60.0),
     ("lm", 4, False, 300, 60.0),
+    ("cifar", 4, False, 1500, 60.0),
+    ("cifar", 4, True, 300, 60.0),
+    ("cifar2m", 4, False, 400, 150.0),
     ("lm", 4, False, 1500, 60.0),
     ("mnist", 4, False, 400, 20.0),
     ("cifar", 4, False, 1500, 20.0),
@@ -35,6 +39,8 @@ TARGETS: Sequence[Place] = (
     ("cifar", 64, False, 300, 150.0),
     ("lm", 4, False, 1500, 150.0),
 )
+BEGINNING = TARGETS[:4]
+SHORT = [place for place in BEGINNING if place[3] < 1000]  # where all methods come early
 
 
 def groups_at(places: Iterable[Place], methods: Iterable[str]) -> list[Group]:
@@ -48,9 +54,11 @@ def groups_at(places: Iterable[Place], methods: Iterable[str]) -> list[Group]:
 
 
 def targets() -> list[Group]:
-    """Every place with the methods that matter most, in order of priority; then those for Adam; then the others."""
+    """The first places with the methods that matter most, then with the others; then all places alike."""
     with_adam = [place for place in TARGETS if TASKS[place[0]].adam]
-    return groups_at(TARGETS, FIRST) + groups_at(with_adam, OF_ADAM) + groups_at(TARGETS, LATER)
+    groups = groups_at(BEGINNING, FIRST) + groups_at(SHORT, LATER)
+    groups += groups_at(TARGETS, FIRST) + groups_at(with_adam, OF_ADAM) + groups_at(TARGETS, LATER)
+    return list(dict.fromkeys(groups))
 
 
 def language() -> list[Group]:

@@ -210,7 +210,13 @@ def test_the_table_has_the_best_rate_and_the_spread_of_its_seeds(tmp_path: Path)
 
 
 def test_the_plan_begins_with_what_matters_most() -> None:
-    first = targets()[:7]
+    groups = targets()
+    first = groups[:7]
     assert {(group.task, group.steps) for group in first} == {("mnist", 400)}
     assert {group.method for group in first} > {"lowrank4", "nominate4", "sketch4", "random4", "dense"}
     assert json.loads(json.dumps(Run(first[0], 0.1, 0).labels)) == Run(first[0], 0.1, 0).labels
+    assert len(set(groups)) == len(groups)
+    others = ("lowrank8", "local32", "paper", "powersgd16", "powersgd32", "truetopk")
+    places = [("mnist", 400), ("cifar", 300), ("cifar2m", 400)]
+    after_beginning = [(group.task, group.steps, group.method) for group in groups[28:46]]
+    assert after_beginning == [(*place, method) for place in places for method in others]
