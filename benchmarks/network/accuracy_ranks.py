@@ -14,10 +14,10 @@ import torch
 from benchmarks.image_data import hold_out, load_images
 from benchmarks.models import MODELS
 from benchmarks.network.clock import over_hosts, quantiles, slowest
-from benchmarks.network.lab import UNSHAPED, shape_together
+from benchmarks.network.lab import UNSHAPED, shape_together, transport_on_host
 from benchmarks.network.records import Record, Records, environment
 from benchmarks.network.training import Rate, Task, train
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import Transport
 
 # method, its learning rate and momentum or None to search for them, and rates of the network without a record
 Pending = tuple[str, dict[str, float] | None, list[str]]
@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """``common``: what every record says of this call; see time_to_accuracy.py."""
     torch.set_num_threads(1)
-    transport = resolve_transport(transport_name)
+    transport = transport_on_host(transport_name)
     kept = Records(Path(records))
     data = load_images(Path(data_dir) if data_dir else None)
     make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])

@@ -16,13 +16,13 @@ from torch import Tensor
 from benchmarks.methods import FEW_BIT_RATIO, METHODS
 from benchmarks.network.checks import check
 from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, read_sent, slowest
-from benchmarks.network.lab import UNSHAPED, shape_together
+from benchmarks.network.lab import UNSHAPED, shape_together, transport_on_host
 from benchmarks.network.plan_check import PLANNED
 from benchmarks.network.records import Record, Records, environment
 from hvd_sketch.commands.measure import probed, seconds_of_step
 from hvd_sketch.cost import configurations
 from hvd_sketch.exchange.base import Exchange, Parameters
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import Transport
 
 Pending = tuple[str, int, list[str]]  # method, dim, and the rates of the network
 LEAST_REPEATS = 2
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """What is ``pending`` has no record yet; see bandwidth.py."""
     torch.set_num_threads(1)  # Horovod's launcher does not tell torch
-    transport = resolve_transport(transport_name)
+    transport = transport_on_host(transport_name)
     kept = Records(Path(records))
     for name, dim, rates in pending:
         inputs = Inputs(dim, transport.rank)

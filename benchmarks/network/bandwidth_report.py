@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Record, grouped, markdown, new_figure, save_figure, styles_of
-from benchmarks.network.lab import bits_per_s
+from benchmarks.network.lab import UNSHAPED, bits_per_s
 
 LABELS = {
     "dense": "dense, reduce_scatter + allgather",
@@ -37,7 +37,12 @@ KINDS = {
     "lowrank150": "lowrank",
 }  # which colour
 LINES = styles_of(KINDS)
-TRANSPORTS = {"mpi": "MPI", "horovod": "Horovod", "torch": "torch.distributed"}
+TRANSPORTS = {
+    "mpi": "MPI",
+    "horovod": "Horovod",
+    "horovod-mpi": "Horovod over MPI",
+    "torch": "torch.distributed",
+}
 OURS = ("sketch20", "sketch100", "nominate150", "lowrank150")
 DENSE = ("dense", "allreduce")
 LINES_END = 0.85  # of a panel's height: above it stands text
@@ -47,7 +52,29 @@ WORLD = ("transport", "dim", "hosts")  # records of one can be compared with eac
 
 
 def tables(records: Sequence[Record]) -> str:
-    return "\n\n".join(_table(world, group) for world, group in sorted(grouped(records, *WORLD).items()))
+    of_worlds = [_table(world, group) for world, group in sorted(grouped(records, *WORLD).items())]
+    return "\n\n".join([*of_worlds, *filter(None, [over_mpi(records)])])
+
+
+def over_mpi(records: Sequence[Record]) -> str:
+    """What an exchange takes over each transport in times of what it takes over MPI, where nothing limits the rate."""
+    seconds = {
+        (r["method"], r["hosts"], r["dim"], r["transport"]): r["seconds"]["median"]
+        for r in records
+        if r["rate"] == UNSHAPED
+    }
+    others = [each for each in TRANSPORTS if each != "mpi" and any(key[-1] == each for key in seconds)]
+    rows = []
+    for method, hosts, dim, transport in sorted(seconds):
+        if transport == "mpi" and others:
+            base_s = seconds[method, hosts, dim, "mpi"]
+            taken = [seconds.get((method, hosts, dim, other)) for other in others]
+            ratios = ["" if each is None else f"{1000 * each:.1f} ms, {each / base_s:.1f}" for each in taken]
+            rows.append([LABELS[method], str(hosts), f"{dim:,}", f"{1000 * base_s:.1f} ms", *ratios])
+    if not rows:
+        return ""
+    head = " | ".join(["method | hosts | coordinates | MPI", *(TRANSPORTS[other] for other in others)])
+    return f"No limit to the rate: median time, and in times of MPI's\n\n{markdown(head, rows)}"
 
 
 def _table(world: World, records: list[Record]) -> str:

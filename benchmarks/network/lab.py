@@ -17,11 +17,16 @@ from typing import Any
 
 from benchmarks.methods import METHODS
 from benchmarks.network.records import Record, Records
-from hvd_sketch.transport import Transport
+from hvd_sketch.transport import Transport, resolve_transport
 
 ROOT = Path(__file__).resolve().parents[2]
 NETLAB = str(ROOT / "launch/netlab")
-LAUNCHERS = {"mpi": "launch/mpirun.sh", "torch": "launch/torchrun.sh", "horovod": "launch/horovodrun.sh"}
+LAUNCHERS = {
+    "mpi": ["launch/mpirun.sh"],
+    "torch": ["launch/torchrun.sh"],
+    "horovod": ["launch/horovodrun.sh"],
+    "horovod-mpi": ["launch/horovodrun.sh", "--mpi"],
+}  # by transport, and what it runs over
 UNSHAPED = "none"
 RATE = r"(?!0+(\.0*)?[kmg])\d+(\.\d+)?[kmg]bit"
 BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -67,9 +72,14 @@ def run_pending(
         for transport, wanted in pending.items():
             if wanted:
                 ranks = [sys.executable, "-m", module, transport, json.dumps(common | {"pending": wanted})]
-                launcher = str(ROOT / LAUNCHERS[transport])
+                script, *options = LAUNCHERS[transport]
                 environment = {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-                _netlab("run", "--name", name, "--", launcher, *where, "--", *ranks, **environment)
+                _netlab("run", "--name", name, "--", str(ROOT / script), *options, *where, "--", *ranks, **environment)
+
+
+def transport_on_host(name: str) -> Transport:
+    """That of a rank which :func:`run_pending` started. Communication: collective, all ranks."""
+    return resolve_transport(name.partition("-")[0])
 
 
 def status_of(measure: Callable[[], None], records: Records) -> int:
@@ -99,9 +109,10 @@ def network_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     told = "of the network"
+    usual = [transport for transport in LAUNCHERS if transport != "horovod-mpi"]
     parser.add_argument("--rates", type=rate_type, default=list(rates), nargs="+", metavar="RATE", help=told)
     parser.add_argument("--methods", choices=list(choices), default=list(methods), nargs="+", metavar="METHOD")
-    parser.add_argument("--transports", choices=LAUNCHERS, default=list(LAUNCHERS), nargs="+", metavar="TRANSPORT")
+    parser.add_argument("--transports", choices=LAUNCHERS, default=usual, nargs="+", metavar="TRANSPORT")
     told = "records (default: %(default)s)"
     parser.add_argument("--json", type=file_type, default=Path(f"{name}.json"), help=told)
     if plot:

@@ -18,10 +18,10 @@ from torch import nn
 import hvd_sketch
 from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
 from benchmarks.network.clock import over_hosts, read_sent, slowest
-from benchmarks.network.lab import shape_together
+from benchmarks.network.lab import shape_together, transport_on_host
 from benchmarks.network.records import Record, Records, environment
 from benchmarks.network.training import MethodOptimizer
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import Transport
 
 RATIO = 60.0  # of bytes, of what is exchanged in every step
 ROUNDS_RATIO = 20.0  # of what is exchanged every 16 steps
@@ -82,7 +82,7 @@ METHODS = {
 def main(transport_name: str, lab: str, pending: list[Pending], data_dir: str, records: str, common: Record) -> None:
     """``common``: what every record says of this call; see tokens.py."""
     torch.set_num_threads(1)
-    transport = resolve_transport(transport_name)
+    transport = transport_on_host(transport_name)
     kept = Records(Path(records))
     for method, rates in pending:
         training = Training(common["task"], Path(data_dir), common["batch"], METHODS[method], transport)

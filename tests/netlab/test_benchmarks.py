@@ -53,6 +53,20 @@ def test_break_even_is_exact_for_times_that_are_compute_plus_bytes_over_bandwidt
     ]
 
 
+def test_transports_are_compared_with_mpi_where_nothing_limits_the_rate() -> None:
+    def record(transport: str, seconds: float, rate: str = "none", dim: int = 10**6) -> dict[str, object]:
+        about = {"method": "sketch20", "transport": transport, "hosts": 4, "dim": dim, "rate": rate}
+        return about | {"seconds": {"median": seconds}}
+
+    timed = [record("mpi", 0.02), record("horovod-mpi", 0.03), record("torch", 0.05), record("torch", 9.0, "1gbit")]
+    alone = [record("mpi", 0.1, dim=10), record("horovod-mpi", 0.1, dim=20)]
+    *_, head, _, small, large = bandwidth_report.over_mpi(timed + alone).splitlines()
+    assert head == "| method | hosts | coordinates | MPI | Horovod over MPI | torch.distributed |"
+    assert small == "| sketched 20× | 4 | 10 | 100.0 ms |  |  |"
+    assert large == "| sketched 20× | 4 | 1,000,000 | 20.0 ms | 30.0 ms, 1.5 | 50.0 ms, 2.5 |"
+    assert bandwidth_report.over_mpi(timed[:1]) == ""
+
+
 def test_records_grow_one_by_one_and_are_found_again(tmp_path) -> None:
     records = Records(tmp_path / "records.json")
     assert records.read() == [] and not records.has(method="dense")
