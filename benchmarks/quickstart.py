@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import hvd_sketch
-from benchmarks.figures import new_figure, save_figure
+from benchmarks.figures import new_figure, save_figure, styles_of
 from benchmarks.image_data import Images, hold_out, load_images
 from benchmarks.models import mlp
 from hvd_sketch.files import replaced
@@ -30,7 +30,7 @@ class Method:
     """One way to exchange gradients, with the learning rate and momentum it trains best with."""
 
     name: str
-    ratio: float | None  # of bytes; None: dense
+    ratio: float | None  # of bytes, of the matrices; None: dense
     learning_rate: float
     momentum: float
 
@@ -39,8 +39,9 @@ class Method:
 DENSE = Method("dense", None, 0.1, 0.9)
 COMPRESSED = Method("compressed", 150.0, 0.1, 0.9)
 FIGURES = ("test_accuracy", "payload_bytes_per_step", "seconds", "compression_ratio")
+LINES = styles_of({"dense": "dense", "compressed": "lowrank"})  # low rank is what is recommended for this model
 NOTES = """
-Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours.
+Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours, biases included.
 Rate and momentum (Nesterov's): of a small grid (--grid).
 On one machine the network is free, so dense is faster here: the bytes are what a real network would carry."""
 GRID = {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0), "momentum": (0.0, 0.9)}
@@ -199,10 +200,10 @@ def report(runs: dict[str, list[Run]], data: Images, ranks: int, arguments: argp
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    for (side, of), colour in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
+    for side, of in runs.items():
         for i, run in enumerate(of):
             label = side if i == 0 else None
-            axes.plot(run.payload_megabytes, run.losses, marker=".", color=colour, label=label, alpha=0.8)
+            axes.plot(run.payload_megabytes, run.losses, label=label, alpha=0.8, **LINES[side], markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="payload per rank so far (MB)", ylabel="training loss of the epoch")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.accuracy_per_byte.inner import Inner
 from benchmarks.accuracy_per_byte.settings import Shape, local_count, powersgd_rank, true_count
-from benchmarks.accuracy_per_byte.tasks import BASE_WORKERS, DENSE_BELOW, Kind, Task
+from benchmarks.accuracy_per_byte.tasks import BASE_WORKERS, Kind, Task
 from benchmarks.methods.allreduce import BrainFloat
 from benchmarks.methods.demo import DeMo
 from benchmarks.methods.powersgd import PowerSGD
@@ -20,6 +20,7 @@ from benchmarks.methods.top_k import CodedTopK, TrueTopK
 from hvd_sketch import SketchConfig
 from hvd_sketch.model.local_steps import nesterov
 from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.model.recommended import DENSE_BELOW
 from hvd_sketch.simulate import Simulation
 
 RESIDUAL_DECAY = 0.95  # before a sign step

@@ -18,7 +18,6 @@ from benchmarks.models import mlp
 from benchmarks.paper.resnet9 import ResNet9
 
 BASE_WORKERS = 4  # up to so many have ``per_worker`` examples each; more share as many
-DENSE_BELOW = 512  # elements: the CNN's last matrix has 960, the default would leave it dense
 Kind = Literal["nesterov", "plain", "masked"]  # where the momentum is: after the exchange, nowhere, before it
 ADAM_RATE = 0.004
 

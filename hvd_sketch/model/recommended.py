@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import floor, prod
 from typing import Literal
 
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch import Tensor
 from hvd_sketch.checks import check_choice, check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import least_bytes
-from hvd_sketch.model.parameters import NamedParameter, is_dense
+from hvd_sketch.model.parameters import FLAT_FACTOR, NamedParameter, is_dense
 from hvd_sketch.shards import local
 from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
 
+DENSE_BELOW = 512  # elements: a last matrix of 960 takes 106 bytes at rank 1, and 7,680 dense
 RESIDUAL_DECAY = 0.95  # before a sign step
 
 
@@ -25,33 +27,44 @@ def recommended(
 ) -> Compression:
     """The compression that trained best at equal bytes on models like this one.
 
-    Low rank with 4-bit factors, where the ratio leaves every matrix at least rank 1; otherwise nominated coordinates
-    with 4-bit values. Either goes with the momentum of the wrapped optimizer, ``SGD(momentum=0.9, nesterov=True)``, at
-    half the dense learning rate to the whole of it. Low rank also goes with Adam and with Muon, at their dense rates or
-    twice as high. For a :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets, at four times
-    the rate of Adam.
+    Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
+    no rank of 1, nominated coordinates with 4-bit values for SGD, and an error for the others. For a
+    :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Tensors of fewer than 512
+    elements, and of fewer than 32,768 with one dimension, go dense.
 
-    Evidence (benchmarks/results/accuracy_per_byte; per cent, three seeds), for low rank, nominated, random and dense:
-    at 150 times fewer bytes MNIST 96.6, 96.1, 96.2, 96.8; CIFAR-10 in 1,500 steps 68.0, 66.1, 66.4, 68.3; with 16 ranks
-    in 300 steps 51.3, 48.5, 49.5, 53.2; at 1,000 times, 2 million parameters, 58.2, 57.3, 51.9, 61.1.
+    Learning rates, in times of the best dense one (of Adam for SignSGD), in the tables of
+    benchmarks/results/accuracy_per_byte and benchmarks/results/language_model:
 
-    With Adam at 60 times fewer bytes, losses of a character transformer after 300 and 1,500 steps: low rank 2.37 and
-    1.77, nominated 2.46 and 1.80, dense 2.27 and 1.73. Nominations therefore go with
-    :class:`~hvd_sketch.optim.LagAdamW`: 2.41 and 1.78. Random coordinates into SignSGD reach 2.31 and 1.77. Low rank
-    into Muon, with AdamW for what is no matrix inside a block, reaches 2.14 and 1.71, dense 1.99 after 300 steps (one
-    seed). On another text, bytes of WikiText-2, in 300 steps with a cosine and weight decay (one seed): dense 2.21, low
-    rank 2.24, random 2.19, nominated 2.31.
+    ===========================================  ==========
+    low rank into SGD with Nesterov momentum     1 to 2
+    nominated into SGD with Nesterov momentum    0.7 to 2
+    low rank into Adam, AdamW                    1 to 2
+    low rank into Muon                           1
+    random into SignSGD                          2 to 4
+    ===========================================  ==========
+
+    Evidence (per cent, three seeds), for low rank, nominated, random and dense: at a ratio of 150 MNIST 96.6, 96.1,
+    96.2, 96.8; CIFAR-10 in 1,500 steps 68.0, 66.1, 66.4, 68.3; with 16 ranks in 300 steps 51.3, 48.5, 49.5, 53.2; at
+    1,000, 2 million parameters, 58.2, 57.3, 51.9, 61.1. The whole models then send 116, 118, 117 and 814 times fewer.
+
+    With Adam at a ratio of 60, the whole model 36, losses of a character transformer of 240 k after 300 and 1,500
+    steps: low rank 2.37 and 1.77, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.29 (one seed) and 1.77.
+    Low rank into Muon, with AdamW for what is no matrix inside a block, reaches 2.14 and 1.71, dense Muon 1.99 after
+    300 steps (one seed). On bytes of WikiText-2's validation part, in 300 steps with a cosine and weight decay (one
+    seed): dense 2.21, low rank 2.24, random into SignSGD 2.19.
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.
-        ratio: bytes of a dense ring allreduce of the whole model over those to be sent; every byte counts, also of the
-            tensors that go dense.
+        ratio: bytes of a dense ring allreduce of the tensors that are compressed, over those to be sent for them; every
+            byte counts, also of the agreement before a step. Small tensors go dense beside them. The whole model's
+            ratio is therefore lower: of N elements, n of them compressed, ``N / (n / ratio + N - n)``. It is what
+            ``ledger.compression_ratio()`` says.
         ranks: how many there will be.
         optimizer: the one that is wrapped; ``"muon"`` is ``torch.optim.Muon``, ``"signsgd"`` is
             :class:`~hvd_sketch.optim.SignSGD`.
 
     Raises:
-        ValueError: tensors that go dense take more than the ratio leaves; an optimizer of another name.
+        ValueError: no tensor is large enough to be compressed; the ratio is too high; an optimizer of another name.
 
     Communication: none.
     """
@@ -60,18 +73,30 @@ def recommended(
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
-    total = sum(local(tensor).numel() for tensor in tensors)
-    compressed = [tensor for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
-    dim = sum(local(tensor).numel() for tensor in compressed)
-    budget = DENSE_BYTES * (total / ratio - (total - dim)) - agreement_bytes(ranks, len(tensors))
-    if budget <= 0:
+    shapes = [tuple(local(tensor).shape) for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
+    dim = sum(map(prod, shapes))
+    if dim == 0:
         raise ValueError(
-            f"the {total - dim} elements of small tensors that go dense take more than a ratio of {ratio:g} leaves: at "
-            f"most {total / max(total - dim, 1):.0f} is possible"
+            f"none of {len(tensors)} tensors that require a gradient has {DENSE_BELOW} elements, or "
+            f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
+            "(compression=None)"
         )
-    own_ratio = DENSE_BYTES * dim / budget
     if optimizer == "signsgd":
-        return SketchConfig.for_wire_ratio(own_ratio, dim, ranks, candidates="random", residual_decay=RESIDUAL_DECAY)
-    if least_bytes([tuple(local(tensor).shape) for tensor in compressed], bits=4) <= budget:
-        return LowRankConfig(ratio=own_ratio)
-    return SketchConfig.for_wire_ratio(own_ratio, dim, ranks, candidates="nominate")
+        return _coordinates(ratio, dim, ranks, "random", residual_decay=RESIDUAL_DECAY)
+    agreement, least = agreement_bytes(ranks, len(tensors)), least_bytes(shapes, LowRankConfig.value_bits)
+    budget = DENSE_BYTES * dim / ratio - agreement
+    if least <= budget:
+        return LowRankConfig(ratio=DENSE_BYTES * dim / budget, dense_below=DENSE_BELOW)
+    if optimizer == "sgd":
+        return _coordinates(ratio, dim, ranks, "nominate")
+    highest = floor(1000 * DENSE_BYTES * dim / (least + agreement)) / 1000
+    raise ValueError(
+        f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "
+        f"coordinates: the highest ratio possible is {highest}. Lower the ratio, or wrap SignSGD "
+        "(optimizer='signsgd'), or LagAdamW with SketchConfig.for_wire_ratio(…, candidates='nominate')"
+    )
+
+
+def _coordinates(ratio: float, dim: int, ranks: int, candidates: str, residual_decay: float = 1.0) -> SketchConfig:
+    options = {"candidates": candidates, "residual_decay": residual_decay, "dense_below": DENSE_BELOW}
+    return SketchConfig.for_wire_ratio(ratio, dim, ranks, **options)

@@ -20,7 +20,7 @@ from benchmarks.accuracy_per_byte.steps import Training, optimizer_for, rate_at,
 from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
 from benchmarks.accuracy_per_byte.training import train
 from benchmarks.methods.top_k import CodedTopK
-from hvd_sketch import SketchConfig
+from hvd_sketch import LowRankConfig, Simulation, SketchConfig, recommended
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.transport import run_local
 from tests.support.paper import write_mnist
@@ -49,6 +49,40 @@ def test_a_method_meets_the_ratio_by_its_ledger(method: str, data_dir: Path) -> 
     assert record["matrix_ratio"] == pytest.approx(150, rel=0.05)
     assert not record["diverged"] and 0 <= record["acc"] <= 100
     assert 0.7 < record["compression_ratio"] / record["matrix_ratio"] < 0.85  # 522 biases beside 268,800 elements
+
+
+WINNERS = [
+    ("mnist", 150.0, 4, "sgd", "lowrank4", 115.6),
+    ("cifar", 60.0, 4, "sgd", "lowrank4", 54.3),
+    ("cifar", 150.0, 4, "sgd", "lowrank4", 118.1),
+    ("cifar", 150.0, 16, "sgd", "lowrank4", 117.1),
+    ("cifar2m", 1000.0, 4, "sgd", "lowrank4", 813.6),
+    ("lm", 60.0, 4, "adam", "lowrank4", 36.0),
+    ("lm", 60.0, 4, "muon", "lowrank4-muon", 36.0),
+    ("lm", 60.0, 4, "signsgd", "random4-sign", 35.9),
+    ("wikitext", 60.0, 4, "adamw", "lowrank4", 37.0),
+]  # of the tables: task, ratio of the matrices, ranks, optimizer, method, ratio of the whole model
+
+
+@pytest.mark.parametrize(("task", "ratio", "ranks", "optimizer", "method", "of_all"), WINNERS)
+def test_recommended_is_what_wins_in_the_tables(
+    task: str, ratio: float, ranks: int, optimizer: Any, method: str, of_all: float
+) -> None:
+    classes = {"lm": 65, "wikitext": 256}.get(task, 10)
+    named = list(initial_model(TASKS[task], classes, 0).named_parameters())
+    config = recommended(named, ratio, ranks, optimizer)
+    of_table = METHODS[method].config(place_of(named, ranks, ratio, 0))
+    if isinstance(config, LowRankConfig):
+        assert replace(config, ratio=ratio) == of_table
+    else:
+        assert config == of_table
+    simulation = Simulation(named, config, ranks)
+    for rank in range(ranks):
+        for _, parameter in named:
+            parameter.grad = torch.randn_like(parameter)
+        simulation.accumulate(rank)
+    simulation.agree()
+    assert simulation.ledger.compression_ratio() == pytest.approx(of_all, rel=0.03)
 
 
 def test_a_diverged_run_has_no_accuracy(data_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, replace
 from typing import Any
@@ -97,8 +98,28 @@ def test_bad_ratios(value: object) -> None:
 def test_recommended_is_low_rank_where_the_ratio_leaves_every_matrix_rank_1(optimizer: Any) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(400, 400))]
     assert isinstance(recommended(parameters, 1000, 4, optimizer), LowRankConfig)
-    beyond = recommended(parameters, 1450, 4, optimizer)
+
+
+def test_recommended_beyond_rank_1_is_nominations_for_sgd_alone() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400))]
+    beyond = recommended(parameters, 1450, 4)
     assert isinstance(beyond, SketchConfig) and beyond.candidates == "nominate"
+    for optimizer in ("adam", "adamw", "muon"):
+        with pytest.raises(ValueError, match=f"{optimizer}.* trains worse .* SignSGD") as raised:
+            recommended(parameters, 1450, 4, optimizer)  # type: ignore[arg-type]
+        highest = re.search(r"the highest ratio possible is ([\d.]+\d)", str(raised.value))
+        assert highest is not None and 1000 < float(highest[1]) < 1450
+        assert isinstance(recommended(parameters, float(highest[1]), 4, optimizer), LowRankConfig)  # type: ignore[arg-type]
+
+
+def test_recommended_counts_what_is_compressed_alone() -> None:
+    """Biases and norms do not lower the rank: a ratio is possible whatever goes dense beside the matrices."""
+    matrix, biases = torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(30_000))
+    whole, alone = (recommended(parameters, 500, 4) for parameters in ([matrix, biases], [matrix]))
+    assert isinstance(whole, LowRankConfig) and whole == alone
+    for nothing in ([biases], [], [torch.zeros(400, 400)]):
+        with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
+            recommended(nothing, 500, 4)
 
 
 def test_recommended_for_a_sign_step_is_random_and_forgets() -> None:
