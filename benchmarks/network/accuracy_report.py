@@ -27,13 +27,19 @@ def table(records: Sequence[Record]) -> str:
         seconds = [_seconds(by_rate.get(rate), best.get((transport, rate))) for rate in rates]
         about = [
             f"{LABELS[method]}, {transport}",
-            f"{own[0]['learning_rate']:g}",
+            _rate(own[0]),
             f"{own[0]['momentum']:g}",
             str(own[0]["steps"]),
         ]
         sent = f"{own[0]['interface']['mean_bytes'] / 1e6:.1f}"
         rows.append([*about, *seconds, sent, f"{own[0]['ratio']:.1f}"])
     return markdown(head, rows)
+
+
+def _rate(record: Record) -> str:
+    """The learning rate; marked where one beyond it was not tried."""
+    rate, tried = record["learning_rate"], record["learning_rates"]
+    return f"{rate:g}" + (" (edge of the grid)" if rate in (min(tried), max(tried)) else "")
 
 
 def _seconds(record: Record | None, best: float | None) -> str:

@@ -24,6 +24,7 @@ LABELS = {
     "sketch100": "sketched 100×",
     "nominate150": "nominated, 4 bits, 150×",
     "lowrank150": "low rank, 4 bits, 150×",
+    "recommended": "`recommended`, 150×",
 }
 KINDS = {
     "allreduce": "dense",
@@ -35,6 +36,7 @@ KINDS = {
     "sketch100": "paper",
     "nominate150": "nominate",
     "lowrank150": "lowrank",
+    "recommended": "lowrank",
 }  # which colour
 LINES = styles_of(KINDS)
 TRANSPORTS = {

@@ -14,8 +14,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from benchmarks import methods
 from benchmarks.image_data import load_images
-from benchmarks.methods import methods_over
 from benchmarks.models import MODELS
 from benchmarks.network.accuracy_report import plot, table
 from benchmarks.network.lab import at_least, network_parser, run_pending, status_of
@@ -33,12 +33,13 @@ SETTING = (
     "learning_rates",
     "momenta",
 )
-METHODS = ["allreduce", "fp16", "topk", "powersgd", "sketch20", "nominate150", "lowrank150"]
+METHODS = ["allreduce", "fp16", "topk", "powersgd", "sketch20", "nominate150", "recommended"]
+CHOICES = (*methods.METHODS, "recommended")
 
 
 def parse_arguments() -> argparse.Namespace:
     rates = ("1gbit", "100mbit")
-    parser = network_parser(__doc__ or "", "time_to_accuracy", METHODS, rates, "accuracy against bytes")
+    parser = network_parser(__doc__ or "", "time_to_accuracy", METHODS, rates, "accuracy against bytes", CHOICES)
     parser.add_argument("--data-dir", type=Path, help="MNIST's or CIFAR-10's files; default: scikit-learn's digits")
     parser.add_argument("--model", choices=MODELS, default="mlp", help="default: %(default)s")
     told = "width; of resnet9: channels (default: %(default)s)"
@@ -72,7 +73,7 @@ def pending_over(
 ) -> list[tuple[str, dict[str, float] | None, list[str]]]:
     """Methods, their rates where a search over any transport found them, and the network's rates without a record."""
     wanted = []
-    for method in methods_over(transport, arguments.methods):
+    for method in methods.methods_over(transport, arguments.methods):
         about = common | {"method": method}
         searched = [record for record in records.read() if (about | {"search": True}).items() <= record.items()]
         rates = [rate for rate in arguments.rates if not records.has(**about, transport=transport, rate=rate)]

@@ -2,7 +2,8 @@
 
     sudo -E python -m benchmarks.network.tokens --data-dir DATA --hosts 4 8 --rates 100mbit 1gbit none
 
-Every method trains the same model with AdamW. "alone" exchanges nothing: what a network that costs nothing would give.
+Every method trains the same model, with AdamW where its title names no other optimizer. "alone" exchanges nothing: what
+a network that costs nothing would give.
 A setting that has its record in the JSON file is not measured again. What loss each method reaches in as many steps:
 :mod:`benchmarks.language_model`.
 """
@@ -66,7 +67,7 @@ def pending_over(
 
 
 def table(records: Sequence[Record]) -> str:
-    """One table for each model, transport and number of hosts; in brackets how many times dense in 16 bit."""
+    """One table for each model, transport and number of hosts; in brackets how many times dense in bfloat16."""
     return "\n\n".join(_table(own) for _, own in grouped(records, *WORLD).items())
 
 

@@ -21,12 +21,14 @@ from benchmarks.network.clock import over_hosts, read_sent, slowest
 from benchmarks.network.lab import shape_together, transport_on_host
 from benchmarks.network.records import Record, Records, environment
 from benchmarks.network.training import MethodOptimizer
+from hvd_sketch import SketchConfig
+from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.transport import Transport
 
 RATIO = 60.0  # of bytes, of what is exchanged in every step
 ROUNDS_RATIO = 20.0  # of what is exchanged every 16 steps
 EVERY = 16
-RATE = 1e-3  # of AdamW: how fast it learns takes no time
+RATE = 1e-3  # how fast it learns takes no time
 Pending = tuple[str, list[str]]  # method, and the rates of the network
 
 
@@ -36,7 +38,7 @@ class Method:
 
     Attributes:
         title: for people.
-        wrap: makes the optimizer that exchanges from AdamW. Communication: collective.
+        wrap: makes the optimizer that exchanges, from AdamW or from one of its own. Communication: collective.
         every: steps from one exchange to the next; as many are timed, or a multiple.
     """
 
@@ -51,7 +53,7 @@ def _alone(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport)
 
 def _dense16(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
     named = model.named_parameters()
-    return hvd_sketch.DistributedOptimizer(inner, named, compression="fp16", transport=transport)
+    return hvd_sketch.DistributedOptimizer(inner, named, compression="bf16", transport=transport)
 
 
 def _rival(name: str, inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
@@ -64,6 +66,20 @@ def _recommended(inner: torch.optim.Optimizer, model: nn.Module, transport: Tran
     return hvd_sketch.DistributedOptimizer(inner, named, compression=compression, transport=transport)
 
 
+def _nominated(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
+    config = SketchConfig.for_wire_ratio(
+        RATIO, hvd_sketch.sketched_dim(model.parameters()), transport.size, candidates="nominate"
+    )
+    lag_aware = LagAdamW(model.parameters(), RATE)
+    return hvd_sketch.DistributedOptimizer(lag_aware, model.named_parameters(), config, transport)
+
+
+def _random(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
+    compression = hvd_sketch.recommended(model.parameters(), RATIO, transport.size, optimizer="signsgd")
+    signs = SignSGD(model.parameters(), RATE)
+    return hvd_sketch.DistributedOptimizer(signs, model.named_parameters(), compression, transport)
+
+
 def _rounds(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
     compression = hvd_sketch.recommended(model.parameters(), ROUNDS_RATIO, transport.size, optimizer="adamw")
     return hvd_sketch.LocalSteps(inner, model.named_parameters(), compression, transport, every=EVERY)
@@ -72,9 +88,11 @@ def _rounds(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport
 METHODS = {
     "alone": Method("no exchange at all", _alone),
     "allreduce": Method("dense, the library's allreduce, 32 bit", partial(_rival, "allreduce")),
-    "dense16": Method("dense, 16 bit", _dense16),
+    "dense16": Method("dense, bf16", _dense16),
     "powersgd": Method("PowerSGD of torch, rank 4, 32 bit", partial(_rival, "powersgd")),
     "recommended": Method(f"`recommended`, {RATIO:g}x: PowerSGD of 4 bit", _recommended),
+    "nominate": Method(f"nominated, 4 bit, into LagAdamW, {RATIO:g}x", _nominated),
+    "random": Method(f"random, 4 bit, into SignSGD, {RATIO:g}x", _random),
     "rounds": Method(f"`LocalSteps`, every {EVERY} steps, {ROUNDS_RATIO:g}x", _rounds, EVERY),
 }
 

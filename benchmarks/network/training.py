@@ -33,12 +33,17 @@ def _low_rank(model: nn.Module, ranks: int) -> Compression:
     return LowRankConfig(ratio=FEW_BIT_RATIO)
 
 
+def _recommended(model: nn.Module, ranks: int) -> Compression:
+    return hvd_sketch.recommended(model.parameters(), FEW_BIT_RATIO, ranks)
+
+
 # How ours compress, from the model and the number of ranks.
 OURS: dict[str, Callable[[nn.Module, int], Compression]] = {
     "sketch20": partial(_paper, 20.0),
     "sketch100": partial(_paper, 100.0),
     "nominate150": _nominated,
     "lowrank150": _low_rank,
+    "recommended": _recommended,
 }
 
 

@@ -18,7 +18,10 @@ from hvd_sketch.optim import LagAdamW
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
-WIRE_DTYPES = {"NoneCompressor": None, "none": None, "FP16Compressor": torch.float16, "fp16": torch.float16}
+WIRE_DTYPES = {
+    **{"NoneCompressor": None, "none": None},
+    **{"FP16Compressor": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16},
+}
 OPERATIONS = {"average": False, "sum": True}  # whether gradients are summed
 HOROVOD_OPERATIONS = ("average", "sum", "adasum", "min", "max", "product")  # by the numbers of hvd.Average …
 # Optimizers whose steps do not grow with the gradient, by name.
@@ -71,8 +74,8 @@ class HorovodArguments:
         name = self.compression if isinstance(self.compression, str) else _class_name(self.compression)
         if name not in WIRE_DTYPES:
             raise ValueError(
-                f"compression must be hvd.Compression.none or fp16 ('none', 'fp16'), for the part that goes dense, got "
-                f"{name}: other compressors change what a sum of them means; compress with sketch= instead"
+                "compression must be hvd.Compression.none or fp16, or 'none', 'fp16' or 'bf16', for the part that goes "
+                f"dense, got {name}: other compressors change what a sum of them means; compress with sketch= instead"
             )
         return WIRE_DTYPES[name]
 
