@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -36,14 +40,18 @@ def common(
 
 
 @app.command("warm-up")
-def warm_up() -> None:
+def warm_up(as_json: AsJson = False) -> None:
     """Compile the CPU kernels now and keep them, so that no job waits for it.
 
     They are kept beside the package, or in NUMBA_CACHE_DIR.
     """
-    from hvd_sketch.warm_up import warm_up  # not before: it imports Numba, which --version does not need
+    from hvd_sketch.warm_up import cache_folder, warm_up  # not before: it imports Numba, which --version does not need
 
-    warm_up(typer.echo)
+    start_s = time.perf_counter()
+    compiled = warm_up(None if as_json else typer.echo)
+    if as_json:
+        elapsed_s = round(time.perf_counter() - start_s, 3)
+        typer.echo(json.dumps({"compiled": compiled, "elapsed_s": elapsed_s, "folder": str(cache_folder())}, indent=2))
 
 
 @app.command()
@@ -131,6 +139,7 @@ def doctor(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Logs of rank 0, such as run.jsonl.", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    as_json: AsJson = False,
 ) -> None:
     """Write one page about some runs: bytes, losses, where the time goes. It needs no network.
 
@@ -142,13 +151,14 @@ def report(
         written = reporting.write_report(runs, output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(written)
+    typer.echo(json.dumps(written, indent=2) if as_json else reporting.told(written))
 
 
 @app.command("merge-traces")
 def merge_traces(
     traces: Annotated[list[Path], typer.Argument(help="Of ranks, torch's profiler, or Horovod.", exists=True)],
     output: Annotated[Path, typer.Option(help="The trace to write.")] = Path("merged.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Put traces into one, for Perfetto or chrome://tracing: their times fit together."""
     from hvd_sketch.commands import merge_traces as merging
@@ -157,7 +167,7 @@ def merge_traces(
         written = merging.merge_traces(traces, output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(written)
+    typer.echo(json.dumps(written, indent=2) if as_json else merging.told(written))
 
 
 def _console() -> Console:

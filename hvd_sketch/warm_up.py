@@ -37,7 +37,7 @@ MODULES = (loops, few_bits, low_rank_loops, lag_adam_loops, host)  # whose funct
 Report = Callable[[str], None]
 
 
-def warm_up(report: Report | None = None) -> None:
+def warm_up(report: Report | None = None) -> int:
     """Compile the kernels of a CPU exchange that Numba's cache does not hold; returns at once where it holds all.
 
     One process of a host compiles while the others wait. Where files cannot be locked every process compiles.
@@ -46,26 +46,32 @@ def warm_up(report: Report | None = None) -> None:
     Args:
         report: called with a sentence when this process begins to compile, and when it begins to wait for another.
 
+    Returns:
+        How many kernels this process has compiled.
+
     Modifies: files in Numba's cache. Communication: none.
     """
     marker = _marker()
     if is_warm():
-        return
+        return 0
     report = report or (lambda sentence: None)
     with _one_process(marker.parent, report):
-        if not is_warm():
-            _compile(report)
-            with suppress(OSError):  # without a marker the next process calls every kernel
-                marker.touch()
+        if is_warm():
+            return 0
+        compiled = _compile(report)
+        with suppress(OSError):  # without a marker the next process calls every kernel
+            marker.touch()
+        return compiled
 
 
-def _compile(report: Report) -> None:
+def _compile(report: Report) -> int:
     before, reported = _compiled(), False
     for call in _calls_of_every_kernel():
         call()
         if not reported and _compiled() > before:
             report(f"compiling the CPU kernels, once after an installation: about {COMPILING_S} s")
             reported = True
+    return _compiled() - before
 
 
 def _compiled() -> int:
@@ -76,6 +82,11 @@ def _compiled() -> int:
 def is_warm() -> bool:
     """Whether the cache holds every kernel."""
     return _marker().exists()
+
+
+def cache_folder() -> Path:
+    """Where the kernels of this package are kept."""
+    return _marker().parent
 
 
 @cache

@@ -15,7 +15,7 @@ START_OF_HOROVOD = "start_time_since_epoch_in_micros"
 Event = dict[str, Any]
 
 
-def merge_traces(paths: Sequence[Path], output: Path) -> str:
+def merge_traces(paths: Sequence[Path], output: Path) -> dict[str, Any]:
     """Write one trace of several, for a viewer that opens one file.
 
     Args:
@@ -24,7 +24,7 @@ def merge_traces(paths: Sequence[Path], output: Path) -> str:
         output: is replaced.
 
     Returns:
-        What was written, in words.
+        What was written, for JSON: the trace, and how many events of how many processes it has.
 
     Raises:
         ValueError: a file is no such trace.
@@ -38,7 +38,12 @@ def merge_traces(paths: Sequence[Path], output: Path) -> str:
             merged.append({**event, "pid": number, **_told_apart(event, path)})
     with replaced(output) as draft:
         draft.write_text(json.dumps({"traceEvents": merged, "displayTimeUnit": "ms"}, separators=(",", ":")))
-    return f"{output}: {len(merged):,} events of {len(processes)} processes"
+    return {"trace": str(output), "events": len(merged), "processes": len(processes)}
+
+
+def told(written: dict[str, Any]) -> str:
+    """The same in words."""
+    return f"{written['trace']}: {written['events']:,} events of {written['processes']} processes"
 
 
 def _told_apart(event: Event, path: Path) -> Event:

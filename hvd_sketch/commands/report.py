@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hvd_sketch.commands.plan import told_bytes
 from hvd_sketch.files import replaced
 from hvd_sketch.report.charts import charts
 from hvd_sketch.report.page import page
 from hvd_sketch.report.runs import Run, read_run
-from hvd_sketch.report.tables import configuration, summary
+from hvd_sketch.report.tables import configuration, figures, summary
 
 
-def write_report(paths: Sequence[Path], output: Path) -> str:
+def write_report(paths: Sequence[Path], output: Path) -> dict[str, Any]:
     """Write a page about the runs that some logs tell of.
 
     Args:
@@ -21,7 +22,7 @@ def write_report(paths: Sequence[Path], output: Path) -> str:
         output: is replaced.
 
     Returns:
-        What was written, in words.
+        What was written, for JSON: the page, its size in bytes, and the figures of each run.
 
     Raises:
         ValueError: a file is no log; Plotly is not installed.
@@ -36,8 +37,13 @@ def write_report(paths: Sequence[Path], output: Path) -> str:
     text = page(", ".join(names), [summary(runs), configuration(runs)], charts(runs), names, get_plotlyjs())
     with replaced(output) as draft:
         draft.write_text(text, encoding="utf-8")
-    steps = f"{sum(run.steps.sum() for run in runs):,.0f} steps"
-    return f"{output}: {', '.join(names)}, {steps}, {told_bytes(output.stat().st_size)}"
+    return {"page": str(output), "page_bytes": output.stat().st_size, "runs": [figures(run) for run in runs]}
+
+
+def told(written: dict[str, Any]) -> str:
+    """The same in words."""
+    names, steps = ", ".join(run["name"] for run in written["runs"]), sum(run["steps"] for run in written["runs"])
+    return f"{written['page']}: {names}, {steps:,} steps, {told_bytes(written['page_bytes'])}"
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

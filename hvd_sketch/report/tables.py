@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hvd_sketch.commands.plan import told_bytes, told_seconds
-from hvd_sketch.report.runs import Run
+from hvd_sketch.logs.run_log import number
+from hvd_sketch.report.runs import Run, Series
 
 NONE = "–"
 
@@ -36,6 +37,27 @@ def summary(runs: Sequence[Run]) -> Table:
     return Table("Summary", [(name, [each.get(name, NONE) for each in told]) for name in names])
 
 
+def figures(run: Run) -> dict[str, Any]:
+    """What a run has come to, in numbers, for JSON. Bytes are those of a rank, which receives as many as it sends."""
+    steps, sent, dense = run.steps.sum(), run.sent_so_far[-1], run.dense_bytes.sum()
+    total_s = np.nansum(run.step_s)
+    return {
+        "name": run.name,
+        "ranks": run.about["size"],
+        "logs": run.found,
+        "steps": int(steps),
+        "skipped_steps": int(run.skipped.sum()),
+        "training_s": number(run.time_s[-1]),
+        "step_s": number(np.nanmean(run.step_s, 0).sum() / steps),
+        "longest_step_s": number(run.longest_s.max()),
+        "sent_bytes": round(sent),
+        "dense_bytes": round(dense),
+        "ratio": number(dense / sent) if sent else None,
+        "shares_of_a_step": {name: number(np.nansum(seconds) / total_s) for name, seconds in run.parts_s.items()},
+        "last_values": {name: _last(series) for name, series in run.values.items() if len(series.at)},
+    }
+
+
 def configuration(runs: Sequence[Run]) -> Table:
     """What each log says of its run."""
     left_out = ("run", "rank", "started")
@@ -45,38 +67,35 @@ def configuration(runs: Sequence[Run]) -> Table:
 
 
 def _sums(run: Run) -> dict[str, str]:
-    steps, sent, dense = run.steps.sum(), run.sent_so_far[-1], run.dense_bytes.sum()
+    of = figures(run)
     found = {
-        "ranks": f"{run.about['size']}" + ("" if run.has_all_ranks else f", logs of {run.found}"),
-        "steps": f"{steps:.0f}" + _missing(run),
-        "skipped steps": f"{run.skipped.sum():.0f}",
-        "time of training": told_seconds(run.time_s[-1]),
-        "time of a step": told_seconds(np.nanmean(run.step_s, 0).sum() / steps),
-        "longest step": told_seconds(run.longest_s.max()),
-        "bytes of a step, sent": told_bytes(sent / steps),
-        "bytes sent by a rank": told_bytes(sent),
-        "bytes received by a rank": told_bytes(sent),
-        "a dense exchange sends": told_bytes(dense),
-        "times fewer bytes": f"{dense / sent:.1f}" if sent else NONE,
+        "ranks": f"{of['ranks']}" + ("" if run.has_all_ranks else f", logs of {run.found}"),
+        "steps": f"{of['steps']}" + _about_steps(run),
+        "skipped steps": f"{of['skipped_steps']}",
+        "time of training": told_seconds(of["training_s"]),
+        "time of a step": told_seconds(of["step_s"]),
+        "longest step": told_seconds(of["longest_step_s"]),
+        "bytes of a step, sent": told_bytes(of["sent_bytes"] / of["steps"]),
+        "bytes sent by a rank": told_bytes(of["sent_bytes"]),
+        "bytes received by a rank": told_bytes(of["sent_bytes"]),
+        "a dense exchange sends": told_bytes(of["dense_bytes"]),
+        "times fewer bytes": f"{of['ratio']:.1f}" if of["ratio"] is not None else NONE,
     }
-    for name, seconds in run.parts_s.items():
-        found[f"of a step: {name}"] = f"{np.nansum(seconds) / np.nansum(run.step_s):.1%}"
-    for name, series in run.values.items():
-        if len(series.at):
-            found[f"{name}, last"] = f"{np.mean(series.values[-_last(len(series.values)) :]):.3g}"
-    return found
+    found |= {f"of a step: {name}": f"{share:.1%}" for name, share in of["shares_of_a_step"].items()}
+    return found | {f"{name}, last": f"{value:.3g}" for name, value in of["last_values"].items()}
 
 
-def _missing(run: Run) -> str:
-    """What to say where lines of some rank are missing."""
+def _about_steps(run: Run) -> str:
+    """What to say of the number of steps: what a step is, and where lines of some rank are missing."""
     steps, in_all = run.steps.sum(), run.steps[run.in_all_logs].sum()
-    told = f", {in_all:.0f} of them in the logs of all ranks" if in_all < steps else ""
+    told = f", exchanges after {every} steps of a rank" if (every := run.about.get("every")) else ""
+    told += f", {in_all:.0f} of them in the logs of all ranks" if in_all < steps else ""
     return told + (f"; rank 0's log lacks {run.longest_log - steps:.0f} more" if run.longest_log > steps else "")
 
 
-def _last(count: int) -> int:
-    """How many of a series' last numbers tell its end: single losses are noisy."""
-    return max(count // 50, 1)
+def _last(series: Series) -> float | None:
+    """The mean of the last 50th of a series: single losses are noisy."""
+    return number(float(np.mean(series.values[-max(len(series.values) // 50, 1) :])))
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:

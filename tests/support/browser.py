@@ -1,14 +1,20 @@
-"""What a page looks like in headless Chromium, at any width, light and dark."""
+"""What a page looks like in headless Chromium, at any width, light and dark.
+
+``python -m tests.support.browser report.html --screenshots FOLDER`` says how fast a page opens, and takes pictures.
+"""
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 LIMIT_S = 60
@@ -53,7 +59,9 @@ addEventListener("message", (event) => {
 });
 </script>
 """
-FRAME = '<iframe src="looked-at.html" width="{}" height="3000" style="border:0"></iframe>'
+WIDTHS = (400, 1400)
+HEIGHT = 3000
+FRAME = f'<iframe src="{{}}" width="{{}}" height="{HEIGHT}" style="border:0"></iframe>'
 
 
 def look_at(page: Path, folder: Path, widths: Sequence[int], is_dark: bool) -> list[dict[str, Any]]:
@@ -64,17 +72,27 @@ def look_at(page: Path, folder: Path, widths: Sequence[int], is_dark: bool) -> l
     """
     (folder / "looked-at.html").write_text(page.read_text() + LOOK)
     # In frames: a window of its own is at least 500 pixels wide.
-    frames = [
-        f'<iframe src="looked-at.html" width="{width}" height="3000" style="border:0"></iframe>' for width in widths
-    ]
     outer = folder / "frames.html"
-    outer.write_text(FRAMES + "\n".join(frames))
+    outer.write_text(FRAMES + "\n".join(FRAME.format("looked-at.html", width) for width in widths))
     dumped = _chromium(outer, is_dark, "--dump-dom")
     found = re.search(r'<pre id="found">(.+?)</pre>', dumped, re.S)
     assert found, dumped[-2000:]
     seen: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
     assert sorted(each["width"] for each in seen) == sorted(widths)
     return seen
+
+
+def take_pictures(page: Path, folder: Path, widths: Sequence[int] = WIDTHS) -> list[Path]:
+    """PNGs of the top of the page, light and dark, in ``folder``: ``report-400-dark.png`` of ``report.html``."""
+    taken = []
+    for width, is_dark in product(widths, (False, True)):
+        with TemporaryDirectory() as frames:
+            outer = Path(frames, "frame.html")
+            outer.write_text('<body style="margin:0">' + FRAME.format(page.absolute().as_uri(), width))
+            taken.append(folder / f"{page.stem}-{width}-{'dark' if is_dark else 'light'}.png")
+            size = f"--window-size={width},{HEIGHT}"
+            _chromium(outer, is_dark, f"--screenshot={taken[-1].absolute()}", size, "--virtual-time-budget=10000")
+    return taken
 
 
 def _chromium(page: Path, is_dark: bool, *wanted: str) -> str:
@@ -84,3 +102,26 @@ def _chromium(page: Path, is_dark: bool, *wanted: str) -> str:
     done = subprocess.run([CHROMIUM, *options, *wanted, page.as_uri()], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--screenshots", type=Path, metavar="FOLDER", help="put pictures there")
+    arguments = parser.parse_args()
+    if CHROMIUM is None:
+        parser.error("Chromium was not found: expected chromium, google-chrome or chromium-browser in PATH")
+    with TemporaryDirectory() as folder:
+        for is_dark in (False, True):
+            for seen in look_at(arguments.page, Path(folder), WIDTHS, is_dark):
+                found = {what: seen[what] for what in ("too_wide", "cut_off", "overlapping") if seen[what]}
+                print(f"{seen['width']} px, {'dark' if is_dark else 'light'}: {found or 'nothing is cut off'}")
+        opened_ms = look_at(arguments.page, Path(folder), WIDTHS[-1:], False)[0]["drawn_ms"]
+    print(f"{arguments.page.stat().st_size / 1e6:.2f} MB, drawn after {opened_ms / 1e3:.2f} s")
+    if arguments.screenshots is not None:
+        arguments.screenshots.mkdir(parents=True, exist_ok=True)
+        print(*take_pictures(arguments.page, arguments.screenshots), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

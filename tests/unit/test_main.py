@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,13 @@ def test_the_installed_command_is_the_same() -> None:
 
 
 def test_warm_up_compiles_the_kernels_and_says_what(monkeypatch) -> None:
-    kernels = SimpleNamespace(warm_up=lambda tell: tell("compiling sketch_row"))
+    def compiling(tell: Callable[[str], None] | None) -> int:
+        if tell is not None:
+            tell("compiling sketch_row")
+        return 3
+
+    kernels = SimpleNamespace(warm_up=compiling, cache_folder=lambda: Path("kept"))
     monkeypatch.setitem(sys.modules, "hvd_sketch.warm_up", kernels)
     assert run("warm-up") == (0, "compiling sketch_row\n")
+    status, text = run("warm-up", "--json")
+    assert status == 0 and {"compiled": 3, "folder": "kept"}.items() <= json.loads(text).items()

@@ -20,7 +20,7 @@ from hvd_sketch.report.charts import Chart, charts, running_mean
 from hvd_sketch.report.decimate import ends, peaks, sums
 from hvd_sketch.report.runs import Run, read_run
 from hvd_sketch.report.tables import summary
-from tests.support.browser import CHROMIUM, look_at
+from tests.support.browser import CHROMIUM, look_at, take_pictures
 from tests.support.logged import SLOW_RANK, write_long_run
 
 STEPS, RANKS = 10_000, 4
@@ -85,6 +85,18 @@ def test_the_numbers_are_those_of_the_log(run: Run) -> None:
     assert waiting["name"] == "waiting for the slowest"
     assert waiting["x"] == pytest.approx([0 if rank == SLOW_RANK else 0.004 for rank in range(RANKS)])
     assert chart(found, "loss over bytes").data and chart(found, "accuracy over time").data
+
+
+def test_a_program_gets_the_same_numbers(log: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = CliRunner().invoke(app, ["report", str(log), "--output", str(page), "--json"])
+    written = json.loads(done.output)
+    assert (written["page"], written["page_bytes"]) == (str(page), page.stat().st_size)
+    [told] = written["runs"]
+    assert (told["name"], told["ranks"], told["steps"], told["skipped_steps"]) == ("long", RANKS, STEPS, 10)
+    assert (told["sent_bytes"], told["dense_bytes"], told["ratio"]) == (150_000_000, 60_000_000_000, 400.0)
+    assert sum(told["shares_of_a_step"].values()) == pytest.approx(1, abs=1e-4)
+    assert told["last_values"].keys() == {"loss", "accuracy"}
 
 
 def test_without_the_other_ranks_waiting_is_not_told_from_the_network(log: Path, tmp_path: Path) -> None:
@@ -158,6 +170,16 @@ def test_nothing_is_cut_off_at_any_width(page: Path, tmp_path: Path, is_dark: bo
         page_is, ink_is = [np.mean([int(part) for part in re.findall(r"\d+", seen[what])]) for what in ("page", "ink")]
         assert (page_is < 60 and ink_is > 200) if is_dark else (page_is > 200 and ink_is < 80), seen
         assert not seen["loaded"], "it needs no other file"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_pictures_are_of_the_page(page: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    taken = take_pictures(page, tmp_path, [400])
+    assert [path.name for path in taken] == ["report-400-light.png", "report-400-dark.png"]
+    light, dark = (image.imread(path)[..., :3] for path in taken)
+    assert light.shape == dark.shape and light.shape[1] == 400
+    assert light.mean() > 0.8 and dark.mean() < 0.3 and min(light.std(), dark.std()) > 0.05, "and not of an empty one"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
