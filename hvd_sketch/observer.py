@@ -59,6 +59,9 @@ class Observer:
         # Always asking for a range takes up to 10 us.
         return record_function(RANGE(name)) if torch.autograd._profiler_enabled() else NOTHING
 
+    def begin_step(self) -> None:
+        """A step has begun, or goes on. Without a call the first one begins with its exchange."""
+
     def accumulated(self) -> None:
         """The residual holds the gradient of a step, and nothing of it was sent."""
 

@@ -122,16 +122,20 @@ class StepObserver(Observer):
         self._values: _Sums = {}
         self._norms: list[Tensor] = []
         self._seen = 0
-        self._is_profiled = False
+        self._has_begun = self._is_profiled = False
         self._before = self._now(-1, True)  # the last step that was handed over
         self._ended: list[_Ended] = []
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
         if kind is Kind.EXCHANGE:  # asked once a step: each time would take a third of a span's time
             self._is_profiled = torch.autograd._profiler_enabled()
-            if self._seen == 0:
-                self._before = self._now(-1, True)  # what came before is set-up
+            self.begin_step()
         return _Timed(self._spans, kind, name, super().span(kind, name) if self._is_profiled else None)
+
+    def begin_step(self) -> None:
+        if not self._has_begun:
+            self._before = self._now(-1, True)  # what came before is set-up
+            self._has_begun = True
 
     def accumulated(self) -> None:
         if len(self._spans) > MOST_SPANS:

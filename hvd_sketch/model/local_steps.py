@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
+from hvd_sketch.logs import outputs_of
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvd_sketch.model.forwarding import ExchangingOptimizer, ForwardingOptimizer
+from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.logged import LoggedOptimizer
+from hvd_sketch.model.mesh import shard_number
 from hvd_sketch.model.optimizer import STATE_KEY
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.routes import MakeExchange, make_exchange
 from hvd_sketch.model.settings import require_equal_optimizers
-from hvd_sketch.model.wrapping import warn_about_settings
+from hvd_sketch.model.wrapping import describe, describe_optimizer, warn_about_settings
+from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport import Transport, resolve_transport
 
@@ -35,7 +40,7 @@ logger = logging.getLogger(__name__)
 nesterov = partial(torch.optim.SGD, lr=1.0, momentum=0.5, nesterov=True)
 
 
-class LocalSteps(ExchangingOptimizer):
+class LocalSteps(LoggedOptimizer):
     """A torch optimizer that every rank steps by itself; every H-th step the ranks exchange their parameters.
 
     A round begins with parameters ``start``, equal on all ranks. After H steps of the wrapped optimizer each rank's
@@ -70,6 +75,9 @@ class LocalSteps(ExchangingOptimizer):
         start_device: where ``start`` is kept; default: beside the parameters.
         check_every: exchanges after which the ranks compare a checksum of their parameters; 0: never.
         max_skips: more exchanges in a row that are not finite are an error; 0: no limit.
+        log, trace, tensorboard: as for :class:`~hvd_sketch.DistributedOptimizer`. A step of these is an exchange, with
+            the rank's own steps before it: their time, the means of what they logged, and the bytes of as many dense
+            exchanges.
 
     Attributes:
         inner: the wrapped optimizer.
@@ -97,6 +105,9 @@ class LocalSteps(ExchangingOptimizer):
         start_device: torch.device | str | None = None,
         check_every: int = CHECK_EVERY,
         max_skips: int = 25,
+        log: str | PathLike[str] | None = None,
+        trace: str | PathLike[str] | None = None,
+        tensorboard: str | PathLike[str] | None = None,
     ) -> None:
         self._transport = resolve_transport(transport)
         counts = {"every": (every, 1), "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
@@ -104,14 +115,19 @@ class LocalSteps(ExchangingOptimizer):
             _check(optimizer, compression, counts)
             self._named = name_parameters(optimizer, named_parameters)
             check_exchangeable(self._named)
+            self._parameters = [parameter for _, parameter in self._named]
+            self.outer = outer(self._parameters)
+            about = {"every": every, "outer optimizer": describe_optimizer(self.outer)}
+            about = describe(optimizer, self._named, compression) | about
+            shard = shard_number(self._named)
+            outputs = outputs_of(self._transport, shard, about, log=log, trace=trace, tensorboard=tensorboard)
         super().__init__(optimizer)
-        self._parameters = [parameter for _, parameter in self._named]
-        self.outer = outer(self._parameters)
         require_equal(self._transport, {"wrapped by": "LocalSteps", **{n: value for n, (value, _) in counts.items()}})
         require_equal_optimizers(self._transport, self.outer, "outer optimizer")
         self._gradients = GradientExchange(
             self._named, compression, self._transport, check_every=check_every, max_skips=max_skips, make=self._make
         )
+        self._write_to(outputs)
         self._every, self._done = every, 0  # steps of this round
         self._start = [torch.empty_like(p, device=start_device or p.device) for p in self._parameters]
         self._elements = sum(local(p).numel() for p in self._parameters)
@@ -127,6 +143,7 @@ class LocalSteps(ExchangingOptimizer):
 
         Communication: collective on every H-th call.
         """
+        self.ledger.observer.begin_step()
         if self._done == 0:
             self._remember_start()
         loss = None
@@ -153,12 +170,13 @@ class LocalSteps(ExchangingOptimizer):
         """
         if self._done == 0:
             self._remember_start()
-        for parameter, start in zip(self._parameters, self._start, strict=True):
-            here = start.to(parameter.device)
-            parameter.grad = here - parameter
-            parameter.copy_(here)
-        is_finite = all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
-        counts = self._gradients.average()
+        observer = self.ledger.observer
+        with observer.span(Kind.EXCHANGE, "exchange"):
+            with observer.span(Kind.LOCAL, "differences"):
+                self._go_back()
+            is_finite = all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
+            counts = self._gradients.average()
+        observer.end_step(self._gradients.step_number - 1, counts)
         if counts:
             self.outer.step()
         elif not is_finite:
@@ -190,6 +208,13 @@ class LocalSteps(ExchangingOptimizer):
         with torch.no_grad():
             for parameter, start in zip(self._parameters, self._start, strict=True):
                 start.copy_(parameter)
+
+    def _go_back(self) -> None:
+        """To where the round began; ``p.grad`` is what has become of the parameters since."""
+        for parameter, start in zip(self._parameters, self._start, strict=True):
+            here = start.to(parameter.device)
+            parameter.grad = here - parameter
+            parameter.copy_(here)
 
     def _unscale(self, scale: Any) -> None:
         if scale is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -18,11 +17,10 @@ from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.logs import outputs_of
-from hvd_sketch.logs.step_observer import StepObserver
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvd_sketch.model.forwarding import ExchangingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.levels import TwoLevels
+from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.mesh import shard_number
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.progress import Progress
@@ -37,7 +35,7 @@ from hvd_sketch.model.wrapping import (
     transport_of,
     warn_about_settings,
 )
-from hvd_sketch.observer import Kind, check_loggable
+from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
@@ -49,7 +47,7 @@ REWRAP = (
 logger = logging.getLogger(__name__)
 
 
-class DistributedOptimizer(ExchangingOptimizer):
+class DistributedOptimizer(LoggedOptimizer):
     """A torch optimizer whose ``step()`` first averages the gradients over all ranks, sketched.
 
     ``param_groups``, ``state``, ``defaults`` and hooks are the wrapped optimizer's own objects, so
@@ -169,9 +167,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         mark_sparse(optimizer, named, sketch)
         self._known = {id(parameter) for _, parameter in named}
         self._progress = Progress(self._parameters)
-        if outputs:
-            self.ledger.observer = StepObserver(self.ledger, self.exchange, outputs)
-            weakref.finalize(self, self.ledger.observer.close)  # at the latest when the program ends; not if it forks
+        self._write_to(outputs)
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
             # calls step() of their base class, ForwardingOptimizer here; ours would wait for the other ranks.
@@ -359,35 +355,6 @@ class DistributedOptimizer(ExchangingOptimizer):
             progress.note_exchange(is_averaged)
             observer.end_step(self._gradients.step_number - 1, is_averaged)
         return bool(progress.exchanged)
-
-    def log_values(self, **values: Any) -> None:
-        """Add numbers, such as ``loss=loss``, to the next step in what this optimizer writes about its steps.
-
-        Call it before ``step()``. Several numbers of one name become their mean. Without ``log``, ``trace`` or
-        ``tensorboard`` it only checks them.
-
-        Args:
-            **values: numbers, or tensors of one element, of this rank. Those on a device are read up to a second later,
-                in a ``step()``.
-
-        Raises:
-            TypeError: a value is none of these. A DTensor is only a part of its number.
-
-        Communication: none.
-        """
-        for name, value in values.items():
-            check_loggable(name, value, self._transport.rank)
-        self.ledger.observer.log_values(values)
-
-    def close_logs(self) -> None:
-        """Write what ``log``, ``trace`` and ``tensorboard`` have not got yet, and close them.
-
-        The end of the program does it, too, or of the optimizer. Call it before another optimizer of this program goes
-        on with the same files. A step after it opens the files again; TensorBoard's get no more.
-
-        Communication: none.
-        """
-        self.ledger.observer.close()
 
     def _unregistered(self) -> RuntimeError | None:
         """What is wrong where parameters came later."""

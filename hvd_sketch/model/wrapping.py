@@ -164,14 +164,19 @@ def describe(
 ) -> dict[str, Any]:
     """What a log says of the run, for JSON: class and settings of the optimizer and of the compression, sizes."""
     least = sketch.dense_below if sketch is not None else ALL_DENSE
-    settings = {name: value for name, value in optimizer.defaults.items() if isinstance(value, SHOWN)}
     return {
-        "optimizer": {"class": type(optimizer).__name__, **settings},
+        "optimizer": describe_optimizer(optimizer),
         "compression": {"class": type(sketch).__name__, **asdict(sketch)} if sketch is not None else None,
         "tensors": len(named),
         "elements": sum(local(p).numel() for _, p in named),
         "elements_compressed": sum(local(p).numel() for _, p in named if not is_dense(p, least)),
     }
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class and settings, for JSON."""
+    settings = {name: value for name, value in optimizer.defaults.items() if isinstance(value, SHOWN)}
+    return {"class": type(optimizer).__name__, **settings}
 
 
 def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:

@@ -1,16 +1,12 @@
-"""What an optimizer writes about its steps: equal to what the ledger counts, whole after a kill, never in the way."""
+"""What optimizers of several ranks write about their steps: equal to what the ledger counts, whole after a kill."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,19 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from hvd_sketch import logs
-from hvd_sketch.commands.merge_traces import merge_traces
-from hvd_sketch.logs.line_file import LineFile
-from hvd_sketch.logs.run_log import SINGLE_STEPS, steps_of_line
-from hvd_sketch.logs.step_observer import Output, StepObserver
 from hvd_sketch.report.runs import read_run
+from hvd_sketch.report.tables import summary
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.support.harness import started
-from tests.support.logged import SKIPPED, SLOW_RANK, SLOW_S, STEPS, train, wrapped
-from tests.support.saving import full_disk
-from tests.support.toy import LIMIT_S, alone
+from tests.support.logged import (
+    EVERY,
+    ROUNDS,
+    SKIPPED,
+    SLOW_RANK,
+    SLOW_S,
+    STEPS,
+    lines_of,
+    train,
+    train_local_steps,
+    wrapped,
+)
+from tests.support.toy import LIMIT_S
 from tests.support.worlds import register
 
 pytestmark = pytest.mark.filterwarnings("ignore:all ranks skip this step")
@@ -50,10 +51,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         results = run_local(3, lambda transport: train(transport, folder), LIMIT_S)
     yield results
     shutil.rmtree(results[0]["folder"])
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_log_has_what_the_ledger_counts(ranks: list[dict[str, Any]]) -> None:
@@ -107,40 +104,6 @@ def inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
     return outer["ts"] <= event["ts"] + slack_us and ends
 
 
-# As Horovod 0.28 begins and, where it is ended, leaves a timeline.
-TIMELINE = """[
-{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros":%d}},
-{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "allgather.hvd_sketch.0.allgather"}},
-{"ph": "B", "name": "ALLGATHER", "ts": 1000, "pid": 1},
-{"ph": "E", "ts": 2000, "pid": 1},
-{"ph": "B", "name": "ALLGA"""
-
-
-def test_traces_of_ranks_torch_and_horovod_fit_together(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("trace.json", "torch.json", "timeline.json")]
-    model, optimizer = wrapped(alone(), trace=files[0])
-    model.backward(0, 0)
-    start_us = time.time_ns() // 1000
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        optimizer.step()
-    end_us = time.time_ns() // 1000
-    optimizer.close_logs()
-    profiled.export_chrome_trace(str(files[1]))
-    files[2].write_text(TIMELINE % start_us)
-    merge_traces(files, tmp_path / "merged.json")
-    events = json.loads((tmp_path / "merged.json").read_text())["traceEvents"]
-    ours, theirs = [next(e for e in events if e.get("name") == name) for name in ("exchange", "hvd_sketch exchange")]
-    slack_us = 10_000
-    assert abs(ours["ts"] - theirs["ts"]) < slack_us and abs(ours["dur"] - theirs["dur"]) < slack_us
-    assert len({event["pid"] for event in events if event.get("name") in ("exchange", "hvd_sketch exchange")}) == 2
-    gathered = next(event for event in events if event.get("name") == "ALLGATHER")
-    assert gathered["ts"] - 1000 - slack_us < ours["ts"] < gathered["ts"] - 1000 + end_us - start_us + slack_us
-    assert [event["ph"] for event in events if event["pid"] == gathered["pid"]] == ["M", "B", "E"]
-    files[0].write_text("no trace")
-    with pytest.raises(ValueError, match=r"trace\.json is no trace"):
-        merge_traces(files, tmp_path / "merged.json")
-
-
 def test_tensorboard_reads_the_scalars(ranks: list[dict[str, Any]]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(f"{ranks[0]['folder']}/scalars").Reload()
@@ -154,38 +117,6 @@ def test_tensorboard_reads_the_scalars(ranks: list[dict[str, Any]]) -> None:
     assert scalars["exchange/ratio"][10] > 0
 
 
-def test_residual_and_captured_energy_are_those_of_the_exchange(tmp_path: Path) -> None:
-    model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
-    time.sleep(0.1)  # set-up is no part of the first step
-    model.backward(0, 0)
-    gradient = torch.cat([model.weight.grad.flatten(), model.other.grad.flatten()])  # type: ignore[union-attr]
-    optimizer.step()
-    residual = optimizer.exchange.residual.clone()  # type: ignore[union-attr]
-    optimizer.close_logs()
-    step = lines_of(tmp_path / "run.jsonl")[1]
-    assert step["residual_norm"] == pytest.approx(float(residual.norm()), rel=1e-4)
-    assert step["step_s"] == pytest.approx(step["exchange_s"], abs=0.05)
-    assert step["captured"] == pytest.approx(1 - float(residual.norm() / gradient.norm()) ** 2, rel=1e-4)
-
-
-def test_torch_profiler_shows_the_phases() -> None:
-    model, optimizer = wrapped(alone())
-    model.backward(0, 0)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        optimizer.step()
-    names = {event.key for event in profiled.key_averages()}
-    assert {"hvd_sketch exchange", "hvd_sketch agree", "hvd_sketch sketch", "hvd_sketch allreduce"} <= names
-
-
-def test_without_a_place_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, optimizer = wrapped(alone())
-    model.backward(0, 0)
-    optimizer.log_values(loss=1.0)
-    optimizer.step()
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_place_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
@@ -197,32 +128,6 @@ def test_a_place_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path)
 
     told = run_local(2, rank_main, LIMIT_S)
     assert "file" in told[1] and "rank 1" in told[0]
-
-
-def test_a_run_that_goes_on_adds_to_its_log_and_a_new_one_keeps_the_old(tmp_path: Path) -> None:
-    path = tmp_path / "run.jsonl"
-    state: dict[str, Any] = {}
-    for start, stop in ((0, 6), (4, 9)):  # the second from a checkpoint of step 4
-        model, optimizer = wrapped(alone(), log=path)
-        if state:
-            optimizer.load_state_dict(state)
-        for step in range(start, stop):
-            if step == 4:
-                state = optimizer.state_dict()
-            optimizer.zero_grad()
-            model.backward(0, step)
-            optimizer.log_values(part=start)
-            optimizer.step()
-        optimizer.close_logs()
-    run = read_run(path, "run")
-    assert run.step.tolist() == list(range(9)) and run.values["part"].values.tolist() == [0] * 4 + [4] * 5
-    assert (run.time_s[1:] > run.time_s[:-1]).all()
-    model, optimizer = wrapped(alone(), log=path)
-    model.backward(0, 0)
-    optimizer.step()
-    optimizer.close_logs()
-    assert read_run(path, "run").step.tolist() == [0]
-    assert len(lines_of(path.with_name("run.jsonl.old"))) == 2 + 6 + 5
 
 
 @pytest.mark.multiprocess
@@ -250,138 +155,6 @@ def test_with_levels_only_leaders_tell_of_the_network() -> None:
     assert run.values["loss"].values.tolist() == [1.5] * len(run.step)  # of all ranks
 
 
-def test_a_rank_outside_of_its_process_set_writes_nothing(tmp_path: Path) -> None:
-    class Others:
-        def included(self) -> bool:
-            return False
-
-    model, optimizer = wrapped("auto", process_set=Others(), log=tmp_path / "run.jsonl", trace=tmp_path / "trace.json")
-    model.backward(0, 0)
-    optimizer.step()
-    optimizer.close_logs()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("is_logged", [False, True])
-def test_what_is_no_number_is_refused_at_once(tmp_path: Path, is_logged: bool) -> None:
-    model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl" if is_logged else None)
-    for value in (torch.ones(2), torch.zeros(0), [1.0], None, "1.0", 1j, torch.tensor(1j), np.ones(2)):
-        with pytest.raises(TypeError, match="rank 0 cannot log 'odd': expected a number or a tensor of one element"):
-            optimizer.log_values(odd=value)
-    optimizer.log_values(fine=torch.ones(1, 1, requires_grad=True))
-    optimizer.log_values(fine=np.float32(2))
-    optimizer.log_values(fine=True)
-    model.backward(0, 0)
-    optimizer.step()
-    optimizer.close_logs()
-    assert not is_logged or lines_of(tmp_path / "run.jsonl")[1]["values"] == {"fine": pytest.approx(4 / 3, abs=1e-5)}
-
-
-class Broken(Output):
-    def write(self, steps: Any) -> None:
-        raise KeyError("broken")
-
-    def close(self, last: Any) -> None:
-        raise KeyError("broken")
-
-
-def test_a_log_that_breaks_is_told_once_and_stops_no_training(caplog: pytest.LogCaptureFixture) -> None:
-    model, optimizer = wrapped(alone())
-    optimizer.ledger.observer = observer = StepObserver(optimizer.ledger, optimizer.exchange, [Broken()])
-    for step in range(3):
-        optimizer.zero_grad()
-        model.backward(0, step)
-        optimizer.step()
-        observer.flush()
-    optimizer.close_logs()
-    assert len(caplog.records) == 1 and "steps are missing in the logs (KeyError: 'broken')" in caplog.text
-
-
-def test_values_without_steps_take_no_memory(tmp_path: Path) -> None:
-    _, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
-    optimizer.log_values(loss=0.5)
-    tracemalloc.start()
-    for number in range(5000):
-        optimizer.log_values(loss=number + 0.5)
-    taken = tracemalloc.take_snapshot()
-    tracemalloc.stop()
-    # Of the logs alone: the threads that run other tests' jobs allocate meanwhile.
-    of_logs = taken.filter_traces([tracemalloc.Filter(True, f"{Path(logs.__file__).parent}/*")])
-    assert sum(trace.size for trace in of_logs.traces) < 10_000
-
-
-def test_a_fork_leaves_the_files_to_its_parent(tmp_path: Path) -> None:
-    model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
-    model.backward(0, 0)
-    optimizer.step()
-    child = os.fork()
-    if child == 0:
-        optimizer.close_logs()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0 and not list(tmp_path.iterdir())
-    optimizer.close_logs()
-    assert [line["step"] for line in lines_of(tmp_path / "run.jsonl")[1:]] == [0]
-
-
-def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "run.jsonl"
-    file = LineFile(path)
-    file.write(["first"])
-    with full_disk(1000), caplog.at_level(logging.ERROR):
-        for number in range(100):
-            file.write([f"{number:99d}"])
-    assert len(caplog.records) == 1 and "run.jsonl was not written (File too large)" in caplog.text
-    file.write(["last"])
-    file.close()
-    lines = path.read_text().splitlines()
-    assert lines[0] == "first" and lines[-1] == "last" and len(lines) == 11
-    assert all(len(line) == 99 for line in lines[1:-1]), "no half of a line stays"
-
-
-def test_a_disk_that_is_full_at_the_start_does_not_cost_the_first_line(tmp_path: Path) -> None:
-    model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl", trace=tmp_path / "trace.json")
-    observer: Any = optimizer.ledger.observer
-    for step in range(3):
-        optimizer.zero_grad()
-        model.backward(0, step)
-        optimizer.step()
-        if step == 0:
-            with full_disk(0):
-                observer.flush()
-    optimizer.close_logs()
-    assert read_run(tmp_path / "run.jsonl", "run").step.tolist() == [1, 2]
-    assert (tmp_path / "trace.json").read_text().startswith("[\n")
-
-
-def test_a_file_that_cannot_be_written_keeps_no_descriptor(tmp_path: Path) -> None:
-    path = tmp_path / "run.jsonl"
-    path.write_text("half of a line")
-    files = len(os.listdir("/proc/self/fd"))
-    file = LineFile(path, goes_on=True)
-    with full_disk(path.stat().st_size):
-        assert not any(file.write(["more"]) for _ in range(5))
-    assert len(os.listdir("/proc/self/fd")) == files
-
-
-def test_a_file_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = LineFile(tmp_path / "trace.json", most_bytes=1000)
-    for _ in range(100):
-        file.write(["x" * 99])
-    file.close()
-    assert (tmp_path / "trace.json").stat().st_size == 1000
-    assert "trace.json has 1000 bytes: no more is written to it" in caplog.text
-
-
-def test_long_runs_have_fewer_lines() -> None:
-    lines, step = 0, 0
-    while step < 1_000_000:
-        width = steps_of_line(step)
-        assert step % width == 0 and steps_of_line(step + width - 1) == width
-        lines, step = lines + 1, step + width
-    assert steps_of_line(SINGLE_STEPS - 1) == 1 and steps_of_line(SINGLE_STEPS) == 2
-    assert lines == 42_813
-
-
 @pytest.mark.multiprocess
 def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
@@ -397,13 +170,27 @@ def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
     assert steps == list(range(len(steps))) and 0 < len(steps) <= done + 2
 
 
-def test_a_line_that_is_cut_short_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "run.jsonl"
-    model, optimizer = wrapped(alone(), log=path)
-    for step in range(3):
-        optimizer.zero_grad()
-        model.backward(0, step)
-        optimizer.step()
-    optimizer.close_logs()
-    path.write_bytes(path.read_bytes()[:-20])
-    assert read_run(path, "run").step.tolist() == [0, 1]
+def test_a_step_of_local_steps_is_an_exchange(tmp_path: Path) -> None:
+    ranks = run_local(3, lambda transport: train_local_steps(transport, str(tmp_path)), LIMIT_S)
+    steps_of_rounds = [EVERY] * (ROUNDS - 1) + [EVERY // 2 + 1]  # the last by sync(), which the ledger counts, too
+    for rank, result in enumerate(ranks):
+        about, *exchanges = lines_of(tmp_path / ("run.jsonl" if rank == 0 else f"run.rank{rank}.jsonl"))
+        assert about["every"] == EVERY and about["optimizer"]["class"] == "SGD"
+        assert about["outer optimizer"]["momentum"] == 0.5 and about["elements_compressed"] == 60
+        assert [line["step"] for line in exchanges] == list(range(ROUNDS))
+        assert [line["skipped"] for line in exchanges] == [0, 1, 0, 0]
+        sent = [sum(count for count, _ in line["phases"].values()) for line in exchanges]
+        assert torch.tensor(sent).cumsum(0).tolist() == result["sent"]
+        # Of each training step, but not of the exchange that was skipped.
+        dense = [round(2 * 63 * 4 * 2 / 3 * (steps - (at == 1))) for at, steps in enumerate(steps_of_rounds)]
+        assert [line["dense_bytes"] for line in exchanges] == dense
+        assert [line["values"]["loss"] for line in exchanges] == [EVERY * at + 1.5 for at in range(ROUNDS - 1)] + [12.5]
+        assert sum(line["step_s"] for line in exchanges) == pytest.approx(exchanges[-1]["time_s"], abs=1e-4)
+        own_s = [line["step_s"] - line["exchange_s"] for line in exchanges]
+        assert rank != SLOW_RANK or min(own_s[:-1]) > EVERY * SLOW_S / 2, "also of the steps before the first exchange"
+        trace = (tmp_path / ("trace.json" if rank == 0 else f"trace.rank{rank}.json")).read_text()
+        assert trace.count('"name":"differences"') == trace.count('"name":"exchange"') == ROUNDS
+    run = read_run(tmp_path / "run.jsonl", "run")
+    assert run.has_all_ranks and np.sum(run.parts_s["waiting for the slowest"][0]) > SLOW_S
+    told = {name: texts[0] for name, texts in summary([run]).rows}
+    assert told["steps"] == f"{ROUNDS}, exchanges after {EVERY} steps of a rank"

@@ -1,7 +1,8 @@
-"""Training that writes logs, run by tests/ranks/test_run_log.py as threads and as processes."""
+"""Training that writes logs, run by tests of logs as threads and as processes."""
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hvd_sketch import DistributedOptimizer
+from hvd_sketch import DistributedOptimizer, LocalSteps
 from hvd_sketch.logs.run_log import RunLog
 from hvd_sketch.logs.step_observer import Step
 from hvd_sketch.transport import Transport, local_transports
@@ -19,12 +20,23 @@ from tests.support.toy import Toy, little
 
 STEPS, SLOW_RANK, SLOW_S = 12, 1, 0.05
 SKIPPED = 4  # the step in which rank 0 has NaN
+EVERY, ROUNDS = 4, 4  # of LocalSteps
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def wrapped(transport: Transport | str, **places: Any) -> tuple[Toy, DistributedOptimizer]:
     model = Toy()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, DistributedOptimizer(inner, model.named_parameters(), little(), transport, **places)
+
+
+def local_steps(transport: Transport, **places: Any) -> tuple[Toy, LocalSteps]:
+    model = Toy()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, LocalSteps(inner, model.named_parameters(), little(), transport, every=EVERY, **places)
 
 
 def train(transport: Transport, folder: str = "") -> dict[str, Any]:
@@ -50,6 +62,26 @@ def train(transport: Transport, folder: str = "") -> dict[str, Any]:
     del optimizer  # what waits is written
     transport.barrier()
     return {"folder": folder, "sent": sent, "norm": norm}
+
+
+def train_local_steps(transport: Transport, folder: str) -> dict[str, Any]:
+    """Rounds of which the second is thrown away and the last is half as long; what was sent up to each exchange."""
+    model, optimizer = local_steps(transport, log=f"{folder}/run.jsonl", trace=f"{folder}/trace.json")
+    sent = []
+    for step in range(EVERY * ROUNDS - EVERY // 2):
+        optimizer.zero_grad()
+        model.backward(transport.rank, step)
+        if step == EVERY and transport.rank == 0:
+            assert model.bias.grad is not None
+            model.bias.grad[0] = float("nan")
+        time.sleep(SLOW_S * (transport.rank == SLOW_RANK))
+        optimizer.log_values(loss=step)
+        optimizer.step()
+        if step % EVERY == EVERY - 1:
+            sent.append(optimizer.ledger.totals().wire_bytes)
+    optimizer.sync()
+    optimizer.close_logs()
+    return {"sent": [*sent, optimizer.ledger.totals().wire_bytes]}
 
 
 def write_long_run(path: Path, steps: int, ranks: int) -> None:
