@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from hvd_sketch.commands.console import console
+from hvd_sketch.commands.plan_command import plan
 from hvd_sketch.version import __version__
 
-TABLE_WIDTH = 80  # where the output is no terminal
 app = typer.Typer(
     help="Sketched gradient exchange for PyTorch over torch.distributed, Horovod and MPI.",
     no_args_is_help=True,
@@ -54,60 +54,7 @@ def warm_up(as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"compiled": compiled, "elapsed_s": elapsed_s, "folder": str(cache_folder())}, indent=2))
 
 
-@app.command()
-def plan(
-    params: Annotated[float | None, typer.Option(help="How many parameters the model has, such as 90e6.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="package.module:function that makes the model, in its place.")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=2, help="How many there will be, each with a link of its own.")] = 4,
-    bandwidth: Annotated[str, typer.Option(help="Of a rank's link, one way.")] = "1gbit",
-    latency: Annotated[str, typer.Option(help="Of a message between hosts.")] = "50us",
-    backward: Annotated[str, typer.Option(help="What a training step takes without its exchange.")] = "0s",
-    ratio: Annotated[float, typer.Option(help="Times fewer bytes than a dense ring, for ours.")] = 150.0,
-    launcher: Annotated[str, typer.Option(help="torch, mpi or horovod.")] = "torch",
-    calibrate: Annotated[bool, typer.Option(help="Time the local work of ours on this machine, for seconds.")] = False,
-    measure: Annotated[bool, typer.Option(help="Under a launcher: measure this job's network and local work.")] = False,
-    gradient: Annotated[
-        Path | None, typer.Option(help="A saved one, flat: .npy, or torch.save. Which settings capture most of it?")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw times against bandwidth and ranks.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Predict what an exchange takes, dense and compressed, and say whether compression pays.
-
-    Times are those of a model: bytes over bandwidth, collectives times latency, and local work.
-    """
-    from hvd_sketch.commands import capture, plan_figure
-    from hvd_sketch.commands import plan as planning
-    from hvd_sketch.cost import NANOSECONDS
-
-    nanoseconds, is_first, captured = NANOSECONDS, True, None
-    try:
-        flat = capture.load_gradient(gradient) if gradient is not None else None
-        shapes, backward_s = planning.shapes_of(params, model, flat), planning.seconds(backward)
-        network = planning.network_of(ranks, bandwidth, latency, launcher)
-        if measure or calibrate:
-            from hvd_sketch.commands import measure as measuring
-
-            if measure:
-                network, is_first = measuring.network_of_job()
-            nanoseconds = measuring.nanoseconds_here(shapes, ratio, network.ranks)
-        if not is_first:
-            return
-        made = planning.Plan(shapes, network, ratio, backward_s, nanoseconds)
-        if plot is not None:
-            plan_figure.write_figure(plot, shapes, network, ratio, nanoseconds)
-        if flat is not None:
-            captured = capture.Comparison(flat, shapes if model is not None else None, ratio, network.ranks)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if as_json:
-        typer.echo(json.dumps(made.as_record() | (captured.as_record() if captured else {}), indent=2))
-        return
-    made.show(_console())
-    if captured is not None:
-        captured.show(_console())
+app.command()(plan)
 
 
 @app.command()
@@ -131,7 +78,7 @@ def doctor(
     if as_json:
         typer.echo(examining.as_json(found))
     else:
-        examining.show(found, _console())
+        examining.show(found, console())
     raise typer.Exit(any(finding.state == "wrong" for finding in found))
 
 
@@ -168,12 +115,6 @@ def merge_traces(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(json.dumps(written, indent=2) if as_json else merging.told(written))
-
-
-def _console() -> Console:
-    """For tables: as wide as the terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=TABLE_WIDTH)
 
 
 def main() -> None:

@@ -1,41 +1,39 @@
-"""How long an exchange takes, before anything is run: bytes over bandwidth, collectives times latency, local work.
+"""How long a step takes, before anything is run: its messages, its bytes over the bandwidth, its local work.
 
-The model is that of every textbook on collectives, alpha and beta, with two measured constants of each transport and
-one of each method. ``python -m benchmarks.network.plan_check`` holds it against measured exchanges.
+The model is LogGP: every message keeps a core busy for a while, messages that wait for one another take a latency each,
+and bytes move at the bandwidth of the link or of the transport, whichever is less: the transport's work overlaps the
+wire's. ``python -m benchmarks.network.plan_check`` holds it against measured exchanges.
+
+Source: Alexandrov et al., LogGP: incorporating long messages into the LogP model, 1995.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, log2, prod
 from typing import Any
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import as_matrices, least_bytes, sides_of
+from hvd_sketch.measured_costs import CPU, Carrier, Works
 from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes
 
 Shapes = Sequence[tuple[int, ...]]
-FACTOR_BITS = 4  # of our low rank
 POWERSGD_RANK = 4
 TOP_SHARE = 0.001  # of the coordinates, that local top-k sends: as Deep Gradient Compression does
 ENTRY_BYTES = 8  # of local top-k: a position and a value
-
-
-@dataclass(frozen=True)
-class Carrier:
-    """What a transport costs: measured between two hosts with a core each.
-
-    Attributes:
-        collective_s: of any collective, beside its messages.
-        bytes_per_s: what it moves where the network costs nothing.
-    """
-
-    collective_s: float
-    bytes_per_s: float
-
-
-CARRIERS = {"mpi": Carrier(80e-6, 1.6e9), "torch": Carrier(1.6e-3, 0.8e9), "horovod": Carrier(1.6e-3, 0.8e9)}
+BUCKET_BYTES = 25 << 20  # of DistributedDataParallel: the last one travels when the backward pass is over
+OVERLAPPED = ("dense", "bf16", "powersgd")  # by DistributedDataParallel, its hooks included
+COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 7}  # of a step of ours
+TITLES = {
+    "lowrank": "low rank, {} bit",
+    "nominate": "nominated, {} bit",
+    "random": "random, {} bit",
+    "sketch": "sketch, {} bit",
+    "heavymix": "HEAVYMIX, {} bit",
+    "paper": "the paper's sketch",
+}
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,32 @@ class Network:
         bytes_per_s: of each rank's link, one way; both ways are used at once.
         latency_s: of a message.
         carrier: the transport.
+        per_host: ranks that share each link: they exchange as ``levels=2`` does, all methods alike.
     """
 
     ranks: int
     bytes_per_s: float
     latency_s: float
     carrier: Carrier
+    per_host: int = 1
 
     @property
     def share(self) -> float:
         """Of a collective's ring bytes, what one rank sends."""
         return (self.ranks - 1) / self.ranks
+
+    @property
+    def allreduce_rounds(self) -> int:
+        """Messages of a library's allreduce that wait for one another."""
+        return 2 * (ceil(log2(self.ranks)) if self.carrier.has_tree else self.ranks - 1)
+
+    def inside_s(self, dim: int) -> float:
+        """Of a dense mean inside of every host, and of handing the result on to its ranks."""
+        if self.per_host == 1:
+            return 0.0
+        carrier, passes = self.carrier, DENSE_BYTES / 4 * (self.per_host - 1) / self.per_host + 1
+        waited = 3 * (carrier.wake_s + (self.per_host - 1) * carrier.message_s)
+        return waited + passes * 4 * dim / carrier.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -67,110 +80,162 @@ class Method:
     Attributes:
         title: for a table.
         local_s: of one core, whatever the network is.
-        collectives: of a step.
-        hops: messages that wait for one another.
-        sent_bytes, received_bytes: of a rank and step.
+        collectives: of an exchange.
+        wakes: collectives of it that follow local work.
+        messages: that a rank sends in it, one after the other.
+        rounds: messages of it that wait for one another.
+        sent_bytes, received_bytes: of a rank and exchange.
         kept_bytes: of memory beside the model and its optimizer.
-        ours: whether this package has it.
+        inside_s: of the ranks of a host among themselves.
+        overlapped: share of the network's time that may pass during the backward pass.
+        every: steps of an exchange.
+        config: what to give to ``DistributedOptimizer``, if this package has it.
     """
 
     title: str
     local_s: float
     collectives: int
-    hops: int
+    wakes: int
+    messages: int
+    rounds: int
     sent_bytes: float
     received_bytes: float
     kept_bytes: float
-    ours: bool = True
+    inside_s: float = 0.0
+    overlapped: float = 0.0
+    every: int = 1
+    config: Compression | None = None
+
+    def network_s(self, network: Network) -> float:
+        """Of an exchange, all but the local work."""
+        carrier, moved = network.carrier, max(self.sent_bytes, self.received_bytes)
+        waited = self.wakes * carrier.wake_s + self.messages * carrier.message_s
+        waited += self.rounds * network.latency_s
+        return self.inside_s + waited + moved / min(network.bytes_per_s, carrier.bytes_per_s)
 
     def seconds(self, network: Network) -> float:
         """Of an exchange, from the gradient to its average."""
-        carrier, moved = network.carrier, max(self.sent_bytes, self.received_bytes)
-        waited = self.collectives * carrier.collective_s + self.hops * network.latency_s
-        return self.local_s + waited + moved / network.bytes_per_s + moved / carrier.bytes_per_s
+        return self.local_s + self.network_s(network)
+
+    def step_s(self, network: Network, backward_s: float) -> float:
+        """Of a step, on average: the backward pass, and of the exchange what does not travel meanwhile.
+
+        Args:
+            backward_s: what a step takes without its exchange.
+        """
+        hidden_s = min(backward_s, self.overlapped * self.network_s(network))
+        return backward_s + (self.seconds(network) - hidden_s) / self.every
 
 
-# Nanoseconds of one core per coordinate (Zen 3, 2.6 GHz, as in benchmarks/results). `--calibrate` measures ours.
-NANOSECONDS = {
-    "dense": 0.4,
-    "bf16": 1.2,
-    "topk": 7.0,
-    "powersgd": 4.5,
-    "nominate": 2.3,
-    "lowrank": 5.7,
-    "random": 2.7,
-    "sketch": 3.0,
-    "paper": 2.5,
-}
-COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "paper": 7}  # of a step
+@dataclass(frozen=True)
+class Workload:
+    """What is exchanged, and how.
 
-
-def methods(
-    shapes: Shapes, ratio: float, network: Network, nanoseconds: Mapping[str, float] = NANOSECONDS
-) -> dict[str, Method]:
-    """Every way to average the gradient of a model, by a short name.
-
-    Args:
+    Attributes:
         shapes: of the tensors that are compressed.
         ratio: bytes of a dense ring allreduce over those of ours; low rank stays below it where it cannot reach it.
-        network: its ranks decide about bytes and hops.
-        nanoseconds: of one core and coordinate, by name.
+        works: local work by method; methods without one are left out.
+        bits: of a value of ours.
+        every: steps of an exchange of ours, as of ``LocalSteps``.
+        overlaps: whether other methods exchange during the backward pass, as ``DistributedDataParallel`` does.
+        backward_s: what a step takes without its exchange.
     """
-    dim, ranks = sum(map(prod, shapes)), network.ranks
-    local = {name: 1e-9 * dim * each for name, each in nanoseconds.items()}
-    ring = 2 * (ranks - 1)
-    dense = DENSE_BYTES * dim * network.share
-    top = ENTRY_BYTES * max(round(TOP_SHARE * dim), 1) * (ranks - 1)
-    factors = DENSE_BYTES * sum(min(POWERSGD_RANK, *sides) * sum(sides) for sides in map(sides_of, shapes))
-    found = {
-        "dense": Method("dense float32", local["dense"], 1, ring, dense, dense, 0, ours=False),
-        "bf16": Method("dense bfloat16", local["bf16"], 1, ring, dense / 2, dense / 2, 0, ours=False),
-        "topk": Method(
-            f"local top-k, {TOP_SHARE:.1%}", local["topk"], 2, ring, top, top, 2 * 4 * dim, ours=False
+
+    shapes: Shapes
+    ratio: float
+    works: Works = field(default_factory=lambda: CPU)
+    bits: int = 4
+    every: int = 1
+    overlaps: bool = True
+    backward_s: float = 0.0
+
+    @property
+    def dim(self) -> int:
+        """How many coordinates there are."""
+        return sum(map(prod, self.shapes))
+
+
+def methods(workload: Workload, network: Network) -> dict[str, Method]:
+    """Every way to average the gradient of a model, by a short name."""
+    found = _of_others(workload, network) | _ours(workload, network)
+    return {name: method for name, method in found.items() if name in workload.works}
+
+
+def _of_others(workload: Workload, network: Network) -> dict[str, Method]:
+    dim, rounds, share = workload.dim, network.allreduce_rounds, network.share
+    dense = DENSE_BYTES * dim * share
+    top = ENTRY_BYTES * max(round(TOP_SHARE * dim), 1) * (network.ranks - 1)
+    factors = DENSE_BYTES * sum(min(POWERSGD_RANK, *sides) * sum(sides) for sides in map(sides_of, workload.shapes))
+    overlapped = 1 - min(1.0, BUCKET_BYTES / (4 * dim)) if workload.overlaps else 0.0
+
+    def method(name: str, title: str, collectives: int, wakes: int, rounds: int, sent: float, kept: float) -> Method:
+        local_s = _local_s(workload, name)
+        made = Method(title, local_s, collectives, wakes, rounds, rounds, sent, sent, kept, network.inside_s(dim))
+        return replace(made, overlapped=overlapped) if name in OVERLAPPED else made
+
+    return {
+        "dense": method("dense", "dense float32", 1, 0, rounds, dense, 0),
+        "bf16": method("bf16", "dense bfloat16", 1, 1, rounds, dense / 2, 0),
+        # Two allgathers, which have half the rounds of an allreduce.
+        "topk": method("topk", f"local top-k, {TOP_SHARE:.1%}", 2, 1, rounds, top, 8 * dim),
+        "powersgd": method(
+            "powersgd", f"PowerSGD, rank {POWERSGD_RANK}", 2, 2, 2 * rounds, factors * share, 4 * dim + factors / 2
         ),
-        "powersgd": Method(
-            f"PowerSGD, rank {POWERSGD_RANK}",
-            local["powersgd"],
-            3,
-            3 * ring,
-            factors * network.share,
-            factors * network.share,
-            4 * dim + factors / 2,
-            ours=False,
-        ),
-    }  # fmt: skip
-    for name, config in configurations(shapes, ratio, ranks).items():
-        sent = bytes_of(config, shapes, ranks) * network.share
-        kept = kept_bytes(config, shapes)
-        found[name] = Method(TITLES[name], local[name], COLLECTIVES[name], COLLECTIVES[name], sent, sent, kept)
+    }
+
+
+def _ours(workload: Workload, network: Network) -> dict[str, Method]:
+    """Every rank sends each collective's messages directly to all others: one round."""
+    shapes, every, found = workload.shapes, workload.every, {}
+    for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
+        sent = bytes_of(config, shapes, network.ranks) * network.share
+        kept = kept_bytes(config, shapes) + (8 * workload.dim if every > 1 else 0)  # where a round began, a momentum
+        collectives = COLLECTIVES[name]
+        found[name] = Method(
+            title_of(name, config, workload.ratio),
+            *(_local_s(workload, name), collectives, collectives, collectives * (network.ranks - 1), collectives),
+            *(sent, sent, kept),
+            inside_s=network.inside_s(workload.dim),
+            every=every,
+            config=config,
+        )
     return found
 
 
-TITLES = {
-    "lowrank": "low rank, 4 bit",
-    "nominate": "nominated, 4 bit",
-    "random": "random, 4 bit",
-    "sketch": "sketch, 4 bit",
-    "paper": "the paper's sketch",
-}
+def _local_s(workload: Workload, name: str) -> float:
+    return workload.works[name].seconds(workload.dim) if name in workload.works else 0.0
 
 
-def configurations(shapes: Shapes, ratio: float, ranks: int) -> dict[str, Compression]:
-    """Ours at one ratio, those that can reach it; low rank at the highest ratio that it reaches, if that is lower."""
+def title_of(name: str, config: Compression, ratio: float) -> str:
+    """Of a configuration, for a table; it says the ratio that low rank reaches where that is lower."""
+    title = TITLES[name].format(config.value_bits)
+    if not isinstance(config, LowRankConfig) or config.ratio is None or config.ratio >= 0.995 * ratio:
+        return title
+    return f"{title}, {config.ratio:{'.3g' if config.ratio < 1000 else '.0f'}}x"
+
+
+def configurations(shapes: Shapes, ratio: float, ranks: int, bits: int = 4) -> dict[str, Compression]:
+    """Ours at one ratio, those that can reach it; low rank at the highest ratio that it reaches, if that is lower.
+
+    Args:
+        bits: of a value and of a table's cell; the paper's sketch has 32 always.
+    """
     dim = sum(map(prod, shapes))
-    highest = DENSE_BYTES * dim / least_bytes(shapes, FACTOR_BITS)
-    found: dict[str, Compression] = {"lowrank": LowRankConfig(ratio=min(ratio, highest), value_bits=FACTOR_BITS)}
+    highest = DENSE_BYTES * dim / least_bytes(shapes, bits)
+    found: dict[str, Compression] = {"lowrank": LowRankConfig(ratio=min(ratio, highest), value_bits=bits)}
     settings: dict[str, dict[str, Any]] = {
         "nominate": {"candidates": "nominate"},
         "random": {"candidates": "random"},
-        "sketch": {},
+        "sketch": {"table_bits": bits},
+        "heavymix": {"candidates": "heavymix", "table_bits": bits},
         "paper": {"oversample": 4, "value_bits": 32, "table_bits": 32, "momentum": 0.9},
     }
     for name, own in settings.items():
         try:
-            found[name] = SketchConfig.for_wire_ratio(ratio, dim, ranks, **own)
+            config = SketchConfig.for_wire_ratio(ratio, dim, ranks, **{"value_bits": bits, **own})
         except ValueError:  # a ratio that leaves no coordinate
             continue
+        found[name] = config if config.has_table else replace(config, cols=0)
     return found
 
 
@@ -191,15 +256,15 @@ def kept_bytes(config: Compression, shapes: Shapes) -> float:
     return residual * (2 if config.momentum else 1) + table
 
 
-def break_even(ours: Method, network: Network, others: Sequence[Method]) -> float:
-    """The bandwidth, bytes per second, below which ours takes less time than each of some others.
+def break_even(ours: Method, network: Network, others: Sequence[Method], backward_s: float = 0.0) -> float:
+    """The bandwidth, bytes per second, below which a step of ours takes less time than that of each of some others.
 
     Infinite where it always does, 0 where it never does.
     """
 
     def is_faster(bytes_per_s: float) -> bool:
-        there = Network(network.ranks, bytes_per_s, network.latency_s, network.carrier)
-        return ours.seconds(there) < min(other.seconds(there) for other in others)
+        there = replace(network, bytes_per_s=bytes_per_s)
+        return ours.step_s(there, backward_s) < min(other.step_s(there, backward_s) for other in others)
 
     low, high = 1e3, 1e12
     if not is_faster(low):

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import Compression, SketchConfig
-from hvd_sketch.cost import TITLES, Shapes, configurations
+from hvd_sketch.cost import Shapes, configurations, title_of
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import local_transports
 
@@ -35,11 +36,13 @@ class Captured:
 
     Attributes:
         name: of the method, as in :func:`hvd_sketch.cost.methods`.
+        title: for a table.
         config: at the bytes that were asked for.
         energy: ``1 - |g - sent|^2 / |g|^2`` of a step.
     """
 
     name: str
+    title: str
     config: Compression
     energy: float
 
@@ -91,7 +94,7 @@ class Comparison:
     def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int) -> None:
         best: dict[str, Captured] = {}
         for name, config in _candidates(gradient.numel(), shapes, ratio, ranks):
-            captured = Captured(name, config, energy_captured(config, gradient, shapes))
+            captured = Captured(name, title_of(name, config, ratio), config, energy_captured(config, gradient, shapes))
             if name not in best or captured.energy > best[name].energy:
                 best[name] = captured
         self.best = sorted(best.values(), key=lambda captured: -captured.energy)
@@ -108,11 +111,11 @@ class Comparison:
         for heading in ("energy", "rows", "cols", "k", "oversample"):
             table.add_column(heading, justify="right")
         for captured in self.best:
-            table.add_row(TITLES[captured.name], f"{captured.energy:.1%}", *_told(captured.config))
+            table.add_row(captured.title, f"{captured.energy:.1%}", *_told(captured.config))
         console.print(table)
         for captured in self.best:
             if isinstance(captured.config, SketchConfig) and captured.config.has_table:
-                console.print(f"{TITLES[captured.name]}: {_call(captured.config)}", soft_wrap=True)  # one line to copy
+                console.print(f"{captured.title}: {as_call(captured.config)}", soft_wrap=True)  # one line to copy
         if not self._has_shapes:
             console.print("Low rank is not judged: it needs the shapes of the tensors, by --model.")
         console.print(NOTE)
@@ -172,11 +175,3 @@ def _told(config: Compression) -> list[str]:
         return ["", "", "", ""]
     table = [str(config.rows), f"{config.cols:,}"] if config.has_table else ["", ""]
     return [*table, f"{config.k:,}", str(config.oversample) if config.has_table else ""]
-
-
-def _call(config: SketchConfig) -> str:
-    """As a user writes it."""
-    return (
-        f"SketchConfig(rows={config.rows}, cols={config.cols}, k={config.k}, oversample={config.oversample}, "
-        f"value_bits={config.value_bits}, table_bits={config.table_bits}, momentum={config.momentum:g})"
-    )

@@ -1,67 +1,126 @@
-"""What a plan can measure in seconds in place of assuming it: local work on this machine, and the network of a job."""
+"""What a plan can measure of a job's network in seconds in place of assuming it: collectives, and links of hosts."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from hvd_sketch.commands.plan import shapes_of_size
-from hvd_sketch.config import Compression
-from hvd_sketch.cost import NANOSECONDS, Carrier, Network, Shapes, configurations
-from hvd_sketch.model.routes import make_exchange
-from hvd_sketch.transport import Transport, local_transports, resolve_transport
+from hvd_sketch.commands.plan import told_rate, told_seconds
+from hvd_sketch.cost import Network
+from hvd_sketch.measured_costs import CARRIERS, Carrier
+from hvd_sketch.model.levels import host_name
+from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport.base import Splitting, gather_texts
+from hvd_sketch.transport.choice import choose
 
-LARGEST_TIMED = 4_000_000  # coordinates
-LEAST_S = 0.3  # of every measurement
-LEAST_REPEATS = 5
+REPEATS = 20
+REPEATS_OF_LINK = 3  # of a large message: at 100 Mbit/s it takes 0.2 s
 SMALL_FLOATS = 64
 PROBE_FLOATS = 1 << 20  # of the whole vector: 4 MiB, as much as a large step sends
+MOST_SHOWN = 10  # links
 
 
-def network_of_job() -> tuple[Network, bool]:
-    """The network between the ranks of this job, and whether this rank is the first.
+@dataclass(frozen=True)
+class Probe:
+    """What collectives of a job take.
+
+    Attributes:
+        collective_s: of a small one.
+        bytes_per_s: of a large one, beside that.
+    """
+
+    collective_s: float
+    bytes_per_s: float
+
+    def carrier(self, known: Carrier, ranks: int) -> Carrier:
+        """As a transport's, of which ``known`` tells what cannot be measured by this."""
+        return replace(known, message_s=self.collective_s / (ranks - 1), bytes_per_s=self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects two hosts.
+
+    Attributes:
+        ranks: the first of each host.
+        latency_s: of a small message there and back at once.
+        bytes_per_s: one way, while the other way is used as well.
+    """
+
+    ranks: tuple[int, int]
+    latency_s: float
+    bytes_per_s: float
+
+    def as_record(self) -> dict[str, Any]:
+        """For programs."""
+        return {"ranks": list(self.ranks), "latency_s": self.latency_s, "bits_per_s": 8 * self.bytes_per_s}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was measured of a job.
+
+    Attributes:
+        network: between its ranks; its latency is part of the carrier's time of a message.
+        links: between every two hosts, the slowest first; empty on one host, or over Horovod's own collectives.
+        is_first: whether this is rank 0.
+    """
+
+    network: Network
+    links: Sequence[Link]
+    is_first: bool
+
+    def as_record(self) -> dict[str, Any]:
+        """For programs."""
+        network = self.network
+        return {
+            "measured_bits_per_s": 8 * network.bytes_per_s,
+            "measured_message_s": network.carrier.message_s,
+            "links": [link.as_record() for link in self.links],
+        }
+
+    def show(self, console: Console) -> None:
+        """What the job's network moves, and a table of its slowest links."""
+        network = self.network
+        console.print(
+            f"Measured: {told_rate(network.bytes_per_s)}, a message {told_seconds(network.carrier.message_s)}."
+        )
+        if not self.links:
+            return
+        table = Table(title=f"Links between hosts, the slowest of {len(self.links)} first")
+        for heading in ("ranks", "bandwidth", "latency"):
+            table.add_column(heading, justify="right")
+        for link in self.links[:MOST_SHOWN]:
+            ranks = " and ".join(map(str, link.ranks))
+            table.add_row(ranks, told_rate(link.bytes_per_s), told_seconds(link.latency_s))
+        console.print(table)
+
+
+def job_here() -> Job:
+    """The network between the ranks of this job.
 
     Raises:
         ValueError: there is one rank.
 
-    Communication: collective, all ranks; some seconds.
+    Communication: collective, all ranks; some seconds, and for every host a fraction of one.
     """
     transport = resolve_transport("auto")
     if transport.size < 2:
         raise ValueError("--measure needs the ranks of a job: torchrun --nproc-per-node 2 -m hvd_sketch plan …")
-    return Network(transport.size, math.inf, 0.0, probed(transport)), transport.rank == 0
+    known, probe = CARRIERS[choose()[0]], probed(transport)
+    carrier = replace(probe.carrier(known, transport.size), bytes_per_s=max(known.bytes_per_s, probe.bytes_per_s))
+    network = Network(transport.size, probe.bytes_per_s, 0.0, carrier)
+    return Job(network, links_of(transport, host_name()), transport.rank == 0)
 
 
-def nanoseconds_here(shapes: Shapes, ratio: float, ranks: int) -> dict[str, float]:
-    """Local work of ours on this machine, by name and per coordinate; of a smaller model where this one is large."""
-    if sum(map(math.prod, shapes)) > LARGEST_TIMED:
-        shapes = shapes_of_size(LARGEST_TIMED)
-    dim = sum(map(math.prod, shapes))
-    ours = configurations(shapes, ratio, ranks).items()
-    return {**NANOSECONDS, **{name: 1e9 * seconds_of_step(config, shapes) / dim for name, config in ours}}
-
-
-def seconds_of_step(config: Compression, shapes: Shapes) -> float:
-    """Of an exchange without a network: the local work of one rank, in as many threads as torch has.
-
-    Communication: none.
-    """
-    (alone,), dim = local_transports(1), sum(map(math.prod, shapes))
-    exchange = make_exchange(config, dim, alone, torch.device("cpu"), shapes=shapes)
-    gradient = torch.randn(dim, generator=torch.Generator().manual_seed(0)).pow_(3)  # heavy-tailed, as gradients are
-    own = torch.empty(dim)
-
-    def prepare() -> None:
-        own.copy_(gradient)
-
-    return _median(lambda: exchange.step(own), prepare)
-
-
-def probed(transport: Transport) -> Carrier:
+def probed(transport: Transport) -> Probe:
     """What a collective of this job takes, small or large, the slowest rank's.
 
     Communication: collective, all ranks; some seconds.
@@ -73,31 +132,65 @@ def probed(transport: Transport) -> Carrier:
         lambda: transport.allgather(small),
         lambda: transport.reduce_scatter(shares),
     ]
-    collective_s = statistics.mean(_slowest(transport, collective) for collective in kinds)
-    whole_s = _slowest(transport, lambda: transport.reduce_scatter(large))
+    collective_s = statistics.mean(_slowest(transport, collective, REPEATS) for collective in kinds)
+    whole_s = _slowest(transport, lambda: transport.reduce_scatter(large), REPEATS)
     moved = 4 * large.numel() * (transport.size - 1) / transport.size
-    return Carrier(collective_s, moved / max(whole_s - collective_s, 1e-9))
+    return Probe(collective_s, moved / max(whole_s - collective_s, 1e-9))
 
 
-def _slowest(transport: Transport, collective: Callable[[], object]) -> float:
+def links_of(transport: Transport, host: str) -> list[Link]:
+    """Between the first ranks of every two hosts, the slowest first; those of a round at once, each rank in one.
+
+    Args:
+        host: what the ranks of this host have in common.
+
+    Communication: collective, all ranks.
+    """
+    hosts = gather_texts(transport, host)
+    firsts = sorted({hosts.index(each) for each in hosts})
+    if len(firsts) < 2 or not isinstance(transport, Splitting):
+        return []
+    try:
+        among = transport.split(int(transport.rank in firsts))
+    except ValueError:  # on every rank: Horovod's own collectives
+        return []
+    found = [_link(among, pairs, firsts) for pairs in rounds_of(len(firsts))] if transport.rank in firsts else []
+    rows = torch.tensor([row for row in found if row], dtype=torch.float64).view(-1, 4)
+    links = [Link((int(a), int(b)), latency_s, rate) for a, b, latency_s, rate in transport.allgather(rows).tolist()]
+    return sorted(links, key=lambda link: link.bytes_per_s)
+
+
+def rounds_of(count: int) -> list[list[tuple[int, int]]]:
+    """All pairs of ``count`` players in as few rounds as there can be, each player at most once in a round."""
+    circle = list(range(count + count % 2))  # the last of an odd number of players has a rest
+    rounds = []
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle, circle[::-1], strict=True)
+        rounds.append([(min(pair), max(pair)) for pair in list(pairs)[: len(circle) // 2] if max(pair) < count])
+        circle[1:] = circle[-1:] + circle[1:-1]
+    return rounds
+
+
+def _link(among: Any, pairs: Sequence[tuple[int, int]], firsts: Sequence[int]) -> list[float]:
+    """Ranks, latency and bandwidth of this host's pair, on one of its two ranks. Communication: collective."""
+    own = next((pair for pair in pairs if among.rank in pair), None)
+    pair = among.split(pairs.index(own) if own else len(pairs))
+    if own is None:
+        return []
+    small, large = torch.zeros(2, SMALL_FLOATS), torch.zeros(2, PROBE_FLOATS // 2)
+    latency_s = _slowest(pair, lambda: pair.alltoall(small), REPEATS)
+    whole_s = _slowest(pair, lambda: pair.alltoall(large), REPEATS_OF_LINK)
+    rate = large[0].nbytes / max(whole_s - latency_s, 1e-9)
+    return [firsts[own[0]], firsts[own[1]], latency_s, rate] if pair.rank == 0 else []
+
+
+def _slowest(transport: Transport, collective: Callable[[], object], repeats: int) -> float:
     """Median seconds of a collective on the slowest rank. Communication: collective, as often on every rank."""
     collective()
     spent = []
-    for _ in range(4 * LEAST_REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         collective()
         spent.append(time.perf_counter() - start)
     own = torch.tensor([statistics.median(spent)], dtype=torch.float64)
     return max(float(value) for value in transport.allgather(own))
-
-
-def _median(run: Callable[[], object], prepare: Callable[[], None]) -> float:
-    spent: list[float] = []
-    prepare()
-    run()
-    while sum(spent) < LEAST_S or len(spent) < LEAST_REPEATS:
-        prepare()
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hvd_sketch.commands.plan import told_rate
 from hvd_sketch.commands.styles import STYLES
-from hvd_sketch.cost import Method, Network, Shapes, methods
+from hvd_sketch.cost import Method, Network, Workload, methods
 from hvd_sketch.files import replaced
 
 BITS_PER_S = np.logspace(7, 11.6, 47)  # 10 Mbit/s to 400 Gbit/s
@@ -21,11 +21,11 @@ SIZE_INCHES, DPI = (11, 5), 120
 Seconds = Mapping[str, Sequence[float]]  # by method; NaN where a method has no configuration
 
 
-def write_figure(path: Path, shapes: Shapes, network: Network, ratio: float, nanoseconds: Mapping[str, float]) -> None:
+def write_figure(path: Path, workload: Workload, network: Network) -> None:
     """Write the figure in the format of the path's suffix; the file is never half there.
 
     Args:
-        shapes, network, ratio, nanoseconds: see :class:`hvd_sketch.commands.plan.Plan`.
+        workload, network: see :class:`hvd_sketch.commands.plan.Plan`.
 
     Raises:
         ValueError: matplotlib is not installed, or cannot write this format.
@@ -35,22 +35,21 @@ def write_figure(path: Path, shapes: Shapes, network: Network, ratio: float, nan
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    is_rate_known = math.isfinite(network.bytes_per_s)  # it is not where the network was measured
-    by_ranks, *others = figure.subplots(1, 1 + is_rate_known, squeeze=False)[0][::-1]
-    found = {ranks: methods(shapes, ratio, replace(network, ranks=ranks), nanoseconds) for ranks in RANKS}
-    own = methods(shapes, ratio, network, nanoseconds)
+    by_rate, by_ranks = figure.subplots(1, 2)
+    found = {ranks: methods(workload, replace(network, ranks=ranks)) for ranks in RANKS}
+    own = methods(workload, network)
     titles = {name: method.title for name, method in own.items()}
-    for by_rate in others:
-        rates = [replace(network, bytes_per_s=rate / 8) for rate in BITS_PER_S]
-        _draw(by_rate, BITS_PER_S, {name: [own[name].seconds(there) for there in rates] for name in own}, titles)
-        by_rate.set(xlabel="bandwidth of each rank, bit/s", title=f"{network.ranks} ranks")
-        _mark(by_rate, 8 * network.bytes_per_s)
+    rates = [replace(network, bytes_per_s=rate / 8) for rate in BITS_PER_S]
+    _draw(by_rate, BITS_PER_S, {name: [own[name].seconds(there) for there in rates] for name in own}, titles)
+    by_rate.set(xlabel="bandwidth of each rank, bit/s", title=f"{network.ranks} ranks")
+    _mark(by_rate, 8 * network.bytes_per_s)
     _draw(by_ranks, RANKS, {name: [_at(found[ranks], name, network, ranks) for ranks in RANKS] for name in own}, titles)
-    by_ranks.set(xlabel="ranks", title=told_rate(network.bytes_per_s) if is_rate_known else "the measured network")
+    by_ranks.set(xlabel="ranks", title=told_rate(network.bytes_per_s))
     by_ranks.set_xticks(RANKS, [str(ranks) for ranks in RANKS], minor=False)
     _mark(by_ranks, network.ranks)
-    dim = sum(map(math.prod, shapes))
-    figure.suptitle(f"Predicted exchange of {dim:,} coordinates, ours at {ratio:g}x; dotted: as asked")
+    figure.suptitle(
+        f"Predicted exchange of {workload.dim:,} coordinates, ours at {workload.ratio:g}x; dotted: as asked"
+    )
     figure.legend(*by_ranks.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     try:
         with replaced(path) as draft:

@@ -1,6 +1,6 @@
 """One colour, line and marker for each method, the same in every figure.
 
-Colours are those that people who see few colours tell apart (Okabe and Ito 2008; the paper's sketch has one of Tol's).
+Colours are those that people who see few colours tell apart (Okabe and Ito 2008; the last two are Tol's).
 What is not of this package is dashed.
 """
 
@@ -30,5 +30,6 @@ STYLES = {
     "lowrank": Style("#0072B2", "-", "D"),
     "random": Style("#009E73", "-", "P"),
     "sketch": Style("#D55E00", "-", "X"),
+    "heavymix": Style("#DDCC77", "-", "h"),
     "paper": Style("#882255", "-.", "*"),
 }

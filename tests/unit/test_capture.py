@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
+from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.capture import Comparison, energy_captured, load_gradient
 from hvd_sketch.cost import bytes_of
 
@@ -92,7 +93,7 @@ def test_command_line(options: list[str], suffix: str, tmp_path: Path) -> None:
     assert record["coordinates"] == DIM
     sketch = next(each for each in record["captured"] if each["method"] == "sketch")
     config = SketchConfig(**sketch["config"])
-    assert f"rows={config.rows}, cols={config.cols}, k={config.k}" in shown.output
+    assert as_call(config) in shown.output
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.methods import LibraryAllreduce, PowerSGD
-from hvd_sketch import SketchConfig
+from hvd_sketch import LowRankConfig, SketchConfig
 from hvd_sketch.__main__ import app
 from hvd_sketch.commands import plan, plan_figure
-from hvd_sketch.commands.plan import Plan, bits_per_s, shapes_of_size
+from hvd_sketch.commands.calls import as_call
+from hvd_sketch.commands.plan import Plan
+from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
 from hvd_sketch.commands.styles import STYLES
-from hvd_sketch.cost import CARRIERS, NANOSECONDS, Network, break_even, bytes_of, configurations, kept_bytes, methods
+from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, break_even, bytes_of, configurations, kept_bytes, methods
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.measured_costs import CARRIERS, CPU, Work
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import LocalTransport, run_local
 
@@ -48,17 +51,24 @@ def stepped(exchange: Exchange, transport: LocalTransport, steps: int = 5) -> tu
     return totals.wire_bytes / steps, totals.collectives / steps, kept
 
 
-@pytest.mark.parametrize("name", ["lowrank", "nominate", "random", "sketch", "paper"])
-def test_ours_are_what_the_ledger_counts(name: str) -> None:
-    config = configurations(SHAPES, 50, RANKS)[name]
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *((name, 4) for name in ("lowrank", "nominate", "random", "sketch", "heavymix", "paper")),
+        *(("lowrank", 8), ("nominate", 32), ("sketch", 8)),
+    ],
+)
+def test_ours_are_what_the_ledger_counts(name: str, bits: int) -> None:
+    config = configurations(SHAPES, 50, RANKS, bits)[name]
+    assert config.value_bits == (bits if name != "paper" else 32)
 
     def main(transport: LocalTransport) -> tuple[float, float, float]:
         exchange = make_exchange(config, DIM, transport, torch.device("cpu"), shapes=SHAPES)
         return stepped(exchange, transport)
 
-    planned = methods(SHAPES, 50, GIGABIT)[name]
+    planned = methods(Workload(SHAPES, 50, bits=bits), GIGABIT)[name]
     for sent, collectives, kept in run_local(RANKS, main, LIMIT_S):
-        assert planned.sent_bytes == pytest.approx(sent, rel=0.05)
+        assert planned.sent_bytes == pytest.approx(sent, rel=0.08)
         assert abs(planned.collectives - collectives) <= 1
         table = 4 * config.rows * config.cols if isinstance(config, SketchConfig) and config.has_table else 0
         assert planned.kept_bytes == kept_bytes(config, SHAPES) == pytest.approx(kept + table, rel=0.02)
@@ -72,11 +82,12 @@ def test_peers_are_what_the_ledger_counts(name: str, kind: type[Exchange]) -> No
     def main(transport: LocalTransport) -> float:
         return stepped(kind(None, DIM, transport, parameters=parameters), transport)[0]
 
-    assert run_local(RANKS, main, LIMIT_S)[0] == pytest.approx(methods(SHAPES, 50, GIGABIT)[name].sent_bytes, rel=0.01)
+    planned = methods(Workload(SHAPES, 50), GIGABIT)[name]
+    assert run_local(RANKS, main, LIMIT_S)[0] == pytest.approx(planned.sent_bytes, rel=0.01)
 
 
 def test_below_break_even_ours_is_faster_and_above_it_dense_is() -> None:
-    found = methods(shapes_of_size(25_000_000), 50, GIGABIT)
+    found = methods(Workload(shapes_of_size(25_000_000), 50), GIGABIT)
     ours, dense = replace(found["nominate"], local_s=0.3), found["dense"]
     rate = break_even(ours, GIGABIT, [dense])
     for factor, is_faster in ((0.9, True), (1.1, False)):
@@ -96,8 +107,10 @@ def test_below_break_even_ours_is_faster_and_above_it_dense_is() -> None:
 )
 def test_advice(rate: str, nanoseconds: dict[str, float], told: str) -> None:
     network = replace(GIGABIT, bytes_per_s=bits_per_s(rate) / 8)
-    made = Plan(shapes_of_size(25_000_000), network, 150, 0.0, {**NANOSECONDS, **nanoseconds})
+    works = {**CPU, **{name: Work(each) for name, each in nanoseconds.items()}}
+    made = Plan(Workload(shapes_of_size(25_000_000), 150, works), network)
     assert made.advice.startswith(told)
+    assert bool(made.call) is told.startswith("Compress")
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -108,13 +121,19 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_table_fits_80_columns_and_json_says_the_same() -> None:
     options = ["--params", "90e6", "--ranks", "16", "--bandwidth", "1gbit", "--latency", "50us", "--backward", "0.12s"]
     status, table = run(*options)
-    assert status == 0 and max(map(len, table.splitlines())) <= 80
+    *lines, call = table.splitlines()
+    assert status == 0 and max(map(len, lines)) <= 80 and call.startswith("DistributedOptimizer(")
     status, text = run(*options, "--json")
     record = json.loads(text)
     assert status == 0 and record["coordinates"] == 90e6 and record["ranks"] == 16
     assert record["advice"].split(":")[0] in table
     dense = record["methods"]["dense"]
     assert dense["exchange_s"] == pytest.approx(8 * 90e6 * 15 / 16 / 125e6, rel=0.2)
+    last_s = dense["exchange_s"] * BUCKET_BYTES / (4 * 90e6)
+    assert dense["step_s"] == pytest.approx(max(0.12, dense["exchange_s"] - last_s) + last_s, rel=0.01)
+    ours = record["methods"]["nominate"]
+    assert ours["step_s"] == pytest.approx(ours["exchange_s"] + 0.12)
+    dense = json.loads(run(*options, "--json", "--no-overlap")[1])["methods"]["dense"]
     assert dense["step_s"] == pytest.approx(dense["exchange_s"] + 0.12)
 
 
@@ -123,7 +142,7 @@ def test_a_users_model_and_this_machine() -> None:
     record = json.loads(text)
     assert status == 0 and record["coordinates"] == 300 * 200 + 200 * 10
     assert 0 < record["methods"]["nominate"]["local_s"] < 1
-    assert record["methods"]["nominate"]["local_s"] != 1e-9 * NANOSECONDS["nominate"] * record["coordinates"]
+    assert record["methods"]["nominate"]["local_s"] != CPU["nominate"].seconds(record["coordinates"])
 
 
 def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
@@ -134,7 +153,7 @@ def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
     assert status == 0, text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [value for _, value in axes] == [1e9, 16]
-    found = methods(shapes_of_size(1_000_000), 150, replace(GIGABIT, ranks=16, carrier=CARRIERS["torch"]))
+    found = methods(Workload(shapes_of_size(1_000_000), 150), replace(GIGABIT, ranks=16, carrier=CARRIERS["torch"]))
     for panel, value in axes:
         lines = {line.get_label(): line for line in panel.get_lines()}
         assert list(lines) == [method.title for method in found.values()]
@@ -144,18 +163,71 @@ def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
         assert np.interp(value, x, y) == pytest.approx(found["dense"].seconds(network), rel=0.02)
 
 
-def test_a_network_that_was_measured_has_no_bandwidth_to_compare_with(tmp_path: Path) -> None:
-    shapes = shapes_of_size(25_000_000)
-    measured = replace(GIGABIT, bytes_per_s=math.inf, latency_s=0.0)
-    for nanoseconds in (NANOSECONDS, {**NANOSECONDS, "nominate": 0.0, "lowrank": 0.0}):
-        made = Plan(shapes, measured, 150, 0.0, nanoseconds)
-        assert "bandwidth" not in made.advice and "pays" not in made.advice and made.advice.endswith(".")
-        assert made.as_record()["break_even_bits_per_s"] is None
-    marked: list[float] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_figure, "_mark", lambda panel, value: marked.append(value))
-        plan_figure.write_figure(tmp_path / "plan.png", shapes, measured, 150, NANOSECONDS)
-    assert marked == [RANKS]
+def test_a_message_to_every_rank_costs_ours_as_many_and_a_library_has_rings_and_trees() -> None:
+    workload = Workload(shapes_of_size(1_000_000), 150)
+
+    def waited_s(name: str, ranks: int, carrier: str) -> float:
+        network = Network(ranks, math.inf, 1e-3, replace(CARRIERS[carrier], bytes_per_s=math.inf, wake_s=0.0))
+        return methods(workload, network)[name].network_s(network)
+
+    ours, torch_s = CARRIERS["mpi"].message_s, CARRIERS["torch"].message_s
+    assert waited_s("nominate", 1024, "mpi") == pytest.approx(3 * (1023 * ours + 1e-3))
+    assert waited_s("dense", 1024, "mpi") == pytest.approx(20 * (ours + 1e-3)), "a tree there and back"
+    assert waited_s("dense", 1024, "torch") == pytest.approx(2046 * (torch_s + 1e-3)), "Gloo has a ring"
+
+
+def test_of_link_and_transport_the_slower_one_counts() -> None:
+    network = Network(2, 1e9, 0.0, replace(CARRIERS["mpi"], message_s=0.0, bytes_per_s=2e9))
+    dense = methods(Workload(SHAPES, 50), network)["dense"]
+    for rate, counts in ((1e9, 1e9), (1e12, 2e9)):
+        assert dense.network_s(replace(network, bytes_per_s=rate)) == pytest.approx(dense.sent_bytes / counts)
+
+
+def test_levels_take_the_mean_of_a_host_first_and_local_steps_exchange_seldom() -> None:
+    options = ["--params", "25e6", "--ranks", "16", "--bandwidth", "100mbit", "--json"]
+    flat, levels, seldom = (
+        json.loads(run(*options, *more)[1]) for more in ([], ["--per-host", "4"], ["--every", "16"])
+    )
+    assert (levels["ranks"], levels["hosts"], flat["hosts"]) == (16, 4, 16)
+    inside_s = (2 * 3 / 4 + 1) * 4 * 25e6 / CARRIERS["torch"].bytes_per_s
+    between = Network(4, 100e6 / 8, 50e-6, CARRIERS["torch"])
+    alone = methods(Workload(shapes_of_size(25_000_000), 150), between)["nominate"]
+    assert levels["methods"]["nominate"]["exchange_s"] == pytest.approx(alone.seconds(between) + inside_s, rel=0.05)
+    assert levels["call"].endswith(", levels=2)") and seldom["call"].endswith(", every=16)")
+    ours, dense = seldom["methods"]["nominate"], seldom["methods"]["dense"]
+    assert ours["step_s"] == pytest.approx(ours["exchange_s"] / 16)
+    assert dense["step_s"] == pytest.approx(dense["exchange_s"])
+    assert ours["kept_bytes"] == flat["methods"]["nominate"]["kept_bytes"] + 8 * 25e6
+
+
+@pytest.mark.parametrize("options", [["--params", "25e6"], ["--params", "25e6", "--bits", "8"]])
+def test_the_line_to_copy_makes_what_is_planned(options: list[str]) -> None:
+    status, table = run(*options, "--bandwidth", "10mbit")
+    record = json.loads(run(*options, "--bandwidth", "10mbit", "--json")[1])
+    made = next(line for line in table.splitlines() if line.startswith("DistributedOptimizer("))
+    assert status == 0 and made == record["call"]
+    names = {"LowRankConfig": LowRankConfig, "SketchConfig": SketchConfig}
+    own = eval(made.partition("compression=")[2].removesuffix(")"), names)
+    planned = methods(Workload(shapes_of_size(25_000_000), record["ratio"], bits=own.value_bits), GIGABIT)
+    assert own == planned[record["advised"]].config
+    for name, method in planned.items():
+        if method.config is not None:
+            assert eval(as_call(method.config), names) == method.config
+            assert record["methods"][name]["config"]["value_bits"] == method.config.value_bits
+
+
+def test_a_ratio_that_low_rank_cannot_reach_is_marked() -> None:
+    status, table = run("--params", "1e6", "--ratio", "5000")
+    record = json.loads(run("--params", "1e6", "--ratio", "5000", "--json")[1])["methods"]
+    reached = record["lowrank"]["ratio"]
+    assert status == 0 and reached < 4000 and f"low rank, 4 bit, {reached:.0f}x" in table
+    assert record["nominate"]["ratio"] == pytest.approx(5000, rel=0.05) and "nominated, 4 bit " in table
+    assert max(map(len, table.splitlines()[:-1])) <= 80
+
+
+def test_a_size_is_met_whatever_it_is() -> None:
+    for dim in (1, 999, 1000, 1001, 2_345_678):
+        assert sum(map(prod, shapes_of_size(dim))) == dim
 
 
 def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +250,12 @@ def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkey
         (["--params", "1e6", "--ranks", "1"], "--ranks"),
         (["--model", "tests.unit.test_plan:nothing"], "package.module:function"),
         (["--params", "1e6", "--measure"], "torchrun"),
+        (["--params", "1e6", "--measure", "--ranks", "8", "--launcher", "mpi"], "--ranks, --launcher"),
+        (["--params", "1e6", "--per-host", "3"], "two hosts of --per-host 3"),
+        (["--params", "1e6", "--ranks", "8", "--per-host", "2", "--every", "2"], "--every"),
+        (["--params", "1e6", "--bits", "5"], "--bits"),
+        (["--params", "1e6", "--device", "tpu"], "--device"),
+        (["--params", "1e3", "--ratio", "1e6", "--device", "cuda"], "--ratio"),
     ],
 )
 def test_bad_use_exits_with_2_and_says_what_is_expected(arguments: list[str], told: str) -> None:

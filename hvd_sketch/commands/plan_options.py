@@ -1,0 +1,122 @@
+"""What the options of ``hvd-sketch plan`` mean: a bandwidth, a time, the shapes of a model, a network."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from hvd_sketch.checks import check_choice
+from hvd_sketch.config import LowRankConfig
+from hvd_sketch.cost import Network, Shapes
+from hvd_sketch.measured_costs import CARRIERS
+
+COLUMNS = MOST_ROWS = 1000  # of the matrices of a model of which only the size is known
+SCALES = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def bits_per_s(text: str) -> float:
+    """A bandwidth such as ``1gbit``, in bits per second. Raises ValueError."""
+    return _with_unit(text, SCALES, "a bandwidth such as 100mbit or 1gbit")
+
+
+def seconds(text: str) -> float:
+    """A time such as ``50us``, in seconds. Raises ValueError."""
+    return _with_unit(text, TIMES, "a time such as 50us, 3ms or 0.2s", least=0.0)
+
+
+def _with_unit(text: str, units: Mapping[str, float], expected: str, least: float = 1e-12) -> float:
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+?)(?:/s|ps)?\s*", text.lower())
+    try:
+        value = float(found[1]) * units[found[2]] if found else math.nan
+    except (KeyError, ValueError):
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def shapes_of_size(dim: int) -> Shapes:
+    """Matrices of a thousand columns, and what is left over, with so many elements in all."""
+    whole, rest = divmod(dim // COLUMNS, MOST_ROWS)
+    last = dim % COLUMNS
+    return [(MOST_ROWS, COLUMNS)] * whole + [(rest, COLUMNS)] * (rest > 0) + [(last,)] * (last > 0)
+
+
+def shapes_of_model(factory: str) -> Shapes:
+    """Of the tensors that are compressed, of the model that a function of no arguments makes.
+
+    Args:
+        factory: ``package.module:function``; looked for from the current folder, too.
+
+    Raises:
+        ValueError: there is no such function, it fails, or what it makes is no model.
+    """
+    from hvd_sketch.model.parameters import is_dense  # not before: it imports torch
+
+    module, _, name = factory.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        model = getattr(importlib.import_module(module), name)()
+        tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    except Exception as error:  # the user's own code raises whatever it likes
+        raise ValueError(
+            f"--model {factory} made no model ({type(error).__name__}: {error}): expected package.module:function"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    shapes = [tuple(tensor.shape) for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
+    if not shapes:
+        raise ValueError(f"--model {factory}: no tensor is large enough to be compressed; exchange it dense")
+    return shapes
+
+
+def shapes_of(params: float | None, model: str | None, gradient: Tensor | None = None) -> Shapes:
+    """Of the tensors that are compressed: of a model, or of one of so many parameters. Raises ValueError.
+
+    Args:
+        gradient: float [dim], a saved one, which says in place of ``params`` how many there are.
+    """
+    if gradient is not None and params is None:
+        shapes = shapes_of_size(gradient.numel()) if model is None else shapes_of_model(model)
+        dim = sum(map(math.prod, shapes))
+        if dim != gradient.numel():
+            raise ValueError(
+                f"--gradient has {gradient.numel():,} elements, the tensors of --model that are compressed {dim:,}: "
+                "save the gradients of these alone, in the model's order"
+            )
+        return shapes
+    if (params is None) == (model is None) or gradient is not None:
+        raise ValueError("give one of --params 90e6 and --model package.module:function; with --gradient no --params")
+    if model is not None:
+        return shapes_of_model(model)
+    if params is None or not 1 <= params < 1e13 or params != int(params):
+        raise ValueError(f"--params must be a whole number of at least 1, such as 90e6, got {params}")
+    return shapes_of_size(int(params))
+
+
+def network_of(ranks: int, bandwidth: str, latency: str, launcher: str, per_host: int = 1) -> Network:
+    """What the options describe: one rank of every host has a link. Raises ValueError."""
+    check_choice("--launcher", launcher, CARRIERS)
+    if ranks % per_host or ranks < 2 * per_host:
+        raise ValueError(f"--ranks must be at least two hosts of --per-host {per_host} each, got {ranks}")
+    return Network(ranks // per_host, bits_per_s(bandwidth) / 8, seconds(latency), CARRIERS[launcher], per_host)
+
+
+def check_together(measured: Sequence[str], per_host: int, every: int) -> None:
+    """Refuse options that do not go together. Raises ValueError.
+
+    Args:
+        measured: options that were given, though ``--measure`` finds what they say.
+    """
+    if measured:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in measured)
+        raise ValueError(f"--measure finds what {names} would say: leave out either")
+    if per_host > 1 and every > 1:
+        raise ValueError("give one of --per-host (levels=2) and --every (LocalSteps): no optimizer has both")

@@ -1,0 +1,76 @@
+"""What the cost model takes from measurements: local work of a core or a GPU, and what transports cost.
+
+On the CPU of one core (Zen 3, 2.6 GHz), on the GPU of an H100 (benchmarks/results/gpu/h100); carriers between 2, 4 and
+8 hosts (benchmarks/results/bandwidth.json). ``hvd-sketch plan --calibrate`` and ``--measure`` take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """Local work of a step.
+
+    Attributes:
+        nanoseconds: of a coordinate.
+        fixed_s: of a step, however few they are: what a GPU's host needs to start its kernels.
+    """
+
+    nanoseconds: float
+    fixed_s: float = 0.0
+
+    def seconds(self, dim: int) -> float:
+        """Of a step of ``dim`` coordinates."""
+        return self.fixed_s + 1e-9 * self.nanoseconds * dim
+
+
+Works = Mapping[str, Work]  # by method
+CPU: Works = {
+    "dense": Work(0.4),
+    "bf16": Work(1.2),
+    "topk": Work(7.0),
+    "powersgd": Work(4.5),
+    "nominate": Work(2.3),
+    "lowrank": Work(5.7),
+    "random": Work(2.7),
+    "sketch": Work(3.0),
+    "heavymix": Work(3.0),
+    "paper": Work(2.5),
+}
+# Of whole steps of 1 and of 1,000 million coordinates; a sum moves half as much again as a copy, and its two casts to
+# bfloat16 and back as much as a copy each. Others have not been timed on a GPU.
+H100: Works = {
+    "dense": Work(0.004, 0.04e-3),
+    "bf16": Work(0.008, 0.1e-3),
+    "nominate": Work(0.038, 2.3e-3),
+    "sketch": Work(0.147, 5.2e-3),
+}
+WORKS = {"cpu": CPU, "cuda": H100}  # by device
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """What a transport costs where the network costs nothing.
+
+    Attributes:
+        message_s: what one message, sent and received, keeps a core busy, beside its bytes.
+        bytes_per_s: what it moves.
+        wake_s: what a collective takes longer after local work: a thread that makes it must be woken.
+        has_tree: whether an allreduce of the library takes ``2 log2(ranks)`` rounds, as that of MPI, and not the
+            ``2 (ranks - 1)`` of a ring, as that of Gloo.
+    """
+
+    message_s: float
+    bytes_per_s: float
+    wake_s: float = 0.0
+    has_tree: bool = False
+
+
+CARRIERS = {
+    "mpi": Carrier(60e-6, 1.6e9, has_tree=True),
+    "torch": Carrier(0.3e-3, 1.0e9, wake_s=1.2e-3),
+    "horovod": Carrier(0.3e-3, 1.0e9, wake_s=1.2e-3),  # torch's, over Gloo
+}
