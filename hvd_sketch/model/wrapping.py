@@ -14,7 +14,7 @@ from hvd_sketch.checks import check_flag, check_integer, check_positive
 from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.parameters import NamedParameter, is_dense
-from hvd_sketch.optim import LagAdamW
+from hvd_sketch.model.shown import warn_unless_shown
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
@@ -24,13 +24,6 @@ WIRE_DTYPES = {
 }
 OPERATIONS = {"average": False, "sum": True}  # whether gradients are summed
 HOROVOD_OPERATIONS = ("average", "sum", "adasum", "min", "max", "product")  # by the numbers of hvd.Average …
-# Optimizers whose steps do not grow with the gradient, by name.
-ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor", "Adagrad", "Adadelta", "RMSprop", "Muon", "Lion")
-# Of a character transformer after 300 steps at 60 times fewer bytes with 4 ranks, at the best learning rate.
-LOSSES = {
-    **{(name, "nominate"): 2.46 for name in ("Adam", "AdamW")},
-    **{(name, candidates): 2.77 for name in ("Adam", "AdamW") for candidates in ("sketch", "random")},
-}
 SHOWN = (bool, int, float, str, tuple)  # of an optimizer's settings
 logger = logging.getLogger(__name__)
 
@@ -198,12 +191,18 @@ def _check_wrappable(optimizer: object, sparse_as_dense: bool) -> None:
 
 
 def _refuse_momentum_twice(optimizer: torch.optim.Optimizer, sketch: Compression) -> None:
-    momentum = max(float(group.get("momentum") or 0) for group in optimizer.param_groups)
+    momentum = max(map(_momentum_of, optimizer.param_groups))
     if momentum > 0 and sketch.momentum > 0:
         raise ValueError(
             f"momentum is applied twice: {type(optimizer).__name__} has {momentum:g} and the sketch "
-            f"{sketch.momentum:g}. Set one of them to 0: the sketch's, but for the paper's own settings"
+            f"{sketch.momentum:g}. Set one of them to 0: the sketch's (momentum=0), but for the paper's own settings"
         )
+
+
+def _momentum_of(group: Mapping[str, Any]) -> float:
+    """SGD's, or Adam's beta1, the first of its betas."""
+    betas = group.get("betas")
+    return float(group.get("momentum") or (betas[0] if isinstance(betas, Sequence) and betas else 0))
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -228,7 +227,8 @@ def warn_about_settings(optimizer: torch.optim.Optimizer, named: Sequence[NamedP
             "are lost. sketch=None exchanges them in float64.",
             *(len(doubles), doubles[0]),
         )
-    _warn_about_adaptive(optimizer, sketch)
+    if sketched:
+        warn_unless_shown(optimizer, named, sketch)
     groups = optimizer.param_groups
     if any(float(g.get("momentum") or 0) > 0 for g in groups) and _fights_momentum(sketch):
         logger.warning(
@@ -236,40 +236,11 @@ def warn_about_settings(optimizer: torch.optim.Optimizer, named: Sequence[NamedP
             "rate, or take candidates='nominate', or hvd_sketch.recommended(...).",
             *(type(optimizer).__name__, getattr(sketch, "candidates", None)),
         )
-    momentum = max(float(g.get("betas", (0,))[0]) for g in groups)
-    if momentum > 0 and sketch.momentum > 0:
-        logger.warning(
-            "momentum is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
-            *(type(optimizer).__name__, momentum, sketch.momentum),
-        )
     decay = max(float(g.get("weight_decay") or 0) for g in groups)
     if decay > 0 and sketch.weight_decay > 0:
         logger.warning(
             "weight decay is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
             *(type(optimizer).__name__, decay, sketch.weight_decay),
-        )
-
-
-def _warn_about_adaptive(optimizer: torch.optim.Optimizer, sketch: Compression) -> None:
-    """Of those that take what arrives for the gradient of one step, or for the whole of a matrix."""
-    if not isinstance(sketch, SketchConfig):
-        return
-    name, candidates = type(optimizer).__name__, sketch.candidates
-    if isinstance(optimizer, LagAdamW):
-        if candidates != "nominate":
-            logger.warning(
-                "LagAdamW trains worse with candidates=%r (a loss of 2.66 after 300 steps, dense 2.27) than with "
-                "candidates='nominate' (2.41): take those, or SignSGD with residual_decay=0.95 (2.32).",
-                candidates,
-            )
-    elif name in ADAPTIVE:
-        found = LOSSES.get((name, candidates))
-        told = "has not been shown to train" if found is None else f"a loss of {found:.2f} after 300 steps, dense 2.27"
-        logger.warning(
-            "%s takes an arriving sum over many steps for the gradient of one, and trains worse (candidates=%r: %s): "
-            "take hvd_sketch.recommended(..., optimizer='adamw') (with AdamW 2.37), or hvd_sketch.optim.LagAdamW with "
-            "candidates='nominate' (2.41).",
-            *(name, candidates, told),
         )
 
 

@@ -19,7 +19,7 @@ class SignSGD(torch.optim.Optimizer):
 
     Args:
         params: as of ``torch.optim.SGD``.
-        lr: how far a coordinate moves: about four times the learning rate of Adam.
+        lr: how far a coordinate moves: two to four times the learning rate of Adam.
         weight_decay: decoupled, as of ``torch.optim.AdamW``.
         maximize: go up instead of down.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy_per_byte import records, report, search
+from benchmarks.accuracy_per_byte.__main__ import RESULTS
 from benchmarks.accuracy_per_byte.methods import METHODS, place_of
 from benchmarks.accuracy_per_byte.plans import groups_at, targets
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
@@ -23,6 +25,7 @@ from benchmarks.methods.top_k import CodedTopK
 from hvd_sketch import LowRankConfig, Simulation, SketchConfig, recommended
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.transport import run_local
+from tests.support.harness import ROOT
 from tests.support.paper import write_mnist
 
 SENT = [
@@ -254,3 +257,44 @@ def test_the_plan_begins_with_what_matters_most() -> None:
     places = [("mnist", 400), ("cifar", 300), ("cifar2m", 400)]
     after_beginning = [(group.task, group.steps, group.method) for group in groups[28:46]]
     assert after_beginning == [(*place, method) for place in places for method in others]
+
+
+FINISHED = [
+    *(
+        ("mnist", ratio, 4, steps, skewed)
+        for ratio, steps, skewed in ((60, 400, False), (150, 400, False), (150, 400, True))
+    ),
+    *(
+        ("cifar", ratio, ranks, steps, False)
+        for ratio, ranks, steps in ((150, 4, 300), (150, 16, 300), (60, 4, 1500), (150, 4, 1500))
+    ),
+    ("cifar2m", 1000, 4, 400, False),
+    *((task, 60, 4, steps, False) for task, steps in (("lm", 300), ("lm", 1500), ("wikitext", 300))),
+]  # tables by which the rule for learning rates was made
+RULES = {
+    "low rank | SGD with Nesterov momentum": "lowrank4",
+    "nominated | SGD with Nesterov momentum": "nominate4",
+    "sketched | SGD without momentum": "sketch4",
+    "random | SGD without momentum": "random4",
+    "low rank | Adam, AdamW": "lowrank4",
+    "low rank | Muon": "lowrank4-muon",
+    "nominated | `LagAdamW`": "nominate4-lag",
+    "sketched, `residual_decay=0.95` | `SignSGD`": "sketch4-sign",
+    "random, `residual_decay=0.95` | `SignSGD`": "random4-sign",
+}
+
+
+@pytest.mark.parametrize(("rule", "method"), RULES.items())
+def test_the_rule_for_learning_rates_is_what_the_records_say(rule: str, method: str) -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    told = re.search(rf"\| {re.escape(rule)} \| ([\d.]+)(?: to ([\d.]+))?[ ,]", page)
+    assert told, rule
+    least, most = float(told[1]), float(told[2] or told[1])
+    kept, factors = records.read(RESULTS), []
+    for task, ratio, ranks, steps, skewed in FINISHED:
+        dense = "dense-muon" if method.endswith("muon") else "dense"
+        groups = [Group(task, ranks, skewed, steps, *of) for of in ((method, float(ratio)), (dense, 1.0))]
+        rates = [search.best_rate(group, kept) for group in groups]
+        if TASKS[task].adam == ("Adam" in rule or "Muon" in rule or "Sign" in rule) and None not in rates:
+            factors.append(rates[0] / rates[1])  # type: ignore[operator]
+    assert factors and least == pytest.approx(min(factors), rel=0.1) and most == pytest.approx(max(factors), rel=0.1)
