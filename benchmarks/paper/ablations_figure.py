@@ -20,6 +20,7 @@ from benchmarks.figures import (
     new_figure,
     save_figure,
     spread,
+    styles_of,
     told,
 )
 
@@ -35,8 +36,10 @@ TITLES = {
     "wire": "tables on the wire",
     "k": "k up to d, momentum before",
 }
-REFERENCES = {"dense": "tab:gray", "dense, momentum": "black", "true top-k": "tab:green"}  # dotted in other panels
-COLOURS = {**REFERENCES, "sketched": "tab:orange", "before, masked": "tab:red", "before, not masked": "tab:blue"}
+REFERENCES = ("dense", "dense, momentum", "true top-k")  # lines across the other panels
+MOMENTA = ("before, masked", "before, not masked", "after")
+KINDS = {"dense": "dense", "dense, momentum": "dense", "true top-k": "topk"}
+LINES = styles_of(KINDS | dict.fromkeys(("sketched", *MOMENTA), "paper"))
 SHOWN_LOSS = 2.5  # above lies chance: log(10)
 
 
@@ -106,7 +109,8 @@ def draw(runs: list[Record], path: Path) -> str:
         else:
             (_draw_k if group == "k" else _draw_labels)(ax, own)
             for p in references:
-                ax.axhline(p.losses.mean(), color=REFERENCES[p.label], linestyle=":", linewidth=1)
+                line = {name: LINES[p.label][name] for name in ("color", "linestyle")}
+                ax.axhline(p.losses.mean(), linewidth=1, **line)
         _finish(ax, TITLES[group])
     for row in axes:
         row[0].set_ylabel("training loss at the end")
@@ -131,33 +135,31 @@ def _finish(ax: Any, title: str) -> None:
 
 def _draw_labels(ax: Any, own: Sequence[Point]) -> None:
     """Means over seeds, and bars from the least to the greatest."""
-    _draw_losses(ax, np.arange(len(own)), own, "o", color="tab:orange")
+    _draw_losses(ax, np.arange(len(own)), own, **LINES["sketched"] | {"linestyle": "none"})
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(len(p.label) for p in own) > 4 else {}
     ax.set_xticks(range(len(own)), [p.label for p in own], fontsize=7, **turned)
 
 
 def _draw_k(ax: Any, own: Sequence[Point]) -> None:
-    for masking, colour in ((True, "tab:orange"), (False, "tab:blue")):
+    for masking, name in ((True, "masked"), (False, "not masked")):
         part = [p for p in own if p.fields["masking"] is masking]
-        name = "masked" if masking else "not masked"
         ks = np.array([p.fields["k"] for p in part], dtype=np.float64)
-        _draw_losses(ax, ks, part, "o-", color=colour, label=name)
+        _draw_losses(ax, ks, part, label=name, **LINES[f"before, {name}"])
     ax.set(xscale="log", xlabel="k; the last is d")
     ax.legend(fontsize=6.5)
 
 
-def _draw_losses(ax: Any, at: Floats, own: Sequence[Point], style: str, **options: Any) -> None:
-    draw_bars(ax, at, [p.losses for p in own], style, markersize=4, linewidth=1.2, **options)
+def _draw_losses(ax: Any, at: Floats, own: Sequence[Point], **options: Any) -> None:
+    draw_bars(ax, at, [p.losses for p in own], markersize=5, linewidth=1.2, **options)
 
 
 def _draw_rates(ax: Any, own: Sequence[Point]) -> None:
     """Loss over learning rate; what diverged is left out."""
     for p in own:
         rates = sorted(rate for rate, loss in p.loss_by_rate.items() if loss < SHOWN_LOSS)
-        is_baseline = p.group == "baselines"
-        style = {"color": COLOURS.get(p.label, "tab:purple"), "markersize": 3, "linewidth": 1.2}
-        name = p.label if is_baseline else f"sketched, momentum {p.label}"
-        ax.plot(rates, [p.loss_by_rate[r] for r in rates], "o-" if is_baseline else "o--", label=name, **style)
+        name = p.label if p.group == "baselines" else f"sketched, momentum {p.label}"
+        style = {**LINES[p.label], "markersize": 4, "linewidth": 1.2}
+        ax.plot(rates, [p.loss_by_rate[r] for r in rates], label=name, **style)
     ax.set(xscale="log", xlabel="learning rate at its peak")
     ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 

@@ -16,11 +16,12 @@ from benchmarks.figures import (
     mean_of,
     new_figure,
     save_figure,
+    styles_of,
     told,
 )
 
 NAMES = {"dense": "dense", "true_topk": "true top-k", "sketched": "sketched", "local_topk": "local top-k"}
-COLOURS = {"dense": "black", "true_topk": "tab:green", "sketched": "tab:orange", "local_topk": "tab:blue"}
+LINES = styles_of({"dense": "dense", "local_topk": "topk", "true_topk": "topk", "sketched": "paper"})
 HEAD = (
     "method | setting | workers | test accuracy | updated per step | wire bytes per step | ratio | "
     "the paper's ratio | seeds"
@@ -68,9 +69,10 @@ def _accuracies(group: list[Record]) -> Floats:
 
 def _draw_accuracy(ax: Any, groups: Groups) -> None:
     for method, own in _methods(groups, _compression):
-        style = {"color": COLOURS[method], "label": NAMES[method], "linewidth": 1}
-        line = "o-" if method == "true_topk" else "o"
-        draw_bars(ax, list(map(_compression, own)), list(map(_accuracies, own)), line, **style)
+        style = {**LINES[method], "label": NAMES[method], "linewidth": 1}
+        if method != "true_topk":
+            style["linestyle"] = "none"  # its settings differ in more than the compression
+        draw_bars(ax, list(map(_compression, own)), list(map(_accuracies, own)), **style)
     ax.set(xscale="log", xlabel="compression, as the paper counts", ylabel="test accuracy (%)")
     _finish(ax, [round(_compression(group)) for group in groups])
 
@@ -78,7 +80,7 @@ def _draw_accuracy(ax: Any, groups: Groups) -> None:
 def _draw_growth(ax: Any, groups: Groups, figure: str, label: str) -> None:
     for method, own in _methods(groups, _workers):
         values = [mean_of(group, figure) for group in own]
-        ax.plot(list(map(_workers, own)), values, "o-", color=COLOURS[method], label=NAMES[method], linewidth=1)
+        ax.plot(list(map(_workers, own)), values, label=NAMES[method], linewidth=1, **LINES[method])
     ax.set(xscale="log", yscale="log", xlabel="workers", ylabel=label)
     ax.yaxis.set_minor_formatter("")
     _finish(ax, list(map(_workers, groups)))

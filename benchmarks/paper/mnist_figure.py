@@ -22,8 +22,9 @@ from benchmarks.figures import (
     steps_of,
 )
 from benchmarks.paper.mnist import METHODS, RECIPES
+from hvd_sketch.commands.styles import STYLES
 
-COLOURS = {"vanilla": "tab:blue", "sketched": "tab:orange"}
+COLOURS = {"vanilla": STYLES["dense"].color, "sketched": STYLES["paper"].color}
 # The leading term of the bound on f - f*, as a power of the number of steps: Theorem 1, Theorem 5. Alg. 3 has none.
 RATES = {"logistic-alg2": -1.0, "logistic-alg2-mu": -1.0, "svm-alg2": -0.5}
 HEAD = (
@@ -77,7 +78,7 @@ def draw(runs: list[Record], path: Path) -> str:
         for ax in (upper, lower):
             ax.set(xscale="log", yscale="log")
             ax.grid(alpha=0.3, which="both")
-            ax.legend(fontsize=6.5, loc="upper right")
+            _draw_legend(ax)
     axes[0, 0].set_ylabel("training objective above the minimum")
     axes[1, 0].set_ylabel("error (fraction)")
     save_figure(figure, path, dpi=90)
@@ -99,7 +100,15 @@ def _draw_rate(ax: Any, own: Curves, power: float) -> None:
     late = own.steps[own.steps >= own.steps[-1] / 30]
     middle = int(np.searchsorted(own.steps, own.steps[-1] / 10**0.5))
     theory = own.gap().mean(0)[middle] * (late / own.steps[middle]) ** power
-    ax.plot(late, theory, "--", color="black", linewidth=1, label=f"theory, slope {power:g}")
+    ax.plot(late, theory, "--", color="0.5", linewidth=1.5, label=f"theory, slope {power:g}")
+
+
+def _draw_legend(ax: Any) -> None:
+    """Below the lines, with room for one that is long."""
+    drawn = ax.legend(fontsize=6.5, loc="lower left")
+    if len(drawn.get_texts()) > 4:
+        low, high = ax.get_ylim()
+        ax.set_ylim(bottom=low * (low / high) ** 0.4)
 
 
 def _rows(runs: list[Record], recipe: str) -> list[Sequence[str]]:

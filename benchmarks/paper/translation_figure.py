@@ -16,12 +16,13 @@ from benchmarks.figures import (
     save_figure,
     spread,
     steps_of,
+    styles_of,
     told,
 )
 from benchmarks.paper.translation import METHODS
 from benchmarks.paper.translation_models import MODELS
 
-COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
+LINES = styles_of(dict(zip(METHODS, ("dense", "topk", "paper", "paper"), strict=True)))
 HEAD = (
     "model | method | test BLEU | difference | validation loss | perplexity | steps | "
     "wire bytes per rank and step | ratio | the paper's ratio | seeds"
@@ -37,10 +38,11 @@ def draw(runs: list[Record], path: Path) -> str:
     for (model, by_method), (by_steps, by_bytes) in zip(models.items(), axes, strict=True):
         for method, own in by_method.items():
             steps, losses = steps_of(own[0]), curves(own, "valid_loss")
-            draw_band(by_steps, steps, losses, "-", COLOURS[method], method)
+            style = LINES[method]["linestyle"], LINES[method]["color"]
+            draw_band(by_steps, steps, losses, *style, method)
             if METHODS[method].real:
                 megabytes = steps * own[0]["wire_bytes_per_step"] / 1e6
-                draw_band(by_bytes, megabytes, losses, "-", COLOURS[method], method)
+                draw_band(by_bytes, megabytes, losses, *style, method)
         by_steps.set(title=model, xlabel="steps", ylabel="validation loss (nats per token)")
         by_bytes.set(title=model, xlabel="MB that one rank sends", xscale="log")
         for ax in (by_steps, by_bytes):

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from benchmarks import quickstart
 from benchmarks.accuracy_per_byte import by_ranks
 from benchmarks.figures import styles_of
 from benchmarks.network import bandwidth_report
+from benchmarks.paper import ablations_figure, cifar10_figure, translation_figure
 from hvd_sketch.commands.styles import STYLES
 
+ROOT = Path(__file__).parents[2]
+FIGURES = [by_ranks, bandwidth_report, ablations_figure, cifar10_figure, translation_figure, quickstart]
 
-@pytest.mark.parametrize("lines", [by_ranks.LINES, bandwidth_report.LINES])
-def test_lines_of_a_figure_differ(lines: dict[str, dict[str, Any]]) -> None:
-    seen = [(line["color"], line["marker"], line.get("markerfacecolor")) for line in lines.values()]
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_lines_of_a_figure_differ(figure: ModuleType) -> None:
+    seen = [(line["color"], line["marker"], line.get("markerfacecolor")) for line in figure.LINES.values()]
     assert len(set(seen)) == len(seen)
+
+
+def test_lines_without_markers_differ() -> None:
+    seen = [(line["color"], line["linestyle"]) for line in translation_figure.LINES.values()]
+    assert len(set(seen)) == len(seen)
+
+
+def test_no_figure_has_colours_of_its_own() -> None:
+    sources = [path for folder in ("benchmarks", "hvd_sketch") for path in (ROOT / folder).rglob("*.py")]
+    coloured = re.compile(r"""["'](tab:\w+|C\d|#[0-9A-Fa-f]{6})["']""")
+    own = {path.name for path in sources if coloured.search(path.read_text())}
+    assert own == {"styles.py", "figures.py", "charts.py"}  # the last has colours of runs, for reports
 
 
 @pytest.mark.parametrize(
