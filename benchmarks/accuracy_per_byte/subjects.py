@@ -55,7 +55,7 @@ result is the test loss, in nats per character or byte.
 Adam steps after every exchange, or what the method says: LagAdamW; a sign step after a residual of which 0.95 stays;
 SGD, with Nesterov momentum of 0.9 after dense, nominated and low rank; Muon for the matrices inside the blocks, with
 AdamW for all else; Lion. AdamW decays the matrices by 0.1 where the title says AdamW.
-On WikiText-2 its validation part (1.1 MB) is what trains, and its test part what judges: losses are not those of others.
+On WikiText-2 its validation part (1.1 MB) trains and its test part judges: losses are not those of other reports.
 "Every 16 steps": each rank trains by itself, and what has become of the parameters is exchanged (`LocalSteps`).
 DeMo has the same residual and sign step as ours (0.95), after a block cosine transform. DeMo and the SparseLoCo-like
 exchange send as many coordinates per rank to all others with 16 and 64 ranks as with 4, as their authors do: their

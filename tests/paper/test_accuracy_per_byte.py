@@ -17,7 +17,7 @@ from benchmarks.accuracy_per_byte.__main__ import RESULTS
 from benchmarks.accuracy_per_byte.methods import METHODS, place_of
 from benchmarks.accuracy_per_byte.plans import groups_at, targets
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
-from benchmarks.accuracy_per_byte.schedule import run_all
+from benchmarks.accuracy_per_byte.schedule import known_ratio, run_all
 from benchmarks.accuracy_per_byte.steps import Training, optimizer_for, rate_at, set_rate
 from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
 from benchmarks.accuracy_per_byte.training import train
@@ -234,6 +234,19 @@ def test_a_run_that_is_in_the_file_is_not_repeated(tmp_path: Path) -> None:
     run_all(groups, 2, tmp_path, path, processes=1, tell=told.append, train=quick)
     assert records.read(path).keys() == whole.keys() and len(told) == len(whole) + 1
     run_all(groups, 3, tmp_path, path, processes=1, minutes=0, tell=told.append, train=refuse)
+
+
+@pytest.mark.parametrize(("method", "later"), [("nominate4", 142 * 150 / 140), ("lowrank4", 142)])
+def test_bytes_are_set_right_by_the_first_whole_run(method: str, later: float) -> None:
+    (group,), done = groups_at([("mnist", 4, False, 400, 150.0)], [method]), dict[Run, Record]()
+    first, *others = search.wanted(group, 0.2, 1, done)
+    assert known_ratio(first, done) is None
+    done[first] = {**best_at(0.2, first), "nominal_ratio": 142.0, "matrix_ratio": 140.0}
+    for run in others:
+        assert known_ratio(run, done) == pytest.approx(later, rel=0.005)
+        done[run] = {**best_at(0.2, run), "nominal_ratio": later, "matrix_ratio": 150.0}
+    done[first] = {**done[first], "diverged": True}
+    assert known_ratio(others[0], done) == 142
 
 
 def test_the_table_has_the_best_rate_and_the_spread_of_its_seeds(tmp_path: Path) -> None:
