@@ -12,6 +12,7 @@ from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.model.recommended import recommended
+from hvd_sketch.model.saved_gradient import save_gradient
 from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport import HorovodTransport, MPITransport, TorchTransport, Transport, local_transports
@@ -44,5 +45,6 @@ __all__ = [
     "local_transports",
     "recommended",
     "save_checkpoint",
+    "save_gradient",
     "sketched_dim",
 ]

@@ -69,7 +69,7 @@ class Network:
         if self.per_host == 1:
             return 0.0
         carrier, passes = self.carrier, DENSE_BYTES / 4 * (self.per_host - 1) / self.per_host + 1
-        waited = 3 * (carrier.wake_s + (self.per_host - 1) * carrier.message_s)
+        waited = 3 * (carrier.collective_s + carrier.wake_s + (self.per_host - 1) * carrier.message_s)
         return waited + passes * 4 * dim / carrier.bytes_per_s
 
 
@@ -109,7 +109,8 @@ class Method:
     def network_s(self, network: Network) -> float:
         """Of an exchange, all but the local work."""
         carrier, moved = network.carrier, max(self.sent_bytes, self.received_bytes)
-        waited = self.wakes * carrier.wake_s + self.messages * carrier.message_s
+        waited = self.collectives * carrier.collective_s + self.wakes * carrier.wake_s
+        waited += self.messages * carrier.message_s
         waited += self.rounds * network.latency_s
         return self.inside_s + waited + moved / min(network.bytes_per_s, carrier.bytes_per_s)
 

@@ -23,7 +23,7 @@ ROWS = (1, 3, 5, 7)
 TABLE_SHARES = (0.25, 0.5, 0.75)  # of the bytes
 OVERSAMPLES = (2, 4, 8)
 LOW_RANK_STEPS = 3  # it begins with random factors, and goes on from those of the step before
-SAVE = "torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), FILE)"
+SAVE = "hvd_sketch.save_gradient(model.parameters(), FILE)"
 NOTE = (
     "Of one step, rounding to few bits included; training sends the rest in later steps. Nominations are taken to be "
     "the largest of this gradient, which is their upper bound: ranks know their own gradients only."
@@ -84,6 +84,7 @@ class Comparison:
         shapes: of the tensors that make it up; None: they are not known, and low rank is not judged.
         ratio: bytes of a dense ring over those of a step.
         ranks: how many share the bytes.
+        bits: of a value.
 
     Attributes:
         best: of each method, the one that captures most first.
@@ -91,9 +92,9 @@ class Comparison:
     Communication: none.
     """
 
-    def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int) -> None:
+    def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int, bits: int = 4) -> None:
         best: dict[str, Captured] = {}
-        for name, config in _candidates(gradient.numel(), shapes, ratio, ranks):
+        for name, config in _candidates(gradient.numel(), shapes, ratio, ranks, bits):
             captured = Captured(name, title_of(name, config, ratio), config, energy_captured(config, gradient, shapes))
             if name not in best or captured.energy > best[name].energy:
                 best[name] = captured
@@ -121,9 +122,11 @@ class Comparison:
         console.print(NOTE)
 
 
-def _candidates(dim: int, shapes: Shapes | None, ratio: float, ranks: int) -> Iterator[tuple[str, Compression]]:
+def _candidates(
+    dim: int, shapes: Shapes | None, ratio: float, ranks: int, bits: int
+) -> Iterator[tuple[str, Compression]]:
     """Every configuration that is tried, of equal bytes."""
-    for name, config in configurations(shapes or [(dim,)], ratio, ranks).items():
+    for name, config in configurations(shapes or [(dim,)], ratio, ranks, bits).items():
         if not isinstance(config, SketchConfig):
             if shapes is not None:
                 yield name, config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,8 @@ class Probe:
 
     def carrier(self, known: Carrier, ranks: int) -> Carrier:
         """As a transport's, of which ``known`` tells what cannot be measured by this."""
-        return replace(known, message_s=self.collective_s / (ranks - 1), bytes_per_s=self.bytes_per_s)
+        messages_s = max(self.collective_s - known.collective_s, 0.0)
+        return replace(known, message_s=messages_s / (ranks - 1), bytes_per_s=self.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,16 @@ def job_here() -> Job:
     transport = resolve_transport("auto")
     if transport.size < 2:
         raise ValueError("--measure needs the ranks of a job: torchrun --nproc-per-node 2 -m hvd_sketch plan …")
-    known, probe = CARRIERS[choose()[0]], probed(transport)
+    known, probe = CARRIERS[_launcher()], probed(transport)
     carrier = replace(probe.carrier(known, transport.size), bytes_per_s=max(known.bytes_per_s, probe.bytes_per_s))
     network = Network(transport.size, probe.bytes_per_s, 0.0, carrier)
     return Job(network, links_of(transport, host_name()), transport.rank == 0)
+
+
+def _launcher() -> str:
+    """As ``--launcher`` names what carries this job."""
+    name, _ = choose()
+    return "horovod-mpi" if name == "horovod" and sys.modules["horovod.torch"].mpi_enabled() else name
 
 
 def probed(transport: Transport) -> Probe:

@@ -76,7 +76,7 @@ def plan(
         if plot is not None:
             plan_figure.write_figure(plot, workload, network)
         if flat is not None:
-            captured = capture.Comparison(flat, shapes if model is not None else None, ratio, network.ranks)
+            captured = capture.Comparison(flat, shapes if model is not None else None, ratio, network.ranks, bits)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     parts = [part for part in (made, job, captured) if part is not None]

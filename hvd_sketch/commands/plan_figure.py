@@ -33,7 +33,7 @@ def write_figure(path: Path, workload: Workload, network: Network) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+        raise ValueError("--plot needs matplotlib: pip install hvd_sketch[plot]") from error
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     by_rate, by_ranks = figure.subplots(1, 2)
     found = {ranks: methods(workload, replace(network, ranks=ranks)) for ranks in RANKS}

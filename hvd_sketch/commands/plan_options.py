@@ -89,7 +89,7 @@ def shapes_of(params: float | None, model: str | None, gradient: Tensor | None =
         if dim != gradient.numel():
             raise ValueError(
                 f"--gradient has {gradient.numel():,} elements, the tensors of --model that are compressed {dim:,}: "
-                "save the gradients of these alone, in the model's order"
+                "save it by hvd_sketch.save_gradient(model.parameters(), FILE)"
             )
         return shapes
     if (params is None) == (model is None) or gradient is not None:

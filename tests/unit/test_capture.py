@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import hvd_sketch
 from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.capture import Comparison, energy_captured, load_gradient
+from hvd_sketch.commands.plan_options import shapes_of
 from hvd_sketch.cost import bytes_of
 
 SHAPES = [(200, 300)]
@@ -94,6 +96,27 @@ def test_command_line(options: list[str], suffix: str, tmp_path: Path) -> None:
     sketch = next(each for each in record["captured"] if each["method"] == "sketch")
     config = SketchConfig(**sketch["config"])
     assert as_call(config) in shown.output
+
+
+def deep() -> torch.nn.Module:
+    """With small tensors, which go dense, and one that gets no gradient."""
+    layers = torch.nn.Linear(100, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 50), torch.nn.Linear(40, 60)
+    return torch.nn.Sequential(*layers)
+
+
+def test_a_saved_gradient_is_of_the_tensors_that_are_compressed(tmp_path: Path) -> None:
+    path, made = tmp_path / "gradient.pt", deep()
+    with pytest.raises(ValueError, match=r"at least one of the 3 tensors .* after backward"):
+        hvd_sketch.save_gradient(made.parameters(), path)
+    first, norm, last, unused = made
+    last(norm(first(torch.ones(2, 100)))).square().sum().backward()
+    hvd_sketch.save_gradient(made.named_parameters(), path)
+    saved = load_gradient(path)
+    assert saved.numel() == hvd_sketch.sketched_dim(made.parameters()) == 100 * 40 + 40 * 50 + 40 * 60
+    expected = torch.cat([first.weight.grad.flatten(), last.weight.grad.flatten(), torch.zeros(unused.weight.numel())])
+    assert torch.equal(saved, expected)
+    shapes = shapes_of(None, "tests.unit.test_capture:deep", saved)
+    assert shapes == [(40, 100), (50, 40), (60, 40)], "and plan --model --gradient takes it"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from benchmarks.methods import LibraryAllreduce, PowerSGD
 from hvd_sketch import LowRankConfig, SketchConfig
 from hvd_sketch.__main__ import app
-from hvd_sketch.commands import plan, plan_figure
+from hvd_sketch.commands import calibrate, plan, plan_figure
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.plan import Plan
 from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
@@ -137,12 +137,25 @@ def test_table_fits_80_columns_and_json_says_the_same() -> None:
     assert dense["step_s"] == pytest.approx(dense["exchange_s"] + 0.12)
 
 
-def test_a_users_model_and_this_machine() -> None:
+def test_a_users_model_and_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "LEAST_S", 0.02)
     status, text = run("--model", "tests.unit.test_plan:model", "--calibrate", "--ratio", "20", "--json")
     record = json.loads(text)
     assert status == 0 and record["coordinates"] == 300 * 200 + 200 * 10
-    assert 0 < record["methods"]["nominate"]["local_s"] < 1
-    assert record["methods"]["nominate"]["local_s"] != CPU["nominate"].seconds(record["coordinates"])
+    assert record["methods"].keys() == CPU.keys()
+    for name, method in record["methods"].items():
+        assert 0 < method["local_s"] < 1 and method["local_s"] != CPU[name].seconds(record["coordinates"])
+
+
+def test_local_work_of_others_does_what_they_do() -> None:
+    random = torch.Generator().manual_seed(0)
+    gradient = torch.outer(torch.rand(200, generator=random), torch.rand(300, generator=random)).flatten()
+    made = {name: run(gradient, [(200, 300)]) for name, run in calibrate.OTHERS.items()}
+    assert torch.equal(made["dense"], gradient), "the mean of two ranks with this gradient"
+    assert torch.allclose(made["bf16"], gradient, rtol=1e-2)
+    assert torch.allclose(made["powersgd"], gradient, atol=1e-4), "of one outer product nothing is left out"
+    kept = made["topk"].nonzero().flatten()
+    assert len(kept) == 60 and gradient[kept].min() >= gradient.sort().values[-60]
 
 
 def test_a_figure_of_two_panels_has_every_method(tmp_path: Path) -> None:
@@ -170,6 +183,8 @@ def test_a_message_to_every_rank_costs_ours_as_many_and_a_library_has_rings_and_
         network = Network(ranks, math.inf, 1e-3, replace(CARRIERS[carrier], bytes_per_s=math.inf, wake_s=0.0))
         return methods(workload, network)[name].network_s(network)
 
+    thread_s = CARRIERS["horovod-mpi"].collective_s
+    assert waited_s("nominate", 2, "horovod-mpi") - waited_s("nominate", 2, "mpi") == pytest.approx(3 * thread_s)
     ours, torch_s = CARRIERS["mpi"].message_s, CARRIERS["torch"].message_s
     assert waited_s("nominate", 1024, "mpi") == pytest.approx(3 * (1023 * ours + 1e-3))
     assert waited_s("dense", 1024, "mpi") == pytest.approx(20 * (ours + 1e-3)), "a tree there and back"
