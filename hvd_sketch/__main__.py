@@ -67,18 +67,21 @@ def doctor(
 ) -> None:
     """Look for what is wrong with this machine, and say how to mend it.
 
-    Exit status 1 where something is wrong.
+    Exit status 1 where something is wrong. In a job its first rank alone looks and prints.
     """
     from hvd_sketch.commands import doctor as examining
+    from hvd_sketch.commands.bundle import write_bundle
 
-    lines = hosts.read_text().splitlines() if hosts is not None else []
-    found = examining.examine([line.split()[0] for line in lines if line.split("#")[0].strip()], self_test)
-    if bundle is not None:
-        examining.write_bundle(found, bundle, names)
+    if not examining.is_first_rank():
+        return
+    names_of_hosts = examining.host_names(hosts)
+    found = examining.examine(names_of_hosts, self_test)
     if as_json:
         typer.echo(examining.as_json(found))
     else:
         examining.show(found, console())
+    if bundle is not None:
+        write_bundle(found, bundle, names, names_of_hosts)
     raise typer.Exit(any(finding.state == "wrong" for finding in found))
 
 

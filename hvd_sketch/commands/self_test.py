@@ -13,9 +13,13 @@ DIM, STEPS = 10_000, 20
 CLOSE = 1e-4
 
 
-def main(transport_name: str) -> int:
-    """Returns the exit status. Communication: collective, all ranks."""
+def main(transport_name: str, ranks: int) -> None:
+    """Raises RuntimeError where something is wrong. Communication: collective, all ranks."""
     transport = resolve_transport(transport_name)
+    if transport.size != ranks:
+        raise RuntimeError(
+            f"expected {ranks} ranks, rank {transport.rank} finds {transport.size}: launcher and library do not fit"
+        )
     exchange = SketchedAllreduce(SketchConfig.for_wire_ratio(20, DIM, transport.size), DIM, transport)
     random = torch.Generator().manual_seed(transport.rank)
     produced, sent = torch.zeros(DIM), torch.zeros(DIM)
@@ -28,13 +32,9 @@ def main(transport_name: str) -> int:
     equal = torch.equal(transport.broadcast_(sent.clone()), sent)
     lost = float((left - sent).abs().max())
     if not equal or lost > CLOSE:
-        print(
-            f"rank {transport.rank}: updates are {'' if equal else 'not '}equal, {lost:.2g} was lost", file=sys.stderr
-        )
-        return 1
+        raise RuntimeError(f"rank {transport.rank}: updates are {'' if equal else 'not '}equal, {lost:.2g} was lost")
     print(f"rank {transport.rank} of {transport.size}: ok")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from hvd_sketch.commands import doctor, findings
+from hvd_sketch.commands import doctor, finding, findings, libraries
 
 TIMEOUT_S = 240
-HOSTS = "good slots=2\n# a comment\n\nother slots=2\nbare\n"
-SSH = '[ "$3" = good ] && exec sh -c "$4"\n[ "$3" = other ] && echo 0.0.9 2.13.0 2.4 && exit 0\nexit 255'
+HOSTS = "good slots=2\n# a comment\n\nother slots=2\nbare\naway\n"
+SSH = """[ "$3" = good ] && exec sh -c "$4"
+[ "$3" = other ] && echo 0.0.9 2.13.0 2.4 && exit 0
+[ "$3" = bare ] && echo "ModuleNotFoundError: No module named 'hvd_sketch'" >&2 && exit 1
+echo "ssh: connect to host away port 22: No route to host" >&2
+exit 255"""
+TOGETHER = """touch "$HERE/$3"
+for _ in $(seq 100); do [ "$(ls "$HERE" | wc -l)" = 4 ] && echo together && exit 0; sleep 0.1; done
+exit 1"""
 
 
 def examined(*arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit status, and the findings by name."""
-    command = [sys.executable, "-m", "hvd_sketch", "doctor", "--json", *arguments]
+    command = [sys.executable, "-m", "hvd_sketch", "doctor", "--json", "--no-self-test", *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode in (0, 1), done.stderr
-    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+    return done.returncode, {found["name"]: found for found in json.loads(done.stdout)}
 
 
 def command(folder: Path, name: str, script: str) -> None:
@@ -33,19 +41,6 @@ def command(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.multiprocess
-def test_a_healthy_machine(tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle.txt"
-    status, found = examined("--bundle", str(bundle))
-    assert status == 0 and {finding["state"] for finding in found.values()} <= {"ok", "note"}, found
-    assert {"versions", "MPI", "Horovod", "threads", "kernel cache", "disk"} <= found.keys()
-    for transport in ("torch", "mpi", "horovod"):
-        assert found[f"self-test, {transport}"]["state"] == "ok", found
-    text = bundle.read_text()
-    assert "Open MPI" in text and "self-test, mpi: 2 ranks agree" in text
-    assert sys.prefix not in text and socket.gethostname() not in text
-
-
 def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     """Open MPI 5 with horovodrun, another MPI than mpi4py's, too many threads, no cache, hosts without the package."""
     programs, hosts = tmp_path / "bin", tmp_path / "hosts"
@@ -53,33 +48,60 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     command(programs, "ssh", SSH)
     hosts.write_text(HOSTS)
     status, found = examined(
-        *("--no-self-test", "--hosts", str(hosts)),
+        *("--hosts", str(hosts)),
         PATH=f"{programs}:{os.environ['PATH']}",
         LOCAL_WORLD_SIZE="99",
         NUMBA_CACHE_DIR="/dev/null/kernels",
     )
-    assert status == 1
-    wrong = {name: (finding["told"], finding["mend"]) for name, finding in found.items() if finding["state"] == "wrong"}
-    assert wrong.keys() == {"MPI", "horovodrun --mpi", "threads", "kernel cache", "host other", "host bare"}
+    assert status == 1 and found["host good"]["state"] == "ok"
+    wrong = {name: (about["told"], about["mend"]) for name, about in found.items() if about["state"] == "wrong"}
     for name, told, mend in (
         ("MPI", "mpirun is of Open MPI 5.0.3", "first on PATH"),
         ("horovodrun --mpi", "Open MPI 5.0.3 does not take", "--gloo"),
         ("threads", "99 ranks", "OMP_NUM_THREADS=1"),
         ("kernel cache", "/dev/null/kernels", "warm-up"),
         ("host other", "0.0.9", "same versions"),
-        ("host bare", "no hvd_sketch", "same path"),
+        ("host bare", "No module named 'hvd_sketch'", "same path"),
+        ("host away", "No route to host", "ssh without a password"),
     ):
-        assert told in wrong[name][0] and mend in wrong[name][1], wrong[name]
+        assert told in wrong[name][0] and mend in wrong.pop(name)[1], found[name]
+    assert not wrong
 
 
-def test_what_is_not_installed_is_a_note(tmp_path: Path) -> None:
-    for package in ("horovod", "mpi4py", "triton"):
-        (tmp_path / f"{package}.py").write_text(f'raise ImportError("{package} is not here")')
+def test_an_mpi4py_of_another_mpi_and_settings_that_do_not_fit(tmp_path: Path) -> None:
+    """mpi4py that was built for MPICH, where Open MPI is; OpenMP that binds all ranks to one core; a GPU."""
+    command(tmp_path / "bin", "nvidia-smi", 'echo "NVIDIA H100 80GB HBM3, 550.54.15"')
+    status, found = examined(
+        MPI4PY_MPIABI="mpich",
+        HOROVOD_CONTROLLER="gloo",
+        OMP_PROC_BIND="spread",
+        OMP_NUM_THREADS="1",
+        LOCAL_WORLD_SIZE="2",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    )
+    assert status == 1 and {name for name, about in found.items() if about["state"] == "wrong"} == {"MPI"}
+    mpi = found["MPI"]
+    assert "was built for MPICH" in mpi["told"] and "libmpi.so.12" in mpi["told"] and "--no-binary" in mpi["mend"]
+    assert found["Horovod's controller"]["told"] == "Gloo, by HOROVOD_CONTROLLER"
+    assert "without NCCL, CUDA" in found["Horovod"]["told"]
+    assert "OMP_PROC_BIND=spread" in found["binding"]["told"] and "the first" in found["binding"]["mend"]
+    assert found["GPU"]["state"] == "note" and "H100 80GB HBM3, driver 550.54.15" in found["GPU"]["told"]
+
+
+def test_what_is_not_installed_is_a_note_and_what_is_broken_is_wrong(tmp_path: Path) -> None:
+    for package in ("mpi4py", "triton"):
+        text = f'raise ModuleNotFoundError("No module named {package}", name="{package}")'
+        (tmp_path / f"{package}.py").write_text(text)
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod" / "__init__.py").touch()
+    (tmp_path / "horovod" / "torch.py").write_text('raise ImportError("undefined symbol: _ZN2at")')
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    status, found = examined("--no-self-test", PYTHONPATH=path)
-    assert status == 0
-    for name, package, mend in (("MPI", "mpi4py", "pip"), ("Horovod", "horovod", "torchrun"), ("GPU", "Triton", "gpu")):
+    status, found = examined(PYTHONPATH=path)
+    assert status == 1
+    for name, package, mend in (("MPI", "mpi4py", "pip"), ("GPU", "Triton", "gpu")):
         assert found[name]["state"] == "note" and package in found[name]["told"] and mend in found[name]["mend"], found
+    horovod = found["Horovod"]
+    assert horovod["state"] == "wrong" and "undefined symbol" in horovod["told"] and "this torch" in horovod["mend"]
 
 
 def test_interfaces_of_different_speed(tmp_path: Path) -> None:
@@ -94,34 +116,131 @@ def test_interfaces_of_different_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("printed", "launcher"),
+    ("built", "printed", "launcher", "state"),
     [
-        ("mpirun (Open MPI) 4.1.8\n\nReport bugs to", "Open MPI 4.1.8"),
-        ("HYDRA build details:\n    Version:                                 4.2.0\n", "MPICH 4.2.0"),
-        ("Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005", "Intel MPI 2021.11"),
-        ("something else", None),
-        (None, None),
+        ("Open MPI 4.1.8", "mpirun (Open MPI) 4.1.8\n\nReport bugs to", "Open MPI 4.1.8", "ok"),
+        ("Open MPI 4.1.8", "mpirun (Open MPI) 5.0.3\n\nReport bugs to", "Open MPI 5.0.3", "wrong"),
+        ("Open MPI 5.0.0", "mpirun (Open MPI) 5.0.0rc12\n", "Open MPI 5.0.0", "ok"),
+        ("Open MPI 4.1.8", "HYDRA build details:\n    Version:         4.2.0\n", "MPICH 4.2.0", "wrong"),
+        ("MPICH 3.4.0", "HYDRA build details:\n    Version:             3.4\n", "MPICH 3.4", "ok"),
+        ("MPICH 3.4.0", "HYDRA build details:\n    Version:           4.1a1\n", "MPICH 4.1", "wrong"),
+        (
+            *("Intel MPI 2021.11.0", "Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005"),
+            *("Intel MPI 2021.11", "ok"),
+        ),
+        ("MPICH 4.2.0", "Intel(R) MPI Library for Linux* OS, Version 2021.11 Build", "Intel MPI 2021.11", "note"),
+        ("MVAPICH 3.0.0", "HYDRA build details:\n    Version:        4.0.3\n", "MPICH 4.0.3", "note"),
+        ("Open MPI 4.1.8", "something else", None, None),
+        ("Open MPI 4.1.8", None, None, None),
     ],
 )
-def test_whose_mpirun_it_is(printed: str | None, launcher: str | None) -> None:
-    assert findings.launcher_version(printed) == launcher
+def test_whether_an_mpirun_is_that_of_an_mpi(
+    built: str, printed: str | None, launcher: str | None, state: str | None
+) -> None:
+    assert libraries.launcher_version(printed) == launcher
+    if launcher is not None:
+        assert libraries.compared(built, launcher) == state
 
 
-def test_a_job_that_fails_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "import sys; print('the network is down', file=sys.stderr); sys.exit(3)"
-    found = doctor.run_job("self-test", [sys.executable, "-c", program])
-    assert found.state == "wrong" and found.told == "status 3: the network is down" and sys.executable in found.mend
-    monkeypatch.setattr(doctor, "SELF_TEST_S", 1)
-    hangs = doctor.run_job("self-test", [sys.executable, "-c", "import time; time.sleep(60)"])
-    assert hangs.state == "wrong" and "did not finish in 1 s" in hangs.told
+def test_no_mpirun_is_a_note_where_srun_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert libraries.mpi().state == "wrong"
+    command(tmp_path, "srun", "exit 0")
+    found = libraries.mpi()
+    assert found.state == "note" and "no mpirun, but srun" in found.told and "--mpi=pmix" in found.mend
 
 
-def test_a_bundle_has_no_path_and_no_host(tmp_path: Path) -> None:
-    told = f"no such file: /home/someone/work/train.py on {socket.gethostname()}"
-    found = [findings.Finding("host node17.example.org", "wrong", told, "mend /opt/mpi/bin")]
-    doctor.write_bundle(found, tmp_path / "bundle", names=False)
-    text = (tmp_path / "bundle").read_text()
-    for name in ("someone", socket.gethostname(), "node17", "example", "/opt"):
-        assert name not in text
-    doctor.write_bundle(found, tmp_path / "bundle", names=True)
-    assert told in (tmp_path / "bundle").read_text()
+@pytest.mark.parametrize(
+    ("cores", "each", "variables", "state", "told"),
+    [
+        (16, 16, {}, "ok", "no launcher has started"),
+        (16, 4, {"LOCAL_WORLD_SIZE": "4"}, "ok", "4 ranks of 4 on 16 cores"),
+        (16, 8, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "wrong", "4 ranks of 8 on 16 cores"),
+        (4, 4, {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "ok", "4 of this process, which may run on 4 of 16 cores"),
+        (1, 4, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "wrong", "4 of this process, which may run on 1 of 16 cores"),
+        (16, 16, {"SLURM_NTASKS_PER_NODE": "4"}, "ok", "no launcher"),  # of a batch script, before srun
+    ],
+)
+def test_threads_and_cores(
+    cores: int, each: int, variables: dict[str, str], state: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*findings.LOCAL_SIZES, "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(findings.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(findings.os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: each)
+    found = findings.threads()
+    assert found.state == state and told in found.told, found
+    assert found.state == "ok" or f"OMP_NUM_THREADS={max(cores // 4, 1)}" in found.mend
+
+
+def test_cores_are_told_as_ranges() -> None:
+    assert findings.ranges({0, 1, 2, 3, 8, 10, 11}) == "0-3,8,10-11"
+    assert findings.ranges(os.sched_getaffinity(0)) in findings.binding().told
+
+
+@pytest.mark.parametrize(
+    ("asked", "built", "state", "told"),
+    [
+        ("", {"MPI", "Gloo"}, "ok", "MPI, unless horovodrun"),
+        ("", {"Gloo"}, "ok", "Gloo, unless horovodrun"),
+        ("", set(), "wrong", "none"),
+        ("MPI", {"MPI"}, "ok", "MPI, by HOROVOD_CONTROLLER"),
+        ("mpi", {"Gloo"}, "wrong", "built without MPI"),
+    ],
+)
+def test_what_horovod_talks_over(
+    asked: str, built: set[str], state: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_CONTROLLER", asked)
+    found = libraries.controller({name: name in built for name in ("MPI", "Gloo")})
+    assert found.state == state and told in found.told
+
+
+def test_hosts_are_asked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four answers when all four were asked."""
+    command(tmp_path / "bin", "ssh", TOGETHER)
+    (tmp_path / "asked").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("HERE", str(tmp_path / "asked"))
+    monkeypatch.setattr(findings, "output", lambda *command: "together\n")  # the versions here
+    found = findings.hosts(["a", "b", "c", "d"])
+    assert [about.name for about in found] == ["host a", "host b", "host c", "host d"]
+    assert {about.state for about in found} == {"ok"}, found
+
+
+def test_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    told = "needs hvd_sketch[gpu], not [/tmp/x] and not [red]this[/red]"
+    doctor.show([finding.Finding("GPU [0]", "wrong", told, f"mend: {told}")], Console(width=200))
+    shown = capsys.readouterr().out
+    assert shown.count(told) == 2 and shown.count("GPU [0]") == 2
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("Traceback\n  raise\nValueError: no route\nRuntimeError: peer lost\n=====\n", "ValueError: no route"),
+        ("[1]<stderr>:torch.cuda.OutOfMemoryError: 2 GiB\nx.errors.ChildFailedError: \n", "OutOfMemoryError: 2 GiB"),
+        ("There are not enough slots\n-----------\n\n", "There are not enough slots"),
+        ("======\n123\n", "nothing was printed"),
+    ],
+)
+def test_the_line_that_says_why(printed: str, told: str) -> None:
+    assert finding.telling_line(printed) == told
+
+
+def test_the_gpus_and_what_drives_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a machine without one: what torch would say of it."""
+    import torch
+
+    command(tmp_path, "nvidia-smi", 'echo "550.54.15"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    device = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: device)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    told = libraries.gpu().told
+    assert told.startswith("NVIDIA H100 80GB HBM3, 79 GiB; driver 550.54.15, CUDA 12.8")
