@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,14 +37,10 @@ class MeteredTransport(ForwardingTransport):
         outer, self._phase, self._of_device = (self._phase, self._of_device), name, device.type != "cpu"
         try:
             with self.ledger.observer.span(Kind.PHASE, name):
-                if self.size == 1:
-                    yield
-                else:
-                    with process_watch().over(self.rank, self.size, self.ledger.step, name, self._attendance):
-                        yield
+                yield
         except (RuntimeError, TimeoutError) as error:
             error.add_note(f"rank {self.rank} of {self.size} was in step {self.ledger.step}, phase {name!r}")
-            elsewhere = self._attendance.elsewhere(name) if self._attendance is not None else ""
+            elsewhere = self._who_is_elsewhere(name)
             if elsewhere:
                 error.add_note(elsewhere)
             raise
@@ -55,23 +50,23 @@ class MeteredTransport(ForwardingTransport):
     def allreduce_(self, tensor: Tensor) -> Tensor:
         self._come()
         self._record("allreduce", tensor, moved=2 * tensor.nbytes, copied=8 * tensor.numel())
-        with self._timed("allreduce"):
+        with self._waiting("allreduce"):
             return super().allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
         self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
-        with self._timed("reduce_scatter"):
+        with self._waiting("reduce_scatter"):
             return super().reduce_scatter(tensor, ordered or self._deterministic)
 
     def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
         self._come()
         self._record("reduce_scatter", tensor, moved=tensor.nbytes + tensor.nbytes // self.size)
-        with self._timed("reduce_scatter"):
+        with self._waiting("reduce_scatter", is_end=False):
             started = super().start_reduce_scatter(tensor, ordered or self._deterministic)
 
         def wait() -> Tensor:
-            with self._timed("reduce_scatter"):
+            with self._waiting("reduce_scatter"):
                 return started.wait()
 
         return Pending(wait)
@@ -79,12 +74,12 @@ class MeteredTransport(ForwardingTransport):
     def alltoall(self, tensor: Tensor) -> Tensor:
         self._come()
         self._record("alltoall", tensor, moved=2 * tensor.nbytes)
-        with self._timed("alltoall"):
+        with self._waiting("alltoall"):
             return super().alltoall(tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
         self._come()
-        with self._timed("allgather"):
+        with self._waiting("allgather"):
             gathered = super().allgather(tensor)
         self._record("allgather", gathered, moved=tensor.nbytes + gathered.nbytes)
         return gathered
@@ -92,16 +87,32 @@ class MeteredTransport(ForwardingTransport):
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         self._come()
         self._record("broadcast", tensor, moved=2 * tensor.nbytes)
-        with self._timed("broadcast"):
+        with self._waiting("broadcast"):
             return super().broadcast_(tensor, root)
+
+    def _who_is_elsewhere(self, phase: str) -> str:
+        """What may be the cause of an error in a phase, in words; "": nothing is known."""
+        if self._attendance is None:
+            return ""
+        with process_watch().over(self.rank, self.size, self.ledger.step, phase):
+            self._attendance.listen()
+        return self._attendance.elsewhere(phase)
 
     def _come(self) -> None:
         if self._attendance is not None:
             self._attendance.come()
 
-    def _timed(self, collective: str) -> AbstractContextManager[Any]:
-        """A block in which this rank sends, receives, or waits for others."""
-        return self.ledger.observer.span(Kind.COLLECTIVE, collective)
+    @contextmanager
+    def _waiting(self, collective: str, is_end: bool = True) -> Iterator[None]:
+        """A block in which this rank sends, receives, or waits for others, and perhaps ends the collective."""
+        with self.ledger.observer.span(Kind.COLLECTIVE, collective):
+            if self.size == 1:
+                yield
+            else:
+                with process_watch().over(self.rank, self.size, self.ledger.step, self._phase, self._attendance):
+                    yield
+        if is_end and self._attendance is not None:
+            self._attendance.leave()
 
     def _record(self, collective: str, payload: Tensor, moved: int, copied: int | None = None) -> None:
         """Record a collective of the whole logical vector ``payload``.

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from weakref import WeakKeyDictionary
 
-from hvd_sketch.transport.attendance import Attendance, Says
-from hvd_sketch.transport.base import name_ranks
+from hvd_sketch.transport.attendance import Attendance
+from hvd_sketch.transport.base import Transport, name_ranks
+from hvd_sketch.transport.words import Says
 
 STALL_VARIABLE, ABORT_VARIABLE = "HVD_SKETCH_STALL_SECONDS", "HVD_SKETCH_STALL_ABORT_SECONDS"
 STALL_S = 30.0
@@ -25,92 +26,132 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Wait:
-    rank: int
+class Wait:
+    """A block of code in which a rank waits for others; of nested ones only the innermost is looked at.
+
+    Attributes:
+        rank: None: not known yet.
+        step: None: it belongs to no step.
+        doing: what all ranks do together, in words that are equal on all.
+    """
+
+    watch: StallWatch
+    rank: int | None
     size: int
     step: int | None
-    phase: str
-    since_s: float
+    doing: str
     attendance: Attendance | None
+    since_s: float = 0.0
+    outer: Wait | None = None  # of the same thread
     told: int = -1  # the collective that the others were told of
     reason: str | None = None  # why it cannot end, when it was last looked at
-    is_reported: bool = False
+    is_reported: bool = field(default=False, init=False)
+
+    def __enter__(self) -> None:
+        self.since_s = time.monotonic()
+        self.outer = self.watch.begin(self)
+
+    def __exit__(self, *error: object) -> None:
+        if self.outer is not None:
+            self.outer.since_s, self.outer.told, self.outer.reason = time.monotonic(), -1, None
+        self.watch.end(self)
+
+    @property
+    def who(self) -> str:
+        """The rank, for messages."""
+        return f"process {os.getpid()}" if self.rank is None else f"rank {self.rank} of {self.size}"
 
     @property
     def place(self) -> str:
         """Where in the program, for messages."""
-        return f"phase {self.phase!r}" if self.step is None else f"step {self.step}, phase {self.phase!r}"
+        return f"phase {self.doing!r}" if self.step is None else f"step {self.step}, phase {self.doing!r}"
 
 
 class StallWatch:
-    """A thread that looks at every phase that lasts long. Communication: no collective.
+    """Two threads that look at every wait that lasts long. Communication: no collective.
 
     A rank that waits tells the others which collective it waits in. After ``stall_s`` it warns once and names the ranks
-    that have not come; those that still can show where they are. A phase that cannot end, because a rank has left, ends
+    that have not come; those that still can show where they are. A wait that cannot end, because a rank has left, ends
     the process: no Python error reaches a thread that waits in a library.
 
+    One thread looks at the clock, and the other one speaks with the ranks: what carries the words may not answer.
+
     Args:
-        stall_s: after which a phase is long.
+        stall_s: after which a wait is long.
         abort_s: after which it ends the process; 0: never.
     """
 
     def __init__(self, stall_s: float, abort_s: float = 0.0) -> None:
         self._stall_s, self._abort_s = stall_s, abort_s
         self._look_s = min(stall_s / LOOKS_PER_STALL, LONGEST_LOOK_S)
-        self._waits: dict[int, _Wait] = {}
+        self._waits: dict[int, Wait] = {}  # the innermost one of every thread
         self._late: WeakKeyDictionary[Attendance, tuple[int, float]] = WeakKeyDictionary()  # where, and since when
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
-    @contextmanager
     def over(
-        self, rank: int, size: int, step: int | None, phase: str, attendance: Attendance | None = None
-    ) -> Iterator[None]:
-        """Watch the phase that runs inside.
+        self, rank: int | None, size: int, step: int | None, doing: str, attendance: Attendance | None = None
+    ) -> Wait:
+        """Watch the block that runs inside, in which this rank waits for others.
 
         Args:
-            rank, size: this rank, and how many there are.
-            step: for messages; None: the phase belongs to no step.
-            phase: its name, equal on all ranks.
+            rank, size: this rank, and how many there are; None: not known yet.
+            step: for messages; None: it belongs to no step.
+            doing: what all ranks do together, in words that are equal on all; the phase of a step.
             attendance: of the ranks, where their transport has one.
         """
-        if self._thread is None or not self._thread.is_alive():  # as in a process forked from this one
-            self._thread = threading.Thread(target=self._look, name="hvd_sketch stall watch", daemon=True)
-            self._thread.start()
-        if attendance is not None and attendance not in self._late:
-            self._late[attendance] = -1, 0.0
-        wait = _Wait(rank, size, step, phase, time.monotonic(), attendance)
-        self._waits[id(wait)] = wait
-        try:
-            yield
-        finally:
-            del self._waits[id(wait)]
+        return Wait(self, rank, size, step, doing, attendance)
 
-    def _look(self) -> None:
+    def begin(self, wait: Wait) -> Wait | None:
+        """A thread waits from now on; returns what it waited in already."""
+        if not self._threads or not self._threads[0].is_alive():  # as in a process forked from this one
+            self._threads = [
+                threading.Thread(target=look, name=f"hvd_sketch stall watch, {name}", daemon=True)
+                for look, name in ((self._look_at_the_clock, "clock"), (self._speak_with_ranks, "ranks"))
+            ]
+            for thread in self._threads:
+                thread.start()
+        if wait.attendance is not None and wait.attendance not in self._late:
+            self._late[wait.attendance] = -1, 0.0
+        thread_id = threading.get_ident()
+        outer = self._waits.get(thread_id)
+        self._waits[thread_id] = wait
+        return outer
+
+    def end(self, wait: Wait) -> None:
+        """A thread waits no longer."""
+        if wait.outer is not None:
+            self._waits[threading.get_ident()] = wait.outer
+        else:
+            self._waits.pop(threading.get_ident(), None)
+
+    def _look_at_the_clock(self) -> None:
         while True:
             time.sleep(self._look_s)
-            waits = list(self._waits.values())
-            for wait in waits:
-                self._look_at(wait, time.monotonic() - wait.since_s)
+            for wait in list(self._waits.values()):
+                waited_s = time.monotonic() - wait.since_s
+                if waited_s > self._stall_s and not wait.is_reported:
+                    wait.is_reported = True
+                    _warn(wait, waited_s)
+                if self._abort_s and waited_s > self._abort_s:
+                    _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
+
+    def _speak_with_ranks(self) -> None:
+        while True:
+            time.sleep(self._look_s)
+            waits = [wait for wait in self._waits.values() if wait.attendance is not None]
             for attendance in list(self._late):
+                attendance.listen()
+                attendance.answer()
                 if attendance not in [wait.attendance for wait in waits]:
                     self._look_for_those_who_wait(attendance)
-
-    def _look_at(self, wait: _Wait, waited_s: float) -> None:
-        if waited_s > self._look_s and wait.attendance is not None:
-            if wait.told != wait.attendance.begun:
-                wait.told = wait.attendance.begun
-                wait.attendance.say(Says.WAITS, wait.phase)
-            _end_if_hopeless(wait, wait.attendance)
-        if waited_s > self._stall_s and not wait.is_reported:
-            wait.is_reported = True
-            _warn(wait, waited_s)
-        if self._abort_s and waited_s > self._abort_s:
-            _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
+            for wait in waits:
+                if time.monotonic() - wait.since_s > self._look_s:
+                    _speak_of(wait)
 
     def _look_for_those_who_wait(self, attendance: Attendance) -> None:
         """Where others have waited for this rank for long, show what it does, once for each collective."""
-        heard = attendance.heard()
-        waiting = [r for r, word in heard.items() if word.says == Says.WAITS and word.begun > attendance.begun]
+        words = attendance.heard.items()
+        waiting = [r for r, word in words if word.says == Says.WAITS and word.begun > attendance.begun]
         where, since_s = self._late[attendance]
         if not waiting:
             self._late[attendance] = -1, 0.0
@@ -125,49 +166,78 @@ class StallWatch:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def _end_if_hopeless(wait: _Wait, attendance: Attendance) -> None:
-    """Twice the same reason: it was no moment between two collectives."""
-    before, wait.reason = wait.reason, _hopeless(attendance, wait.phase)
+def _speak_of(wait: Wait) -> None:
+    """Tell the others where this rank waits, and end it where they will not come.
+
+    Twice the same reason: it was no moment between two collectives.
+    """
+    attendance = wait.attendance
+    assert attendance is not None
+    if wait.told != attendance.begun:
+        wait.told = attendance.begun
+        attendance.say(Says.WAITS, wait.doing)
+    before, wait.reason = wait.reason, _hopeless(attendance, wait.doing)
     if wait.reason is not None and wait.reason == before:
         _end(wait, wait.reason)
 
 
-def _hopeless(attendance: Attendance, phase: str) -> str | None:
+def _hopeless(attendance: Attendance, doing: str) -> str | None:
     """Why the collective that this rank waits in cannot end; None: it still can."""
-    heard = attendance.heard()
-    joined = [r for r, word in heard.items() if word.says == Says.JOINED and word.begun < attendance.begun]
+    words = attendance.heard.items()
+    joined = [r for r, word in words if word.says == Says.JOINED and word.begun < attendance.begun]
     if joined:
         return (
             f"{name_ranks(joined)} of {attendance.size} left this step by hvd.join(), which cannot stand in for a "
             "compressed exchange: put the training loop into 'with optimizer.join():' on every rank instead"
         )
-    return attendance.elsewhere(phase) or None
+    return attendance.elsewhere(doing) or None
 
 
-def _end(wait: _Wait, reason: str) -> None:
-    logger.critical("rank %d of %d ends, in %s: %s", wait.rank, wait.size, wait.place, reason)
+def _end(wait: Wait, reason: str) -> None:
+    logger.critical("%s ends, in %s: %s", wait.who, wait.place, reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
-def _warn(wait: _Wait, waited_s: float) -> None:
+def _warn(wait: Wait, waited_s: float) -> None:
     hint = (
         "Not all of them have begun this step: one that ran out of data must go on contributing (put the loop into "
         "'with optimizer.join():' on every rank), one that hangs or waits elsewhere must be looked for."
-        if wait.phase == "agree"
+        if wait.doing == "agree"
         else "Call the same functions in the same order, over the same transport, on every rank."
         if wait.step is None
         else "One of them hangs, or the network does."
     )
     absent = wait.attendance.absent() if wait.attendance is not None else []
+    known = wait.attendance.describe_absent() if wait.attendance is not None else ""
     who = (
         f"{name_ranks(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
     )
     logger.warning(
-        "rank %d of %d has waited for %.0f s for %s, in %s. %s",
-        *(wait.rank, wait.size, waited_s, who, wait.place, hint),
+        "%s has waited for %.0f s for %s, in %s. %s", *(wait.who, waited_s, who, wait.place, f"{known} {hint}".strip())
     )
+
+
+@contextmanager
+def watched(comm: Transport, doing: str, step: int | None = None) -> Iterator[None]:
+    """Who waits long for the collectives inside says so.
+
+    Args:
+        comm: the ranks that all come here.
+        doing: what they do together, in words that are equal on all.
+        step: for messages; None: it belongs to no step.
+    """
+    if comm.size == 1:
+        yield
+        return
+    attendance: Attendance | None = getattr(comm, "attendance", None)
+    if attendance is not None:
+        attendance.come()
+    with process_watch().over(comm.rank, comm.size, step, doing, attendance):
+        yield
+    if attendance is not None:
+        attendance.leave()
 
 
 @cache

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import pytest
-from torch.distributed import HashStore
+import torch
+from torch.distributed import HashStore, TCPStore
 
-from hvd_sketch.transport.attendance import Attendance, Says, StoreAttendance, Word
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.transport import LocalTransport, attendance, metered, run_local
+from hvd_sketch.transport.attendance import Attendance, StoreAttendance
+from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.transport.processes import Fate, Process
+from hvd_sketch.transport.stall import StallWatch
+from hvd_sketch.transport.words import Says, Word
+from tests.support.harness import child_environment, wait_until
 
 LIMIT_S = 60
+# Rank RANK of two; with port 0 it also keeps the store.
+OTHER_RANK = """
+import sys, time
+from torch.distributed import TCPStore
+from hvd_sketch.transport.attendance import StoreAttendance
+rank, port = map(int, sys.argv[1:])
+store = TCPStore("127.0.0.1", port, is_master=not port, wait_for_workers=False)
+attendance = StoreAttendance(store, rank, 2)
+print(store.port, flush=True)
+time.sleep(100)
+"""
 
 
 def on_ranks(size: int, program: Callable[[Attendance], str]) -> list[str]:
@@ -71,6 +99,22 @@ def test_a_rank_that_has_ended_is_named() -> None:
     assert messages[0].startswith("rank 0 of 3 has come to 'second', but the program of rank 2 is over")
 
 
+def test_who_leaves_in_a_collective_is_not_taken_for_one_who_has_ended_it() -> None:
+    def program(attendance: Attendance, ends_it: bool) -> str:
+        attendance.meet("first")
+        attendance.come()
+        if attendance.rank == 1:
+            if ends_it:
+                attendance.leave()
+            attendance.say(Says.ENDED)
+            return ""
+        wait_until(lambda: attendance.listen() or attendance.heard[1].says == Says.ENDED)
+        return attendance.elsewhere("agree")
+
+    assert on_ranks(2, partial(program, ends_it=True)) == ["", ""]
+    assert on_ranks(2, partial(program, ends_it=False))[0].startswith("the program of rank 1 is over")
+
+
 def test_who_has_gone_on_already_has_been_here() -> None:
     """A rank that has been seen by all may be in a later collective, elsewhere, when a slow rank looks."""
     store = HashStore()
@@ -85,3 +129,134 @@ def test_who_has_gone_on_already_has_been_here() -> None:
 def test_a_word_survives() -> None:
     word = Word(Says.JOINED, 2**40, "einen Prüfpunkt „speichern“")
     assert Word.decode(word.encode()) == word
+
+
+@contextmanager
+def other_rank(rank: int, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another process that is a rank, and the port of the store."""
+    command = [sys.executable, "-c", OTHER_RANK, str(rank), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment()) as process:
+        try:
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@pytest.mark.multiprocess
+def test_who_waits_is_heard_while_the_store_is_frozen_and_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A question to a store that is frozen does not come back, whatever its timeout."""
+    monkeypatch.setattr(attendance, "UNANSWERED_S", 1.0)
+    with other_rank(0) as (process, port):
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        mine = StoreAttendance(store, 1, 2)
+        mine.listen()
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_until(lambda: mine.heard[0].process.fate() == Fate.STOPPED)
+        mine.come()
+        with StallWatch(3.0).over(1, 2, 3, "agree", mine):
+            wait_until(lambda: caplog.messages, timeout_s=20)
+        assert caplog.messages[0].startswith("rank 1 of 2 has waited for ")
+        assert f"Who has come is not known: the store at 127.0.0.1:{port} by which the ranks met, on the host of " in (
+            caplog.text
+        )
+        assert "Rank 0 is stopped, by a signal or a debugger." in caplog.text
+        process.kill()
+        process.wait()
+        started_s = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"come to 'save', but .*rank 0.*ended"):
+            mine.meet("save")
+        assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_was_killed_is_not_waited_for() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mine = StoreAttendance(store, 0, 2)
+    with other_rank(1, store.port) as (process, _), ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(mine.meet, "be set up")
+        time.sleep(0.5)
+        assert not waits.done()
+        process.kill()
+        with pytest.raises(RuntimeError, match="'be set up', but rank 1 ended without a word: killed, or crashed"):
+            waits.result(5)
+    mine.close()
+
+
+def test_a_rank_of_another_host_is_named_when_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance, "SILENT_S", 0.2)
+    monkeypatch.setattr(attendance, "LOST_S", 0.6)
+    store = HashStore()
+    near, far = (StoreAttendance(store, rank, 2) for rank in range(2))
+    far._said = replace(far._said, process=Process("another host", 1, 1))
+    far.say(Says.WAITS, "agree")
+    near.begun = 7
+    near.say(Says.WAITS, "agree")
+    far.listen()
+
+    def listen_for(seconds: float) -> None:
+        for _ in range(10):
+            time.sleep(seconds / 10)
+            near.listen()
+
+    listen_for(0.4)
+    assert near.describe_absent() == "", "nothing is known of a rank that never looks at who waits"
+    for _ in range(3):
+        far.answer()
+        listen_for(0.15)
+        assert near.describe_absent() == "" and near.elsewhere("agree") == ""
+    listen_for(0.3)
+    assert near.describe_absent().startswith("Rank 1 has not answered for 0 s: its process is stopped, or its host ")
+    listen_for(0.5)
+    assert "nothing was heard of rank 1 for" in near.elsewhere("agree")
+    assert near.absent() == [1]
+
+
+def test_what_becomes_of_a_process_is_seen_on_its_host() -> None:
+    own = Process.of(os.getpid())
+    assert own.fate() == Fate.RUNS
+    assert replace(own, host="another host").fate() == Fate.UNKNOWN
+    assert replace(own, started=own.started - 1).fate() == Fate.OVER, "another process had this number"
+    with subprocess.Popen(["sleep", "100"]) as sleeper:
+        other = Process.of(sleeper.pid)
+        assert other.fate() == Fate.RUNS
+        sleeper.send_signal(signal.SIGSTOP)
+        wait_until(lambda: other.fate() == Fate.STOPPED)
+        sleeper.kill()
+        wait_until(lambda: other.fate() == Fate.OVER)  # before anybody has asked for its status
+    assert other.fate() == Fate.OVER
+
+
+def test_only_waiting_for_others_is_waiting(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Long work of this rank within a phase is not: neither for the warning nor for the end."""
+    watch = StallWatch(0.5)
+    monkeypatch.setattr(metered, "process_watch", lambda: watch)
+
+    def rank_main(transport: LocalTransport) -> int:
+        comm = MeteredTransport(transport, CommLedger())
+        with comm.phase("sketch"):
+            comm.allreduce_(torch.zeros(1))
+            time.sleep(1.2)
+            comm.allreduce_(torch.zeros(1))
+            early = len(caplog.messages)
+            time.sleep(1.2 * transport.rank)
+            comm.allreduce_(torch.zeros(1))
+        return early
+
+    with caplog.at_level(logging.WARNING):
+        assert run_local(2, rank_main, LIMIT_S) == [0, 0]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("rank 0 of 2 has waited for 1 s for the other")
+
+
+def test_of_nested_waits_the_innermost_counts(caplog: pytest.LogCaptureFixture) -> None:
+    watch = StallWatch(0.3)
+    with caplog.at_level(logging.WARNING), watch.over(0, 2, None, "outer"):
+        time.sleep(0.2)
+        with watch.over(0, 2, None, "inner"):
+            time.sleep(0.6)
+        told = list(caplog.messages)
+        time.sleep(0.1)
+    assert [("'inner'" in message, "'outer'" in message) for message in told] == [(True, False)]
+    assert caplog.messages == told
