@@ -6,15 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hvd_sketch.commands.plan_options import shapes_of_size
-from hvd_sketch.config import Compression, LowRankConfig
+from hvd_sketch.config import Compression
 from hvd_sketch.cost import POWERSGD_RANK, TOP_SHARE, Shapes, configurations
-from hvd_sketch.exchange.matrices import as_matrices
 from hvd_sketch.measured_costs import Work, Works
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import local_transports
@@ -37,8 +38,8 @@ def works_here(shapes: Shapes, ratio: float, ranks: int, bits: int = 4, device: 
     if sum(map(math.prod, shapes)) > largest:
         shapes = shapes_of_size(largest)
     dim = sum(map(math.prod, shapes))
-    seconds = {name: partial(run, _gradient(dim, device), shapes) for name, run in OTHERS.items()}
-    found = {name: Work(1e9 * seconds_of(run, device) / dim) for name, run in seconds.items()}
+    gradient = _gradient(dim, device)
+    found = {name: Work(1e9 * seconds_of(make(gradient, shapes), device) / dim) for name, make in OTHERS.items()}
     for name, config in configurations(shapes, ratio, ranks, bits).items():
         found[name] = Work(1e9 * seconds_of_step(config, shapes, device) / dim)
     return found
@@ -76,40 +77,63 @@ def seconds_of(run: Callable[[], object], device: str, prepare: Callable[[], obj
     return statistics.median(spent)
 
 
-def _dense(gradient: Tensor, shapes: Shapes) -> Tensor:
+def _dense(gradient: Tensor, shapes: Shapes) -> Callable[[], Tensor]:
     """A sum, and its division by the number of ranks."""
-    return (gradient + gradient).div_(MEAN_OF)
+    return lambda: (gradient + gradient).div_(MEAN_OF)
 
 
-def _bf16(gradient: Tensor, shapes: Shapes) -> Tensor:
+def _bf16(gradient: Tensor, shapes: Shapes) -> Callable[[], Tensor]:
     """The same of half as many bytes, with a cast to and fro."""
-    sent = gradient.bfloat16()
-    return (sent + sent).float().div_(MEAN_OF)
+
+    def run() -> Tensor:
+        sent = gradient.bfloat16()
+        return (sent + sent).float().div_(MEAN_OF)
+
+    return run
 
 
-def _top_k(gradient: Tensor, shapes: Shapes) -> Tensor:
+def _top_k(gradient: Tensor, shapes: Shapes) -> Callable[[], Tensor]:
     """With error feedback: what is chosen leaves the residual, and what all ranks chose is added up."""
-    residual = gradient + gradient
-    chosen = residual.abs().topk(max(round(TOP_SHARE * len(gradient)), 1)).indices
-    values = residual[chosen]
-    residual[chosen] = 0
-    return torch.zeros_like(gradient).index_add_(0, chosen, values)
+
+    def run() -> Tensor:
+        residual = gradient + gradient
+        chosen = residual.abs().topk(max(round(TOP_SHARE * len(gradient)), 1)).indices
+        values = residual[chosen]
+        residual[chosen] = 0
+        return torch.zeros_like(gradient).index_add_(0, chosen, values)
+
+    return run
 
 
-def _powersgd(gradient: Tensor, shapes: Shapes) -> Tensor:
-    """With error feedback: two products and an orthogonalisation of every matrix, and their product's difference."""
-    residual = gradient + gradient
-    for matrix in as_matrices(shapes, LowRankConfig(rank=POWERSGD_RANK)):
-        right = residual.new_ones(matrix.rank, matrix.cols)
-        left = residual.new_empty(matrix.rank, matrix.rows)
-        matrix.times_right_(left, residual, right)
-        left = torch.linalg.qr(left.t()).Q.t().contiguous()
-        matrix.times_left_(right, residual, left)
-        matrix.subtract_product_(residual, left, right)
-    return gradient - residual
+def _powersgd(gradient: Tensor, shapes: Shapes) -> Callable[[], Tensor]:
+    """torch's own hook, on one rank and from its first compressed step on."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    group: Any = _Alone
+    state = PowerSGDState(group(0, 1), matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
+    state.iter = state.start_powerSGD_iter
+
+    def run() -> Tensor:
+        flat = gradient.clone()
+        pieces = flat.split([math.prod(shape) for shape in shapes])
+        parts = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        kept = {"buffer": lambda: flat, "gradients": lambda: parts, "index": lambda: 0, "is_last": lambda: True}
+        bucket: Any = SimpleNamespace(**kept)
+        return powerSGD_hook(state, bucket).wait()
+
+    return run
 
 
-OTHERS: Mapping[str, Callable[[Tensor, Shapes], Tensor]] = {
+class _Alone(dist.ProcessGroup):
+    """The process group of one rank, whose sums are done at once."""
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:  # type: ignore[override]
+        summed: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        summed.set_result(tensors)
+        return torch._C._distributed_c10d._create_work_from_future(summed)  # type: ignore[attr-defined]
+
+
+OTHERS: Mapping[str, Callable[[Tensor, Shapes], Callable[[], Tensor]]] = {
     "dense": _dense,
     "bf16": _bf16,
     "topk": _top_k,

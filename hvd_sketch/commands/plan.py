@@ -64,11 +64,17 @@ class Plan:
         """What to do, and why."""
         seconds, chosen = self._step_s, self.methods[self.advised]
         ours, dense = self.methods[self._ours], self.methods[self._dense]
+        limit = self._network.carrier.bytes_per_s
+        note = f" No more than {told_rate(limit)} were measured over this launcher: --measure yours."
+        note = note if self._network.bytes_per_s > limit else ""
         if self.advised == PEER:
             faster = seconds[PEER] / seconds[self._ours]
-            return f"Use {chosen.title}: its step takes {faster:.0%} of the time of {ours.title}, the faster of ours."
+            told = f"its step takes {faster:.0%} of the time of {ours.title}, the faster of ours"
+            return f"Use {chosen.title}: {told}.{note}"
         gain = seconds[self._dense] / seconds[self._ours]
-        pays = f" It pays below {told_rate(self._break_even())}."
+        rate = self._break_even()
+        where = f"below {told_rate(rate)}" if 0 < rate < math.inf else "at any bandwidth" if rate else "at no bandwidth"
+        pays = f" It pays {where}.{note}"
         if chosen is dense:
             return f"Stay dense: with {ours.title} a step is {gain:.2f} times as fast.{pays}"
         return f"Compress: with {ours.title} a step is {gain:.1f} times as fast as with {dense.title}.{pays}"
@@ -163,6 +169,4 @@ def _told(value: float, units: Mapping[str, float]) -> str:
 
 def told_rate(bytes_per_s: float) -> str:
     """A bandwidth as people write it."""
-    if not 0 < bytes_per_s < math.inf:
-        return "any bandwidth" if bytes_per_s else "no bandwidth"
     return _told(8 * bytes_per_s, {"Gbit/s": 1e9, "Mbit/s": 1e6})

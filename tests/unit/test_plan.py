@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
 from hvd_sketch.commands.styles import STYLES
 from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, break_even, bytes_of, configurations, kept_bytes, methods
 from hvd_sketch.exchange.base import Exchange
-from hvd_sketch.measured_costs import CARRIERS, CPU, Work
+from hvd_sketch.measured_costs import CARRIERS, CPU, H100, Work
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import LocalTransport, run_local
+from tests.support.harness import ROOT
 
 LIMIT_S = 60
+H100_KERNELS = ROOT / "benchmarks/results/gpu/h100/kernels.json"
 RANKS = 4
 SHAPES = [(200, 300), (400, 250), (64, 32, 3, 3)]
 DIM = sum(map(prod, SHAPES))
@@ -109,7 +112,8 @@ def test_advice(rate: str, nanoseconds: dict[str, float], told: str) -> None:
     network = replace(GIGABIT, bytes_per_s=bits_per_s(rate) / 8)
     works = {**CPU, **{name: Work(each) for name, each in nanoseconds.items()}}
     made = Plan(Workload(shapes_of_size(25_000_000), 150, works), network)
-    assert made.advice.startswith(told)
+    assert made.advice.startswith(told) and (" It pays " in made.advice) is (told != "Use PowerSGD")
+    assert ("--measure" in made.advice) is (rate == "400gbit"), "as fast as this launcher has never been seen"
     assert bool(made.call) is told.startswith("Compress")
 
 
@@ -150,7 +154,7 @@ def test_a_users_model_and_this_machine(monkeypatch: pytest.MonkeyPatch) -> None
 def test_local_work_of_others_does_what_they_do() -> None:
     random = torch.Generator().manual_seed(0)
     gradient = torch.outer(torch.rand(200, generator=random), torch.rand(300, generator=random)).flatten()
-    made = {name: run(gradient, [(200, 300)]) for name, run in calibrate.OTHERS.items()}
+    made = {name: make(gradient, [(200, 300)])() for name, make in calibrate.OTHERS.items()}
     assert torch.equal(made["dense"], gradient), "the mean of two ranks with this gradient"
     assert torch.allclose(made["bf16"], gradient, rtol=1e-2)
     assert torch.allclose(made["powersgd"], gradient, atol=1e-4), "of one outer product nothing is left out"
@@ -211,6 +215,7 @@ def test_levels_take_the_mean_of_a_host_first_and_local_steps_exchange_seldom() 
     assert levels["call"].endswith(", levels=2)") and seldom["call"].endswith(", every=16)")
     ours, dense = seldom["methods"]["nominate"], seldom["methods"]["dense"]
     assert ours["step_s"] == pytest.approx(ours["exchange_s"] / 16)
+    assert ours["local_s"] > flat["methods"]["nominate"]["local_s"], "where a round began is kept, and gone back to"
     assert dense["step_s"] == pytest.approx(dense["exchange_s"])
     assert ours["kept_bytes"] == flat["methods"]["nominate"]["kept_bytes"] + 8 * 25e6
 
@@ -231,6 +236,16 @@ def test_the_line_to_copy_makes_what_is_planned(options: list[str]) -> None:
             assert record["methods"][name]["config"]["value_bits"] == method.config.value_bits
 
 
+def test_an_h100_has_the_steps_of_its_record_and_those_methods_alone() -> None:
+    status, text = run("--params", "100e6", "--device", "cuda", "--launcher", "mpi", "--json")
+    record = json.loads(text)
+    assert status == 0 and record["methods"].keys() == H100.keys() and record["advised"] == "nominate"
+    for setting in json.loads(H100_KERNELS.read_text())["settings"]:
+        for name, operation in (("nominate", "nominated step"), ("paper", "step")):
+            timed_s = 1e-3 * median(setting["elapsed_ms"][operation])
+            assert H100[name].seconds(setting["dim"]) == pytest.approx(timed_s, rel=0.21)
+
+
 def test_a_ratio_that_low_rank_cannot_reach_is_marked() -> None:
     status, table = run("--params", "1e6", "--ratio", "5000")
     record = json.loads(run("--params", "1e6", "--ratio", "5000", "--json")[1])["methods"]
@@ -248,7 +263,7 @@ def test_a_size_is_met_whatever_it_is() -> None:
 def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, text = run("--params", "1e6", "--plot", str(tmp_path / "plan.png"))
-    assert status == 2 and "pip install matplotlib" in text and not list(tmp_path.iterdir())
+    assert status == 2 and "hvd_sketch[plot]" in text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -270,6 +285,7 @@ def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkey
         (["--params", "1e6", "--ranks", "8", "--per-host", "2", "--every", "2"], "--every"),
         (["--params", "1e6", "--bits", "5"], "--bits"),
         (["--params", "1e6", "--device", "tpu"], "--device"),
+        (["--params", "1e6", "--device", "cuda", "--calibrate"], "torch sees no GPU"),
         (["--params", "1e3", "--ratio", "1e6", "--device", "cuda"], "--ratio"),
     ],
 )
