@@ -62,6 +62,9 @@ class Observer:
     def begin_step(self) -> None:
         """A step has begun, or goes on. Without a call the first one begins with its exchange."""
 
+    def start_over(self) -> None:
+        """The ledger goes on from a saved state: what it counted since the last step is no part of the next one."""
+
     def accumulated(self) -> None:
         """The residual holds the gradient of a step, and nothing of it was sent."""
 

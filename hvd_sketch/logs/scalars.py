@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 class Scalars(Output):
     """What the user logs, and bytes, ratio, residual, as an output of
-    :class:`~hvd_sketch.logs.step_observer.StepObserver`. Bytes and ratio are since this start of the program.
+    :class:`~hvd_sketch.logs.step_observer.StepObserver`. Bytes and ratio are of all steps, also those before a checkpoint.
 
     Args:
         folder: of the run, as TensorBoard's ``SummaryWriter`` takes it.
@@ -29,7 +29,6 @@ class Scalars(Output):
         except ImportError as error:
             raise ValueError("tensorboard=… needs TensorBoard: pip install 'hvd_sketch[tensorboard]'") from error
         self._writer = SummaryWriter(str(folder))
-        self._sent_bytes = 0
         self._last = 0
         self._is_failing = False
 
@@ -39,10 +38,9 @@ class Scalars(Output):
 
     def _write(self, step: Step) -> None:
         self._last = step.number
-        self._sent_bytes += sum(step.sent_bytes.values())
         scalars = dict(step.values)
         if step.residual_norm is not None or step.number % EVERY == 0:
-            scalars |= {"exchange/sent_bytes": self._sent_bytes, "exchange/ratio": step.ratio}
+            scalars |= {"exchange/sent_bytes": step.sent_so_far, "exchange/ratio": step.ratio}
             scalars |= {"exchange/step_s": step.step_s, "exchange/skipped": float(step.is_skipped)}
         if step.residual_norm is not None:
             scalars["exchange/residual_norm"] = step.residual_norm

@@ -51,6 +51,7 @@ class Step:
         collective_s: of that, in collectives, by phase: the network, and waiting for other ranks.
         sent_bytes: to the network, by phase; what a rank sends on average where collectives are rings. It receives as
             many.
+        sent_so_far: bytes, over all phases and steps, also those before a checkpoint.
         dense_bytes: sent in the same way by a dense exchange in its place.
         ratio: of the dense exchange's bytes to ours, over all steps so far.
         is_skipped: all ranks skipped it.
@@ -66,6 +67,7 @@ class Step:
     exchange_s: float
     collective_s: Mapping[str, float]
     sent_bytes: Mapping[str, int]
+    sent_so_far: int
     dense_bytes: int
     ratio: float
     is_skipped: bool
@@ -136,6 +138,10 @@ class StepObserver(Observer):
         if not self._has_begun:
             self._before = self._now(-1, True)  # what came before is set-up
             self._has_begun = True
+
+    def start_over(self) -> None:
+        self.flush()
+        self._has_begun = False
 
     def accumulated(self) -> None:
         if len(self._spans) > MOST_SPANS:
@@ -209,6 +215,7 @@ class StepObserver(Observer):
             exchange_s=sum(span.end_s - span.start_s for span in spans if span.kind is Kind.EXCHANGE),
             collective_s=_by_phase(spans),
             sent_bytes={phase: sent - before.sent_bytes.get(phase, 0) for phase, sent in ended.sent_bytes.items()},
+            sent_so_far=sum(ended.sent_bytes.values()),
             dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._ledger.ring_share),
             ratio=ended.ratio,
             is_skipped=not ended.is_averaged,

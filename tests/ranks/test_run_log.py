@@ -194,3 +194,37 @@ def test_a_step_of_local_steps_is_an_exchange(tmp_path: Path) -> None:
     assert run.has_all_ranks and np.sum(run.parts_s["waiting for the slowest"][0]) > SLOW_S
     told = {name: texts[0] for name, texts in summary([run]).rows}
     assert told["steps"] == f"{ROUNDS}, exchanges after {EVERY} steps of a rank"
+
+
+def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    places = {"log": tmp_path / "run.jsonl", "tensorboard": tmp_path / "scalars"}
+
+    def rank_main(transport: LocalTransport) -> list[int]:
+        """What the rank sent up to the end of each step, without a break."""
+        model, optimizer = wrapped(transport)
+        sent, state = take_steps(model, optimizer, range(21), saves_at=7)
+        other, resumed = wrapped(transport, **places)
+        resumed.load_state_dict(state)
+        take_steps(other, resumed, range(7, 12))
+        resumed.load_state_dict(state)  # as after a failure, in the middle of a run
+        assert take_steps(other, resumed, range(7, 21))[0] == sent[7:]
+        resumed.close_logs()
+        return sent
+
+    def take_steps(model: Any, optimizer: Any, steps: range, saves_at: int = -1) -> tuple[list[int], dict[str, Any]]:
+        sent, state = [], {}
+        for step in steps:
+            if step == saves_at:
+                state = optimizer.state_dict()
+            optimizer.zero_grad()
+            model.backward(optimizer.transport.rank, step)
+            optimizer.step()
+            sent.append(optimizer.ledger.totals().wire_bytes)
+        return sent, state
+
+    sent = run_local(2, rank_main, LIMIT_S)[0]
+    scalars = accumulator.EventAccumulator(str(tmp_path / "scalars")).Reload().Scalars("exchange/sent_bytes")
+    assert {event.step: event.value for event in scalars} == {step: sent[step] for step in (7, 10, 20)}
+    run = read_run(tmp_path / "run.jsonl", "run")
+    assert run.step.tolist() == list(range(7, 21)) and run.sent_so_far.tolist() == [each - sent[6] for each in sent[7:]]

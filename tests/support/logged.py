@@ -104,6 +104,7 @@ def write_long_run(path: Path, steps: int, ranks: int) -> None:
                         exchange_s=0.012,
                         collective_s={phase: 0.001 + waiting_s * (phase == "agree") for phase in phases},
                         sent_bytes={phase: 1000 * at for at, phase in enumerate(phases)},
+                        sent_so_far=15_000 * (number + 1),
                         dense_bytes=6_000_000,
                         ratio=400.0,
                         is_skipped=number % 997 == 996,

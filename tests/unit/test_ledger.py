@@ -106,6 +106,10 @@ def test_memory_is_bounded_and_totals_by_phase_are_not_lost() -> None:
     resumed = CommLedger()
     resumed.load_state_dict(ledger.state_dict())
     assert resumed.totals() == totals and resumed.by_phase() == ledger.by_phase()
+    for damaged in ({"_step": 1.5}, {"by_phase": {"sketch": [1, None]}}):
+        with pytest.raises(ValueError, match="the counts of a saved ledger must be integers"):
+            resumed.load_state_dict({**ledger.state_dict(), **damaged})
+    assert resumed.totals() == totals
 
     ledger.keep_records()
     for _ in range(2000):
