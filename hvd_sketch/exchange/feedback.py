@@ -107,10 +107,12 @@ class Feedback:
             if gradient is not None:
                 first, last = torch.searchsorted(indices, torch.tensor([start, stop], device=values.device)).tolist()
                 values[first:last] += gradient[indices[first:last] - start]
-        damaged = ~torch.isfinite(values)
-        is_finite = not bool(damaged.any())
+        largest = _largest(values)
+        if largest <= self._least_limit:
+            return values, True
+        is_finite = largest < float("inf")
         if not is_finite:
-            values.masked_fill_(damaged, 0)
+            values.masked_fill_(~torch.isfinite(values), 0)
         limits = self._limits.at(indices)
         return torch.minimum(torch.maximum(values, -limits), limits), is_finite
 
@@ -121,9 +123,7 @@ class Feedback:
         """
         self._held_back = None
         self._kernels.gather(self.v, indices, out=out)
-        if not indices.numel():
-            return True
-        largest = float(torch.stack(torch.aminmax(out)).abs().max())
+        largest = _largest(out)
         if largest > self._least_limit:
             limits = self._limits.at(indices)
             exceeding = (out.abs() > limits).nonzero().flatten()
@@ -158,8 +158,7 @@ class Feedback:
 
     def excess(self, indices: Tensor, sums: Tensor) -> Tensor | None:
         """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes; None where all does."""
-        largest = self._least_limit * self._size
-        if not sums.numel() or float(torch.stack(torch.aminmax(sums)).abs().max()) <= largest:
+        if _largest(sums) <= self._least_limit * self._size:
             return None
         limits = self._limits.at(indices) * self._size
         return sums - torch.minimum(torch.maximum(sums, -limits), limits)
@@ -194,6 +193,11 @@ class Feedback:
     def tensors(self) -> list[Tensor]:
         """v, and u where there is momentum: the memory itself."""
         return [self.v, self._u] if self.momentum else [self.v]
+
+
+def _largest(values: Tensor) -> float:
+    """The greatest magnitude, NaN if one is NaN, 0 of no values; without a vector beside them."""
+    return float(torch.stack(torch.aminmax(values)).abs().max()) if values.numel() else 0.0
 
 
 def _zeros(dim: int, device: torch.device | str) -> Tensor:

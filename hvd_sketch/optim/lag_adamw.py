@@ -38,7 +38,8 @@ class LagAdamW(torch.optim.AdamW):
     steps, AdamW 2.49 (three seeds).
 
     This is done for parameters that were marked by :meth:`mark_sparse`, which ``DistributedOptimizer`` calls. All
-    others are updated by torch's AdamW, step by step equal.
+    others are updated by torch's AdamW, step by step equal. Of a marked parameter whose coordinates all arrive in every
+    step b is AdamW's, and m differs from AdamW's as said above, but for constant gradients.
 
     Of a marked parameter the state also has ``last_step``, int32 of its shape: the step of the last arrival. A
     ``state_dict`` of AdamW can be loaded.

@@ -15,7 +15,8 @@ class SignSGD(torch.optim.Optimizer):
 
     For exchanges that send a few coordinates at a time and forget a part of what waits:
     ``SketchConfig(residual_decay=0.95)``. With such a residual, which averages the gradients of about 20 steps, it
-    needs neither momentum nor second moments: 4 bytes per parameter in all.
+    needs neither momentum nor second moments: the residual's 4 bytes per parameter in all. A step takes the memory of
+    one gradient's signs, parameter by parameter.
 
     Args:
         params: as of ``torch.optim.SGD``.
