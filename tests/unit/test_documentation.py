@@ -15,10 +15,12 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hvd_sketch
 from docs.hooks.messages import GAP, messages
 from docs.pictures import step as picture
+from hvd_sketch.__main__ import app
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "hvd_sketch").rglob("*.py"))
@@ -85,6 +87,18 @@ def test_every_public_name_is_in_the_api(site: dict[Path, Page]) -> None:
     missing = {name for name in hvd_sketch.__all__ if f"hvd_sketch.{name}" not in page.places | {page.text}}
     assert missing <= {"__version__", "HASH_VERSION"}, missing
     assert ":class:" not in page.text and "hvd_sketch.HASH_VERSION" in page.text
+
+
+def test_every_option_of_the_command_line_is_found(site: dict[Path, Page]) -> None:
+    """As --help prints them in a wide terminal."""
+    page = next(page for path, page in site.items() if path.name == "commands.html")
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert commands >= {"plan", "doctor", "report", "warm-up", "merge-traces"} and commands <= page.places
+    for name in commands:
+        done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+        options = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", done.output))
+        assert "--json" in options and not [option for option in options if option not in page.text], name
+    assert "--no-self-test" in page.text and "[default: 1gbit]" in page.text
 
 
 def fragments(node: ast.AST) -> Iterator[str]:
