@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import Tensor
-
-from hvd_sketch.transport.attendance import Attendance
-from hvd_sketch.transport.base import Handle, Pending, Splitting, Transport, gather_texts
-from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.base import gather_texts
 from hvd_sketch.transport.horovod_carriers import carrier_for
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
-from hvd_sketch.transport.horovod_joins import watch_joins
+from hvd_sketch.transport.horovod_errors import FailingAsHorovod
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 
 CARRIERS = ("auto", "horovod")
 
 
-class HorovodTransport(ForwardingTransport):
+class HorovodTransport(FailingAsHorovod):
     """One rank of a Horovod job, or of one of its process sets.
 
-    Ranks, sizes, process sets and the life of the job are Horovod's. Where it runs over Gloo, data travel without its
-    background thread, which takes milliseconds for a collective however small: over Gloo and, for CUDA tensors, NCCL,
-    by groups of torch's that the ranks form through Horovod. Where it runs over MPI, and with ``carrier="horovod"``,
-    they are left to Horovod's own collectives.
+    Ranks, sizes, process sets and the life of the job are Horovod's. Data travel without its background thread, which
+    takes milliseconds for a collective however small: over Gloo and, for CUDA tensors, NCCL, by groups of torch's that
+    the ranks form through Horovod, whether it runs over Gloo or MPI. With ``carrier="horovod"``, and where the ranks
+    reach no common address over TCP, they are left to Horovod's own collectives.
+
+    Gloo uses the interfaces that GLOO_SOCKET_IFNAME or horovodrun's ``--network-interfaces`` name. A fabric that only
+    MPI can use is used with ``carrier="horovod"``, or with ``transport="mpi"``.
 
     Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it.
 
@@ -45,7 +42,6 @@ class HorovodTransport(ForwardingTransport):
         locate_open_mpi()  # for a Horovod built with MPI
         try:
             import horovod.torch as hvd
-            from horovod.common.exceptions import HorovodInternalError
         except ImportError as error:
             raise ImportError(
                 "transport 'horovod' needs Horovod built with PyTorch: launch/setup.sh builds it, or use "
@@ -57,17 +53,9 @@ class HorovodTransport(ForwardingTransport):
             hvd.init()
         self._set = process_set if process_set is not None else hvd.global_process_set
         _check_process_set(hvd, self._set)
-        self._error = HorovodInternalError
-        self.attendance: Attendance | None = None  # Horovod's own collectives notice who leaves themselves
         own = HorovodCollectives(hvd, self._set)
         _check_carriers(own, carrier)
-        if carrier == "horovod":
-            super().__init__(own)
-        else:
-            super().__init__(carrier_for(hvd, own))
-            self.attendance = getattr(self._inner, "attendance", None)
-            if self.attendance is not None:
-                watch_joins(hvd, self.attendance)
+        super().__init__(hvd, own if carrier == "horovod" else carrier_for(own))
 
     @property
     def rank(self) -> int:
@@ -76,62 +64,6 @@ class HorovodTransport(ForwardingTransport):
     @property
     def size(self) -> int:
         return self._set.size()
-
-    def allreduce_(self, tensor: Tensor) -> Tensor:
-        with self._as_horovods():
-            return super().allreduce_(tensor)
-
-    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
-        with self._as_horovods():
-            return super().reduce_scatter(tensor, ordered)
-
-    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
-        with self._as_horovods():
-            handle = super().start_reduce_scatter(tensor, ordered)
-        return Pending(lambda: self._finish(handle.wait))
-
-    def alltoall(self, tensor: Tensor) -> Tensor:
-        with self._as_horovods():
-            return super().alltoall(tensor)
-
-    def allgather(self, tensor: Tensor) -> Tensor:
-        with self._as_horovods():
-            return super().allgather(tensor)
-
-    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        with self._as_horovods():
-            return super().broadcast_(tensor, root)
-
-    def barrier(self) -> None:
-        with self._as_horovods():
-            super().barrier()
-
-    def split(self, color: int) -> Transport:
-        """The ranks that give the same colour, in rank order. Communication: collective.
-
-        Raises:
-            ValueError: on every rank: Horovod's own collectives carry the data.
-        """
-        if not isinstance(self._inner, Splitting):
-            raise ValueError(
-                "Horovod's own collectives have no groups but process sets: start the job by horovodrun --gloo, "
-                "torchrun or mpirun, or leave out levels=2"
-            )
-        return self._inner.split(color)
-
-    def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
-        with self._as_horovods():
-            return wait()
-
-    @contextmanager
-    def _as_horovods(self) -> Iterator[None]:
-        """Whatever carries the data, a collective that fails raises what ``hvd.elastic.run`` waits for."""
-        try:
-            yield
-        except self._error:
-            raise
-        except RuntimeError as error:
-            raise self._error(str(error)) from error
 
 
 def _check_carriers(own: HorovodCollectives, carrier: str) -> None:

@@ -2,82 +2,106 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from hvd_sketch.transport.base import Transport, gather_texts
+from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
+from hvd_sketch.transport.horovod_addresses import (
+    INTERFACE_VARIABLES,
+    NOT_REACHED,
+    addresses_towards,
+    own_addresses,
+)
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
 from hvd_sketch.transport.torch_groups import Channel, connect
 from hvd_sketch.transport.torch_transport import TorchTransport
 
 LOOPBACK = "127.0.0.1"
-
-
-def carrier_for(hvd: Any, own: HorovodCollectives) -> Transport:
-    """The fastest that is safe: groups of torch's, or Horovod's own collectives where it runs over MPI.
-
-    There MPI itself would be faster. But where Horovod ends on one rank it ends MPI on all, also under a rank that
-    waits in MPI, which then crashes.
-
-    Communication: collective, by Horovod's own collectives.
-
-    Args:
-        hvd: ``horovod.torch``, initialised.
-        own: Horovod's own collectives on the ranks.
-    """
-    return own if hvd.mpi_enabled() else _over_torch(own)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Meeting:
-    """Groups of torch's, and the store where their ranks met, at an address that no other meeting has."""
+    """Ranks that have met at a store, and the groups of torch's between them.
 
-    address: str
+    Attributes:
+        name: that no other meeting has; equal on all ranks.
+        rank, size: this rank, and how many there are.
+        channel: None where the ranks reach no address together.
+    """
+
+    name: str
+    rank: int
+    size: int
     store: Any
-    channel: Channel
+    channel: Channel | None
 
 
-def _over_torch(own: HorovodCollectives) -> Transport:
-    """Gloo, and NCCL where every rank has it, on new groups where any rank is new, as in an elastic job."""
+def carrier_for(own: HorovodCollectives) -> Transport:
+    """Groups of torch's (Gloo, and NCCL where every rank has it), or Horovod's own where they cannot be formed.
+
+    MPI is left to Horovod: where Horovod ends on one rank it ends MPI on all, also under a rank that waits in MPI,
+    which then crashes.
+
+    Communication: collective, by Horovod's own collectives.
+
+    Args:
+        own: Horovod's own collectives on the ranks.
+    """
     meetings = _meetings()
-    ranks = own.name_of_set, own.rank, own.size
-    known = gather_texts(own, meetings[ranks].address if ranks in meetings else "")
-    if not all(known) or len(set(known)) > 1:
-        meetings[ranks] = _meet(own)
-    return TorchTransport.on(meetings[ranks].channel)
+    before = meetings.get(own.process_set)
+    is_of_now = before is not None and (before.rank, before.size) == (own.rank, own.size)
+    known = gather_texts(own, before.name if before is not None and is_of_now else "")
+    if not all(known) or len(set(known)) > 1:  # any rank is new, as in an elastic job
+        if before is not None and before.channel is not None:
+            before.channel.attendance.close()
+        meetings[own.process_set] = _meet(own)
+    channel = meetings[own.process_set].channel
+    return own if channel is None else TorchTransport.on(channel)
 
 
 @cache
-def _meetings() -> dict[tuple[str, int, int], _Meeting]:
-    """The meetings of this process, by set, rank and size."""
-    return {}
+def _meetings() -> WeakKeyDictionary[Any, _Meeting]:
+    """The last meeting of each process set."""
+    return WeakKeyDictionary()
 
 
 def _meet(own: HorovodCollectives) -> _Meeting:
     from torch.distributed import PrefixStore, TCPStore
     from torch.distributed.distributed_c10d import default_pg_timeout, is_nccl_available
 
-    host, store = _own_address(), None
+    offers, store = own_addresses(), None
     if own.rank == 0:
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    address = gather_texts(own, f"{host}:{store.port}" if store is not None else "")[0]
+        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # it listens on all interfaces
+    name = gather_texts(own, " ".join([str(store.port), *offers]) if store is not None else "")[0]
+    port, *offers = name.split()
+    places = [text.split() for text in gather_texts(own, " ".join(addresses_towards(offers, int(port))))]
+    usable = [i for i in range(len(offers)) if all(place[i] != NOT_REACHED for place in places)]
+    if not usable:
+        _warn(own, offers, places)
+        return _Meeting(name, own.rank, own.size, store, None)
     if store is None:
-        at, _, port = address.rpartition(":")
-        store = TCPStore(at, int(port), is_master=False)
+        store = TCPStore(offers[usable[0]], int(port), is_master=False)
     has_nccl = torch.cuda.is_available() and is_nccl_available()
     every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl)])).all())
     where = PrefixStore("hvd_sketch", store), own.rank, own.size, default_pg_timeout
-    return _Meeting(address, store, connect(*where, with_nccl=every_has_nccl, host=host))
+    channel = connect(*where, with_nccl=every_has_nccl, host=places[own.rank][usable[0]])
+    return _Meeting(name, own.rank, own.size, store, channel)
 
 
-def _own_address() -> str:
-    """This host's address in the network in which horovodrun's ranks meet."""
-    server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", LOOPBACK)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server, 9))  # sends nothing
-        return str(probe.getsockname()[0])
+def _warn(own: HorovodCollectives, offers: list[str], places: list[list[str]]) -> None:
+    """Say on rank 0 why Horovod's own collectives carry the data, and what to do."""
+    if own.rank > 0:
+        return
+    lonely = [rank for rank, place in enumerate(places) if set(place) <= {NOT_REACHED}]
+    who = f"{name_ranks(lonely)} of {own.size} cannot connect" if lonely else "not all ranks can connect to the same"
+    logger.warning(
+        "Data travel by Horovod's own collectives, which take milliseconds each and name no rank that does not come: "
+        "of rank 0's IPv4 addresses (%s) %s. Name an interface that all hosts have in %s.",
+        *(", ".join(offers) or "none", who, INTERFACE_VARIABLES[0]),
+    )

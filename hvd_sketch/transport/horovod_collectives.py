@@ -26,24 +26,22 @@ class HorovodCollectives:
     Args:
         hvd: ``horovod.torch``, initialised.
         process_set: that holds this rank.
+
+    Attributes:
+        process_set: as given.
     """
 
     def __init__(self, hvd: Any, process_set: Any) -> None:
-        self._hvd, self._set = hvd, process_set
+        self._hvd, self.process_set = hvd, process_set
         self._slots_in_flight: set[int] = set()
 
     @property
     def rank(self) -> int:
-        return self._set.rank()
+        return self.process_set.rank()
 
     @property
     def size(self) -> int:
-        return self._set.size()
-
-    @property
-    def name_of_set(self) -> str:
-        """What tells the process set from others, for as long as Horovod runs."""
-        return str(self._set.process_set_id)
+        return self.process_set.size()
 
     @property
     def overlaps(self) -> bool:
@@ -54,7 +52,7 @@ class HorovodCollectives:
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
         ours = self._readable(tensor)
-        self._hvd.allreduce_(ours, op=self._hvd.Sum, name=self._name("allreduce"), process_set=self._set)
+        self._hvd.allreduce_(ours, op=self._hvd.Sum, name=self._name("allreduce"), process_set=self.process_set)
         return tensor if ours is tensor else tensor.copy_(ours)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
@@ -67,18 +65,21 @@ class HorovodCollectives:
         ours = self._readable(tensor)
         # Fixed names, equal on all ranks; operations in flight together need different ones.
         slot = next(i for i in count() if i not in self._slots_in_flight)
-        self._slots_in_flight.add(slot)
         name = self._name(f"reduce_scatter.{slot}")
         if ours.is_cuda and not ordered:
-            pending = self._hvd.reducescatter_async(ours, op=self._hvd.Sum, name=name, process_set=self._set)
+            pending = self._hvd.reducescatter_async(ours, op=self._hvd.Sum, name=name, process_set=self.process_set)
+            self._slots_in_flight.add(slot)
             return Pending(lambda: self._finish(slot, pending)[0])
-        pending = self._hvd.alltoall_async(ours, name=name, process_set=self._set)
+        pending = self._hvd.alltoall_async(ours, name=name, process_set=self.process_set)
+        self._slots_in_flight.add(slot)
         return Pending(lambda: _back(sum_in_rank_order(list(self._finish(slot, pending))), tensor))
 
     def _finish(self, slot: int, pending: Any) -> Tensor:
-        """What an operation of Horovod's background thread has received; its slot becomes free."""
-        received = self._hvd.synchronize(pending)
-        self._slots_in_flight.remove(slot)
+        """What an operation of Horovod's background thread has received; its slot becomes free, also if it failed."""
+        try:
+            received = self._hvd.synchronize(pending)
+        finally:
+            self._slots_in_flight.remove(slot)
         return received[0] if isinstance(received, tuple) else received
 
     def alltoall(self, tensor: Tensor) -> Tensor:
@@ -87,27 +88,27 @@ class HorovodCollectives:
             return tensor.clone()
         ours = _movable(self._readable(tensor))
         with _explaining_join():
-            return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self._set), tensor)
+            return _back(self._hvd.alltoall(ours, name=self._name("alltoall"), process_set=self.process_set), tensor)
 
     def allgather(self, tensor: Tensor) -> Tensor:
         ours = _movable(self._readable(tensor))
         with _explaining_join():
-            return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self._set), tensor)
+            return _back(self._hvd.allgather(ours, name=self._name("allgather"), process_set=self.process_set), tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         # Horovod names the root by its global rank, also within a process set.
-        global_root = self._set.ranks[root] if self._set.ranks is not None else root
+        global_root = self.process_set.ranks[root] if self.process_set.ranks is not None else root
         name = self._name("broadcast")
         ours = self._readable(tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous())
         moved = _movable(ours)
-        self._hvd.broadcast_(moved, global_root, name=name, process_set=self._set)
+        self._hvd.broadcast_(moved, global_root, name=name, process_set=self.process_set)
         return tensor.copy_(moved.view(tensor.dtype).view(tensor.shape))
 
     def barrier(self) -> None:
-        self._hvd.barrier(process_set=self._set)
+        self._hvd.barrier(process_set=self.process_set)
 
     def _name(self, operation: str) -> str:
-        return f"hvd_sketch.{self._set.process_set_id}.{operation}"
+        return f"hvd_sketch.{self.process_set.process_set_id}.{operation}"
 
     def _readable(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy on the host of one that Horovod cannot read on its device."""

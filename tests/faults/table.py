@@ -40,10 +40,7 @@ LAUNCHERS: dict[str, tuple[list[str], str]] = {
 }
 EVERYWHERE = tuple(LAUNCHERS)
 LAUNCH_SCRIPTS = ("torchrun.sh", "mpirun.sh", "horovodrun.sh", "horovodrun.sh --mpi")
-TELLING = tuple(
-    name for name in LAUNCHERS if name != "horovodrun.sh --mpi"
-)  # whose ranks tell each other where they are
-ENDING = tuple(name for name in TELLING if name != "torch by hand")  # who also end a rank that hangs
+ENDING = tuple(name for name in LAUNCHERS if name != "torch by hand")  # who also end a rank that hangs
 STALL_S, ABORT_S = 3, 12  # the limits in the tests; by default 30 and never
 
 
@@ -114,25 +111,17 @@ ROWS = (
         "the rank is named, and the job ends, not with status 0",
         30,
         ("end early",),
-        TELLING,
+        EVERYWHERE,
         ("the program of rank 1 is over",),
         ranks=3,
         takes_s=14,
-    ),
-    Row(
-        "the same over Horovod's own collectives",
-        "the job ends, not with status 0",
-        30,
-        ("end early",),
-        ("horovodrun.sh --mpi",),
-        ranks=3,
     ),
     Row(
         "a rank makes one step more or less, then all save",
         "an error that names the rank, and the job ends",
         30,
         ("one step more", "one step less"),
-        TELLING,
+        EVERYWHERE,
         ("come to 'save a checkpoint', but others wait elsewhere|'save a checkpoint': rank",),
         ranks=3,
         takes_s=9,
@@ -161,16 +150,6 @@ ROWS = (
         ("hang@accumulate",),
         ENDING,
         (NAMED.format("sketch"),),
-        ranks=3,
-        takes_s=20,
-    ),
-    Row(
-        "a rank hangs, or is elsewhere, over Horovod's own collectives",
-        "those that wait say in which phase",
-        35,
-        ("hang@data", "one step less"),
-        ("horovodrun.sh --mpi",),
-        ("rank 0 of 3 has waited for .* in step 3, phase 'agree'", ENDED),
         ranks=3,
         takes_s=20,
     ),

@@ -78,7 +78,8 @@ WORLDS = [(kind, ranks) for kind in ("torch", "mpi", "horovod-gloo") for ranks i
 def test_ledger_is_what_the_interfaces_sent(monkeypatch, hosts: str, kind: str, ranks: int) -> None:
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", QUIET_CYCLE_MS)
     results = launch(kind, ranks, "tests.support.wire:weigh_exchanges", 240, hosts, dim=DIM, config=CONFIG, steps=STEPS)
-    assert {result["size"] for result in results} == {ranks}
+    carrier = "MPITransport" if kind == "mpi" else "TorchTransport"
+    assert {(result["size"], result["carrier"]) for result in results} == {(ranks, carrier)}
     phases = sum_over_hosts(results)
     large = [phase for phase in phases if phase.modelled >= LARGE_BYTES]
     small = [phase for phase in phases if phase.modelled < LARGE_BYTES]

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from hvd_sketch.transport.stall import STALL_VARIABLE
 from tests.support.harness import launch
 from tests.support.worlds import register
 
@@ -37,8 +38,10 @@ def test_a_rank_outside_of_the_process_set_steps_alone(monkeypatch: pytest.Monke
         assert torch.equal(parameter, first["horovod"][name]), name
 
 
-def test_horovods_join_ends_the_job_and_names_ours() -> None:
+@pytest.mark.parametrize("levels", [1, 2])
+def test_horovods_join_ends_the_job_and_names_ours(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    monkeypatch.setenv(STALL_VARIABLE, "3")  # so that ranks that wait look soon at what the others do
     told = r"(?s)ended with status [1-9].*rank 0 of 2 left this step.*hvd.join\(\).*with optimizer.join\(\)"
     target = "tests.support.dropin:leave_by_horovods_join"
     with pytest.raises(AssertionError, match=told):
-        launch("horovod-gloo", 2, target, timeout_s=120, candidates="nominate")
+        launch("horovod-gloo", 2, target, timeout_s=120, candidates="nominate", levels=levels)

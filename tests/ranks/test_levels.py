@@ -30,6 +30,7 @@ WORLDS = [
     trains("torch", HOSTS),
     trains("torch", [0, 1, 0, 1]),
     trains("horovod-gloo", [0, 0]),
+    trains("horovod-mpi", [0, 1]),
 ]
 UNEVEN = [trains("torch", [0, 1, 1, 1]), trains("mpi", [0, 0, 1])]
 SKIPS = register("torch", 4, f"{TARGETS}:skips")

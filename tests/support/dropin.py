@@ -327,11 +327,11 @@ def check_ranks_that_use_different_layers(t: Transport) -> None:
 # --- with a launch of their own
 
 
-def leave_by_horovods_join(transport: Transport, candidates: str) -> None:
+def leave_by_horovods_join(transport: Transport, candidates: str, levels: int) -> None:
     """Rank 0 has fewer batches and calls hvd.join(), as for Horovod's own optimizer."""
     model = network()
     sketch = SKETCH if candidates == "sketch" else SketchConfig(k=40, candidates=candidates, dense_below=100)
-    optimizer = wrap(transport, model, sketch)
+    optimizer = wrap(transport, model, sketch, levels=levels)
     for step in range(2 + transport.rank):
         optimizer.zero_grad()
         loss(model, transport.rank, step).backward()

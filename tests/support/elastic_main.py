@@ -5,6 +5,7 @@ Arguments: the file that says which hosts there are.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ import torch
 
 from hvd_sketch import SketchConfig
 from hvd_sketch.elastic import SketchState
+from hvd_sketch.transport.attendance import StoreAttendance
+from tests.support.harness import wait_until
 
 FIRST_HOST, SECOND_HOST = "localhost:2", "127.0.0.1:1"
 
@@ -55,6 +58,12 @@ def assert_equal_everywhere(state: Any) -> None:
     assert bool((every == every[0]).all())
 
 
+def sets_of_ranks() -> int:
+    """Of how many sets of ranks, of now and before, this process keeps what they tell each other."""
+    gc.collect()
+    return sum(isinstance(each, StoreAttendance) for each in gc.get_objects())
+
+
 def main(hosts: Path) -> None:
     hvd.init()
     torch.manual_seed(os.getpid())
@@ -83,6 +92,7 @@ def main(hosts: Path) -> None:
         assert_equal_everywhere(state)
 
     train(state)
+    wait_until(lambda: sets_of_ranks() == 1)  # a thread that looks at waits may still know of one that has ended
     print(f"rank {hvd.rank()} ends after {state.seen}", flush=True)
 
 

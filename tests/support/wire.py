@@ -79,4 +79,5 @@ def weigh_exchanges(transport: Transport, dim: int, config: dict[str, Any], step
                 exchange.step(float_gradient(dim, transport.rank, step))
         for phase, totals in exchange.ledger.by_phase().items():
             modelled[f"{name} {phase}"] += totals.wire_bytes
-    return {"size": transport.size, "weighed": dict(scales.weighed), "modelled": dict(modelled)}
+    carrier = type(getattr(transport, "_inner", transport)).__name__
+    return {"size": transport.size, "carrier": carrier, "weighed": dict(scales.weighed), "modelled": dict(modelled)}

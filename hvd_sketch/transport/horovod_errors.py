@@ -1,0 +1,91 @@
+"""Collectives that fail as Horovod's own do, whatever carries the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from hvd_sketch.transport.attendance import Attendance
+from hvd_sketch.transport.base import Handle, Pending, Splitting, Transport
+from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.horovod_joins import watch_joins
+
+
+class FailingAsHorovod(ForwardingTransport):
+    """A collective that fails raises ``HorovodInternalError``, for which ``hvd.elastic.run`` waits.
+
+    Args:
+        hvd: ``horovod.torch``. Its ``join()`` tells the ranks of ``inner``.
+        inner: carries the data.
+
+    Attributes:
+        attendance: of the inner transport, where it has one.
+    """
+
+    def __init__(self, hvd: Any, inner: Transport) -> None:
+        from horovod.common.exceptions import HorovodInternalError
+
+        super().__init__(inner)
+        self._hvd, self._error = hvd, HorovodInternalError
+        self.attendance: Attendance | None = getattr(inner, "attendance", None)
+        if self.attendance is not None:
+            watch_joins(hvd, self.attendance)
+
+    def allreduce_(self, tensor: Tensor) -> Tensor:
+        with self._as_horovods():
+            return super().allreduce_(tensor)
+
+    def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
+        with self._as_horovods():
+            return super().reduce_scatter(tensor, ordered)
+
+    def start_reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Handle:
+        with self._as_horovods():
+            handle = super().start_reduce_scatter(tensor, ordered)
+        return Pending(lambda: self._finish(handle.wait))
+
+    def alltoall(self, tensor: Tensor) -> Tensor:
+        with self._as_horovods():
+            return super().alltoall(tensor)
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        with self._as_horovods():
+            return super().allgather(tensor)
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        with self._as_horovods():
+            return super().broadcast_(tensor, root)
+
+    def barrier(self) -> None:
+        with self._as_horovods():
+            super().barrier()
+
+    def split(self, color: int) -> Transport:
+        """The ranks that give the same colour, in rank order. Communication: collective.
+
+        Raises:
+            ValueError: on every rank: Horovod's own collectives carry the data.
+        """
+        if not isinstance(self._inner, Splitting):
+            raise ValueError(
+                "Horovod's own collectives, which carry the data of this job, have no groups but process sets: leave "
+                "out carrier='horovod' and mend what was warned of when the job began, or leave out levels=2"
+            )
+        with self._as_horovods():
+            return FailingAsHorovod(self._hvd, self._inner.split(color))
+
+    def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
+        with self._as_horovods():
+            return wait()
+
+    @contextmanager
+    def _as_horovods(self) -> Iterator[None]:
+        try:
+            yield
+        except self._error:
+            raise
+        except RuntimeError as error:
+            raise self._error(str(error)) from error

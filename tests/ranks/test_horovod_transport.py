@@ -1,0 +1,74 @@
+"""HorovodTransport: what carries the data under either controller, and what is left after an error."""
+
+from __future__ import annotations
+
+import socket
+from importlib.util import find_spec
+
+import pytest
+
+from hvd_sketch.transport.horovod_addresses import INTERFACE_VARIABLES, addresses_towards, own_addresses
+from tests.support.worlds import register
+
+pytestmark = pytest.mark.skipif(
+    find_spec("horovod") is None, reason="Horovod is not installed: launch/setup.sh builds it"
+)
+
+TARGETS = "tests.support.horovod_targets"
+CARRIERS = {kind: register(kind, 2, f"{TARGETS}:carriers") for kind in ("horovod-gloo", "horovod-mpi")}
+LOST = {kind: register(kind, 2, f"{TARGETS}:part_of_a_lost_rank") for kind in ("horovod-gloo", "horovod-mpi")}
+SLOTS = register("horovod-mpi", 2, f"{TARGETS}:slots_left")
+LOOPBACK = "127.0.0.1"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", CARRIERS)
+def test_torch_carries_the_data_under_either_controller(kind: str) -> None:
+    for rank, used in enumerate(CARRIERS[kind].results()):
+        assert (used["auto"], used["again"], used["horovod"]) == (
+            *("TorchTransport", "TorchTransport", "HorovodCollectives"),
+        )
+        assert used["nowhere"] == "HorovodCollectives"
+        told = f"of rank 0's IPv4 addresses ({LOOPBACK}) rank 1 of 2 cannot connect. Name an interface that all hosts"
+        assert [told in said for said in used["said"]] == [True] * (rank == 0), used["said"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", LOST)
+def test_a_part_fails_as_horovod_does(kind: str) -> None:
+    assert LOST[kind].results()[0].startswith("rank 0 of 2 waited in vain for ")
+
+
+@pytest.mark.multiprocess
+def test_collectives_that_fail_leave_no_slot() -> None:
+    assert SLOTS.results() == [[0, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "named", "expected"),
+    [
+        (INTERFACE_VARIABLES[0], "lo", [LOOPBACK]),
+        (INTERFACE_VARIABLES[0], "nowhere0", []),
+        (INTERFACE_VARIABLES[1], "lo", [LOOPBACK]),
+        (INTERFACE_VARIABLES[2], "nowhere0,lo", [LOOPBACK]),
+        (INTERFACE_VARIABLES[2], "127.0.0.0/8", [LOOPBACK]),
+        (INTERFACE_VARIABLES[3], "lo", [LOOPBACK]),
+    ],
+)
+def test_interfaces_are_those_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, named: str, expected: list[str]
+) -> None:
+    for each in INTERFACE_VARIABLES:
+        monkeypatch.delenv(each, raising=False)
+    assert own_addresses()[-1] == LOOPBACK, "all of them, and loopback after the others"
+    monkeypatch.setenv(INTERFACE_VARIABLES[3], "eth9")
+    monkeypatch.setenv(variable, named)  # which counts before it, or in its place
+    assert own_addresses() == expected
+
+
+def test_addresses_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INTERFACE_VARIABLES[0], "lo")
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+        assert list(addresses_towards(["127.0.0.2", LOOPBACK], port)) == ["-", LOOPBACK]
+    assert list(addresses_towards([LOOPBACK], port)) == ["-"]
