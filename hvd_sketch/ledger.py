@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,22 @@ class CommLedger:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`. Raises ValueError where its counts are no integers."""
+        self.read_state(state)()
+
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a state as :meth:`load_state_dict` does; the function returned takes it over, and cannot fail."""
         counts = {name: state[name] for name in self.state_dict() if name in state}
         by_phase = counts.pop("by_phase", {})
         every = [*counts.values(), *(count for of_phase in by_phase.values() for count in of_phase)]
         if not all(type(count) is int for count in every):
             raise ValueError(f"the counts of a saved ledger must be integers, got {dict(state)!r:.300}")
-        vars(self).update(counts)
-        self._by_phase = {phase: list(of_phase) for phase, of_phase in by_phase.items()}
-        self.observer.start_over()
+
+        def take_over() -> None:
+            vars(self).update(counts)
+            self._by_phase = {phase: list(of_phase) for phase, of_phase in by_phase.items()}
+            self.observer.start_over()
+
+        return take_over
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write the records kept, one JSON object per line, to a file that is replaced whole or not at all.

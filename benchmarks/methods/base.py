@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -62,5 +63,5 @@ class WholeGradient(Lean, Exchange):
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         return self._counters(None)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._load_counters(state)
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        return partial(self._load_counters, self._saved(state))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from math import prod
 from types import SimpleNamespace
@@ -103,7 +103,13 @@ class PowerSGD(WholeGradient):
         kept = {name: deepcopy(getattr(self._state, name)) for name in KEPT}
         return {**self._counters(self._comm.rank), **kept}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._load_counters(state)
-        for name in KEPT:
-            setattr(self._state, name, deepcopy(state[name]))
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        kept = {name: deepcopy(state[name]) for name in KEPT}
+        load_counters = super().read_state(state)
+
+        def take_over() -> None:
+            load_counters()
+            for name, value in kept.items():
+                setattr(self._state, name, value)
+
+        return take_over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -59,9 +59,14 @@ class VariantAllreduce(SketchedAllreduce):
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
         return {**super().state_dict(consolidated), "late_u": self._late_u.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._late_u.copy_(state["late_u"])
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        load, late_u = super().read_state(state), state["late_u"]
+
+        def take_over() -> None:
+            load()
+            self._late_u.copy_(late_u)
+
+        return take_over
 
 
 class _Unmasked(Feedback):

@@ -240,7 +240,6 @@ class Exchange(ABC):
         Communication: none, or collective with ``consolidated`` (not counted in the ledger).
         """
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; every rank must load the same kind. Communication: none.
 
@@ -248,6 +247,11 @@ class Exchange(ABC):
             ValueError: it is of another dim, or it is one rank's own and this is another rank or world size; an entry
                 is missing, of another shape or dtype, or not finite. Then nothing has been taken over.
         """
+        self.read_state(state)()
+
+    @abstractmethod
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a state as :meth:`load_state_dict` does; the function returned takes it over, and cannot fail."""
 
     def _predictions(self) -> list[int]:
         """What saves messages in the next step."""
@@ -293,9 +297,8 @@ class Exchange(ABC):
         of = {"dim": self.dim, "rank": rank, "size": self._comm.size}
         return {**of, "step": self._step, "skipped_steps": self.skipped_steps}
 
-    def _load_counters(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`_counters` gave, checked as in :meth:`_saved`."""
-        saved = self._saved(state)
+    def _load_counters(self, saved: SavedState) -> None:
+        """Take over what :meth:`_counters` gave, checked by :meth:`_saved`."""
         self._step = saved.count("step")
         self.agreement.skipped_steps = saved.count("skipped_steps")
         self._is_fresh = self._is_fresh and self._step == 0  # its own, as Accelerate loads what it was given

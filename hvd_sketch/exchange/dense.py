@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -141,12 +141,16 @@ class DenseAllreduce(Exchange):
         """See :meth:`Exchange.state_dict`; u is equal on all ranks, so both kinds load at any world size."""
         return {**self._counters(None), "u": self._u.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
         saved = self._saved(state)
         has_momentum = bool(self._momentum and saved.entry("u", Tensor).numel())
         u = saved.tensor("u", self._u) if has_momentum else None
-        self._load_counters(state)
-        self._u.copy_(u) if u is not None else self._u.zero_()  # at zero where it was saved without
+
+        def take_over() -> None:
+            self._load_counters(saved)
+            self._u.copy_(u) if u is not None else self._u.zero_()  # at zero where it was saved without
+
+        return take_over
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         if self._momentum:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from typing import Any, Unpack
@@ -88,8 +88,8 @@ class ResidualExchange(Exchange):
         counters = self._counters(None if consolidated else self._comm.rank)
         return {**counters, "config": asdict(self.config), **saved}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Exchange.load_state_dict`. u starts at zero where it was saved without momentum."""
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """See :meth:`Exchange.read_state`. u starts at zero where it was saved without momentum."""
         saved = self._saved(state)
         kept = {"v": saved.tensor("v", self._feedback.v)}
         if self._feedback.momentum and saved.entry("config", Mapping).get("momentum"):
@@ -97,10 +97,14 @@ class ResidualExchange(Exchange):
         thresholds = [(0, 0)] * len(self._predictors)
         if saved.entry("rank") is not None:
             thresholds = saved.pairs("thresholds", len(self._predictors))
-        self._load_counters(state)
-        self._feedback.load_state_dict(kept)
-        for predictor, edges in zip(self._predictors, thresholds, strict=True):
-            predictor.edges = edges
+
+        def take_over() -> None:
+            self._load_counters(saved)
+            self._feedback.load_state_dict(kept)
+            for predictor, edges in zip(self._predictors, thresholds, strict=True):
+                predictor.edges = edges
+
+        return take_over
 
     def _mean(self, kept: Tensor) -> Tensor:
         """The mean over ranks, also where the sum overflows. Communication: collective."""

@@ -37,9 +37,13 @@ class SavedState:
     def refuse(self, entry: str, expected: str, arrived: object) -> NoReturn:
         raise ValueError(f"rank {self._rank}: {entry!r} of the saved state must be {expected}, got {arrived}. {GO_ON}")
 
+    def has(self, name: str) -> bool:
+        """Whether there is such an entry."""
+        return name in self._state
+
     def entry(self, name: str, kind: type | tuple[type, ...] = object) -> Any:
         """An entry of some type."""
-        if name not in self._state:
+        if not self.has(name):
             self.refuse(name, "there", f"the entries {', '.join(map(repr, self._state)) or 'none'}")
         value = self._state[name]
         if not isinstance(value, kind):

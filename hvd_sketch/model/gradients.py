@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -274,7 +274,14 @@ class GradientExchange:
         return {"layout": self._layout(), **by_kind, "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Raises ValueError where it was saved for other tensors, or is damaged."""
+        """Continue from a state; see :meth:`read_state`."""
+        self.read_state(state)()
+
+    def read_state(self, state: object) -> Callable[[], None]:
+        """Check a state; the function returned takes it over, and cannot fail.
+
+        Raises ValueError where it was saved for other tensors, or is damaged.
+        """
         saved = SavedState(state, self._transport.rank)
         layout = [list(tensor) for tensor in saved.entry("layout", (list, tuple))]
         if layout != self._layout():
@@ -285,11 +292,16 @@ class GradientExchange:
                 f"Build the optimizer with the same names, order and dense_below, or delete the checkpoint's "
                 f"'hvd_sketch' entry to go on without residuals"
             )
-        self._begun = 0
-        for kind, exchange in self._by_kind().items():
-            exchange.load_state_dict(saved.entry(kind, Mapping))
-        if "ledger" in state:  # older states have none
-            self.ledger.load_state_dict(saved.entry("ledger", Mapping))
+        loads = [exchange.read_state(saved.entry(kind, Mapping)) for kind, exchange in self._by_kind().items()]
+        if saved.has("ledger"):  # older states have none
+            loads.append(self.ledger.read_state(saved.entry("ledger", Mapping)))
+
+        def take_over() -> None:
+            self._begun = 0
+            for load in loads:
+                load()
+
+        return take_over
 
     def __repr__(self) -> str:
         return ", ".join(f"{exchange.dim} coordinates {kind}" for kind, exchange in self._by_kind().items())

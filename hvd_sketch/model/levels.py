@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -235,11 +235,18 @@ class TwoLevels:
         state = self._between.state_dict(consolidated)
         return broadcast_state(state, LEADER, self._host) if consolidated else state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`GradientExchange.load_state_dict`; without effect, unless this rank is a leader."""
-        if self._between is not None:
-            self._between.load_state_dict(state)
-            self.skipped_steps = self._between.skipped_steps
+    def read_state(self, state: object) -> Callable[[], None]:
+        """See :meth:`GradientExchange.read_state`; without effect, unless this rank is a leader."""
+        between = self._between
+        if between is None:
+            return lambda: None
+        load = between.read_state(state)
+
+        def take_over() -> None:
+            load()
+            self.skipped_steps = between.skipped_steps
+
+        return take_over
 
     def __repr__(self) -> str:
         hosts = f"{len(self._leaders)} hosts, rank {self._host.rank} of {self._host.size} on its own"

@@ -398,17 +398,16 @@ class DistributedOptimizer(LoggedOptimizer):
 
         Raises:
             ValueError: saved for other parameters, or one rank's own loaded at another rank or world size; an entry is
-                missing, of another shape or dtype, or not finite.
+                missing, of another shape or dtype, or not finite. Then nothing has been taken over.
 
         Communication: none, but every rank loads the same kind.
         """
         saved = SavedState(state_dict, self._transport.rank)
         saved.entry("state", Mapping), saved.entry("param_groups", list)
-        if STATE_KEY in state_dict:
-            self._gradients.load_state_dict(state_dict[STATE_KEY])
-        else:
-            self._forget_residuals()
+        has_ours = STATE_KEY in state_dict
+        take_over = self._gradients.read_state(state_dict[STATE_KEY]) if has_ours else self._forget_residuals
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        take_over()
         self._progress.start_over()
 
     def _forget_residuals(self) -> None:

@@ -145,6 +145,8 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("the dim is missing", lambda s: ours(s).pop("dim"), "'dim' .* must be there"),
     ("the dim is another", lambda s: ours(s).update(dim=61), "of dim 61, this exchange of dim 60"),
     ("nothing is sketched", lambda s: s["hvd_sketch"].update(sketched=None), "'sketched' .* Mapping, got None"),
+    ("the dense part is at no step", lambda s: s["hvd_sketch"]["dense"].update(step=-1), "'step' .* got -1"),
+    ("the dense part is missing", lambda s: s["hvd_sketch"].update(dense=None), "'dense' .* Mapping, got None"),
     ("the layout is missing", lambda s: s["hvd_sketch"].pop("layout"), "'layout' .* must be there"),
     ("all of it is None", lambda s: s.update(hvd_sketch=None), "must be a dict, got NoneType"),
     ("the groups are missing", lambda s: s.pop("param_groups"), "'param_groups' .* must be there"),
@@ -188,6 +190,20 @@ def test_damaged_state_is_refused_before_anything_is_loaded(
     assert "of dim" in told or "load another one, or delete its 'hvd_sketch' entry" in str(caught.value)
     after = optimizer.state_dict()
     assert torch.equal(ours(before)["v"], ours(after)["v"]) and ours(before)["step"] == ours(after)["step"] == 4
+
+
+@pytest.mark.parametrize("damage", [lambda s: s["param_groups"].pop(), lambda s: s["param_groups"][0].pop("params")])
+def test_a_damaged_state_of_the_wrapped_optimizer_leaves_residuals_alone(damage: Callable[[Any], object]) -> None:
+    model = Toy()
+    optimizer = DistributedOptimizer(SGD(model.parameters(), lr=1.0), model.named_parameters(), little(), alone())
+    state = through_a_file(optimizer.state_dict())
+    damage(state)
+    train(alone(), optimizer, model, range(3))
+    before = optimizer.state_dict()
+    with pytest.raises((KeyError, ValueError)):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert torch.equal(ours(before)["v"], ours(after)["v"]) and ours(after)["step"] == 3
 
 
 @pytest.mark.parametrize(("u", "told"), [(torch.ones(1), "float32 of shape"), (torch.full((3,), torch.nan), "finite")])

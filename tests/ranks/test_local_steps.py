@@ -115,6 +115,30 @@ def test_ranks_are_equal_after_a_round_and_not_before(name: str, ranks: int) -> 
     assert ranks == 1 or not torch.equal(results[0][0], results[1][0])
 
 
+@pytest.mark.parametrize("name", ["dense", "nominate"])
+def test_a_start_in_bfloat16_is_what_all_ranks_go_on_from(name: str) -> None:
+    def main(transport: LocalTransport) -> tuple[Tensor, Tensor]:
+        model, other = network(), network()
+        options: dict[str, Any] = {"every": 4, "start_dtype": torch.bfloat16, "start_device": "cpu"}
+        optimizer, resumed = (wrap(transport, m, COMPRESSIONS[name], **options) for m in (model, other))
+        train(model, optimizer, transport.rank, range(4))
+        after = flat(model.parameters())
+        train(model, optimizer, transport.rank, range(4, 6))
+        state = saved_and_loaded({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        start = state["optimizer"]["hvd_sketch_round"]["start"]
+        assert {tensor.dtype for tensor in start} == {torch.bfloat16}
+        assert torch.equal(flat(start), after.bfloat16()) and not torch.equal(flat(start).float(), after)
+        other.load_state_dict(state["model"])
+        resumed.load_state_dict(state["optimizer"])
+        for trained_on, of in ((model, optimizer), (other, resumed)):
+            train(trained_on, of, transport.rank, range(6, 8))
+        assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+        return flat(start), flat(model.parameters())
+
+    results = run_local(3, main, LIMIT_S)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("name", ["sketch", "nominate", "random", "low rank"])
 def test_nothing_is_lost(name: str) -> None:
     """What the ranks' steps changed is what the outer step changed, and what is left in the residuals."""
@@ -227,6 +251,7 @@ def test_ranks_with_different_numbers_of_batches() -> None:
         (lambda t, m: wrap(t, m, None, every=0), "every must be an integer of at least 1, got 0"),
         (lambda t, m: wrap(t, m, None, every=2 + t.rank), "every: 2 on rank 0; 3 on rank 1"),
         (lambda t, m: wrap(t, m, SketchConfig.paper(cols=9, k=9), every=2), "must have no momentum"),
+        (lambda t, m: wrap(t, m, None, every=2, start_dtype=torch.int8), "start_dtype must be a floating-point"),
         (lambda t, m: wrap(t, m, 20, every=2), "must be a SketchConfig, a LowRankConfig, or None, got 20"),
         (lambda t, m: wrap(t, m, None, every=2, inner=lambda n: wrap(t, n, None, every=2)), "exchanges already"),
         (lambda t, m: DistributedOptimizer(wrap(t, m, None, every=2), transport=t), "exchanges gradients already"),
@@ -317,6 +342,40 @@ def test_a_consolidated_state_is_of_whole_rounds_and_goes_on_at_another_world_si
 
     results = run_local(3, go_on, LIMIT_S)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda s: s["hvd_sketch_round"]["start"].__setitem__(1, torch.ones(1)),
+            "'start 1' .* must be float32 of shape",
+        ),
+        (lambda s: s["hvd_sketch_round"]["start"][2].fill_(float("nan")), "'start 2' .* must be finite"),
+        (lambda s: s["hvd_sketch_round"]["outer"]["param_groups"].pop(), "different number of parameter groups"),
+        (lambda s: s["param_groups"].pop(), "different number of parameter groups"),
+        (lambda s: s["hvd_sketch"]["sketched"].update(v=torch.ones(1)), "'v' of the saved state must be float32"),
+    ],
+)
+def test_of_a_damaged_state_nothing_is_loaded(change: Callable[[dict[str, Any]], object], told: str) -> None:
+    def everything(optimizer: LocalSteps) -> list[Tensor]:
+        state = optimizer.state_dict()
+        outer = [each["momentum_buffer"] for each in state["hvd_sketch_round"]["outer"]["state"].values()]
+        inner = [each["exp_avg"] for each in state["state"].values()]
+        numbers = torch.tensor([state["hvd_sketch_round"]["done"], state["hvd_sketch"]["sketched"]["step"]])
+        kept = [state["hvd_sketch"]["sketched"]["v"], numbers, *state["hvd_sketch_round"]["start"], *outer, *inner]
+        return [tensor.clone() for tensor in kept]
+
+    model = network()
+    optimizer = wrap(local_transports(1)[0], model, COMPRESSIONS["nominate"], every=4)
+    train(model, optimizer, 0, range(6))
+    state = saved_and_loaded(optimizer.state_dict())
+    change(state)
+    train(model, optimizer, 0, range(6, 11))
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=told):
+        optimizer.load_state_dict(state)
+    assert all(map(torch.equal, before, everything(optimizer)))
 
 
 def test_a_state_of_another_optimizer_is_refused() -> None:
