@@ -234,10 +234,10 @@ class LowRankConfig:
         ratio: bytes of a dense ring allreduce over those of the factors, from which each matrix gets its rank: at least
             1, then in turn, those with most entries per byte first. None: ``rank`` says it.
         rank: of all matrices, at most their smaller side. More => closer to dense, more bytes. None: ``ratio`` says it.
-        value_bits: of a factor's entry on the wire, 32, 16, 8 or 4.
+        value_bits: of a factor's entry on the wire, 32, 16, 8 or 4; also of an element of a vector, which goes whole.
         weight_decay: as in :class:`SketchConfig`.
         seed: of the first right factors.
-        dense_below: as in :class:`SketchConfig`.
+        dense_below: as in :class:`SketchConfig`; but by default no tensor goes dense.
         deterministic: as in :class:`SketchConfig`.
 
     Raises:
@@ -253,7 +253,7 @@ class LowRankConfig:
     value_bits: int = 4
     weight_decay: float = 0.0
     seed: int = 0
-    dense_below: int = 1024
+    dense_below: int = 0
     deterministic: bool = False
 
     def __post_init__(self) -> None:

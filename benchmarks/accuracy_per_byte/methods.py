@@ -64,6 +64,7 @@ class Method:
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
             a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
             more than k, where ranks of matrices are whole numbers. 0: they are.
+        takes_all: it compresses the small tensors, too, so that its ratio is the whole model's.
         is_sent: False for one that exists in a simulation only, whose bytes are not measured.
     """
 
@@ -72,6 +73,7 @@ class Method:
     configure: Callable[[Place], Any]
     make: Callable[[Place], Any] | None = None
     trial: float = 0.0
+    takes_all: bool = False
     is_sent: bool = True
     inner: Inner = "adam"
     rate_factor: float = 1.0
@@ -155,9 +157,9 @@ def _low_rank(bits: int) -> Method:
     def configure(place: Place) -> Any:
         from hvd_sketch.config import LowRankConfig
 
-        return LowRankConfig(ratio=place.ratio, value_bits=bits, dense_below=DENSE_BELOW)
+        return LowRankConfig(ratio=place.ratio, value_bits=bits)
 
-    return Method(f"low rank, {bits} bit", "nesterov", configure, trial=0.001)
+    return Method(f"low rank, {bits} bit", "nesterov", configure, trial=0.001, takes_all=True)
 
 
 def _into(method: Method, title: str, inner: Inner, rate_factor: float = 1.0) -> Method:

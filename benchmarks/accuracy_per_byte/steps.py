@@ -105,8 +105,11 @@ class Training:
     def matrix_ratio(self) -> float:
         """Bytes of a dense ring allreduce of the matrices over those sent for them, so far.
 
-        The dense exchange of the other tensors shares the ledger; its bytes are known and taken off.
+        The dense exchange of the other tensors shares the ledger; its bytes are known and taken off. A method that
+        compresses them, too, has the whole model's ratio.
         """
+        if self.method.takes_all:
+            return self.ledger.compression_ratio()
         sizes = [p.numel() for p in self.model.parameters()]
         dim = sum(p.numel() for p in matrices(list(self.model.named_parameters())))
         sent = DENSE_BYTES * sum(sizes) / self.ledger.compression_ratio()

@@ -24,7 +24,8 @@ class Subject:
 METHOD = """Every method trains the same model on the same batches, over the library's own exchanges between simulated
 ranks (`hvd_sketch.Simulation`). Bytes are those that the ledger counted in the run: what one rank sends per step in a
 ring, and receives. The ratio is that of a dense ring allreduce to them, for the matrices alone, which are what is
-compressed, and for the whole model; tensors of one dimension go dense. Each method has its own best learning rate, of a
+compressed, and for the whole model; tensors of one dimension go dense. Low rank takes these, too, so that its ratio is
+the whole model's, at fewer bytes than the others'. Each method has its own best learning rate, of a
 grid of factors of 2 that grows until its best is inside; in some tables also of rates a factor of 1.41 beside the best.
 The rate was chosen with seed 0 by the same test set; the table has the mean over the seeds at that rate, and the least
 and the greatest.

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class LowRankAllreduce(ResidualExchange):
     """Low-rank gradient exchange with error feedback: PowerSGD, with few-bit factors.
 
-    For every tensor's residual v, seen as a matrix M, and the right factor Q of the step before::
+    For every tensor's residual v, seen as a matrix M, and the right factor Q of the step before. A vector is a matrix
+    of one row: its P is 1, and its Q all of it::
 
         P <- sum over ranks of M Q        in few bits
         P <- orthonormal columns of P
@@ -81,10 +82,12 @@ class LowRankAllreduce(ResidualExchange):
         runs = zip([0, *ends[:-1]], ends, largest, strict=True)
         # Means are far below what float32 and bfloat16 hold: of others, where they begin and end, and their limit.
         self._limited = [run for run in runs if run[2] < LARGEST_SUM / transport.size / 2]
-        self._right = torch.empty(sum(matrix.rank * matrix.cols for matrix in self._matrices), device=self._device)
-        self._rights = _by_matrix(self._right, self._matrices)  # Q of every matrix: parts of that memory
+        factored = {n: matrix for n, matrix in enumerate(self._matrices) if not matrix.is_whole}
+        self._right = torch.empty(sum(each.rank * each.cols for each in factored.values()), device=self._device)
+        # Q of every matrix by its number: parts of that memory.
+        self._rights = dict(zip(factored, _by_matrix(self._right, list(factored.values())), strict=True))
         self._memory = np.empty(0, dtype=np.float32)
-        for number, right in enumerate(self._rights):
+        for number, right in self._rights.items():
             for column in range(len(right)):
                 right[column] = self._draw(number, column, 0)
 
@@ -95,30 +98,37 @@ class LowRankAllreduce(ResidualExchange):
 
     def _agree(self) -> SparseUpdate:
         numbers = [n for n, matrix in enumerate(self._matrices) if not self._is_unused(matrix)]
+        # Vectors behind all factors: the values of a chunk of codes have one scale, and theirs are of another size.
+        numbers.sort(key=lambda number: self._matrices[number].is_whole)
         used = [self._matrices[number] for number in numbers]
-        lefts = self._agree_on_lefts(used, [self._rights[number] for number in numbers])
+        lefts = self._agree_on_lefts(numbers)
         summed = self._agree_on_rights(used, lefts)
         mean = summed.total / self._comm.size
         update = self._take_off(used, lefts, _by_matrix(summed.sent, used), _by_matrix(mean, used))
         self._limit_(update)
-        floats = 2 * sum(matrix.rank * (matrix.rows + matrix.cols) for matrix in used)  # there and back
+        floats = 2 * sum(m.rank * (m.cols + (0 if m.is_whole else m.rows)) for m in used)  # there and back
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, floats * self.config.value_bits // 32)
-        self._keep_rights(numbers, _by_matrix(mean, used))
+        rights = zip(numbers, _by_matrix(mean, used), strict=True)
+        self._keep_rights({number: right for number, right in rights if number in self._rights})
         self.count_step()
         return SparseUpdate(None, update)
 
-    def _agree_on_lefts(self, matrices: Sequence[Matrix], rights: Sequence[Tensor]) -> list[Tensor]:
+    def _agree_on_lefts(self, numbers: Sequence[int]) -> list[Tensor]:
         """Orthonormal columns of the sum over ranks of ``M Q``: float32 [rank, rows] each, equal on all ranks."""
+        factored = [number for number in numbers if number in self._rights]
+        matrices = [self._matrices[number] for number in factored]
         own = torch.empty(sum(matrix.rank * matrix.rows for matrix in matrices), device=self._device)
 
         def multiply() -> None:
-            for matrix, right, out in zip(matrices, rights, _by_matrix(own, matrices, of_rows=True), strict=True):
-                matrix.times_right_(out, self._feedback.v, right)
+            for number, matrix, out in zip(factored, matrices, _by_matrix(own, matrices, of_rows=True), strict=True):
+                matrix.times_right_(out, self._feedback.v, self._rights[number])
 
-        total = self._sum(own, multiply, ("left", "left sums")).total
+        total = self._sum(own, multiply, ("left", "left sums")).total if factored else own
         lefts = _by_matrix(total, matrices, of_rows=True)
         orthonormalize_(lefts)
-        return lefts
+        one = torch.ones(1, 1, device=self._device)
+        by_number = dict(zip(factored, lefts, strict=True))
+        return [by_number.get(number, one) for number in numbers]
 
     def _agree_on_rights(self, matrices: Sequence[Matrix], lefts: Sequence[Tensor]) -> RoundedSum:
         """The sum over ranks of ``M^T P``, all matrices' one after the other."""
@@ -187,13 +197,13 @@ class LowRankAllreduce(ResidualExchange):
     def _is_unused(self, matrix: Matrix) -> bool:
         return any(start <= matrix.start and matrix.stop <= stop for start, stop in self._unused)
 
-    def _keep_rights(self, numbers: Sequence[int], rights: Sequence[Tensor]) -> None:
+    def _keep_rights(self, rights: Mapping[int, Tensor]) -> None:
         """Begin the next step with the right factors of some matrices, float32 [rank, cols] each, equal on all ranks.
 
         Each column is divided by a power of two, so that M Q is about as large as M. A column of zeros is drawn.
         """
         columns, powers = [], []
-        for number, right in zip(numbers, rights, strict=True):
+        for number, right in rights.items():
             largest = right.abs().amax(1, keepdim=True)
             powers.append((largest.view(torch.int32) & EXPONENT).view(torch.float32))
             torch.div(right, powers[-1], out=self._rights[number])
@@ -215,8 +225,8 @@ class LowRankAllreduce(ResidualExchange):
         layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
         return {**super().state_dict(consolidated), "right": self._right.clone(), "matrices": layout}
 
-    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """See :meth:`Exchange.read_state`. Also refuses a state of other matrices or ranks of theirs."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Exchange.load_state_dict`. Also refuses a state of other matrices or ranks of theirs."""
         layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
         saved = self._saved(state)
         theirs = [tuple(sides) for sides in saved.entry("matrices", list)]
@@ -226,13 +236,8 @@ class LowRankAllreduce(ResidualExchange):
                 "here: load it with the shapes and the ratio or rank that it was saved with"
             )
         right = saved.tensor("right", self._right)
-        take_over_others = super().read_state(state)
-
-        def take_over() -> None:
-            take_over_others()
-            self._right.copy_(right)
-
-        return take_over
+        super().load_state_dict(state)
+        self._right.copy_(right)
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         super()._take_over(root, consolidated, at_same_step, predictions)

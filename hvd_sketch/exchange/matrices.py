@@ -14,6 +14,8 @@ from hvd_sketch.config import LowRankConfig
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes
 
+WHOLE_BELOW = 1 << 16  # entries: a vector with fewer is no matrix, but a row, and goes whole
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -28,6 +30,11 @@ class Matrix:
     rows: int
     cols: int
     rank: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a row: its left factor is the number 1, and its right one is all there is."""
+        return self.rows == 1
 
     def times_right_(self, out: Tensor, vector: Tensor, right: Tensor) -> None:
         """Columns of ``M right^T``, written to ``out``, float32 [rank, rows]."""
@@ -82,12 +89,15 @@ def as_matrices(shapes: Sequence[tuple[int, ...]], config: LowRankConfig) -> lis
 def sides_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor's matrix: its first dimension, and all others.
 
-    Where one of them is 1, the entries are filled into a nearly square matrix, whose last row may be shorter.
+    Where one of them is 1, the tensor is a vector: a row, or with :data:`WHOLE_BELOW` entries or more a nearly square
+    matrix that they are filled into, whose last row may be shorter.
     """
     entries = prod(shape)
     rows = shape[0] if shape else 1
     if min(rows, entries // rows) > 1:
         return rows, entries // rows
+    if entries < WHOLE_BELOW:
+        return 1, entries
     cols = isqrt(entries - 1) + 1
     return ceil_div(entries, cols), cols
 
@@ -131,6 +141,6 @@ def ranks_for_ratio(shapes: Sequence[tuple[int, ...]], ratio: float, bits: int) 
 
 def least_bytes(shapes: Sequence[tuple[int, ...]], bits: int) -> int:
     """Ring bytes of factors of rank 1 of tensors of some shapes, with values of ``bits`` bits, scales included."""
-    sides = [sides_of(shape) for shape in shapes]
+    sent = [[cols] if rows == 1 else [rows, cols] for rows, cols in map(sides_of, shapes)]
     # To the owners of the sums, and back.
-    return sum(2 * (coded_bytes(rows, bits) + coded_bytes(cols, bits)) for rows, cols in sides)
+    return sum(2 * coded_bytes(length, bits) for lengths in sent for length in lengths)

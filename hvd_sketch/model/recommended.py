@@ -15,7 +15,7 @@ from hvd_sketch.model.parameters import FLAT_FACTOR, NamedParameter, is_dense
 from hvd_sketch.shards import local
 from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
 
-DENSE_BELOW = 512  # elements: a last matrix of 960 takes 106 bytes at rank 1, and 7,680 dense
+DENSE_BELOW = 512  # elements, for single coordinates: a last matrix of 960 takes 7,680 bytes dense
 RESIDUAL_DECAY = 0.95  # before a sign step
 
 
@@ -29,8 +29,8 @@ def recommended(
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
     no rank of 1, nominated coordinates with 4-bit values for SGD, and an error for the others. For a
-    :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Tensors of fewer than 512
-    elements, and of fewer than 32,768 with one dimension, go dense.
+    :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
+    fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
 
     Learning rates, in times of the best dense one (of Adam for SignSGD), in the tables of
     benchmarks/results/accuracy_per_byte and benchmarks/results/language_model:
@@ -56,9 +56,9 @@ def recommended(
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.
         ratio: bytes of a dense ring allreduce of the tensors that are compressed, over those to be sent for them; every
-            byte counts, also of the agreement before a step. Small tensors go dense beside them. The whole model's
-            ratio is therefore lower: of N elements, n of them compressed, ``N / (n / ratio + N - n)``. It is what
-            ``ledger.compression_ratio()`` says.
+            byte counts, also of the agreement before a step. With low rank it is the whole model's. Beside coordinates
+            small tensors go dense, and the whole model's ratio is lower: of N elements, n of them compressed,
+            ``N / (n / ratio + N - n)``. It is what ``ledger.compression_ratio()`` says.
         ranks: how many there will be.
         optimizer: the one that is wrapped; ``"muon"`` is ``torch.optim.Muon``, ``"signsgd"`` is
             :class:`~hvd_sketch.optim.SignSGD`.
@@ -73,22 +73,24 @@ def recommended(
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
-    shapes = [tuple(local(tensor).shape) for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
-    dim = sum(map(prod, shapes))
-    if dim == 0:
+    large = [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
+    if not large:
         raise ValueError(
             f"none of {len(tensors)} tensors that require a gradient has {DENSE_BELOW} elements, or "
             f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
             "(compression=None)"
         )
+    large_dim = sum(local(tensor).numel() for tensor in large)
     if optimizer == "signsgd":
-        return _coordinates(ratio, dim, ranks, "random", residual_decay=RESIDUAL_DECAY)
+        return _coordinates(ratio, large_dim, ranks, "random", residual_decay=RESIDUAL_DECAY)
+    shapes = [tuple(local(tensor).shape) for tensor in tensors]
+    dim = sum(map(prod, shapes))
     agreement, least = agreement_bytes(ranks, len(tensors)), least_bytes(shapes, LowRankConfig.value_bits)
     budget = DENSE_BYTES * dim / ratio - agreement
     if least <= budget:
-        return LowRankConfig(ratio=DENSE_BYTES * dim / budget, dense_below=DENSE_BELOW)
+        return LowRankConfig(ratio=DENSE_BYTES * dim / budget)
     if optimizer == "sgd":
-        return _coordinates(ratio, dim, ranks, "nominate")
+        return _coordinates(ratio, large_dim, ranks, "nominate")
     highest = floor(1000 * DENSE_BYTES * dim / (least + agreement)) / 1000
     raise ValueError(
         f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "

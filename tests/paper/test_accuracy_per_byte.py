@@ -51,20 +51,21 @@ def test_a_method_meets_the_ratio_by_its_ledger(method: str, data_dir: Path) -> 
     record = train(Run(group_of(method), 0.1, 0), data_dir)
     assert record["matrix_ratio"] == pytest.approx(150, rel=0.05)
     assert not record["diverged"] and 0 <= record["acc"] <= 100
-    assert 0.7 < record["compression_ratio"] / record["matrix_ratio"] < 0.85  # 522 biases beside 268,800 elements
+    share = record["compression_ratio"] / record["matrix_ratio"]
+    assert share == 1 if METHODS[method].takes_all else 0.7 < share < 0.85  # 522 biases beside 268,800 elements
 
 
 WINNERS = [
-    ("mnist", 150.0, 4, "sgd", "lowrank4", 115.6),
-    ("cifar", 60.0, 4, "sgd", "lowrank4", 54.3),
-    ("cifar", 150.0, 4, "sgd", "lowrank4", 118.1),
-    ("cifar", 150.0, 16, "sgd", "lowrank4", 117.1),
-    ("cifar2m", 1000.0, 4, "sgd", "lowrank4", 813.6),
-    ("lm", 60.0, 4, "adam", "lowrank4", 36.0),
-    ("lm", 60.0, 4, "muon", "lowrank4-muon", 36.0),
+    ("mnist", 150.0, 4, "sgd", "lowrank4", 150.0),
+    ("cifar", 60.0, 4, "sgd", "lowrank4", 60.0),
+    ("cifar", 150.0, 4, "sgd", "lowrank4", 150.0),
+    ("cifar", 150.0, 16, "sgd", "lowrank4", 150.0),
+    ("cifar2m", 1000.0, 4, "sgd", "lowrank4", 1000.0),
+    ("lm", 60.0, 4, "adam", "lowrank4", 60.0),
+    ("lm", 60.0, 4, "muon", "lowrank4-muon", 60.0),
     ("lm", 60.0, 4, "signsgd", "random4-sign", 35.9),
-    ("wikitext", 60.0, 4, "adamw", "lowrank4", 37.0),
-]  # of the tables: task, ratio of the matrices, ranks, optimizer, method, ratio of the whole model
+    ("wikitext", 60.0, 4, "adamw", "lowrank4", 60.0),
+]  # of the tables: task, ratio of what is compressed, ranks, optimizer, method, ratio of the whole model
 
 
 @pytest.mark.parametrize(("task", "ratio", "ranks", "optimizer", "method", "of_all"), WINNERS)

@@ -24,8 +24,8 @@ SETTINGS: dict[str, tuple[Compression, int]] = {
     "nominate": (SketchConfig(k=300, candidates="nominate"), 3),
     "nominate in 32 bits": (SketchConfig(k=300, candidates="nominate", value_bits=32), 3),
     "random": (SketchConfig(k=300, candidates="random"), 4),  # its values travel before a step is agreed on
-    "low rank": (LowRankConfig(rank=2), 5),
-    "low rank in 32 bits": (LowRankConfig(rank=2, value_bits=32), 5),
+    "low rank": (LowRankConfig(rank=2, dense_below=1024), 5),
+    "low rank in 32 bits": (LowRankConfig(rank=2, value_bits=32, dense_below=1024), 5),
 }
 
 

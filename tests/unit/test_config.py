@@ -112,11 +112,13 @@ def test_recommended_beyond_rank_1_is_nominations_for_sgd_alone() -> None:
         assert isinstance(recommended(parameters, float(highest[1]), 4, optimizer), LowRankConfig)  # type: ignore[arg-type]
 
 
-def test_recommended_counts_what_is_compressed_alone() -> None:
-    """Biases and norms do not lower the rank: a ratio is possible whatever goes dense beside the matrices."""
-    matrix, biases = torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(30_000))
-    whole, alone = (recommended(parameters, 500, 4) for parameters in ([matrix, biases], [matrix]))
-    assert isinstance(whole, LowRankConfig) and whole == alone
+def test_recommended_counts_all_where_low_rank_compresses_all() -> None:
+    """Biases and norms travel in 4 bits: an eighth of their bytes."""
+    matrix, biases = torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(4_000))
+    config = recommended([matrix, biases], 150, 4)
+    assert isinstance(config, LowRankConfig) and config.dense_below == 0
+    beyond = recommended([matrix, biases], 350, 4)  # the biases alone take a 328th of all bytes
+    assert isinstance(beyond, SketchConfig) and beyond.dense_below == 512
     for nothing in ([biases], [], [torch.zeros(400, 400)]):
         with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
             recommended(nothing, 500, 4)
