@@ -61,9 +61,14 @@ def _gradient(dim: int, device: str) -> Tensor:
     return torch.randn(dim, generator=torch.Generator().manual_seed(0)).pow_(3).to(device)
 
 
+def waiting_for(device: str) -> Callable[[], None]:
+    """What returns when all that was begun on a device is done."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
 def seconds_of(run: Callable[[], object], device: str, prepare: Callable[[], object] = lambda: None) -> float:
     """Median of some calls, the first left out; ``prepare`` comes before each, and is not counted."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait = waiting_for(device)
     spent: list[float] = []
     prepare()
     run()

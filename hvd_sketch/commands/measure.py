@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hvd_sketch.commands.calibrate import waiting_for
 from hvd_sketch.commands.plan import told_rate, told_seconds
 from hvd_sketch.cost import Network
 from hvd_sketch.measured_costs import CARRIERS, Carrier
@@ -96,7 +96,7 @@ class Job:
         )
         if not self.links:
             return
-        table = Table(title=f"Links between hosts, the slowest of {len(self.links)} first")
+        table = Table(title=f"Slowest of {len(self.links)} links of hosts")
         for heading in ("ranks", "bandwidth", "latency"):
             table.add_column(heading, justify="right")
         for link in self.links[:MOST_SHOWN]:
@@ -105,8 +105,11 @@ class Job:
         console.print(table)
 
 
-def job_here() -> Job:
+def job_here(device: str = "cpu") -> Job:
     """The network between the ranks of this job.
+
+    Args:
+        device: where the tensors are that its collectives take. With ``"cuda"`` this has not run yet.
 
     Raises:
         ValueError: there is one rank.
@@ -116,32 +119,29 @@ def job_here() -> Job:
     transport = resolve_transport("auto")
     if transport.size < 2:
         raise ValueError("--measure needs the ranks of a job: torchrun --nproc-per-node 2 -m hvd_sketch plan …")
-    known, probe = CARRIERS[_launcher()], probed(transport)
+    name, _ = choose()
+    is_own = name == "horovod" and getattr(transport, "attendance", None) is None  # Horovod's own collectives keep none
+    known, probe = CARRIERS["horovod-own" if is_own else name], probed(transport, device)
     carrier = replace(probe.carrier(known, transport.size), bytes_per_s=max(known.bytes_per_s, probe.bytes_per_s))
     network = Network(transport.size, probe.bytes_per_s, 0.0, carrier)
     return Job(network, links_of(transport, host_name()), transport.rank == 0)
 
 
-def _launcher() -> str:
-    """As ``--launcher`` names what carries this job."""
-    name, _ = choose()
-    return "horovod-mpi" if name == "horovod" and sys.modules["horovod.torch"].mpi_enabled() else name
-
-
-def probed(transport: Transport) -> Probe:
+def probed(transport: Transport, device: str = "cpu") -> Probe:
     """What a collective of this job takes, small or large, the slowest rank's.
 
     Communication: collective, all ranks; some seconds.
     """
-    small, shares = torch.zeros(SMALL_FLOATS), torch.zeros(transport.size, SMALL_FLOATS)
-    large = torch.zeros(transport.size, PROBE_FLOATS // transport.size)
+    small = torch.zeros(SMALL_FLOATS, device=device)
+    shares = torch.zeros(transport.size, SMALL_FLOATS, device=device)
+    large = torch.zeros(transport.size, PROBE_FLOATS // transport.size, device=device)
     kinds: list[Callable[[], object]] = [
         lambda: transport.allreduce_(small),
         lambda: transport.allgather(small),
         lambda: transport.reduce_scatter(shares),
     ]
-    collective_s = statistics.mean(_slowest(transport, collective, REPEATS) for collective in kinds)
-    whole_s = _slowest(transport, lambda: transport.reduce_scatter(large), REPEATS)
+    collective_s = statistics.mean(_slowest(transport, collective, REPEATS, device) for collective in kinds)
+    whole_s = _slowest(transport, lambda: transport.reduce_scatter(large), REPEATS, device)
     moved = 4 * large.numel() * (transport.size - 1) / transport.size
     return Probe(collective_s, moved / max(whole_s - collective_s, 1e-9))
 
@@ -192,13 +192,16 @@ def _link(among: Any, pairs: Sequence[tuple[int, int]], firsts: Sequence[int]) -
     return [firsts[own[0]], firsts[own[1]], latency_s, rate] if pair.rank == 0 else []
 
 
-def _slowest(transport: Transport, collective: Callable[[], object], repeats: int) -> float:
+def _slowest(transport: Transport, collective: Callable[[], object], repeats: int, device: str = "cpu") -> float:
     """Median seconds of a collective on the slowest rank. Communication: collective, as often on every rank."""
+    wait = waiting_for(device)
     collective()
     spent = []
     for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         collective()
+        wait()
         spent.append(time.perf_counter() - start)
     own = torch.tensor([statistics.median(spent)], dtype=torch.float64)
     return max(float(value) for value in transport.allgather(own))

@@ -28,12 +28,12 @@ def plan(
     ratio: Annotated[float, typer.Option(help="Times fewer bytes than a dense ring, for ours.")] = 150.0,
     bits: Annotated[int, typer.Option(help="Of a value of ours: 4, 8, 16 or 32.")] = 4,
     every: Annotated[int, typer.Option(min=1, help="Steps of an exchange of ours, as of LocalSteps.")] = 1,
-    launcher: Annotated[str, typer.Option(help="torch, mpi, horovod or horovod-mpi.")] = "torch",
+    launcher: Annotated[str, typer.Option(help="torch, mpi, horovod, horovod-mpi or horovod-own.")] = "torch",
     device: Annotated[str, typer.Option(help="cpu, a core; or cuda, an H100.")] = "cpu",
     calibrate: Annotated[bool, typer.Option(help="Time the local work on this machine, for seconds.")] = False,
     measure: Annotated[bool, typer.Option(help="Under a launcher: measure this job's network and local work.")] = False,
     gradient: Annotated[
-        Path | None, typer.Option(help="A saved one: hvd_sketch.save_gradient. Which settings capture most of it?")
+        Path | None, typer.Option(help="From save_gradient: which settings capture most of it?")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw times against bandwidth and ranks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -64,7 +64,7 @@ def plan(
         backward_s = options.seconds(backward)
         network = options.network_of(ranks, bandwidth, latency, launcher, per_host)
         if measure:
-            job = measuring.job_here()
+            job = measuring.job_here(device)
             network = job.network
         works = WORKS[device]
         if measure or calibrate:

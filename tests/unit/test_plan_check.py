@@ -40,7 +40,7 @@ def test_a_small_message_wakes_what_sleeps_and_costs_each_rank_one_for_every_oth
 
 def test_what_every_collective_takes_is_not_taken_for_a_message() -> None:
     probe = {**PROBE, "collective_s": 4e-3, "local_s": 0.003}
-    (ours,) = plan_check.compared([record("nominate150", 1, "none", transport="horovod-mpi", hosts=4, probe=probe)])
+    (ours,) = plan_check.compared([record("nominate150", 1, "none", transport="horovod-own", hosts=4, probe=probe)])
     assert ours["predicted_s"] == pytest.approx(0.003 + 3 * 4e-3, rel=0.01)
 
 
