@@ -54,8 +54,9 @@ class MPITransport:
         abort_on_uncaught_exceptions(self._mpi)
         users = comm if comm is not None else self._mpi.COMM_WORLD
         check_communicator(self._mpi, users)
-        channel = channel_on(self._mpi, users)
-        self._comm, self._progress, self.attendance = channel.comm, channel.progress, channel.attendance
+        self._channel = channel_on(self._mpi, users)
+        self._comm, self._progress = self._channel.comm, self._channel.progress
+        self.attendance = self._channel.attendance
         self._max_count = max_count
         self._takes_cuda = _takes_cuda(self._mpi)
 
@@ -148,9 +149,12 @@ class MPITransport:
         self._comm.Barrier()
 
     def split(self, color: int) -> MPITransport:
-        """The ranks that give the same colour, in rank order, until MPI ends. Communication: collective."""
-        part = self._mpi.Intracomm(self._comm.Split(color, self.rank))
-        return MPITransport(part, self._max_count)
+        """The ranks that give the same colour, in rank order, until the communicator is freed.
+
+        Parts of the same ranks share a communicator, as transports on one communicator do. Communication: collective.
+        """
+        colors = self.allgather(torch.tensor([color])).tolist()
+        return MPITransport(self._channel.part(colors), self._max_count)
 
     def _start_sum(self, tensor: Tensor) -> Handle:
         # Each share goes directly to the rank that adds it: the bytes of a ring without its rounds. Three sums of

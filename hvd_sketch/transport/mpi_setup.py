@@ -28,14 +28,30 @@ class Channel:
         may_have_threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE and comm.size > 1
         self.progress = Progress(comm) if may_have_threads else None
         self.attendance = MPIAttendance(mpi, comm.Dup()) if may_have_threads else None
+        self._parts: dict[tuple[int, ...], MPI.Intracomm] = {}
+
+    def part(self, colors: list[int]) -> MPI.Intracomm:
+        """The ranks of this rank's colour, in rank order; freed with the channel.
+
+        Communication: collective for colours that part the ranks in a new way; otherwise none.
+
+        Args:
+            colors: of all ranks, in rank order; equal on all of them.
+        """
+        firsts = tuple(colors.index(color) for color in colors)  # one key for each way to part the ranks
+        if firsts not in self._parts:
+            self._parts[firsts] = self.comm.Split(firsts[self.comm.rank], self.comm.rank)
+        return self._parts[firsts]
 
     def close(self) -> None:
-        """Free the duplicate and end its thread. Communication: collective, as ``Comm.Free`` is."""
+        """Free the duplicate and its parts, and end their threads. Communication: collective, as ``Comm.Free`` is."""
         if self.progress is not None:
             self.progress.stop()
         if self.attendance is not None:
             self.attendance.close()
         if not self._mpi.Is_finalized():  # MPI_Finalize has freed the duplicate of COMM_WORLD
+            for part in self._parts.values():  # made in one order on all ranks, and so freed
+                part.Free()
             self.comm.Free()
 
 

@@ -216,26 +216,45 @@ def _timeout_of(group: Any, config: str) -> timedelta:
 
 
 def _meet(store: Any, name: str, ranks: list[int], rank: int, timeout_s: float) -> None:
-    """Return once all ranks of a channel are here; ``rank`` and ``ranks`` are those of the world."""
+    """Return once all ranks of a channel are here; ``rank`` and ``ranks`` are those of the world.
+
+    After an error it may be called again, for this channel or another.
+    """
     mine: State = (name, ranks)
     _tell(store, rank, mine)
     deadline_s = time.monotonic() + timeout_s
     if store.add(name, 1) == len(ranks):
         store.set(f"{name} is complete", "")
     while not _comes(store, f"{name} is complete"):
-        about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on their group"
-        lost = _find_lost(store, rank, mine)
-        if lost is not None:
-            _tell(store, rank, None)
-            store.add(name, -1)
-            raise ValueError(
-                f"{about}, but rank {lost} waits on another one: give the same group on all of its ranks, and build "
-                "transports in the same order everywhere"
-            )
-        if time.monotonic() > deadline_s:
-            missing = [peer for peer in ranks if _state(store, peer) != mine]
-            raise TimeoutError(f"{about} for {timeout_s:.0f} s, but ranks {missing} did not come")
+        try:
+            _refuse_to_wait_in_vain(store, rank, mine, timeout_s, deadline_s)
+        except (TimeoutError, ValueError):
+            if _leaves(store, name, len(ranks)):
+                _tell(store, rank, None)
+                raise
     _tell(store, rank, NOWHERE)
+
+
+def _refuse_to_wait_in_vain(store: Any, rank: int, mine: State, timeout_s: float, deadline_s: float) -> None:
+    ranks = mine[1]
+    about = f"rank {rank} has waited for ranks {ranks} to build a TorchTransport on their group"
+    lost = _find_lost(store, rank, mine)
+    if lost is not None:
+        raise ValueError(
+            f"{about}, but rank {lost} waits on another one, or has given up: give the same group on all of its ranks, "
+            "and build transports in the same order everywhere"
+        )
+    if time.monotonic() > deadline_s:
+        missing = [peer for peer in ranks if _state(store, peer) != mine]
+        raise TimeoutError(f"{about} for {timeout_s:.0f} s, but ranks {missing} did not come")
+
+
+def _leaves(store: Any, name: str, size: int) -> bool:
+    """Count this rank out, so that who comes later does not rely on it; False: the last rank has just come."""
+    if store.add(name, -1) < size - 1:
+        return True
+    store.add(name, 1)
+    return False
 
 
 def _comes(store: Any, key: str) -> bool:

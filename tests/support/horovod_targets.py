@@ -13,7 +13,6 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_sketch.transport import HorovodTransport, horovod_carriers, horovod_joins
-from hvd_sketch.transport.attendance import Says
 from hvd_sketch.transport.horovod_addresses import INTERFACE_VARIABLES
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
 
@@ -40,9 +39,7 @@ def part_of_a_lost_rank(transport: HorovodTransport) -> str:
     part = transport.split(0)
     assert part.attendance is not transport.attendance and part.attendance in horovod_joins._watched
     part.barrier()
-    part.attendance.come()
     if transport.rank == 1:
-        part.attendance.say(Says.WAITS)
         del part
         gc.collect()  # which ends its connections
         return ""

@@ -43,11 +43,16 @@ def freed_with_the_users(transport: MPITransport, cycles: int) -> dict[str, int]
         on_group = MPITransport(group)
         if cycle % 100 == 0:  # which starts the thread that drives messages
             on_group.start_reduce_scatter(torch.ones(on_group.size, 1)).wait()
+            parts = [
+                on_group.split(color) for color in (on_group.rank % 2, on_group.rank % 2 + 7, 0, on_group.rank % 2)
+            ]
+            used = [MPI.Comm.Compare(part._comm, parts[0]._comm) == MPI.IDENT for part in parts]
+            assert used == [True, True, False, True], "parts of the same ranks share a communicator"
         copy = group.Dup()
         assert MPI.Comm.Compare(MPITransport(copy)._comm, on_group._comm) != MPI.IDENT, "a copy is another communicator"
         copy.Free()
         group.Free()
-        left += on_group._comm != MPI.COMM_NULL
+        left += sum(each._comm != MPI.COMM_NULL for each in (on_group, *parts))
     assert transport.allreduce_(torch.ones(1)).item() == transport.size, "COMM_WORLD's own must live on"
     return {"communicators": left, "threads": threading.active_count() - threads}
 

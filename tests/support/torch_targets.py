@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hvd_sketch import DistributedOptimizer, SketchConfig, SketchedAllreduce, broadcast_parameters
 from hvd_sketch.transport import TorchTransport
 from tests.support.group_main import EXCHANGE
-from tests.support.setup_targets import message_of
+from tests.support.setup_targets import error_of, message_of
 from tests.support.targets import run_steps
 from tests.support.toy import flat
 
@@ -100,17 +100,14 @@ def refused_groups(transport: TorchTransport) -> dict[str, str]:
     return said
 
 
-def does_not_come(transport: TorchTransport) -> str:
-    """What rank 0 says where rank 1 stays away."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    said = ""
-    if transport.rank == 0:
-        try:
-            TorchTransport(group)
-        except TimeoutError as error:
-            said = str(error)
-    dist.barrier()
-    return said
+def does_not_come(transport: TorchTransport) -> dict[str, Any]:
+    """What rank 0 says where rank 1 stays away, and rank 1 where rank 0 has given up; then both come."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    said = []
+    for waiting in (0, 1):
+        said.append(error_of(lambda: TorchTransport(group)) if transport.rank == waiting else "")
+        dist.barrier()
+    return {"said": said, "sum": TorchTransport(group).allreduce_(torch.ones(1)).item()}
 
 
 def kept_waiting(transport: TorchTransport) -> list[str]:
