@@ -109,20 +109,28 @@ def advice_rows(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
+def summary_rows(known: Sequence[Record]) -> list[list[str]]:
+    """Of :func:`compared` records, a row for every transport and number of hosts, and one for all."""
+    groups = [(where, own) for where, own in grouped(known, *NETWORK).items()]
+    rows = []
+    for (transport, hosts), own in [*groups, (("all", ""), list(known))]:
+        advice = advice_rows(own)
+        close = {tuple(record[name] for name in SETTING) for record in own if is_close(record)}
+        right = sum(row[-1] == "yes" for row in advice)
+        within = f"{sum(map(is_close, own))} of {len(own)}"
+        rows.append([transport, str(hosts), within, str(len(close)), f"{right} of {len(advice)}"])
+    return rows
+
+
 def report(records: Sequence[Record]) -> str:
-    """Both tables, and how many predictions are close and how many pieces of advice are right."""
+    """Every prediction, every piece of advice, and how many of them are close and right."""
     known = compared(records)
-    advice = advice_rows(known)
-    close = sum(map(is_close, known))
-    settings = {tuple(record[name] for name in SETTING) for record in known if is_close(record)}
-    right = sum(row[-1] == "yes" for row in advice)
+    head = f"transport | hosts | predictions within {WITHIN - 1:.0%} | in settings | advice right"
     return "\n\n".join(
         [
             markdown(f"{ABOUT} | method | predicted | measured | predicted / measured", prediction_rows(known)),
-            f"{close} of {len(known)} predictions are within {WITHIN - 1:.0%} of what was measured, "
-            f"in {len(settings)} settings",
-            markdown(f"{ABOUT} | advised | fastest | times as long | right", advice),
-            f"advice right in {right} of {len(advice)}",
+            markdown(f"{ABOUT} | advised | fastest | times as long | right", advice_rows(known)),
+            markdown(head, summary_rows(known)),
         ]
     )
 
