@@ -30,7 +30,7 @@ class Method:
     """One way to exchange gradients, with the learning rate and momentum it trains best with."""
 
     name: str
-    ratio: float | None  # of bytes, of the matrices; None: dense
+    ratio: float | None  # of bytes; None: dense
     learning_rate: float
     momentum: float
 
@@ -41,7 +41,7 @@ COMPRESSED = Method("compressed", 150.0, 0.1, 0.9)
 FIGURES = ("test_accuracy", "payload_bytes_per_step", "seconds", "compression_ratio")
 LINES = styles_of({"dense": "dense", "compressed": "lowrank"})  # low rank is what is recommended for this model
 NOTES = """
-Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours, biases included.
+Bytes are payloads handed to collectives, all counted; ratio: what a ring sends for dense over ours.
 Rate and momentum (Nesterov's): of a small grid (--grid).
 On one machine the network is free, so dense is faster here: the bytes are what a real network would carry."""
 GRID = {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0), "momentum": (0.0, 0.9)}

@@ -35,20 +35,20 @@ def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
         assert 0.5 < result[side]["test_accuracy"] <= 1, output
     parameters = 64 * 256 + 256 * 256 + 256 * 10 + 256 + 256 + 10
     assert result["dense"]["payload_bytes_per_step"] == pytest.approx(8 * parameters, rel=0.01)
-    assert result["compressed"]["compression_ratio"] > 75  # biases go dense beside the matrices, at 150
+    assert result["compressed"]["compression_ratio"] > 145
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "compressed" in output and "bytes/rank/step" in output
 
 
 def test_compressed_is_within_a_point_of_dense_as_a_newcomer_runs_it(tmp_path) -> None:
-    """Every default: 4 ranks, three seeds, over 1 M parameters, 150x for the matrices. 70 s on two cores."""
+    """Every default: 4 ranks, three seeds, over 1 M parameters, 150x. 70 s on two cores."""
     figures = tmp_path / "figures.json"
     command = ["launch/quickstart.sh", "--json", str(figures), "--plot", str(tmp_path / "plot.png")]
     status, output = run_command(command, timeout_s=400)
     assert status == 0, output
     result = json.loads(figures.read_text())
     assert result["ranks"] == 4 and result["dense"]["payload_bytes_per_step"] > 8_000_000
-    assert result["compressed"]["compression_ratio"] > 115
+    assert result["compressed"]["compression_ratio"] > 145
     assert result["dense"]["test_accuracy"] > 0.95
     assert result["compressed"]["test_accuracy"] > result["dense"]["test_accuracy"] - 0.01, output
 
