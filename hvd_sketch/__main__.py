@@ -62,7 +62,7 @@ def doctor(
     hosts: Annotated[Path | None, typer.Option(help="Host file: also look at these by ssh.", exists=True)] = None,
     self_test: Annotated[bool, typer.Option(help="Exchange between two ranks under every launcher.")] = True,
     bundle: Annotated[Path | None, typer.Option(help="Also write a text file to attach to a report.")] = None,
-    names: Annotated[bool, typer.Option(help="Leave host names and paths in the bundle.")] = False,
+    names: Annotated[bool, typer.Option(help="Leave users, hosts and paths in the bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Look for what is wrong with this machine, and say how to mend it.

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from hvd_sketch.commands import doctor, finding, findings, libraries
@@ -68,40 +69,32 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     assert not wrong
 
 
-def test_an_mpi4py_of_another_mpi_and_settings_that_do_not_fit(tmp_path: Path) -> None:
-    """mpi4py that was built for MPICH, where Open MPI is; OpenMP that binds all ranks to one core; a GPU."""
-    command(tmp_path / "bin", "nvidia-smi", 'echo "NVIDIA H100 80GB HBM3, 550.54.15"')
-    status, found = examined(
-        MPI4PY_MPIABI="mpich",
-        HOROVOD_CONTROLLER="gloo",
-        OMP_PROC_BIND="spread",
-        OMP_NUM_THREADS="1",
-        LOCAL_WORLD_SIZE="2",
-        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-    )
-    assert status == 1 and {name for name, about in found.items() if about["state"] == "wrong"} == {"MPI"}
-    mpi = found["MPI"]
-    assert "was built for MPICH" in mpi["told"] and "libmpi.so.12" in mpi["told"] and "--no-binary" in mpi["mend"]
-    assert found["Horovod's controller"]["told"] == "Gloo, by HOROVOD_CONTROLLER"
-    assert "without NCCL, CUDA" in found["Horovod"]["told"]
-    assert "OMP_PROC_BIND=spread" in found["binding"]["told"] and "the first" in found["binding"]["mend"]
-    assert found["GPU"]["state"] == "note" and "H100 80GB HBM3, driver 550.54.15" in found["GPU"]["told"]
-
-
-def test_what_is_not_installed_is_a_note_and_what_is_broken_is_wrong(tmp_path: Path) -> None:
-    for package in ("mpi4py", "triton"):
-        text = f'raise ModuleNotFoundError("No module named {package}", name="{package}")'
-        (tmp_path / f"{package}.py").write_text(text)
+def test_what_is_broken_is_wrong(tmp_path: Path) -> None:
+    """mpi4py that was built for MPICH, where Open MPI is; Horovod of another torch; OpenMP that binds ranks."""
     (tmp_path / "horovod").mkdir()
     (tmp_path / "horovod" / "__init__.py").touch()
     (tmp_path / "horovod" / "torch.py").write_text('raise ImportError("undefined symbol: _ZN2at")')
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    status, found = examined(PYTHONPATH=path)
-    assert status == 1
-    for name, package, mend in (("MPI", "mpi4py", "pip"), ("GPU", "Triton", "gpu")):
-        assert found[name]["state"] == "note" and package in found[name]["told"] and mend in found[name]["mend"], found
-    horovod = found["Horovod"]
-    assert horovod["state"] == "wrong" and "undefined symbol" in horovod["told"] and "this torch" in horovod["mend"]
+    status, found = examined(
+        PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
+        MPI4PY_MPIABI="mpich",
+        OMP_PROC_BIND="spread",
+        OMP_NUM_THREADS="1",
+        LOCAL_WORLD_SIZE="2",
+    )
+    assert status == 1 and {name for name, about in found.items() if about["state"] == "wrong"} == {"MPI", "Horovod"}
+    mpi, horovod = found["MPI"], found["Horovod"]
+    assert "was built for MPICH" in mpi["told"] and "libmpi.so.12" in mpi["told"] and "--no-binary" in mpi["mend"]
+    assert "undefined symbol" in horovod["told"] and "this torch" in horovod["mend"]
+    assert "OMP_PROC_BIND=spread" in found["binding"]["told"] and "the first" in found["binding"]["mend"]
+
+
+def test_what_is_not_installed_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, module in (("mpi4py", "mpi4py.MPI"), ("horovod", "horovod.torch"), ("triton", "triton")):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, package, None)
+    found = (libraries.mpi(), *libraries.horovod(), libraries.gpu())
+    for about, package, mend in zip(found, ("mpi4py", "horovod", "Triton"), ("pip", "torchrun", "gpu"), strict=True):
+        assert about.state == "note" and package in about.told and mend in about.mend, about
 
 
 def test_interfaces_of_different_speed(tmp_path: Path) -> None:
@@ -231,10 +224,16 @@ def test_the_line_that_says_why(printed: str, told: str) -> None:
     assert finding.telling_line(printed) == told
 
 
+def test_a_gpu_that_torch_does_not_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command(tmp_path, "nvidia-smi", 'echo "NVIDIA H100 80GB HBM3, 550.54.15"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = libraries.gpu()
+    assert found.state == "note" and "does not use NVIDIA H100 80GB HBM3, driver 550.54.15" in found.told
+
+
 def test_the_gpus_and_what_drives_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a machine without one: what torch would say of it."""
-    import torch
-
     command(tmp_path, "nvidia-smi", 'echo "550.54.15"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     device = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
