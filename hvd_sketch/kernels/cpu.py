@@ -27,8 +27,8 @@ from hvd_sketch.kernels.threads import run_on_threads
 ON_HOST = True
 MIN_PER_THREAD = 1 << 17  # fewer coordinates do not pay for waking a thread (20 us; their estimates take 40)
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
-# How many ranks the launchers say there are on this node: Open MPI, MPICH and Intel MPI, horovodrun.
-LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
+# How many ranks the launchers say there are on this node: torchrun, Open MPI, MPICH and Intel MPI, horovodrun.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
 keep_exit_silent()
 
 

@@ -25,8 +25,8 @@ class TorchTransport:
     the user's group. It is freed with the user's group.
 
     Host tensors travel over Gloo whatever the backend of the user's group. CUDA tensors stay on the device if that is
-    NCCL, whose reduce_scatter sums them (unless ``ordered``); other groups get pinned copies on the host. Neither has
-    run on a GPU yet.
+    NCCL, whose reduce_scatter sums them (unless ``ordered``); other groups get pinned copies on the host. On GPUs
+    two ranks have exchanged over Gloo and one over NCCL, which refuses two ranks on one GPU.
 
     Communication: the first constructor on a group is collective, for its ranks; later ones send nothing.
 

@@ -16,7 +16,10 @@ from tests.support.worlds import register
 
 pytestmark = pytest.mark.multiprocess
 
-WORLDS = [("torch", 4), ("torch", 3), ("mpi", 4), ("mpi", 3), ("horovod-gloo", 2), ("horovod-mpi", 2)]
+WORLDS = [
+    *(("torch", ranks) for ranks in (1, 2, 3, 4)),
+    *[("mpi", 4), ("mpi", 3), ("horovod-gloo", 2), ("horovod-mpi", 2)],
+]
 DIM, STEPS = 1500, 5
 INTEGERS = {"cols": 160, "k": 25, "momentum": 0.0}
 FEW_BITS = {"oversample": 1, "momentum": 0.0, "value_bits": 4, "table_bits": 8}  # summed in rank order always

@@ -222,6 +222,7 @@ def test_thread_count_changes_no_bit() -> None:
         ({}, 8),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2),
         ({"HOROVOD_LOCAL_SIZE": "3"}, 2),
+        ({"LOCAL_WORLD_SIZE": "16"}, 1),
         ({"MPI_LOCALNRANKS": "16"}, 1),
         ({"MPI_LOCALNRANKS": "4", "OMP_NUM_THREADS": "8"}, numba.config.NUMBA_NUM_THREADS),
     ],
