@@ -187,7 +187,10 @@ def _of_others(workload: Workload, network: Network) -> dict[str, Method]:
 
 
 def _ours(workload: Workload, network: Network) -> dict[str, Method]:
-    """Every rank sends each collective's messages directly to all others: one round."""
+    """Every rank sends each collective's messages directly to all others: one round.
+
+    The agreement before a step, a small allreduce of the library's, is taken to do so, too.
+    """
     shapes, every, found = workload.shapes, workload.every, {}
     for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
         sent = bytes_of(config, shapes, network.ranks) * network.share

@@ -26,14 +26,14 @@ LEAST_REPEATS = 5
 MEAN_OF = 2  # ranks, whose mean a dense exchange makes
 
 
-def works_here(shapes: Shapes, ratio: float, ranks: int, bits: int = 4, device: str = "cpu") -> Works:
-    """By method, on this machine and in as many threads as torch has; of a smaller model where this one is large.
+def check_device(device: str) -> None:
+    """Refuse to measure on a GPU that is not there. Raises ValueError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave out --calibrate and --measure, or --device")
 
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--calibrate --device {device}: torch sees no GPU here; leave out --calibrate or --device")
+
+def works_here(shapes: Shapes, ratio: float, ranks: int, bits: int = 4, device: str = "cpu") -> Works:
+    """By method, on this machine and in as many threads as torch has; of a smaller model where this one is large."""
     largest = LARGEST_TIMED[device]
     if sum(map(math.prod, shapes)) > largest:
         shapes = shapes_of_size(largest)

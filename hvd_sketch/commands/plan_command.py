@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -54,15 +55,15 @@ def plan(
 
     job = captured = None
     try:
-        sources = {name: context.get_parameter_source(name) for name in MEASURED}
-        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        options.check_together(given if measure else [], per_host, every)
+        options.check_together(_given(context, MEASURED) if measure else [], per_host, every)
         flat = capture.load_gradient(gradient) if gradient is not None else None
         shapes = options.shapes_of(params, model, flat)
         check_choice("--device", device, WORKS)
         check_choice("--bits", bits, BITS)
         backward_s = options.seconds(backward)
         network = options.network_of(ranks, bandwidth, latency, launcher, per_host)
+        if measure or calibrate:
+            calibrating.check_device(device)
         if measure:
             job = measuring.job_here(device)
             network = job.network
@@ -85,3 +86,9 @@ def plan(
         return
     for part in parts:
         part.show(console())
+
+
+def _given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those options that stand in the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

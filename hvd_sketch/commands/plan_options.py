@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hvd_sketch.checks import check_choice
-from hvd_sketch.config import LowRankConfig
+from hvd_sketch.config import SketchConfig
 from hvd_sketch.cost import Network, Shapes
 from hvd_sketch.measured_costs import CARRIERS
 
@@ -71,7 +71,7 @@ def shapes_of_model(factory: str) -> Shapes:
         ) from error
     finally:
         sys.path.pop(0)
-    shapes = [tuple(tensor.shape) for tensor in tensors if not is_dense(tensor, LowRankConfig.dense_below)]
+    shapes = [tuple(tensor.shape) for tensor in tensors if not is_dense(tensor, SketchConfig.dense_below)]
     if not shapes:
         raise ValueError(f"--model {factory}: no tensor is large enough to be compressed; exchange it dense")
     return shapes

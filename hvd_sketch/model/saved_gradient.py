@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_sketch.config import LowRankConfig
+from hvd_sketch.config import SketchConfig
 from hvd_sketch.files import replaced
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.shards import local
@@ -35,7 +35,7 @@ def save_gradient(parameters: Iterable[Tensor | NamedParameter], path: str | Pat
     Communication: none.
     """
     tensors = (entry[1] if isinstance(entry, tuple) else entry for entry in parameters)
-    own = [p for p in tensors if p.requires_grad and not is_dense(p, LowRankConfig.dense_below)]
+    own = [p for p in tensors if p.requires_grad and not is_dense(p, SketchConfig.dense_below)]
     if all(p.grad is None for p in own):
         raise ValueError(
             f"{path}: expected a gradient in at least one of the {len(own)} tensors that are large enough to be "

@@ -286,6 +286,7 @@ def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkey
         (["--params", "1e6", "--bits", "5"], "--bits"),
         (["--params", "1e6", "--device", "tpu"], "--device"),
         (["--params", "1e6", "--device", "cuda", "--calibrate"], "torch sees no GPU"),
+        (["--params", "1e6", "--device", "cuda", "--measure"], "torch sees no GPU"),
         (["--params", "1e3", "--ratio", "1e6", "--device", "cuda"], "--ratio"),
     ],
 )
