@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 class Scalars(Output):
     """What the user logs, and bytes, ratio, residual, as an output of
-    :class:`~hvd_sketch.logs.step_observer.StepObserver`. Bytes and ratio are of all steps, also those before a checkpoint.
+    :class:`~hvd_sketch.logs.step_observer.StepObserver`. Bytes and ratio are of all steps, also before a checkpoint.
 
     Args:
         folder: of the run, as TensorBoard's ``SummaryWriter`` takes it.

@@ -44,7 +44,9 @@ class TraceFile(Output):
     def write(self, steps: Sequence[Step]) -> None:
         lines = [*self._begin]
         for step in steps:
-            lines += [self._span(span.name, EXCHANGE, span.kind.value, span.start_s, span.end_s) for span in step.spans]
+            lines += [
+                self._span(name, EXCHANGE, kind.value, start_s, end_s) for kind, name, start_s, end_s in step.spans
+            ]
             sent = sum(step.sent_bytes.values())
             told = {"sent_bytes": sent, "skipped": step.is_skipped, "values": as_json(step.values)}
             name, start_s = f"step {step.number}", step.end_s - step.step_s
