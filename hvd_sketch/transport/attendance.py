@@ -24,7 +24,7 @@ SILENT_S = 15.0  # without an answer from another host: a rank is named
 # Then it counts as lost. Not earlier: a rank that writes or unpickles a large file may not run any other thread.
 LOST_S = 600.0
 LONGEST_GAP_S = 6.0  # between two times that this rank listens; of a longer one it was stopped itself
-UNANSWERED_S = 5.0  # the carrier of the words is named
+UNANSWERED_S = 1.0  # what is known of the others is old
 LAST_WORD_S = 2.0  # how long the end of a program may wait for the others to be told
 
 
@@ -188,28 +188,34 @@ class Attendance(ABC):
 
     def absent(self) -> list[int]:
         """The ranks that have not said that they wait where this one does."""
-        others = (r for r in range(self.size) if r != self.rank)
-        return [r for r in others if r not in self.heard or self.heard[r].begun < self.begun]
+        heard, others = self.heard, (r for r in range(self.size) if r != self.rank)
+        return [r for r in others if r not in heard or heard[r].begun < self.begun]
 
     def describe_absent(self) -> str:
         """What is known of the ranks that have not come, or why nothing is, in words; "": nothing strange."""
-        absent, asks_since_s = self.absent(), self._asks_since_s
+        absent = self.absent()
         stopped = [r for r in absent if self._fates.get(r) == Fate.STOPPED]
         silent = [r for r in absent if self._silence(r) > SILENT_S]
         told = []
-        if self.failure:
-            told.append(f"Who has come is not known: {self.carrier} is gone ({self.failure}).")
-        elif asks_since_s is not None and time.monotonic() - asks_since_s > UNANSWERED_S:
-            since_s = time.monotonic() - asks_since_s
-            told.append(f"Who has come is not known: {self.carrier} has not answered for {since_s:.0f} s.")
+        if self.is_cut_off:
+            what = f"is gone ({self.failure})" if self.failure else f"has not answered for {self._unanswered_s():.0f} s"
+            told.append(f"Who has come is not known: {self.carrier} {what}.")
         if stopped:
             told.append(f"{name_ranks(stopped).capitalize()} is stopped, by a signal or a debugger.")
         if silent:
+            s = min(map(self._silence, silent))
             told.append(
-                f"{name_ranks(silent).capitalize()} has not answered for {min(map(self._silence, silent)):.0f} s: its "
-                "process is stopped, or its host or network is lost."
+                f"{name_ranks(silent).capitalize()} has not answered for {s:.0f} s: its process is stopped, or its host is lost."
             )
         return " ".join(told)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the carrier is gone, or does not answer."""
+        return bool(self.failure) or self._unanswered_s() > UNANSWERED_S
+
+    def _unanswered_s(self) -> float:
+        return time.monotonic() - (self._asks_since_s or time.monotonic())
 
     def _silence(self, rank: int) -> float:
         """How long nothing was heard of a rank of another host that has answered before, in seconds."""

@@ -209,8 +209,9 @@ def _warn(wait: Wait, waited_s: float) -> None:
         if wait.step is None
         else "One of them hangs, or the network does."
     )
-    absent = wait.attendance.absent() if wait.attendance is not None else []
-    known = wait.attendance.describe_absent() if wait.attendance is not None else ""
+    attendance = wait.attendance
+    absent = attendance.absent() if attendance is not None and not attendance.is_cut_off else []
+    known = attendance.describe_absent() if attendance is not None else ""
     who = (
         f"{name_ranks(absent)}, which {'has' if len(absent) == 1 else 'have'} not come" if absent else "the other ranks"
     )

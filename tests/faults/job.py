@@ -1,7 +1,7 @@
-"""A small training in which rank 1 fails at one point; what test_table.py runs on every rank.
+"""A small training in which one rank fails at one point; what test_table.py runs on every rank.
 
 Arguments: transport; ``<act>@<point>``, see ACTS and POINTS, a key of EXTRA_STEPS, or "survive"; folder for checkpoints
-and the time of the failure.
+and the time of the failure. It is rank 1 that fails, or with ``<act>@<point> of rank 0`` that one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hvd_sketch.transport.forwarding import ForwardingTransport
 
 RANK_VARIABLES = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 FAILING_RANK, FAILING_STEP = 1, 3
+OF_RANK_0 = " of rank 0"
 IN_STEP = ("agree", "second", "third", "fourth", "fifth", "last")  # before a step's 1st to 5th collective, and its last
 POINTS = (
     *("start", "connected", "set-up", "broadcast", "data", "backward"),
@@ -46,6 +47,7 @@ ACTS: dict[str, Callable[[], Any]] = {
     "exit 3": partial(sys.exit, 3),
     "exit 0": partial(sys.exit, 0),
     "hang": partial(time.sleep, 1000),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 EXTRA_STEPS = {"one step more": 1, "one step less": -1, "end early": -1}  # of rank 1, without any other failure
 
@@ -57,11 +59,12 @@ class Fault:
         act: a key of ACTS.
         point: where.
         folder: where the time is noted.
+        rank: to which.
     """
 
-    def __init__(self, act: str, point: str, folder: Path) -> None:
+    def __init__(self, act: str, point: str, folder: Path, rank: int = FAILING_RANK) -> None:
         self._act, self._point, self._folder = act, point, folder
-        self.is_armed = next(os.environ[v] for v in RANK_VARIABLES if v in os.environ) == str(FAILING_RANK)
+        self.is_armed = next(os.environ[v] for v in RANK_VARIABLES if v in os.environ) == str(rank)
 
     def reach(self, point: str) -> None:
         if self.is_armed and point == self._point:
@@ -179,8 +182,8 @@ def main(name: str, what: str, path: str) -> None:
         transport = resolve_transport(name)
         print(f"rank {transport.rank} passed {check_all(transport, folder)} checks")
         return
-    act, _, point = what.partition("@")
-    fault = Fault(act, point, folder)
+    act, _, point = what.removesuffix(OF_RANK_0).partition("@")
+    fault = Fault(act, point, folder, 0 if what.endswith(OF_RANK_0) else FAILING_RANK)
     train(Job(name, fault, folder), act, folder, fault)
 
 

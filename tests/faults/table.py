@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from hvd_sketch.transport.stall import ABORT_VARIABLE
-from tests.faults.job import POINTS
+from tests.faults.job import OF_RANK_0, POINTS
 from tests.support.harness import LAUNCHERS as SCRIPTS
 
 # Without our launch scripts the transport alone must end the job.
@@ -23,7 +23,10 @@ BY_HAND = [
     export WORLD_SIZE=$2 MASTER_ADDR=localhost RANK
     MASTER_PORT=$(python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
     export MASTER_PORT
-    for ((RANK = 0; RANK < WORLD_SIZE; RANK++)); do "${@:3}" & pids+=($!); done
+    for ((RANK = 0; RANK < WORLD_SIZE; RANK++)); do "${@:3}" & pids+=($!) status+=(/proc/$!/status); done
+    # A rank that is stopped goes on when all others have ended, as if somebody found it.
+    while grep -qs '^State:.[RSD]' "${status[@]}"; do sleep 0.2; done
+    kill -CONT "${pids[@]}" 2>/dev/null || true
     for pid in "${pids[@]}"; do wait $pid || ((failed += 1)); done
     ((failed == 0))
     """,
@@ -41,7 +44,7 @@ LAUNCHERS: dict[str, tuple[list[str], str]] = {
 EVERYWHERE = tuple(LAUNCHERS)
 LAUNCH_SCRIPTS = ("torchrun.sh", "mpirun.sh", "horovodrun.sh", "horovodrun.sh --mpi")
 ENDING = tuple(name for name in LAUNCHERS if name != "torch by hand")  # who also end a rank that hangs
-STALL_S, ABORT_S = 3, 12  # the limits in the tests; by default 30 and never
+STALL_S, ABORT_S = 3, 12  # the limits in rows of hangs; by default 30 and never
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Row:
         ranks: how many.
         takes_s: a cell, about, on two cores.
         module: what the ranks run.
+        hangs: with the limits STALL_S and ABORT_S; other rows have the defaults: 30 s, and never.
     """
 
     fault: str
@@ -69,6 +73,7 @@ class Row:
     ranks: int = 2
     takes_s: int = 7
     module: str = "job"
+    hangs: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,12 @@ ROWS = (
         30,
         tuple(f"kill@{point}" for point in CONNECTED),
     ),
+    Row(
+        "`kill -9` of rank 0, whose process may keep the store",
+        "the job ends",
+        30,
+        tuple(f"kill@{point}{OF_RANK_0}" for point in ("connected", "third", "save")),
+    ),
     Row("`kill -9` or an exception before it is connected", "the job ends", 30, ("kill@start", "raise@start"), STARTED),
     Row("a crash (`SIGSEGV`)", "the job ends", 30, ("crash@fourth",)),
     Row(
@@ -105,7 +116,15 @@ ROWS = (
         told=("rank 1 fails on purpose",),
     ),
     Row("`sys.exit(3)`", "the job ends", 30, ("exit 3@data", "exit 3@third")),
-    Row("`sys.exit(0)` in a step", "the job ends, not with status 0", 30, ("exit 0@data", "exit 0@fourth"), ranks=3),
+    Row(
+        "`sys.exit(0)` in a step",
+        "the rank is named, and the job ends, not with status 0",
+        30,
+        ("exit 0@data", "exit 0@fourth", f"exit 0@data{OF_RANK_0}"),
+        told=("the program of rank [01] is over",),
+        ranks=3,
+        takes_s=14,
+    ),
     Row(
         "a loop that is one step shorter on a rank",
         "the rank is named, and the job ends, not with status 0",
@@ -142,6 +161,7 @@ ROWS = (
         ),
         ranks=3,
         takes_s=20,
+        hangs=True,
     ),
     Row(
         "a rank hangs in the middle of an exchange",
@@ -152,6 +172,18 @@ ROWS = (
         (NAMED.format("sketch"),),
         ranks=3,
         takes_s=20,
+        hangs=True,
+    ),
+    Row(
+        "a rank is stopped (`SIGSTOP`), also the one that keeps the store",
+        "the rank and the phase are named, and that it is stopped",
+        35,
+        ("stop@accumulate", f"stop@data{OF_RANK_0}"),
+        tuple(name for name in EVERYWHERE if name != "torchrun.sh"),
+        ("(rank [01], which has not come|the other ranks), in step 3, phase .*Rank [01] is stopped, by a", ENDED),
+        ranks=3,
+        takes_s=25,
+        hangs=True,
     ),
     Row(
         "other settings, optimizer, model or version on a rank",
