@@ -41,10 +41,11 @@ def write_figure(path: Path, workload: Workload, network: Network) -> None:
     titles = {name: method.title for name, method in own.items()}
     rates = [replace(network, bytes_per_s=rate / 8) for rate in BITS_PER_S]
     _draw(by_rate, BITS_PER_S, {name: [own[name].seconds(there) for there in rates] for name in own}, titles)
-    by_rate.set(xlabel="bandwidth of each rank, bit/s", title=f"{network.ranks} ranks")
+    ranks = "ranks" if network.per_host == 1 else f"hosts of {network.per_host} ranks"
+    by_rate.set(xlabel="bandwidth of each link, bit/s", title=f"{network.ranks} {ranks}")
     _mark(by_rate, 8 * network.bytes_per_s)
     _draw(by_ranks, RANKS, {name: [_at(found[ranks], name, network, ranks) for ranks in RANKS] for name in own}, titles)
-    by_ranks.set(xlabel="ranks", title=told_rate(network.bytes_per_s))
+    by_ranks.set(xlabel=ranks, title=told_rate(network.bytes_per_s))
     by_ranks.set_xticks(RANKS, [str(ranks) for ranks in RANKS], minor=False)
     _mark(by_ranks, network.ranks)
     figure.suptitle(

@@ -260,6 +260,15 @@ def test_a_size_is_met_whatever_it_is() -> None:
         assert sum(map(prod, shapes_of_size(dim))) == dim
 
 
+def test_a_figure_of_two_levels_counts_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panels: list[Any] = []
+    monkeypatch.setattr(plan_figure, "_mark", lambda panel, value: panels.append((panel, value)))
+    status, text = run("--params", "1e6", "--ranks", "16", "--per-host", "4", "--plot", str(tmp_path / "plan.svg"))
+    (by_rate, _), (by_ranks, hosts) = panels
+    assert status == 0 and hosts == 4, text
+    assert by_rate.get_title() == "4 hosts of 4 ranks" and by_ranks.get_xlabel() == "hosts of 4 ranks"
+
+
 def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, text = run("--params", "1e6", "--plot", str(tmp_path / "plan.png"))
