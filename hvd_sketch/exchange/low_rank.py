@@ -225,8 +225,8 @@ class LowRankAllreduce(ResidualExchange):
         layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
         return {**super().state_dict(consolidated), "right": self._right.clone(), "matrices": layout}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Exchange.load_state_dict`. Also refuses a state of other matrices or ranks of theirs."""
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """See :meth:`Exchange.read_state`. Also refuses a state of other matrices or ranks of theirs."""
         layout = [(matrix.rows, matrix.cols, matrix.rank) for matrix in self._matrices]
         saved = self._saved(state)
         theirs = [tuple(sides) for sides in saved.entry("matrices", list)]
@@ -236,8 +236,13 @@ class LowRankAllreduce(ResidualExchange):
                 "here: load it with the shapes and the ratio or rank that it was saved with"
             )
         right = saved.tensor("right", self._right)
-        super().load_state_dict(state)
-        self._right.copy_(right)
+        take_over_others = super().read_state(state)
+
+        def take_over() -> None:
+            take_over_others()
+            self._right.copy_(right)
+
+        return take_over
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
         super()._take_over(root, consolidated, at_same_step, predictions)
