@@ -16,7 +16,13 @@ pytestmark = pytest.mark.multiprocess
 
 
 @pytest.mark.parametrize(
-    ("launcher", "kind", "ranks"), [("torch", "torch", 4), ("mpi", "mpi", 4), ("horovod-gloo", "horovod", 3)]
+    ("launcher", "kind", "ranks"),
+    [
+        ("torch", "torch", 4),
+        ("mpi", "mpi", 4),
+        ("horovod-gloo", "horovod", 3),
+        ("horovod-mpi", "horovod", 3),
+    ],
 )
 def test_a_group_exchanges_as_threads_do(launcher: str, kind: str, ranks: int, tmp_path) -> None:
     job = [sys.executable, "-m", "tests.support.group_main", kind, str(tmp_path)]
