@@ -13,7 +13,8 @@ import sys
 from functools import partial
 
 from benchmarks.methods import METHODS, methods_over
-from benchmarks.network.bandwidth_report import plot, tables
+from benchmarks.network.bandwidth_figures import plot
+from benchmarks.network.bandwidth_report import tables
 from benchmarks.network.lab import UNSHAPED, at_least, network_parser, run_pending, status_of
 from benchmarks.network.records import Records
 

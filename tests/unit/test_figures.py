@@ -11,7 +11,7 @@ import pytest
 from benchmarks import quickstart
 from benchmarks.accuracy_per_byte import by_ranks
 from benchmarks.figures import styles_of
-from benchmarks.network import bandwidth_report
+from benchmarks.network import bandwidth_figures, bandwidth_report
 from benchmarks.paper import ablations_figure, cifar10_figure, translation_figure
 from hvd_sketch.commands.styles import STYLES
 
@@ -23,6 +23,27 @@ FIGURES = [by_ranks, bandwidth_report, ablations_figure, cifar10_figure, transla
 def test_lines_of_a_figure_differ(figure: ModuleType) -> None:
     seen = [(line["color"], line["marker"], line.get("markerfacecolor")) for line in figure.LINES.values()]
     assert len(set(seen)) == len(seen)
+
+
+def test_figures_of_the_network_are_of_bandwidths_and_of_hosts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = [
+        {
+            "method": method,
+            "transport": "mpi",
+            "dim": dim,
+            "hosts": hosts,
+            "rate": rate,
+            "seconds": {"median": hosts / at},
+        }
+        for dim, every in ((1_000_000, (2, 4, 8)), (6_500_000, (2, 4)))
+        for hosts in every
+        for at, rate in enumerate(("100mbit", "1gbit", "none"), start=1)
+        for method in ("allreduce", "nominate150")
+    ]
+    paths = bandwidth_figures.plot(records, tmp_path / "bandwidth.png")
+    assert [path.name for path in paths] == ["bandwidth-1M.png", "bandwidth-1M-hosts.png", "bandwidth-6.5M.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
 
 
 def test_lines_without_markers_differ() -> None:
