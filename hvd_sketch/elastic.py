@@ -18,6 +18,7 @@ from hvd_sketch.model.checkpoint import step_of
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport import HorovodTransport, Transport
+from hvd_sketch.transport.stall import watched
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,15 @@ class SketchState(TorchState):
         model: of every rank.
         optimizer: a plain torch optimizer of its parameters, which is wrapped again after every reset.
         compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
-        arguments: others of its arguments, by name.
+        arguments: others of its arguments, by name; not ``levels=2``.
         **objects: by name, what else is to be carried; they become attributes.
 
     Attributes:
         model: as given.
         optimizer: a :class:`~hvd_sketch.DistributedOptimizer` over the ranks of now; None before ``hvd.elastic.run``.
+
+    Raises:
+        ValueError: ``levels=2`` among the arguments.
     """
 
     def __init__(
@@ -63,6 +67,11 @@ class SketchState(TorchState):
         arguments: dict[str, Any] | None = None,
         **objects: Any,
     ) -> None:
+        if (arguments or {}).get("levels", 1) != 1:
+            raise ValueError(
+                "an elastic job has one level: of two, only a host's first rank keeps residuals, and after a reset "
+                "another one may be the first. Leave levels=2 out of the arguments of SketchState"
+            )
         named = list(named_parameters if named_parameters is not None else model.named_parameters())
         self._inner = optimizer
         self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
@@ -111,8 +120,9 @@ class SketchState(TorchState):
     def _go_on(self, transport: Transport) -> None:
         """Load what this rank has kept, or zeros, at rank 0's step. Communication: collective."""
         own = self._kept if self._kept is not None else self.optimizer.state_dict()
-        ranks, has_kept = transport.allgather(torch.tensor([[self._ranks, self._kept is not None]])).unbind(1)
-        step = int(transport.broadcast_(torch.tensor([step_of(own)])))
+        with watched(transport, "go on after a reset"):
+            ranks, has_kept = transport.allgather(torch.tensor([[self._ranks, self._kept is not None]])).unbind(1)
+            step = int(transport.broadcast_(torch.tensor([step_of(own)])))
         if not bool(has_kept.any()):
             return
         before = int(ranks.max())

@@ -20,6 +20,7 @@ from hvd_sketch.hashing import HASH_VERSION
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.transport.stall import watched
 
 logger = logging.getLogger(__name__)
 Parameters = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape, dtype
@@ -213,10 +214,11 @@ class Exchange(ABC):
         """
         counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._predictions()])
         own_step = self._step
-        step, skipped, loaded, *predictions = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
-        self._step, self.agreement.skipped_steps = step, skipped
-        self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
-        self._take_over(root, self._loaded == Loaded.CONSOLIDATED, own_step == step, predictions)
+        with watched(self._transport, "take over a state"):
+            step, skipped, loaded, *predictions = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
+            self._step, self.agreement.skipped_steps = step, skipped
+            self._is_fresh, self._loaded = self._is_fresh and step == 0, Loaded(loaded)
+            self._take_over(root, self._loaded == Loaded.CONSOLIDATED, own_step == step, predictions)
 
     def forget(self) -> None:
         """Momentum and residuals start from zero, as after loading the state of an optimizer without an exchange.

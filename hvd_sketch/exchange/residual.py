@@ -19,6 +19,7 @@ from hvd_sketch.exchange.feedback import Feedback
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.transport.base import Transport, mean_over_ranks
+from hvd_sketch.transport.stall import watched
 
 logger = logging.getLogger(__name__)
 Slices = Sequence[tuple[int, Tensor]]  # (start, values): slices of a vector, the last first
@@ -82,7 +83,8 @@ class ResidualExchange(Exchange):
         saved: dict[str, Any] = self._feedback.state_dict()
         if consolidated:  # without the thresholds: sums over more ranks are larger
             require_equal(self._transport, {"step": self._step}, "make a consolidated state")
-            saved = {name: self._mean(kept) for name, kept in saved.items()}
+            with watched(self._transport, "make a consolidated state"):
+                saved = {name: self._mean(kept) for name, kept in saved.items()}
         else:
             saved["thresholds"] = tuple(predictor.edges for predictor in self._predictors)
         counters = self._counters(None if consolidated else self._comm.rank)

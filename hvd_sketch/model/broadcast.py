@@ -13,6 +13,7 @@ from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.model.mesh import require_equal_shards
 from hvd_sketch.shards import globalized, is_sharded, local, localized
 from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport.stall import watched
 
 # Horovod takes 9 to 16 ms for one tiny collective, so small tensors travel together.
 BUCKET_BYTES = 64 * 2**20
@@ -67,8 +68,9 @@ def broadcast_parameters(
 
 def broadcast_tensors(tensors: list[Tensor], root_rank: int, comm: Transport) -> None:
     """Copy the root's tensors to all ranks, in place; equal shapes and dtypes. Communication: collective, all ranks."""
-    for bucket in _buckets(tensors):
-        _broadcast_bucket(bucket, root_rank, comm)
+    with watched(comm, "broadcast tensors"):
+        for bucket in _buckets(tensors):
+            _broadcast_bucket(bucket, root_rank, comm)
 
 
 def broadcast_optimizer_state(
@@ -123,7 +125,8 @@ def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transpor
         ValueError: on every rank: it cannot be saved, or others could not load it safely.
     """
     data = _serialized(state) if state is not None else None
-    length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
+    with watched(comm, "broadcast a state"):
+        length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
     if length == UNSAFE:
         raise ValueError(
             f"the optimizer state of rank {root_rank} holds objects that torch.save or "
@@ -132,7 +135,9 @@ def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transpor
         )
     if data is None:
         data = torch.empty(length, dtype=torch.uint8)
-    return _deserialized(comm.broadcast_(data, root_rank))
+    with watched(comm, "broadcast a state"):
+        comm.broadcast_(data, root_rank)
+    return _deserialized(data)
 
 
 def _check_root(comm: Transport, root_rank: int) -> None:

@@ -29,6 +29,7 @@ from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.shards import globalized, is_sharded, localized
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
+from hvd_sketch.transport.stall import watched
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def save_checkpoint(
             if isinstance(optimizer, LocalSteps):
                 state["inner"] = optimizer.inner.state_dict()
             files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), localized(state))
-        everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
+        with watched(comm, "save a checkpoint"):
+            everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
         with refused_together(comm, "save a checkpoint"):
             if comm.rank == 0:
                 write_manifest(
@@ -195,7 +197,9 @@ def _make_folder(root: Path, step: int, comm: Transport) -> Folder:
             folder = Folder.after(root, step)
             folder.path.mkdir(parents=True)
             number = folder.number
-    return Folder.of(root, int(comm.broadcast_(torch.tensor([number]))), step)
+    with watched(comm, "make a folder for a checkpoint"):
+        number = int(comm.broadcast_(torch.tensor([number])))
+    return Folder.of(root, number, step)
 
 
 def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
@@ -208,7 +212,8 @@ def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
             steps = ", ".join(str(folder.step) for folder in complete) or "none"
             raise ValueError(f"{root} has no complete checkpoint of step {step!r}; those it has are of steps {steps}")
         found = fitting[-1] if fitting else None
-    numbers = comm.allgather(torch.tensor([found.number if found else 0])).tolist()
+    with watched(comm, "look for a checkpoint"):
+        numbers = comm.allgather(torch.tensor([found.number if found else 0])).tolist()
     if len(set(numbers)) > 1:
         told = tell_values([f"number {number}" if number else "none" for number in numbers])
         raise ValueError(

@@ -13,6 +13,7 @@ from hvd_sketch.exchange.setup import tell_values
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.stall import watched
 
 # Int64 words are summed by columns, in blocks of rows: opposite changes at two places do not cancel, unless in one
 # column of one block. The number of columns is prime: rows of a matrix that changed places seldom meet old columns.
@@ -38,7 +39,8 @@ def digest(sums: Tensor) -> int:
 
 def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tensor) -> str:
     """Which parameters differ, and on which ranks. Communication: collective, all ranks."""
-    every = comm.allgather(sums.unsqueeze(0))  # [size, n]
+    with watched(comm, "compare parameters"):
+        every = comm.allgather(sums.unsqueeze(0))  # [size, n]
     differing = (every != every[0]).any(0).nonzero().flatten().tolist()
     told = []
     for number in differing[:5]:

@@ -26,9 +26,11 @@ from hvd_sketch.model.mesh import ShardRanks
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import is_sharded
 from hvd_sketch.transport.base import Splitting, Transport, gather_texts
+from hvd_sketch.transport.stall import watched
 
 HOST_VARIABLE = "HVD_SKETCH_HOST"
 KINDS = ("layout", "sketched", "dense", "ledger")  # entries of a state
+HAND_ON = "hand the update on inside of a host"
 LEADER = 0  # the rank inside of each host that exchanges with other hosts
 logger = logging.getLogger(__name__)
 
@@ -177,13 +179,15 @@ class TwoLevels:
         """Tell how the exchange has ended, and which parameters have a gradient; these gradients."""
         gradients = [parameter.grad for parameter in self._flat.parameters]
         words = [outcome, self.skipped_steps, *(gradient is not None for gradient in gradients)]
-        self._host.broadcast_(torch.tensor(words), LEADER)
+        with watched(self._host, HAND_ON, self.step_number):
+            self._host.broadcast_(torch.tensor(words), LEADER)
         return [gradient for gradient in gradients if gradient is not None]
 
     def _follow(self) -> Outcome:
         """Take over from the leader what has come of the exchange, and the update."""
         words = torch.zeros(2 + len(self._flat.parameters), dtype=torch.int64)
-        number, self.skipped_steps, *used = self._host.broadcast_(words, LEADER).tolist()
+        with watched(self._host, HAND_ON, self.step_number):
+            number, self.skipped_steps, *used = self._host.broadcast_(words, LEADER).tolist()
         outcome = Outcome(number)
         if outcome == Outcome.REFUSED:
             reason = gather_texts(self._host, "")[LEADER]
@@ -202,7 +206,8 @@ class TwoLevels:
         while not self._is_over:
             self.average(Report(done=True))
         self._is_over = False
-        had_data = self._transport.allgather(torch.tensor([int(self._had_data)]))
+        with watched(self._transport, "end without data"):
+            had_data = self._transport.allgather(torch.tensor([int(self._had_data)]))
         return tuple(had_data.nonzero().flatten().tolist())
 
     def take_over_state(self, root: int) -> None:

@@ -15,6 +15,7 @@ from hvd_sketch.exchange.setup import tell_values
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import is_sharded
 from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
+from hvd_sketch.transport.stall import watched
 from hvd_sketch.transport.torch_transport import TorchTransport
 
 WAY_OUT = (
@@ -35,7 +36,8 @@ def require_equal_shards(comm: Transport, named: Sequence[NamedParameter]) -> No
         ValueError: on every rank, naming a tensor and the places.
     """
     own = {name: _describe_place(tensor) for name, tensor in named if is_sharded(tensor)}
-    every: list[dict[str, str]] = [json.loads(text) for text in gather_texts(comm, json.dumps(own))]
+    with watched(comm, "compare shards"):
+        every: list[dict[str, str]] = [json.loads(text) for text in gather_texts(comm, json.dumps(own))]
     for name in dict.fromkeys(name for places in every for name in places):
         places = [each.get(name, "not sharded") for each in every]
         if len(set(places)) > 1:
@@ -96,7 +98,8 @@ class ShardRanks:
 
             ranks = torch.tensor([dist.get_rank()])
             for each in (*self._comms, comm):
-                ranks = each.allgather(ranks)
+                with watched(each, "find the ranks of all shards"):
+                    ranks = each.allgather(ranks)
             everyone = sorted(ranks.tolist())
             is_world = len(everyone) == dist.get_world_size()
             self._job = TorchTransport(None if is_world else dist.new_group(everyone, use_local_synchronization=True))
@@ -111,7 +114,8 @@ class ShardRanks:
 
 def _agree(comm: TorchTransport, report: Report) -> Report:
     own = torch.tensor([[not report.finite, report.refusal is not None]], dtype=torch.uint8)
-    every: Tensor = comm.allgather(own)
+    with watched(comm, "agree with the other shards"):
+        every: Tensor = comm.allgather(own)
     is_bad, is_refused = every.any(0).tolist()
     if is_bad:
         report = replace(report, finite=False)

@@ -117,8 +117,7 @@ class Attendance(ABC):
         lost = [r for r in absent if self._silence(r) > LOST_S]
         if lost:
             return f"nothing was heard of {name_ranks(lost)} for {LOST_S:.0f} s: the host or the network is lost"
-        words = self.heard.items()
-        places = {r: word.place for r, word in words if word.begun == self.begun and word.says == Says.WAITS}
+        places = {r: w.place for r, w in self.heard.items() if w.begun == self.begun and w.says == Says.WAITS}
         others = sorted(set(places.values()) - {"", place})
         if others:
             ranks = {other: [r for r, where in places.items() if where == other] for other in others}
@@ -203,10 +202,8 @@ class Attendance(ABC):
         if stopped:
             told.append(f"{name_ranks(stopped).capitalize()} is stopped, by a signal or a debugger.")
         if silent:
-            s = min(map(self._silence, silent))
-            told.append(
-                f"{name_ranks(silent).capitalize()} has not answered for {s:.0f} s: its process is stopped, or its host is lost."
-            )
+            s, who = min(map(self._silence, silent)), name_ranks(silent).capitalize()
+            told.append(f"{who} has not answered for {s:.0f} s: stopped, or its host lost.")
         return " ".join(told)
 
     @property
@@ -244,7 +241,7 @@ class StoreAttendance(Attendance):
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         super().__init__(rank, size, _describe(store))
-        # By a connection of its own: on the given one the user may wait for ranks, and nobody else gets a word in.
+        # A connection of its own: on the given one the user may wait for ranks, and nobody else gets a word in.
         self._store = store.clone() if hasattr(store, "clone") else store
         self._tell(self._said)  # there is something to be read of every rank
 

@@ -10,6 +10,7 @@ from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.horovod import HorovodTransport
 from hvd_sketch.transport.local import local_transports
 from hvd_sketch.transport.mpi import MPITransport
+from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.transport.torch_groups import LAUNCH_VARIABLES
 from hvd_sketch.transport.torch_transport import TorchTransport
 
@@ -54,7 +55,7 @@ def resolve_transport(transport: str | Transport) -> Transport:
     if transport == "auto":
         return _chosen()
     if isinstance(transport, str) and transport in TRANSPORTS:
-        return TRANSPORTS[transport]()
+        return _connected(transport)
     if isinstance(transport, Transport):
         return transport
     raise ValueError(
@@ -70,10 +71,17 @@ def _chosen() -> Transport:
     if name == LOCAL:
         return local_transports(1)[0]
     try:
-        return TRANSPORTS[name]()
+        return _connected(name)
     except (ImportError, ValueError) as error:
         error.add_note(f'transport="auto" chose {name!r}, because {reason}. {LOOKED_FOR}')
         raise
+
+
+def _connected(name: str) -> Transport:
+    """A transport to which all ranks have come. Communication: as its constructor."""
+    doing = f"connecting over {name}, where ranks that were given another transport never arrive"
+    with process_watch().over(None, 0, None, doing):
+        return TRANSPORTS[name]()
 
 
 def choose() -> tuple[str, str]:

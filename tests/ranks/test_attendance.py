@@ -207,7 +207,7 @@ def test_a_rank_of_another_host_is_named_when_it_does_not_answer(monkeypatch: py
         listen_for(0.15)
         assert near.describe_absent() == "" and near.elsewhere("agree") == ""
     listen_for(0.3)
-    assert near.describe_absent().startswith("Rank 1 has not answered for 0 s: its process is stopped, or its host ")
+    assert near.describe_absent().startswith("Rank 1 has not answered for 0 s: stopped, or its host lost")
     listen_for(0.5)
     assert "nothing was heard of rank 1 for" in near.elsewhere("agree")
     assert near.absent() == [1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
 from hvd_sketch.transport import LocalTransport, resolve_transport
 from hvd_sketch.transport.choice import HOROVODRUN_VARIABLES, MPI_SIZES, choose
+from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE
 from hvd_sketch.transport.torch_groups import LAUNCH_VARIABLES
 from tests.support.harness import LAUNCHERS, run_command
 
@@ -68,6 +70,18 @@ def test_a_library_that_is_missing_is_named_with_what_was_looked_for(monkeypatch
 def test_each_launcher_gets_its_own(launcher: str, told: str) -> None:
     status, output = run_command([*LAUNCHERS[launcher], "-n", "2", "--", sys.executable, "-c", AUTO], timeout_s=120)
     assert status == 0 and output.count(told) == 2, output
+
+
+@pytest.mark.multiprocess
+def test_who_waits_for_a_rank_of_another_transport_says_what_for() -> None:
+    program = (
+        "import os; from hvd_sketch.transport import resolve_transport; "
+        "resolve_transport('torch' if os.environ['RANK'] == '0' else 'mpi')"
+    )
+    command = [*LAUNCHERS["torch"], "-n", "2", "--", sys.executable, "-c", program]
+    status, output = run_command(command, timeout_s=60, **{STALL_VARIABLE: "1", ABORT_VARIABLE: "3"})
+    assert status != 0
+    assert re.search(r"process \d+ has waited .* in phase 'connecting over torch, where ranks that were given", output)
 
 
 @pytest.mark.multiprocess

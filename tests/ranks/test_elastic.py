@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.harness import ROOT, child_environment, run_command
 
@@ -35,6 +36,13 @@ def test_a_rank_joins_and_is_lost_over_horovod(tmp_path: Path) -> None:
         assert f"rank {rank} of 2 kept its residual, times 0.6667" in output, output
         assert f"rank {rank} ends after [2, 3, 2]" in output, output
     assert "1 of 3 ranks are gone, and with them what they had not sent" in output
+
+
+def test_two_levels_are_refused() -> None:
+    elastic = pytest.importorskip("hvd_sketch.elastic")
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="leave levels=2 out of the arguments of SketchState"):
+        elastic.SketchState(model, torch.optim.SGD(model.parameters()), arguments={"levels": 2})
 
 
 class Agent:

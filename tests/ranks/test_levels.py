@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_sketch.transport import LocalTransport, run_local
+from hvd_sketch.model.levels import HAND_ON, TwoLevels
+from hvd_sketch.transport import LocalTransport, metered, run_local, stall
+from hvd_sketch.transport.stall import StallWatch
 from tests.support.levels_targets import COMPRESSIONS, STEPS, hosts_alone
-from tests.support.toy import mean_of
+from tests.support.toy import Toy, mean_of
 from tests.support.worlds import Job, register
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.filterwarnings("ignore:all ranks skip this step")]
@@ -92,6 +96,28 @@ def test_a_split_of_threads_has_the_ranks_of_one_colour() -> None:
         [(1, 2), (2, 4), 101, 1111],
         [(1, 2), (3, 4), 1010, 1111],
     ]
+
+
+def test_a_rank_behind_a_leader_that_waits_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = StallWatch(0.5)
+    for module in (metered, stall):
+        monkeypatch.setattr(module, "process_watch", lambda: watch)
+
+    def rank_main(transport: LocalTransport) -> None:
+        model, hosts = Toy(), ("first", "first", "second")
+        settings = {"is_sum": False, "makes_sparse": False, "check_every": 0, "max_skips": 0}
+        named = list(model.named_parameters())
+        levels = TwoLevels(named, COMPRESSIONS["nominated"], transport, host=hosts[transport.rank], **settings)
+        model.backward(transport.rank, 0)
+        if transport.rank == 2:
+            time.sleep(1.5)
+        levels.average()
+
+    run_local(3, rank_main, 60)
+    told = sorted(re.findall("(rank . of 2) has waited .* (phase '.*?')", caplog.text))
+    assert told == [("rank 0 of 2", "phase 'agree'"), ("rank 1 of 2", f"phase '{HAND_ON}'")]
 
 
 def test_all_ranks_of_all_hosts_skip_together() -> None:
