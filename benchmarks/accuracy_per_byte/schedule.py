@@ -60,7 +60,7 @@ def run_all(
         processes: that train at the same time, with one thread each.
         minutes: after which no run is started; None: never.
         tell: gets a line for every finished run.
-        train: makes a record of a run.
+        train: makes a record of a run; raises ValueError where there is no such run.
     """
     done, taken, version = records.read(path), set[Run](), commit()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
@@ -77,6 +77,9 @@ def run_all(
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 run = under_way.pop(future)
+                if isinstance(error := future.exception(), ValueError):
+                    tell(f"{run.title}: {error}")  # a ratio that the method cannot meet: other groups go on
+                    continue
                 done[run] = {**future.result(), "commit": version, "recorded": time.strftime("%Y-%m-%d")}
                 records.append(path, [done[run]])
                 tell(_told(run, done[run]))

@@ -221,6 +221,20 @@ def refuse(run: Run, data_dir: Path, nominal_ratio: float | None) -> Record:
     raise AssertionError(f"{run} was done before")
 
 
+def only_dense(run: Run, data_dir: Path, nominal_ratio: float | None) -> Record:
+    if run.group.method != "dense":
+        raise ValueError("the highest ratio possible is 49")
+    return best_at(0.2, run)
+
+
+def test_a_ratio_that_a_method_cannot_meet_is_told_and_others_go_on(tmp_path: Path) -> None:
+    told = list[str]()
+    groups = groups_at([("mnist", 4, False, 400, 150.0)], ["lowrank4", "dense"])
+    run_all(groups, 1, tmp_path, tmp_path / "runs.jsonl", processes=1, tell=told.append, train=only_dense)
+    assert ["the highest ratio possible is 49" in line for line in told] == [True] * 3 + [False] * 3
+    assert {run.group.method for run in records.read(tmp_path / "runs.jsonl")} == {"dense"}
+
+
 def test_a_run_that_is_in_the_file_is_not_repeated(tmp_path: Path) -> None:
     path, told = tmp_path / "deep" / "runs.jsonl", list[str]()
     groups = groups_at([("mnist", 4, False, 400, 150.0)], ["nominate4", "dense"])
