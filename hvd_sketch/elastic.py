@@ -38,7 +38,7 @@ class SketchState(TorchState):
     After a reset parameters, the wrapped optimizer's state and the objects are rank 0's. Every rank that was there
     before keeps its momentum and its residual, multiplied by the new number of ranks over the old one: the averaged
     update that is still to come stays the same. A new rank begins with zeros. What a lost rank had not sent is lost,
-    and rank 0 says so.
+    and rank 0 says how much it was at the last commit.
 
     Communication: :meth:`commit` and :meth:`sync` are collective, and so is what ``hvd.elastic.run`` does.
 
@@ -77,7 +77,8 @@ class SketchState(TorchState):
         self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
         self._committed: dict[str, Any] | None = None  # state of the optimizer
         self._kept: dict[str, Any] | None = None  # with which it goes on after a reset
-        self._ranks = 0  # over which the optimizer was wrapped last
+        self._ranks, self._place = 0, -1  # over which the optimizer was wrapped last, and this one among them
+        self._squares: list[float] = []  # of each of their residuals, added up, at the last commit
         super().__init__(model=model, **objects)
         del self._saved_state["optimizer"]  # ours is no object to send
         self.optimizer: Any = None
@@ -87,6 +88,22 @@ class SketchState(TorchState):
         if self.optimizer is not None:
             self._committed = copy.deepcopy(self.optimizer.state_dict())
         super().save()
+
+    def commit(self) -> None:
+        """:meth:`save`, and go on with other hosts where they have changed. Communication: collective."""
+        self.save()
+        self._weigh()
+        self.check_host_updates()
+
+    def _weigh(self) -> None:
+        """Tell each other how much every rank keeps: what is lost with it. Communication: collective."""
+        if self.optimizer is None or self._committed is None:
+            return
+        sketched = self._committed[STATE_KEY]["sketched"]
+        square = sketched["v"].double().square().sum().cpu() if sketched is not None else torch.zeros(())
+        transport: Transport = self.optimizer.transport
+        with watched(transport, "commit"):
+            self._squares = transport.allgather(square.double().view(1)).tolist()
 
     def restore(self) -> None:
         """Go back to what was saved last. Communication: none."""
@@ -114,16 +131,18 @@ class SketchState(TorchState):
         broadcast_optimizer_state(self._inner, 0, transport)
         self.optimizer = self._wrap(transport=transport)
         self._go_on(transport)
-        self._kept, self._ranks = None, transport.size
+        self._kept, self._ranks, self._place = None, transport.size, transport.rank
         self.save()
+        self._weigh()
 
     def _go_on(self, transport: Transport) -> None:
         """Load what this rank has kept, or zeros, at rank 0's step. Communication: collective."""
         own = self._kept if self._kept is not None else self.optimizer.state_dict()
         with watched(transport, "go on after a reset"):
-            ranks, has_kept = transport.allgather(torch.tensor([[self._ranks, self._kept is not None]])).unbind(1)
+            own_places = torch.tensor([[self._ranks, self._place if self._kept is not None else -1]])
+            ranks, places = transport.allgather(own_places).unbind(1)
             step = int(transport.broadcast_(torch.tensor([step_of(own)])))
-        if not bool(has_kept.any()):
+        if not bool((places >= 0).any()):
             return
         before = int(ranks.max())
         exchanged = _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
@@ -131,11 +150,13 @@ class SketchState(TorchState):
             exchanged = _at_step(exchanged, step)
         self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged})
         self.optimizer.take_over_state(0)
-        lost = before - int(has_kept.sum())
-        if transport.rank == 0 and lost:
+        lost = sorted(set(range(before)) - set(places.tolist()))
+        if transport.rank == 0 and lost and self._squares:
+            gone, all_of_it = sum(self._squares[rank] for rank in lost), sum(self._squares)
             logger.warning(
-                "%d of %d ranks are gone, and with them what they had not sent: the others go on from step %d.",
-                *(lost, before, step),
+                "%d of %d ranks are gone, and with them what they had not sent: residuals of norm %.3g at the last "
+                "commit, where that of all together was %.3g. The others go on from step %d.",
+                *(len(lost), before, gone**0.5, all_of_it**0.5, step),
             )
 
 

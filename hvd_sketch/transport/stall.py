@@ -127,26 +127,32 @@ class StallWatch:
     def _look_at_the_clock(self) -> None:
         while True:
             time.sleep(self._look_s)
-            for wait in list(self._waits.values()):
-                waited_s = time.monotonic() - wait.since_s
-                if waited_s > self._stall_s and not wait.is_reported:
-                    wait.is_reported = True
-                    _warn(wait, waited_s)
-                if self._abort_s and waited_s > self._abort_s:
-                    _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
+            self._judge()
+
+    def _judge(self) -> None:
+        for wait in list(self._waits.values()):
+            waited_s = time.monotonic() - wait.since_s
+            if waited_s > self._stall_s and not wait.is_reported:
+                wait.is_reported = True
+                _warn(wait, waited_s)
+            if self._abort_s and waited_s > self._abort_s:
+                _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
 
     def _speak_with_ranks(self) -> None:
         while True:
             time.sleep(self._look_s)
-            waits = [wait for wait in self._waits.values() if wait.attendance is not None]
-            for attendance in list(self._late):
-                attendance.listen()
-                attendance.answer()
-                if attendance not in [wait.attendance for wait in waits]:
-                    self._look_for_those_who_wait(attendance)
-            for wait in waits:
-                if time.monotonic() - wait.since_s > self._look_s:
-                    _speak_of(wait)
+            self._speak()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
+
+    def _speak(self) -> None:
+        waits = [wait for wait in self._waits.values() if wait.attendance is not None]
+        for attendance in list(self._late):
+            attendance.listen()
+            attendance.answer()
+            if attendance not in [wait.attendance for wait in waits]:
+                self._look_for_those_who_wait(attendance)
+        for wait in waits:
+            if time.monotonic() - wait.since_s > self._look_s:
+                _speak_of(wait)
 
     def _look_for_those_who_wait(self, attendance: Attendance) -> None:
         """Where others have waited for this rank for long, show what it does, once for each collective."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -247,6 +249,18 @@ def test_only_waiting_for_others_is_waiting(monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level(logging.WARNING):
         assert run_local(2, rank_main, LIMIT_S) == [0, 0]
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("rank 0 of 2 has waited for 1 s for the other")
+
+
+def test_the_ranks_of_a_wait_that_is_over_are_forgotten() -> None:
+    """As those of an elastic job's former worlds."""
+    store, watch = HashStore(), StallWatch(0.12)
+    ranks = [StoreAttendance(store, rank, 2) for rank in range(2)]
+    with watch.over(0, 2, None, "first", ranks[0]), watch.over(0, 2, None, "second", ranks[1]):
+        time.sleep(0.1)
+    left = [weakref.ref(attendance) for attendance in ranks]
+    ranks.clear()
+    time.sleep(0.1)
+    wait_until(lambda: gc.collect() >= 0 and all(each() is None for each in left), timeout_s=5)
 
 
 def test_of_nested_waits_the_innermost_counts(caplog: pytest.LogCaptureFixture) -> None:

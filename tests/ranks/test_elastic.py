@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +36,12 @@ def test_a_rank_joins_and_is_lost_over_horovod(tmp_path: Path) -> None:
         assert f"rank {rank} of 3 kept its residual, times 1.5000" in output, output
         assert f"rank {rank} of 2 kept its residual, times 0.6667" in output, output
         assert f"rank {rank} ends after [2, 3, 2]" in output, output
-    assert "1 of 3 ranks are gone, and with them what they had not sent" in output
+    told = (
+        r"1 of 3 ranks are gone, and with them what they had not sent: residuals of norm (\S+) .* together was (\S+)\. "
+    )
+    lost, everyones = map(float, re.search(told, output).groups())  # type: ignore[union-attr]
+    assert 0 < lost < everyones
+    assert f"the lost rank kept a residual of norm {lost:.3g}" in output
 
 
 def test_two_levels_are_refused() -> None:
