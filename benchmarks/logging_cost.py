@@ -78,7 +78,7 @@ def main() -> None:
     arguments = _parse_arguments()
     transport = resolve_transport("auto")
     with tempfile.TemporaryDirectory() as folder:
-        log = arguments.log or Path(folder, "run.jsonl")
+        log = arguments.keep or Path(folder, "run.jsonl")
         trace = Path(folder, "trace.json") if arguments.trace else None
         step_s, parts_s = measure(arguments, transport, log=log, trace=trace)
     if transport.rank != 0:
@@ -129,7 +129,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=1000, help="of the matrix")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--trace", action="store_true", help="write a trace, too")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="keep the log, for hvd-sketch report")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="where to leave the log, for hvd-sketch report")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add a record to this file")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:

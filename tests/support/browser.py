@@ -61,7 +61,7 @@ addEventListener("message", (event) => {
 """
 WIDTHS = (400, 1400)
 HEIGHT = 3000
-FRAME = f'<iframe src="{{}}" width="{{}}" height="{HEIGHT}" style="border:0"></iframe>'
+FRAME = '<iframe src="{}" width="{}" height="{}" style="border:0"></iframe>'
 
 
 def look_at(page: Path, folder: Path, widths: Sequence[int], is_dark: bool) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def look_at(page: Path, folder: Path, widths: Sequence[int], is_dark: bool) -> l
     (folder / "looked-at.html").write_text(page.read_text() + LOOK)
     # In frames: a window of its own is at least 500 pixels wide.
     outer = folder / "frames.html"
-    outer.write_text(FRAMES + "\n".join(FRAME.format("looked-at.html", width) for width in widths))
+    outer.write_text(FRAMES + "\n".join(FRAME.format("looked-at.html", width, HEIGHT) for width in widths))
     dumped = _chromium(outer, is_dark, "--dump-dom")
     found = re.search(r'<pre id="found">(.+?)</pre>', dumped, re.S)
     assert found, dumped[-2000:]
@@ -82,15 +82,15 @@ def look_at(page: Path, folder: Path, widths: Sequence[int], is_dark: bool) -> l
     return seen
 
 
-def take_pictures(page: Path, folder: Path, widths: Sequence[int] = WIDTHS) -> list[Path]:
+def take_pictures(page: Path, folder: Path, widths: Sequence[int] = WIDTHS, height: int = HEIGHT) -> list[Path]:
     """PNGs of the top of the page, light and dark, in ``folder``: ``report-400-dark.png`` of ``report.html``."""
     taken = []
     for width, is_dark in product(widths, (False, True)):
         with TemporaryDirectory() as frames:
             outer = Path(frames, "frame.html")
-            outer.write_text('<body style="margin:0">' + FRAME.format(page.absolute().as_uri(), width))
+            outer.write_text('<body style="margin:0">' + FRAME.format(page.absolute().as_uri(), width, height))
             taken.append(folder / f"{page.stem}-{width}-{'dark' if is_dark else 'light'}.png")
-            size = f"--window-size={width},{HEIGHT}"
+            size = f"--window-size={width},{height}"
             _chromium(outer, is_dark, f"--screenshot={taken[-1].absolute()}", size, "--virtual-time-budget=10000")
     return taken
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("--screenshots", type=Path, metavar="FOLDER", help="put pictures there")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="of a picture (default: %(default)s)")
     arguments = parser.parse_args()
     if CHROMIUM is None:
         parser.error("Chromium was not found: expected chromium, google-chrome or chromium-browser in PATH")
@@ -120,7 +121,7 @@ def main() -> None:
     print(f"{arguments.page.stat().st_size / 1e6:.2f} MB, drawn after {opened_ms / 1e3:.2f} s")
     if arguments.screenshots is not None:
         arguments.screenshots.mkdir(parents=True, exist_ok=True)
-        print(*take_pictures(arguments.page, arguments.screenshots), sep="\n")
+        print(*take_pictures(arguments.page, arguments.screenshots, height=arguments.height), sep="\n")
 
 
 if __name__ == "__main__":
