@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from benchmarks import logging_cost
 from hvd_sketch import logs
 from hvd_sketch.__main__ import app
 from hvd_sketch.commands.merge_traces import merge_traces
+from hvd_sketch.logs import step_observer
 from hvd_sketch.logs.line_file import LineFile
 from hvd_sketch.logs.run_log import SINGLE_STEPS, steps_of_line
 from hvd_sketch.logs.step_observer import Output, StepObserver
@@ -211,7 +214,10 @@ def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path, caplo
     assert all(len(line) == 99 for line in lines[1:-1]), "no half of a line stays"
 
 
-def test_a_disk_that_is_full_at_the_start_does_not_cost_the_first_line(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_start_does_not_cost_the_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_observer, "FLUSH_S", 1e9)  # however long the first step takes
     model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl", trace=tmp_path / "trace.json")
     observer: Any = optimizer.ledger.observer
     for step in range(3):
@@ -265,6 +271,19 @@ def test_a_line_that_is_cut_short_is_left_out(tmp_path: Path) -> None:
     optimizer.close_logs()
     path.write_bytes(path.read_bytes()[:-20])
     assert read_run(path, "run").step.tolist() == [0, 1]
+
+
+def test_the_cost_of_a_log_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["--json", str(tmp_path / "cost.json"), "--keep", str(tmp_path / "run.jsonl")]
+    monkeypatch.setattr(logging_cost, "WARM_UP", 2)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["logging_cost", "--steps", "12", "--side", "100", *places])
+        logging_cost.main()
+    first, second = json.loads((tmp_path / "cost.json").read_text())
+    assert first.keys() == second.keys() and (first["ranks"], first["coordinates"]) == (1, 10_000)
+    assert first["parts_s"].keys() == {"values", "spans", "norms", "end of the step"}
+    assert sum(first["parts_s"].values()) == pytest.approx(first["log_s"]) and 0 < first["share"] < 1
+    assert read_run(tmp_path / "run.jsonl", "run").step.tolist() == list(range(12))
 
 
 def test_the_log_of_local_steps_goes_on_within_a_round(tmp_path: Path) -> None:
