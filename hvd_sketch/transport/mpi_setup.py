@@ -40,7 +40,7 @@ class Channel:
         """
         firsts = tuple(colors.index(color) for color in colors)  # one key for each way to part the ranks
         if firsts not in self._parts:
-            self._parts[firsts] = self.comm.Split(firsts[self.comm.rank], self.comm.rank)
+            self._parts[firsts] = self._mpi.Intracomm(self.comm.Split(firsts[self.comm.rank], self.comm.rank))
         return self._parts[firsts]
 
     def close(self) -> None:
