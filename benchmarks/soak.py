@@ -1,8 +1,9 @@
 """Many small steps: does memory grow, do descriptors or threads stay open, do steps get slower?
 
 ``launch/mpirun.sh -n 2 -- python -m benchmarks.soak --steps 10000``, or by ``launch/torchrun.sh`` or
-``launch/horovodrun.sh``. Ends with status 1 where resident memory grows by more than ``--limit-mb`` in the last half,
-or descriptors or threads become more. ``--trace`` names the lines of Python whose memory grew.
+``launch/horovodrun.sh``. Ends with status 1 where in the last half resident memory grows by more than ``--limit-mb``,
+steps get slower by more than ``--limit-percent``, threads become more or the number of descriptors changes. ``--trace``
+names the lines of Python whose memory grew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -68,8 +70,8 @@ def main() -> None:
     if transport.rank == 0:
         print(markdown(HEAD, []), flush=True)
     samples, traced = soak(step, arguments.steps, transport.rank, arguments.trace)
-    limit_mb = float("inf") if arguments.trace else arguments.limit_mb  # tracing itself takes memory
-    faults = faults_of(samples, limit_mb)
+    limits = arguments.limit_mb, arguments.limit_percent
+    faults = faults_of(samples, *((float("inf"), float("inf")) if arguments.trace else limits))  # it takes both itself
     for line in [*traced, *faults]:
         print(f"rank {transport.rank}: {line}", flush=True)
     any_fault = transport.allreduce_(torch.tensor([len(faults)]))
@@ -147,17 +149,23 @@ def row(samples: list[Sample], rank: int) -> str:
     return f"| {rank} | {last.step} | {last.resident / 1e6:.2f} | {grown} | {counts} |"
 
 
-def faults_of(samples: list[Sample], limit_mb: float) -> list[str]:
-    """What grew in the last half, in words."""
+def faults_of(samples: list[Sample], limit_mb: float, limit_percent: float) -> list[str]:
+    """What grew or changed in the last half, in words."""
     half, last = samples[SAMPLES // 2 - 1], samples[-1]
+    where = f"between steps {half.step} and {last.step}"
     faults = []
     grown_mb = (last.resident - half.resident) / 1e6
     if grown_mb > limit_mb:
-        faults.append(f"resident memory grew by {grown_mb:.2f} MB between steps {half.step} and {last.step}")
-    for what in ("descriptors", "threads"):
-        before, after = getattr(half, what), getattr(last, what)
-        if after > before:
-            faults.append(f"{before} {what} after step {half.step}, {after} after step {last.step}")
+        faults.append(f"resident memory grew by {grown_mb:.2f} MB {where}")
+    descriptors = {each.descriptors for each in samples[SAMPLES // 2 - 1 :]}
+    if len(descriptors) > 1:
+        faults.append(f"{min(descriptors)} to {max(descriptors)} descriptors {where}")
+    if last.threads > half.threads:
+        faults.append(f"{half.threads} threads after step {half.step}, {last.threads} after step {last.step}")
+    of_last_half = [each.seconds for each in samples[SAMPLES // 2 :]]
+    before, after = (1000 * median(part) for part in (of_last_half[: SAMPLES // 4], of_last_half[SAMPLES // 4 :]))
+    if after > before * (1 + limit_percent / 100):
+        faults.append(f"a step took {before:.3f} ms and then {after:.3f} ms, {where}: +{after / before - 1:.1%}")
     return faults
 
 
@@ -167,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--compression", choices=COMPRESSIONS, default="nominate")
     parser.add_argument("--limit-mb", type=float, default=1.0, help="of growth in the last half; default: 1")
+    parser.add_argument("--limit-percent", type=float, default=5.0, help="of slower steps there; default: 5")
     parser.add_argument("--trace", action="store_true", help="name the lines of Python whose memory grew")
     arguments = parser.parse_args()
     if arguments.steps < SAMPLES:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import re
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from hvd_sketch import (
     DenseAllreduce,
     DistributedOptimizer,
+    LocalSteps,
     LowRankAllreduce,
     LowRankConfig,
     SketchConfig,
@@ -31,9 +36,14 @@ from hvd_sketch import (
 )
 from hvd_sketch.config import SOURCES, Compression
 from hvd_sketch.exchange.base import Exchange, SparseUpdate
+from hvd_sketch.model import levels
 from hvd_sketch.transport import LocalTransport, run_local
 
 MOST_RANKS, MOST_DIM, MOST_STEPS, LIMIT_S = 7, 3000, 5, 60
+KINDS = ("sketched", "low rank", "dense", "optimizer", "two levels", "local steps")
+OF_MODELS = KINDS[3:]
+INNER = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
+_here = threading.local()  # the host of a rank
 GRADIENTS = ("normal", "heavy tail", "zero", "one", "whole", "equal", "opposite", "tiny", "huge", "largest", "bad")
 
 
@@ -42,11 +52,13 @@ class Case:
     """What one case does.
 
     Attributes:
-        kind: "sketched", "low rank", "dense", or "optimizer" for a whole model.
+        kind: of KINDS; those OF_MODELS are of a whole model.
         compression: of the exchange; None: dense, without momentum.
         shapes: of the tensors.
         gradients: of every step, by name.
         resumes_at: the step before which a new exchange takes over the state of the old one.
+        inner: the wrapped optimizer, of INNER.
+        joins: whether ranks have different numbers of batches.
     """
 
     seed: int
@@ -57,6 +69,8 @@ class Case:
     gradients: tuple[str, ...]
     resumes_at: int
     dtype: torch.dtype
+    inner: str
+    joins: bool
 
     @property
     def dim(self) -> int:
@@ -66,26 +80,31 @@ class Case:
     def of(cls, seed: int) -> Case:
         """The case of a number."""
         draw = random.Random(seed)
-        kind = draw.choice(("sketched", "sketched", "sketched", "low rank", "dense", "optimizer"))
+        kind = draw.choice((*["sketched"] * 3, *KINDS[1:]))
         shapes = tuple(_shape(draw) for _ in range(draw.randint(1, 4)))
         dim = sum(map(prod, shapes))
         compression: Compression | None = None
-        if kind == "low rank" or (kind == "optimizer" and draw.random() < 0.3):
+        if kind == "low rank" or (kind in OF_MODELS and draw.random() < 0.3):
             compression = LowRankConfig(rank=draw.randint(1, 5), value_bits=_bits(draw), **_shared(draw))
-        elif kind == "sketched" or (kind == "optimizer" and draw.random() < 0.8):
+        elif kind == "sketched" or (kind in OF_MODELS and draw.random() < 0.8):
             compression = _sketch(draw, dim)
         gradients = tuple(draw.choice(GRADIENTS) for _ in range(draw.randint(1, MOST_STEPS)))
         dtype = draw.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64))
         resumes_at = draw.randint(0, MOST_STEPS)
-        return cls(seed, draw.randint(1, MOST_RANKS), kind, compression, shapes, gradients, resumes_at, dtype)
+        ranks, inner, joins = draw.randint(1, MOST_RANKS), draw.choice(list(INNER)), draw.random() < 0.3
+        has_momentum = kind in OF_MODELS and (inner == "Adam" or kind == "local steps")  # of its own
+        if has_momentum and isinstance(compression, SketchConfig):
+            compression = replace(compression, momentum=0.0)
+        return cls(seed, ranks, kind, compression, shapes, gradients, resumes_at, dtype, inner, joins)
 
     def run(self) -> str:
         """What came of it: "passed", or "refused" by every rank with the same words.
 
         Raises AssertionError where something is wrong, and what a rank fails with.
         """
-        main = self._train if self.kind == "optimizer" else self._exchange
-        heard = run_local(self.ranks, lambda transport: _refusal_or(main, transport), LIMIT_S)
+        main = self._train if self.kind in OF_MODELS else self._exchange
+        with patch.object(levels, "host_name", lambda: f"host {_here.host}"):  # all ranks are threads of one host
+            heard = run_local(self.ranks, lambda transport: _refusal_or(main, transport), LIMIT_S)
         refusals = {told for told, _ in heard}
         assert len(refusals) == 1, f"some ranks refuse: {refusals}"
         if refusals != {""}:
@@ -164,19 +183,31 @@ class Case:
         """The parameters of a model after some steps. Every rank leaves out some gradients."""
         draw = random.Random(f"{self.seed} {transport.rank}")
         model = nn.ParameterList([torch.zeros(shape, dtype=self.dtype) for shape in self.shapes])
-        inner = torch.optim.SGD(model.parameters(), lr=2.0**-7)
-        optimizer = DistributedOptimizer(inner, None, self.compression, transport)
-        for step, name in enumerate(self.gradients):
-            optimizer.zero_grad()
-            flat = gradient_of(name, self.dim, transport.rank, self.seed + step)
-            parts = flat.split([parameter.numel() for parameter in model])
-            for parameter, part in zip(model, parts, strict=True):
-                if draw.random() < 0.8:
-                    parameter.grad = part.view_as(parameter).to(self.dtype)
-            optimizer.step()
-            if step == self.resumes_at:
-                optimizer.load_state_dict(optimizer.state_dict(consolidated=self.seed % 2 == 0))
+        optimizer = self._wrap(transport, model)
+        own_steps = draw.randint(0, len(self.gradients)) if self.joins else len(self.gradients)
+        with optimizer.join() if self.joins else nullcontext():
+            for step, name in enumerate(self.gradients[:own_steps]):
+                optimizer.zero_grad()
+                flat = gradient_of(name, self.dim, transport.rank, self.seed + step)
+                parts = flat.split([parameter.numel() for parameter in model])
+                for parameter, part in zip(model, parts, strict=True):
+                    if draw.random() < 0.8:
+                        parameter.grad = part.view_as(parameter).to(self.dtype)
+                optimizer.step()
+                if step == self.resumes_at and not self.joins:
+                    is_consolidated = self.seed % 2 == 0 and self.kind != "local steps"  # of whole rounds only
+                    optimizer.load_state_dict(optimizer.state_dict(consolidated=is_consolidated))
+        if isinstance(optimizer, LocalSteps):
+            optimizer.sync()
         return [parameter.detach().clone() for parameter in model]
+
+    def _wrap(self, transport: LocalTransport, model: nn.Module) -> DistributedOptimizer | LocalSteps:
+        inner = INNER[self.inner](model.parameters(), lr=2.0**-7)
+        if self.kind == "local steps":
+            return LocalSteps(inner, None, self.compression, transport, every=1 + self.seed % 3)
+        _here.host = random.Random(f"host {self.seed} {transport.rank}").randrange(3)
+        number = 2 if self.kind == "two levels" else 1
+        return DistributedOptimizer(inner, None, self.compression, transport, levels=number)
 
 
 def gradient_of(name: str, dim: int, rank: int, seed: int) -> Tensor:
@@ -206,7 +237,8 @@ def _refusal_or(main: Any, transport: LocalTransport) -> tuple[str, list[Tensor]
     try:
         return "", main(transport)
     except ValueError as error:
-        return str(error).replace(f"rank {transport.rank}", "rank …"), []
+        told = re.sub(r"^rank \d of \d could not be set up: ", "", str(error))
+        return told.replace(f"rank {transport.rank}", "rank …"), []
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -125,7 +125,9 @@ class GradientExchange:
         """How many of this rank's u and v were not finite and were set to zero."""
         return sum(exchange.reset_coordinates for exchange in self._exchanges)
 
-    def average(self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None) -> bool:
+    def average(
+        self, report: Report = NOTHING_TO_REPORT, inverse_scale: Tensor | None = None, *, is_behind: bool = False
+    ) -> bool:
         """Average all gradients over the ranks into ``p.grad``; False if all ranks skip instead, or all are done.
 
         A parameter of which no rank has a gradient has none afterwards. One of which any rank has a gradient has one on
@@ -138,6 +140,7 @@ class GradientExchange:
             report: what the caller knows of this rank. Where it says ``held`` on all ranks nothing is exchanged, and
                 True is returned. Where it says ``done``, only what is left in this rank's residual takes part.
             inverse_scale: see :meth:`FlatParameters.pack`; may differ between ranks.
+            is_behind: this rank's parameters are not those of the others, because it has run out of data.
 
         Raises:
             RuntimeError: on every rank: see ``StepAgreement.agree``; or the ranks' parameters have drifted apart. Where
@@ -153,7 +156,7 @@ class GradientExchange:
                 packed = [] if report.held else self._pack(inverse_scale, report.done)
             finite = report.finite and all_finite([values for slices in packed for values in slices])
             report = replace(report, finite=finite)
-            if self._check_is_due() and not (report.done or report.held):
+            if self._check_is_due() and not (report.done or report.held or is_behind):
                 sums = checksums([parameter for _, parameter in self._named])
                 report = replace(report, digest=digest(sums))
         except (RuntimeError, TypeError, ValueError) as error:

@@ -160,7 +160,7 @@ class TwoLevels:
             refusal=refusal,
         )
         try:
-            if between.average(own, self._share):
+            if between.average(own, self._share, is_behind=report.done):
                 outcome = Outcome.HELD if between.is_held else Outcome.AVERAGED
             else:
                 outcome = Outcome.OVER if between.is_over else Outcome.SKIPPED

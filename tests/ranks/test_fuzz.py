@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvd_sketch.exchange.feedback import Feedback
-from tests.fuzz import GRADIENTS, Case
+from tests.fuzz import GRADIENTS, INNER, KINDS, OF_MODELS, Case
 
 
 def test_random_configurations_and_gradients() -> None:
@@ -23,7 +23,10 @@ def test_cases_follow_from_their_number_and_cover_everything() -> None:
     cases = [Case.of(seed) for seed in range(300)]
     assert cases == [Case.of(seed) for seed in range(300)]
     assert {case.ranks for case in cases} == set(range(1, 8))
-    assert {case.kind for case in cases} == {"sketched", "low rank", "dense", "optimizer"}
+    assert {case.kind for case in cases} == set(KINDS)
+    of_models = [case for case in cases if case.kind in OF_MODELS]
+    drawn = {(case.kind, case.inner, case.joins) for case in of_models}
+    assert len(drawn) == len(OF_MODELS) * len(INNER) * 2
     assert {name for case in cases for name in case.gradients} == set(GRADIENTS)
 
 

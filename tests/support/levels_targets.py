@@ -169,7 +169,8 @@ def joins(transport: Transport) -> tuple[Tensor, Tensor]:
         model = Toy()
         with on_host(HOSTS[transport.rank]):
             inner = SGD(model.parameters(), lr=1.0, momentum=0.5)
-            optimizer = DistributedOptimizer(inner, model.named_parameters(), None, transport, levels=levels)
+            options: dict[str, Any] = {"levels": levels, "check_every": 1}
+            optimizer = DistributedOptimizer(inner, model.named_parameters(), None, transport, **options)
         with optimizer.join():
             train(model, optimizer, transport.rank, range(1 + transport.rank))
         results.append(flat(model))
