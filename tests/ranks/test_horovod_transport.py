@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from hvd_sketch.transport.horovod_addresses import INTERFACE_VARIABLES, addresses_towards, own_addresses
+from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE
+from tests.support.harness import LAUNCHERS, run_command
 from tests.support.worlds import register
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +36,16 @@ def test_torch_carries_the_data_under_either_controller(kind: str) -> None:
         assert used["nowhere"] == "HorovodCollectives"
         told = f"of rank 0's IPv4 addresses ({LOOPBACK}) rank 1 of 2 cannot connect. Name an interface that all hosts"
         assert [told in said for said in used["said"]] == [True] * (rank == 0), used["said"]
+
+
+@pytest.mark.multiprocess
+def test_ranks_say_that_they_wait_in_horovods_own_collectives(tmp_path: Path) -> None:
+    job = [sys.executable, "-m", "tests.faults.job", "horovod", "hang@data", str(tmp_path)]
+    settings = {INTERFACE_VARIABLES[0]: "nowhere0", STALL_VARIABLE: "2", ABORT_VARIABLE: "5"}
+    status, output = run_command([*LAUNCHERS["horovod-mpi"], "-n", "2", "--", *job], timeout_s=120, **settings)
+    assert status != 0, output
+    assert "Data travel by Horovod's own collectives" in output and "addresses (none)" in output, output
+    assert re.search("rank 0 of 2 has waited for .* in step 3, phase 'agree'", output), output
 
 
 @pytest.mark.multiprocess
