@@ -1,7 +1,7 @@
 """A small training in which one rank fails at one point; what test_table.py runs on every rank.
 
 Arguments: transport; ``<act>@<point>``, see ACTS and POINTS, a key of EXTRA_STEPS, or "survive"; folder for checkpoints
-and the time of the failure. It is rank 1 that fails, or with ``<act>@<point> of rank 0`` that one.
+and the time of the failure, or of a normal end. It is rank 1 that fails, or with ``<act>@<point> of rank 0`` that one.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def main(name: str, what: str, path: str) -> None:
 
         transport = resolve_transport(name)
         print(f"rank {transport.rank} passed {check_all(transport, folder)} checks")
+        (folder / NOTE).write_text(str(time.time()))
         return
     act, _, point = what.removesuffix(OF_RANK_0).partition("@")
     fault = Fault(act, point, folder, 0 if what.endswith(OF_RANK_0) else FAILING_RANK)

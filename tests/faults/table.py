@@ -200,6 +200,7 @@ ROWS = (
     Row("uneven data, with `optimizer.join()`", "training goes on", 0, ()),
     Row("damaged files of a checkpoint", "an error on every rank that names the file; nothing is loaded", 0, ()),
     Row("a full disk on a rank", "an error on every rank; the checkpoints before stay", 0, ()),
+    Row("none: all ranks end normally", "nobody says a word, and the job ends within 30 s", 0, ()),
     Row(
         "`kill -9`, a crash, `sys.exit(3)` of a program without hvd_sketch",
         "the job ends",

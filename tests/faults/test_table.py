@@ -20,6 +20,8 @@ from tests.faults.job import NOTE
 from tests.faults.table import ABORT_S, CELLS, LAUNCHERS, STALL_S, Cell, markdown, sample
 from tests.support.harness import ROOT, run_command, wait_until
 
+NORMAL_END_S = 30  # from the last statement of a program
+
 
 @pytest.mark.faults
 @pytest.mark.multiprocess
@@ -37,6 +39,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
         assert re.search(told, output), f"{told!r} was not said:\n{output}"
     if not cell.row.within_s:
         assert status == 0, output
+        assert elapsed_s < NORMAL_END_S and not re.search("has waited for|is late|ends, in", output), output
         return
     assert (tmp_path / NOTE).exists(), f"no rank came to its failure:\n{output}"
     assert status != 0, output
@@ -49,7 +52,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
 
 
 def noted(folder: Path) -> float:
-    """When a rank failed, in seconds; now, where none did."""
+    """When a rank failed or ended, in seconds; now, where none did."""
     return float((folder / NOTE).read_text()) if (folder / NOTE).exists() else time.time()
 
 
