@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from hvd_sketch.transport.attendance import Attendance, StoreAttendance
+from hvd_sketch.transport.gloo_threads import patient_gloo
 from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessages
 
@@ -190,11 +191,12 @@ def connect(
 
     gloo: Any = c10d.ProcessGroupGloo
     of_gloo: Any = timeout
-    if host is not None:
-        of_gloo = gloo._Options()
-        of_gloo._timeout, of_gloo._devices = timeout, [gloo.create_device(hostname=host)]
     attendance = StoreAttendance(dist.PrefixStore("attendance", store), rank, size)
-    messages = DirectMessages(gloo(dist.PrefixStore("host", store), rank, size, of_gloo))
+    with patient_gloo():
+        if host is not None:
+            of_gloo = gloo._Options()
+            of_gloo._timeout, of_gloo._devices = timeout, [gloo.create_device(hostname=host)]
+        messages = DirectMessages(gloo(dist.PrefixStore("host", store), rank, size, of_gloo))
 
     def connect_part(name: str, rank: int, size: int) -> Channel:
         return connect(dist.PrefixStore(name, store), rank, size, timeout, with_nccl=with_nccl, host=host)
