@@ -18,8 +18,9 @@ def patient_gloo() -> Iterator[None]:
 
     Gloo's thread asks for events again and again while another thread holds a connection's lock. Woken on the core of
     that thread, it spins there for its whole time slice, some 3 ms, and the holder cannot go on. As a nicer batch
-    thread it takes nobody's core. With 2 ranks on 2 cores an allgather after 1 ms of work takes 0.25 instead of 1.6 ms, with 4
-    ranks an alltoall of 64 KiB 0.7 instead of 1.5. Where other programs fill all cores it still gets a tenth of one.
+    thread it takes nobody's core. With 2 ranks on 2 cores an allgather after 1 ms of work takes 0.25 instead of 1.6 ms,
+    with 4 ranks an alltoall of 64 KiB 0.7 instead of 1.5. Where other programs fill all cores it still gets a tenth of
+    one.
 
     Communication: none.
     """
