@@ -44,9 +44,9 @@ def recommended(
     ===========================================  ==========
 
     Evidence (per cent, three seeds), for low rank, nominated, random and dense: at a ratio of 150 MNIST 96.6, 96.1,
-    96.2, 96.8; CIFAR-10 in 1,500 steps 68.0, 66.1, 66.4, 68.3; with 16 ranks in 300 steps 51.3, 48.5, 49.5, 53.2; at
-    1,000, 2 million parameters, 58.2, 57.3, 51.9, 61.1. These are ratios of the matrices. Small tensors went dense,
-    also with low rank: the whole models sent 116, 118, 117 and 814 times fewer bytes.
+    96.2, 96.8; CIFAR-10 in 1,500 steps 67.7, 66.1, 66.4, 68.3; with 16 ranks in 300 steps 51.1, 48.5, 49.5, 53.2; at
+    1,000, 2 million parameters, 57.5, 57.3, 51.9, 61.1. With low rank these are ratios of the whole models. Beside
+    coordinates small tensors went dense: the whole models sent 116, 118, 117 and 807 times fewer bytes.
 
     With Adam, likewise at a ratio of 60 (of the whole model 36), losses of a character transformer of 240 k after 300
     and 1,500 steps: low rank 2.37 and 1.77, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.29 (one seed)

@@ -193,4 +193,4 @@ def test_a_rank_that_comes_late_is_waited_for_with_a_word(
         return exchange.step(torch.ones(3))
 
     run_local(2, main, LIMIT_S)
-    assert [record.args[0] for record in caplog.records] == [0]  # type: ignore[index]
+    assert [record.args[0] for record in caplog.records] == ["rank 0 of 2"]  # type: ignore[index]
