@@ -47,7 +47,7 @@ def test_a_rank_joins_and_is_lost_over_horovod(tmp_path: Path) -> None:
 def test_two_levels_are_refused() -> None:
     elastic = pytest.importorskip("hvd_sketch.elastic")
     model = torch.nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="leave levels=2 out of the arguments of SketchState"):
+    with pytest.raises(ValueError, match="Leave levels=2 out of the arguments of SketchState"):
         elastic.SketchState(model, torch.optim.SGD(model.parameters()), arguments={"levels": 2})
 
 

@@ -32,7 +32,7 @@ COMPRESSIONS: dict[str, Compression | None] = {
     "sketch": SketchConfig(cols=400, k=100),
     "nominate": SketchConfig(k=200, candidates="nominate"),
     "random": SketchConfig(k=400, candidates="random"),
-    "low rank": LowRankConfig(rank=2),
+    "low rank": LowRankConfig(rank=2, dense_below=1024),
 }
 plain_outer = partial(torch.optim.SGD, lr=1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def wrap(
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     **options: Any,
 ) -> DistributedOptimizer:
+    if sketch is not None and sketch.momentum and make is not torch.optim.SGD:
+        sketch = replace(sketch, momentum=0.0)  # Adam has one of its own
     return DistributedOptimizer(
         make(model.parameters(), lr=0.05), model.named_parameters(), sketch, transport, **options
     )
