@@ -64,7 +64,7 @@ def test_transports_are_compared_with_mpi_where_nothing_limits_the_rate() -> Non
     alone = [record("mpi", 0.1, dim=10), record("horovod-mpi", 0.1, dim=20)]
     *_, head, _, small, large = bandwidth_report.over_mpi(timed + alone).splitlines()
     assert head == "| method | hosts | coordinates | MPI | Horovod over MPI | torch.distributed |"
-    assert small == "| sketched 20× | 4 | 10 | 100.0 ms |  |  |"
+    assert small == "| sketched 20× | 4 | 10 | 100.0 ms | | |"
     assert large == "| sketched 20× | 4 | 1,000,000 | 20.0 ms | 30.0 ms, 1.5 | 50.0 ms, 2.5 |"
     assert bandwidth_report.over_mpi(timed[:1]) == ""
 
