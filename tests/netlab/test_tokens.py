@@ -66,7 +66,7 @@ def test_the_table_tells_how_many_times_dense() -> None:
     sent = {"interface": {"mean_bytes": 2000}}
     speeds = {"alone": 900.0, "dense16": 100.0, "recommended": 450.0}
     text = table([about | sent | {"method": method, "tokens_per_s": speed} for method, speed in speeds.items()])
-    assert "| dense, 16 bit | 100 (1.0) | 2.0 |" in text and "| 450 (4.5) | 2.0 |" in text
+    assert "| dense, bf16 | 100 (1.0) | 2.0 |" in text and "| 450 (4.5) | 2.0 |" in text
 
 
 @pytest.mark.parametrize(
