@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,13 +20,20 @@ TIMEOUT = timedelta(seconds=20)
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1"])
-def test_the_thread_of_a_group_of_ours_is_nicer_than_its_rank(host: str | None) -> None:
-    others = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, TIMEOUT)
+def test_the_threads_of_a_group_of_ours_are_nicer_than_its_ranks(host: str | None) -> None:
+    others = together(lambda store, rank: dist.ProcessGroupGloo(store, rank, 2, TIMEOUT))
     before = _loops()
-    channel = connect(dist.HashStore(), 0, 1, TIMEOUT, with_nccl=False, host=host)
-    (ours,) = _loops() - before
-    own_nice = os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.sched_getscheduler(ours) == os.SCHED_BATCH
-    assert os.getpriority(os.PRIO_PROCESS, ours) == min(own_nice + NICER, NICEST)
-    assert before and all(os.sched_getscheduler(other) == os.SCHED_OTHER for other in before)
-    assert channel.size == others.size() == 1
+    ours = together(lambda store, rank: connect(store, rank, 2, TIMEOUT, with_nccl=False, host=host))
+    new = _loops() - before
+    expected = min(os.getpriority(os.PRIO_PROCESS, 0) + NICER, NICEST)
+    assert len(new) == 2 and before
+    assert {os.sched_getscheduler(thread) for thread in new} == {os.SCHED_BATCH}
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in new} == {expected}
+    assert others[0].size() == ours[0].size == 2
+
+
+def together(connect_rank: Callable[[Any, int], Any]) -> list[Any]:
+    """What each of two ranks, threads of this process, gets; a group's thread has its name once both are connected."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rank: connect_rank(store, rank), range(2)))
