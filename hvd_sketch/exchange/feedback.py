@@ -107,7 +107,7 @@ class Feedback:
             if gradient is not None:
                 first, last = torch.searchsorted(indices, torch.tensor([start, stop], device=values.device)).tolist()
                 values[first:last] += gradient[indices[first:last] - start]
-        largest = _largest(values)
+        largest = largest_of(values)
         if largest <= self._least_limit:
             return values, True
         is_finite = largest < float("inf")
@@ -123,7 +123,7 @@ class Feedback:
         """
         self._held_back = None
         self._kernels.gather(self.v, indices, out=out)
-        largest = _largest(out)
+        largest = largest_of(out)
         if largest > self._least_limit:
             limits = self._limits.at(indices)
             exceeding = (out.abs() > limits).nonzero().flatten()
@@ -158,7 +158,7 @@ class Feedback:
 
     def excess(self, indices: Tensor, sums: Tensor) -> Tensor | None:
         """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes; None where all does."""
-        if _largest(sums) <= self._least_limit * self._size:
+        if largest_of(sums) <= self._least_limit * self._size:
             return None
         limits = self._limits.at(indices) * self._size
         return sums - torch.minimum(torch.maximum(sums, -limits), limits)
@@ -195,7 +195,7 @@ class Feedback:
         return [self.v, self._u] if self.momentum else [self.v]
 
 
-def _largest(values: Tensor) -> float:
+def largest_of(values: Tensor) -> float:
     """The greatest magnitude, NaN if one is NaN, 0 of no values; without a vector beside them."""
     return float(torch.stack(torch.aminmax(values)).abs().max()) if values.numel() else 0.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_sketch.config import LowRankConfig
 from hvd_sketch.exchange.base import Options, SparseUpdate
-from hvd_sketch.exchange.feedback import LARGEST_SUM
+from hvd_sketch.exchange.feedback import LARGEST_SUM, largest_of
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits
 from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.residual import ResidualExchange
@@ -151,7 +151,7 @@ class LowRankAllreduce(ResidualExchange):
         for that reason stays there.
         """
         multiply()
-        if own.numel() and not _largest(own) <= self._most:  # also where one is NaN
+        if not largest_of(own) <= self._most:  # also where one is NaN
             self._count_reset(self._feedback.reset_nonfinite_())
             multiply()
             torch.nan_to_num_(own, 0.0, self._most, -self._most).clamp_(-self._most, self._most)
@@ -188,7 +188,7 @@ class LowRankAllreduce(ResidualExchange):
         """Limit the update to what the parameters' dtypes hold. Rank 0's v gets back what exceeds."""
         for start, stop, largest in self._limited:
             values = update[start:stop]
-            if _largest(values) > largest:
+            if largest_of(values) > largest:
                 limited = values.clamp(-largest, largest)
                 if self._comm.rank == 0:
                     self._feedback.v[start:stop].add_(values - limited, alpha=self._comm.size)
@@ -258,11 +258,6 @@ def _by_matrix(factors: Tensor, matrices: Sequence[Matrix], of_rows: bool = Fals
 
 def _overlap(matrix: Matrix, unused: tuple[int, int]) -> slice:
     return slice(max(matrix.start, unused[0]), min(matrix.stop, unused[1]))
-
-
-def _largest(values: Tensor) -> float:
-    """The largest magnitude; NaN where a value is. One pass, no copy."""
-    return float(torch.stack(torch.aminmax(values)).abs().max())
 
 
 def _tell(layout: Sequence[tuple[int, ...]]) -> str:

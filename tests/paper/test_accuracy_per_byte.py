@@ -326,6 +326,5 @@ def test_the_rule_for_learning_rates_is_what_the_records_say(rule: str, method: 
         is_searched = all(len(search.rates_tried(group, kept)) > 2 for group in groups)
         if TASKS[task].adam == ("Adam" in rule or "Muon" in rule or "Sign" in rule) and is_searched:
             factors.append(rates[0] / rates[1])  # type: ignore[operator]
-    if not factors:
-        pytest.skip("no finished records")
+    assert factors, "no records of finished searches"
     assert 0.9 * least < min(factors) and max(factors) < 1.1 * most, factors
