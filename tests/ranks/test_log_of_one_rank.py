@@ -30,6 +30,8 @@ from tests.support.logged import EVERY, lines_of, local_steps, wrapped
 from tests.support.saving import full_disk
 from tests.support.toy import alone
 
+MANY = 20_000  # values
+
 
 def test_residual_and_captured_energy_are_those_of_the_exchange(tmp_path: Path) -> None:
     model, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
@@ -177,13 +179,14 @@ def test_values_without_steps_take_no_memory(tmp_path: Path) -> None:
     _, optimizer = wrapped(alone(), log=tmp_path / "run.jsonl")
     optimizer.log_values(loss=0.5)
     tracemalloc.start()
-    for number in range(5000):
+    for number in range(MANY):
         optimizer.log_values(loss=number + 0.5)
     taken = tracemalloc.take_snapshot()
     tracemalloc.stop()
-    # Of the logs alone: the threads that run other tests' jobs allocate meanwhile.
+    # Of the logs alone: the threads that run other tests' jobs allocate meanwhile. Python keeps up to 2,000 tuples of
+    # 56 bytes to use them again, and those count, too: a value that is kept takes 24 bytes, which is more in all.
     of_logs = taken.filter_traces([tracemalloc.Filter(True, f"{Path(logs.__file__).parent}/*")])
-    assert sum(trace.size for trace in of_logs.traces) < 10_000
+    assert sum(trace.size for trace in of_logs.traces) < 12 * MANY
 
 
 def test_a_fork_leaves_the_files_to_its_parent(tmp_path: Path) -> None:

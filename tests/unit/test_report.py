@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.support.browser import CHROMIUM, look_at, take_pictures
 from tests.support.logged import SLOW_RANK, write_long_run
 
 STEPS, RANKS = 10_000, 4
-MOST_BYTES, OPENS_WITHIN_MS = 8e6, 2000
+MOST_BYTES = 8e6
 pytest.importorskip("plotly")
 
 
@@ -183,13 +182,19 @@ def test_pictures_are_of_the_page(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_long_run_opens_at_once(log: Path, tmp_path: Path) -> None:
+def test_a_long_run_opens_almost_as_fast_as_a_short_one(log: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert report(log, "--output", page)[0] == 0
     assert page.stat().st_size < MOST_BYTES
-    share = max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)  # of this machine, that other programs leave
-    opened_ms = look_at(page, tmp_path, [1400], False)[0]["drawn_ms"]
-    assert opened_ms < OPENS_WITHIN_MS * share
+    short = tmp_path / "short.jsonl"
+    write_long_run(short, 20, RANKS)
+    assert report(short, "--output", tmp_path / "short.html")[0] == 0
+    # In turns, the best of each: other programs slow both. As a ratio: what a second draws depends on the machine.
+    opened_ms: dict[str, list[float]] = {"report.html": [], "short.html": []}
+    for _ in range(3):
+        for name, of_page in opened_ms.items():
+            of_page.append(look_at(tmp_path / name, tmp_path, [1400], False)[0]["drawn_ms"])
+    assert min(opened_ms["report.html"]) < 2 * min(opened_ms["short.html"]), opened_ms
 
 
 def test_names_cannot_break_out_of_the_page(log: Path, tmp_path: Path) -> None:
