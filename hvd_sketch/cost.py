@@ -17,7 +17,8 @@ from typing import Any
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import as_matrices, least_bytes, sides_of
 from hvd_sketch.measured_costs import CPU, Carrier, Works
-from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes
+from hvd_sketch.rank_grid import is_grid, messages_of
+from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes, summed_bytes
 
 Shapes = Sequence[tuple[int, ...]]
 POWERSGD_RANK = 4
@@ -187,10 +188,12 @@ def _of_others(workload: Workload, network: Network) -> dict[str, Method]:
 
 
 def _ours(workload: Workload, network: Network) -> dict[str, Method]:
-    """Every rank sends each collective's messages directly to all others: one round.
+    """Every rank sends each collective's messages directly to all others, in one round; in a grid of many ranks in two.
 
     The agreement before a step, a small allreduce of the library's, is taken to do so, too.
     """
+    ranks = network.ranks
+    messages, rounds = messages_of(ranks), 2 if is_grid(ranks) else 1
     shapes, every, found = workload.shapes, workload.every, {}
     for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
         sent = bytes_of(config, shapes, network.ranks) * network.share
@@ -200,7 +203,7 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
             local_s += ROUND_PASSES * _local_s(workload, "dense")
         found[name] = Method(
             title_of(name, config, workload.ratio),
-            *(local_s, collectives, collectives, collectives * (network.ranks - 1), collectives),
+            *(local_s, collectives, collectives, collectives * messages, collectives * rounds),
             *(sent, sent, kept),
             inside_s=network.inside_s(workload.dim),
             every=every,
@@ -251,7 +254,8 @@ def bytes_of(config: Compression, shapes: Shapes, ranks: int) -> float:
     if isinstance(config, SketchConfig):
         return step_bytes(config, sum(map(prod, shapes)), ranks)
     factors = [(m.rank * m.rows, m.rank * m.cols) for m in as_matrices(shapes, config)]
-    return sum(2 * coded_bytes(count, config.value_bits) for pair in factors for count in pair)
+    factor_bytes = [sum(coded_bytes(count, config.value_bits) for count in each) for each in zip(*factors, strict=True)]
+    return sum(summed_bytes(one, config.value_bits, ranks) + one for one in factor_bytes)
 
 
 def kept_bytes(config: Compression, shapes: Shapes) -> float:

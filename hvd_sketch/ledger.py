@@ -32,7 +32,8 @@ class Record:
         dtype: of the elements, as NumPy names it.
         payload_bytes: the whole logical vector: a reduce_scatter's or alltoall's input, an allgather's output,
             an allreduce's or broadcast's buffer.
-        wire_bytes: bytes that one rank sends on average in a ring, ``passes * (W - 1) / W * payload_bytes``.
+        wire_bytes: bytes that one rank sends on average in a ring, ``passes * (W - 1) / W * payload_bytes``. In a grid
+            of many ranks small alltoalls and allreduces send nearly twice as much, and that is counted.
         staged_bytes: copied between a device and the host, both ways, codes as long as they travel; 0 where all is on
             the host, or the transport reads device memory itself.
     """
@@ -98,10 +99,21 @@ class CommLedger:
         self._step += 1
 
     def record(
-        self, phase: str, collective: str, dtype: torch.dtype, payload_bytes: int, size: int, staged_bytes: int = 0
+        self,
+        phase: str,
+        collective: str,
+        dtype: torch.dtype,
+        payload_bytes: int,
+        size: int,
+        staged_bytes: int = 0,
+        passes: float = 1.0,
     ) -> None:
-        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload and as staged."""
-        ring_bytes = RING_PASSES[collective] * payload_bytes
+        """Add one collective over ``size`` ranks; see :class:`Record` for what counts as payload and as staged.
+
+        Args:
+            passes: how often the bytes of a ring move past a rank: more than once in a grid of many ranks.
+        """
+        ring_bytes = round(RING_PASSES[collective] * passes * payload_bytes)
         self.ring_share = (size - 1) / size
         wire_bytes = round(ring_bytes * self.ring_share)
         name = str(dtype).removeprefix("torch.")

@@ -13,9 +13,9 @@ from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels.reference import packed_bytes
 from hvd_sketch.kernels.selection import histogram_bins
 from hvd_sketch.ledger import RING_PASSES
+from hvd_sketch.rank_grid import MESSAGE_BYTES, grid_of, is_grid, passes
 
 DENSE_BYTES = 4 * RING_PASSES["allreduce"]  # of a coordinate
-ROUND_BYTES = 8192  # what a round of a collective costs, told in bytes: 65 microseconds at 1 Gbit/s
 COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
 CODE_OVERHEAD_BYTES = 20  # a rank's code of positions: its first word, and padding of two streams to whole words
 
@@ -52,7 +52,7 @@ class Settings(Protocol):
 
 def all_sums_travel(candidates: int, k: int) -> bool:
     """Whether sending every candidate's sum takes less time than to choose the k largest together first."""
-    return 4 * candidates <= _choosing_bytes(candidates, k) + ROUND_BYTES
+    return 4 * candidates <= _choosing_bytes(candidates, k) + MESSAGE_BYTES
 
 
 def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
@@ -68,7 +68,8 @@ def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
 
 def agreement_bytes(ranks: int, parameters: int = 0) -> int:
     """Ring bytes of the agreement before a step, of which ``parameters`` say whether they have a gradient."""
-    return 8 * (ranks + counter_words(ranks, parameters)) * RING_PASSES["allreduce"]
+    payload_bytes = 8 * (ranks + counter_words(ranks, parameters))
+    return round(RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks))
 
 
 def counter_words(ranks: int, counters: int) -> int:
@@ -80,7 +81,17 @@ def table_bytes(settings: Settings, ranks: int) -> int:
     """Ring bytes of the table: each rank's shard of every row."""
     if not settings.has_table:
         return 0
-    return settings.rows * ranks * coded_bytes(settings.cols // ranks, settings.table_bits)
+    payload_bytes = settings.rows * ranks * coded_bytes(settings.cols // ranks, settings.table_bits)
+    return round(summed_bytes(payload_bytes, settings.table_bits, ranks))
+
+
+def summed_bytes(payload_bytes: float, bits: int, ranks: int) -> float:
+    """Ring bytes that bring every rank's values to those that sum a share each; below 32 bits by an alltoall."""
+    return payload_bytes if bits == 32 else payload_bytes * _passes("alltoall", payload_bytes, ranks)
+
+
+def _passes(collective: str, payload_bytes: float, ranks: int) -> float:
+    return passes(collective, payload_bytes, grid_of(ranks)) if is_grid(ranks) else 1.0
 
 
 def coded_bytes(count: int, bits: int) -> int:
@@ -112,9 +123,10 @@ def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
     if settings.candidates == "nominate":
         count = ranks * ceil_div(count, ranks)
     one_way = ranks * coded_bytes(ceil_div(count, ranks), settings.value_bits)
+    there = summed_bytes(one_way, settings.value_bits, ranks)
     if not settings.chooses or all_sums_travel(count, settings.k):
-        return 2 * one_way
-    return one_way + _choosing_bytes(count, settings.k)
+        return there + one_way
+    return there + _choosing_bytes(count, settings.k)
 
 
 def _choosing_bytes(candidates: int, k: int) -> float:

@@ -24,6 +24,7 @@ from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
+from hvd_sketch.transport.grid import in_grid
 
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
 NOTHING_TO_REPORT = Report()
@@ -83,6 +84,7 @@ class GradientExchange:
         make: MakeExchange = make_exchange,
     ) -> None:
         require_equal_shards(transport, named)
+        transport = in_grid(transport)
         self.active: tuple[int, ...] = tuple(range(transport.size))
         self._transport = transport
         self._named = list(named)

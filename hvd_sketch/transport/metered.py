@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,7 @@ class MeteredTransport(ForwardingTransport):
         self.ledger = ledger
         self._deterministic = deterministic
         self._attendance: Attendance | None = getattr(inner, "attendance", None)
+        self._passes: Callable[[str, int], float] = getattr(inner, "passes", lambda collective, payload_bytes: 1.0)
         self._phase, self._of_device = "start", False
 
     @contextmanager
@@ -125,4 +126,5 @@ class MeteredTransport(ForwardingTransport):
         staged_bytes = moved if self._inner.stages(payload.device) else 0
         if payload.device.type == "cpu" and self._of_device:
             staged_bytes = moved if copied is None else copied
-        self.ledger.record(self._phase, collective, payload.dtype, payload.nbytes, self.size, staged_bytes)
+        passes = self._passes(collective, payload.nbytes)
+        self.ledger.record(self._phase, collective, payload.dtype, payload.nbytes, self.size, staged_bytes, passes)

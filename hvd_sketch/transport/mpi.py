@@ -47,6 +47,8 @@ class MPITransport:
         ValueError: ``comm`` is ``MPI.COMM_NULL`` or an inter-communicator; MPI is not initialised, or is finalised.
     """
 
+    allreduces_by_tree = True  # small ones, in log2(size) messages
+
     def __init__(self, comm: MPI.Intracomm | None = None, max_count: int = MAX_COUNT) -> None:
         if max_count < 1:
             raise ValueError(f"max_count must be at least 1, got {max_count}")

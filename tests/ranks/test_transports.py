@@ -32,6 +32,7 @@ WORLDS: list[tuple[str, int, dict[str, Any]]] = [
     ("horovod-gloo", 3, {"carrier": "horovod"}),
     ("horovod-mpi", 2, {}),
     ("horovod-mpi", 2, {"carrier": "horovod"}),
+    *((kind, 4, {"grid": True}) for kind in ("torch", "mpi", "horovod-gloo")),
 ]
 CONTRACTS = [
     pytest.param(register(kind, ranks, CONTRACT, **how), id=f"{kind}-{ranks}-{how}") for kind, ranks, how in WORLDS

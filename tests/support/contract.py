@@ -10,6 +10,7 @@ import torch
 
 from hvd_sketch.transport import HorovodTransport, Transport
 from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.grid import GridTransport
 from hvd_sketch.transport.torch_messages import DeviceCollectives
 
 SUMMABLE = [torch.float32, torch.float64, torch.int32, torch.int64]
@@ -23,6 +24,7 @@ def check_all(
     staged: bool = False,
     own_collectives: bool = False,
     carrier: Literal["auto", "horovod"] | None = None,
+    grid: bool = False,
 ) -> int:
     """Run every check; returns how many ran.
 
@@ -31,6 +33,7 @@ def check_all(
         own_collectives: through the collectives of torch's backend that NCCL would have for CUDA tensors.
         staged: as if these tensors lay on a device that the transport cannot read.
         carrier: of a HorovodTransport.
+        grid: in rows and columns.
     """
     if carrier is not None:
         transport = HorovodTransport(carrier=carrier)
@@ -41,6 +44,8 @@ def check_all(
         transport._host = DeviceCollectives(transport._host._backend)
     if max_count is not None:
         transport._max_count = max_count
+    if grid:
+        transport = GridTransport(transport)
     checks = [value for name, value in globals().items() if name.startswith("check_") and name != "check_all"]
     for check in checks:
         check(transport)

@@ -13,6 +13,7 @@ import torch
 
 from hvd_sketch import DenseAllreduce, SketchConfig, SketchedAllreduce
 from hvd_sketch.transport import Transport
+from hvd_sketch.transport.grid import GridTransport
 from hvd_sketch.transport.metered import MeteredTransport
 from tests.support.targets import float_gradient
 
@@ -62,8 +63,17 @@ class Scales:
             MeteredTransport.phase = original  # type: ignore[method-assign]
 
 
-def weigh_exchanges(transport: Transport, dim: int, config: dict[str, Any], steps: dict[str, int]) -> dict[str, Any]:
-    """Sketched, deterministic ("ordered") and dense exchanges: what each phase sent, and what the ledger says of it."""
+def weigh_exchanges(
+    transport: Transport, dim: int, config: dict[str, Any], steps: dict[str, int], grid: bool = False
+) -> dict[str, Any]:
+    """Sketched, deterministic ("ordered") and dense exchanges: what each phase sent, and what the ledger says of it.
+
+    Args:
+        grid: as many ranks exchange.
+    """
+    carrier = type(getattr(transport, "_inner", transport)).__name__
+    if grid:
+        transport = GridTransport(transport)
     scales = Scales(transport)
     with scales.weigh("idle"):
         time.sleep(IDLE_S)
@@ -79,5 +89,4 @@ def weigh_exchanges(transport: Transport, dim: int, config: dict[str, Any], step
                 exchange.step(float_gradient(dim, transport.rank, step))
         for phase, totals in exchange.ledger.by_phase().items():
             modelled[f"{name} {phase}"] += totals.wire_bytes
-    carrier = type(getattr(transport, "_inner", transport)).__name__
     return {"size": transport.size, "carrier": carrier, "weighed": dict(scales.weighed), "modelled": dict(modelled)}

@@ -1,0 +1,178 @@
+"""Many ranks in rows and columns: the same results as direct messages, and what they cost is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_sketch import LowRankConfig, SketchConfig, SketchedAllreduce
+from hvd_sketch.config import Compression
+from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.gradients import GradientExchange
+from hvd_sketch.rank_grid import GRID_RANKS, grid_of
+from hvd_sketch.transport import Transport, run_local
+from hvd_sketch.transport.grid import GridTransport, in_grid
+from hvd_sketch.transport.metered import MeteredTransport
+from tests.support.contract import check_all
+
+CHECKS = 9  # in tests/support/contract.py
+DIM = 40 * 50
+
+
+@pytest.mark.parametrize("ranks", [4, 6, 9])
+def test_contract_in_a_grid(ranks: int) -> None:
+    assert run_local(ranks, lambda transport: check_all(transport, grid=True)) == [CHECKS] * ranks
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [(1, (1, 1)), (4, (2, 2)), (48, (6, 8)), (62, (2, 31)), (61, (1, 61)), (1024, (32, 32))]
+)
+def test_the_grid_is_as_square_as_can_be(size: int, grid: tuple[int, int]) -> None:
+    assert grid_of(size) == grid
+
+
+def test_few_ranks_and_prime_numbers_of_ranks_stay_direct() -> None:
+    for ranks, kind in ((GRID_RANKS - 1, False), (GRID_RANKS, True), (37, False)):
+        assert run_local(ranks, lambda transport: isinstance(in_grid(transport), GridTransport)) == [kind] * ranks
+
+
+class Unsplit:
+    """A transport of somebody else's."""
+
+    size = 64
+
+
+def test_what_cannot_be_split_stays_direct() -> None:
+    transport = Unsplit()
+    assert in_grid(transport) is transport  # type: ignore[arg-type, comparison-overlap]
+    with pytest.raises(ValueError, match="that can be split, got Unsplit"):
+        GridTransport(transport)  # type: ignore[arg-type]
+
+
+class Counting:
+    """A transport that counts the bytes that this rank hands to others in direct messages."""
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner, self.sent_bytes = inner, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def split(self, color: int) -> Counting:
+        part = Counting(self._inner.split(color))  # type: ignore[attr-defined]
+        self.parts = [*getattr(self, "parts", []), part]
+        return part
+
+    def _send(self, payload_bytes: float) -> None:
+        self.sent_bytes += round(payload_bytes * (self._inner.size - 1) / self._inner.size)
+
+    def alltoall(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._send(tensor.nbytes)
+        return self._inner.alltoall(tensor)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor, ordered: bool = False) -> object:
+        self._send(tensor.nbytes)
+        return self._inner.start_reduce_scatter(tensor, ordered)
+
+    def reduce_scatter(self, tensor: torch.Tensor, ordered: bool = False) -> torch.Tensor:
+        self._send(tensor.nbytes)
+        return self._inner.reduce_scatter(tensor, ordered)
+
+    def allreduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._send(2 * tensor.nbytes)
+        return self._inner.allreduce_(tensor)
+
+    def allgather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._send(tensor.nbytes * self._inner.size)
+        return self._inner.allgather(tensor)
+
+    def total(self) -> int:
+        return self.sent_bytes + sum(part.sent_bytes for part in self.parts)
+
+
+def test_an_allreduce_by_a_tree_stays_whole() -> None:
+    def main(transport: Transport) -> tuple[bool, float]:
+        transport.allreduces_by_tree = True  # type: ignore[attr-defined]
+        grid = GridTransport(transport)
+        called = []
+        transport.allreduce_ = lambda tensor: called.append(tensor) or tensor  # type: ignore[method-assign, func-returns-value]
+        grid.allreduce_(torch.zeros(4))
+        return len(called) == 1, grid.passes("allreduce", 16)
+
+    assert run_local(4, main) == [(True, 1.0)] * 4
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_ledger_counts_what_goes_twice(large: bool) -> None:
+    numbers = 30_000 if large else 1200
+
+    def main(transport: Transport) -> list[tuple[int, int]]:
+        counting = Counting(transport)
+        comm = MeteredTransport(GridTransport(counting), CommLedger())  # type: ignore[arg-type]
+        counted, before = [], (counting.total(), 0)
+        for collective in ("alltoall", "reduce_scatter", "allgather", "allreduce_"):
+            shape = (12, numbers // 12) if collective in ("alltoall", "reduce_scatter") else (numbers,)
+            getattr(comm, collective)(torch.zeros(shape))
+            after = counting.total(), comm.ledger.totals().wire_bytes
+            counted.append((after[0] - before[0], after[1] - before[1]))
+            before = after
+        return counted
+
+    of_ranks = run_local(12, main)
+    for counted in of_ranks:
+        for sent, told in counted:
+            assert sent > 0 and abs(sent - told) <= 2
+    alltoall_bytes, sum_bytes = of_ranks[0][0][1], of_ranks[0][1][1]
+    assert sum_bytes == round(4 * numbers * 11 / 12)
+    assert alltoall_bytes == (sum_bytes if large else round(4 * numbers * (3 / 4 + 2 / 3)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SketchConfig(k=100, candidates="nominate"),
+        SketchConfig(cols=128, k=50, table_bits=4),
+        SketchConfig.paper(cols=128, k=50),
+        LowRankConfig(ratio=10.0),
+        None,
+    ],
+    ids=["nominate", "sketch", "paper", "lowrank", "dense"],
+)
+def test_many_ranks_train_as_with_direct_messages(config: Compression | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few-bit sums are made in rank order either way; sums of float32 in another order, of small integers."""
+
+    def main(transport: Transport) -> torch.Tensor:
+        model = nn.Linear(50, 40, bias=False)
+        exchange = GradientExchange(list(model.named_parameters()), config, transport)
+        averaged = []
+        for step in range(2):
+            generator = torch.Generator().manual_seed(1000 * step + transport.rank)
+            model.weight.grad = torch.randint(-8, 9, (40, 50), generator=generator).float()
+            assert exchange.average()
+            averaged.append(model.weight.grad.clone())
+        return torch.stack(averaged)
+
+    in_rows_and_columns = run_local(GRID_RANKS, main)
+    monkeypatch.setattr("hvd_sketch.model.gradients.in_grid", lambda transport: transport)
+    direct = run_local(GRID_RANKS, main)
+    for found, expected in zip(in_rows_and_columns, direct, strict=True):
+        assert found.abs().sum() > 0 and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(found, in_rows_and_columns[0]) for found in in_rows_and_columns)
+
+
+@pytest.mark.parametrize("own", [{"candidates": "nominate"}, {"table_bits": 4}])
+def test_a_ratio_for_many_ranks_counts_what_goes_twice(own: dict[str, Any]) -> None:
+    ratio, dim = 100.0, 256 * 1024
+    config = SketchConfig.for_wire_ratio(ratio, dim, GRID_RANKS, **own)
+
+    def main(transport: Transport) -> float:
+        exchange = SketchedAllreduce(config, dim, in_grid(transport))
+        for step in range(3):
+            generator = torch.Generator().manual_seed(1000 * step + transport.rank)
+            exchange.step(torch.randn(dim, generator=generator) ** 3)
+        return exchange.ledger.compression_ratio()
+
+    assert run_local(GRID_RANKS, main) == [pytest.approx(ratio, rel=0.05)] * GRID_RANKS
