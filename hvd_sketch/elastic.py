@@ -13,7 +13,7 @@ from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.torch.elastic.state import TorchState
 
 from hvd_sketch.config import Compression
-from hvd_sketch.model.broadcast import broadcast_optimizer_state
+from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import step_of
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
@@ -38,7 +38,9 @@ class SketchState(TorchState):
     After a reset parameters, the wrapped optimizer's state and the objects are rank 0's. Every rank that was there
     before keeps its momentum and its residual, multiplied by the new number of ranks over the old one: the averaged
     update that is still to come stays the same. A new rank begins with zeros. What a lost rank had not sent is lost,
-    and rank 0 says how much it was at the last commit.
+    and rank 0 says how much it was at the last commit. With ``shares_residuals`` every commit also exchanges the mean
+    of all residuals, in as many bytes as a dense step, and that of momenta. After a loss all ranks go on from it, and
+    only what was made since the commit is lost.
 
     Communication: :meth:`commit` and :meth:`sync` are collective, and so is what ``hvd.elastic.run`` does.
 
@@ -47,6 +49,7 @@ class SketchState(TorchState):
         optimizer: a plain torch optimizer of its parameters, which is wrapped again after every reset.
         compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
         arguments: others of its arguments, by name; not ``levels=2``.
+        shares_residuals: whether a commit keeps what all ranks have not sent.
         **objects: by name, what else is to be carried; they become attributes.
 
     Attributes:
@@ -65,6 +68,7 @@ class SketchState(TorchState):
         compression: Compression | None = None,
         named_parameters: Iterable[NamedParameter] | None = None,
         arguments: dict[str, Any] | None = None,
+        shares_residuals: bool = False,
         **objects: Any,
     ) -> None:
         if (arguments or {}).get("levels", 1) != 1:
@@ -77,6 +81,8 @@ class SketchState(TorchState):
         self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
         self._committed: dict[str, Any] | None = None  # state of the optimizer
         self._kept: dict[str, Any] | None = None  # with which it goes on after a reset
+        self._shares_residuals = shares_residuals
+        self._mean: dict[str, Any] | None = None  # of all ranks' exchanges, at the last commit
         self._ranks, self._place = 0, -1  # over which the optimizer was wrapped last, and this one among them
         self._squares: list[float] = []  # of each of their residuals, added up, at the last commit
         super().__init__(model=model, **objects)
@@ -91,9 +97,17 @@ class SketchState(TorchState):
 
     def commit(self) -> None:
         """:meth:`save`, and go on with other hosts where they have changed. Communication: collective."""
-        self.save()
-        self._weigh()
+        self._save_together()
         self.check_host_updates()
+
+    def _save_together(self) -> None:
+        """Before the own state what all have: whoever is left alone here is at the commit before with everything."""
+        mean = None
+        if self._shares_residuals and self.optimizer is not None:
+            mean = self.optimizer.state_dict(consolidated=True)[STATE_KEY]
+        self.save()
+        self._mean = mean
+        self._weigh()
 
     def _weigh(self) -> None:
         """Tell each other how much every rank keeps: what is lost with it. Communication: collective."""
@@ -132,8 +146,7 @@ class SketchState(TorchState):
         self.optimizer = self._wrap(transport=transport)
         self._go_on(transport)
         self._kept, self._ranks, self._place = None, transport.size, transport.rank
-        self.save()
-        self._weigh()
+        self._save_together()
 
     def _go_on(self, transport: Transport) -> None:
         """Load what this rank has kept, or zeros, at rank 0's step. Communication: collective."""
@@ -145,18 +158,33 @@ class SketchState(TorchState):
         if not bool((places >= 0).any()):
             return
         before = int(ranks.max())
-        exchanged = _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
-        if self._kept is None:
+        lost = sorted(set(range(before)) - set(places.tolist()))
+        mean = self._mean_of_all(transport) if lost else None
+        exchanged = mean or _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
+        if mean is None and self._kept is None:
             exchanged = _at_step(exchanged, step)
         self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged})
         self.optimizer.take_over_state(0)
-        lost = sorted(set(range(before)) - set(places.tolist()))
-        if transport.rank == 0 and lost and self._squares:
+        if transport.rank == 0 and lost:
+            self._tell_of_loss(lost, before, step, is_shared=mean is not None)
+
+    def _mean_of_all(self, transport: Transport) -> dict[str, Any] | None:
+        """What rank 0 has of all ranks' exchanges; None: nothing. Communication: collective."""
+        has_mean = torch.tensor([self._mean is not None])
+        if not bool(transport.broadcast_(has_mean)):
+            return None
+        return broadcast_state(self._mean, 0, transport)
+
+    def _tell_of_loss(self, lost: list[int], before: int, step: int, is_shared: bool) -> None:
+        told = f"{len(lost)} of {before} ranks are gone"
+        if is_shared:
+            logger.warning("%s. All go on from the mean of all residuals at step %d, the last commit.", told, step)
+        elif self._squares:
             gone, all_of_it = sum(self._squares[rank] for rank in lost), sum(self._squares)
             logger.warning(
-                "%d of %d ranks are gone, and with them what they had not sent: residuals of norm %.3g at the last "
-                "commit, where that of all together was %.3g. The others go on from step %d.",
-                *(len(lost), before, gone**0.5, all_of_it**0.5, step),
+                "%s, and with them what they had not sent: residuals of norm %.3g at the last commit, where that of "
+                "all together was %.3g. The others go on from step %d.",
+                *(told, gone**0.5, all_of_it**0.5, step),
             )
 
 
