@@ -19,7 +19,7 @@ from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, re
 from benchmarks.network.lab import UNSHAPED, shape_together, transport_on_host
 from benchmarks.network.plan_check import PLANNED
 from benchmarks.network.records import Record, Records, environment
-from hvd_sketch.commands.calibrate import seconds_of_step
+from hvd_sketch.commands.calibrate import OTHERS, seconds_of_other, seconds_of_step
 from hvd_sketch.commands.measure import probed
 from hvd_sketch.cost import configurations
 from hvd_sketch.exchange.base import Exchange, Parameters
@@ -60,8 +60,11 @@ def probe_of(name: str, transport: Transport, parameters: Parameters) -> Record:
     """What ``hvd-sketch plan --measure`` measures of this job, for plan_check.py. Communication: collective."""
     probe, method = probed(transport), PLANNED.get(name)
     shapes = [shape for _, shape, _ in parameters]
-    config = configurations(shapes, FEW_BIT_RATIO, transport.size).get(method) if method else None
-    local_s = None if config is None else slowest(transport, seconds_of_step(config, shapes))[0]
+    if method in OTHERS:
+        local_s = slowest(transport, seconds_of_other(method, shapes))[0]
+    else:
+        config = configurations(shapes, FEW_BIT_RATIO, transport.size).get(method) if method else None
+        local_s = None if config is None else slowest(transport, seconds_of_step(config, shapes))[0]
     return {"collective_s": probe.collective_s, "bytes_per_s": probe.bytes_per_s, "local_s": local_s}
 
 
