@@ -18,7 +18,7 @@ import torch
 from tests.support.harness import ROOT, child_environment, run_command
 
 HOSTS = "localhost:2\n"
-# torch 2.13 remembers where the first ranks' store is and does not tell a host that joins, unless stores are not shared.
+# torch 2.13 remembers where the first ranks' store is, and does not tell a host that joins, unless stores are separate.
 JOINABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
