@@ -1,7 +1,7 @@
 """Random configurations and gradients on 1 to 7 ranks: ``python -m tests.fuzz --cases 10000``.
 
 Of every case: no rank fails, all ranks get the same bits, nothing is lost (sent + kept = produced), also where a state
-is saved and loaded in between, and what is not finite changes nothing. Half of the cases of 4 and 6 ranks are in a grid.
+is saved and loaded in between, and what is not finite changes nothing. Half of the cases of 4 and 6 ranks have a grid.
 A case follows from its number alone: ``--first N --cases 1`` runs it again.
 """
 
