@@ -193,7 +193,7 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
     The agreement before a step, a small allreduce of the library's, is taken to do so, too.
     """
     ranks = network.ranks
-    messages, rounds = messages_of(ranks), 2 if is_grid(ranks) else 1
+    messages, rounds = (messages_of(ranks), 2) if is_grid(ranks) and network.carrier.can_split else (ranks - 1, 1)
     shapes, every, found = workload.shapes, workload.every, {}
     for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
         sent = bytes_of(config, shapes, network.ranks) * network.share

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from horovod.common.exceptions import HostsUpdatedInterrupt
+from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.torch.elastic.state import TorchState
 
 from hvd_sketch.config import Compression
@@ -49,7 +50,8 @@ class SketchState(TorchState):
         optimizer: a plain torch optimizer of its parameters, which is wrapped again after every reset.
         compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
         arguments: others of its arguments, by name; not ``levels=2``.
-        shares_residuals: whether a commit keeps what all ranks have not sent.
+        shares_residuals: whether a commit keeps what all ranks have not sent, in 4 bytes per parameter more, 8 with
+            ``momentum``. After a loss a new rank, too, begins with that mean.
         **objects: by name, what else is to be carried; they become attributes.
 
     Attributes:
@@ -93,6 +95,7 @@ class SketchState(TorchState):
         """Remember everything as it is now. Communication: none."""
         if self.optimizer is not None:
             self._committed = copy.deepcopy(self.optimizer.state_dict())
+            self._ranks, self._place = self.optimizer.transport.size, self.optimizer.transport.rank
         super().save()
 
     def commit(self) -> None:
@@ -101,13 +104,14 @@ class SketchState(TorchState):
         self.check_host_updates()
 
     def _save_together(self) -> None:
-        """Before the own state what all have: whoever is left alone here is at the commit before with everything."""
+        """The mean of all first: where that fails, everything is as at the commit before. Communication: collective."""
         mean = None
-        if self._shares_residuals and self.optimizer is not None:
-            mean = self.optimizer.state_dict(consolidated=True)[STATE_KEY]
-        self.save()
-        self._mean = mean
-        self._weigh()
+        with _lost_ranks_as_horovods():
+            if self._shares_residuals and self.optimizer is not None:
+                mean = self.optimizer.state_dict(consolidated=True)[STATE_KEY]
+            self.save()
+            self._mean = mean
+            self._weigh()
 
     def _weigh(self) -> None:
         """Tell each other how much every rank keeps: what is lost with it. Communication: collective."""
@@ -142,10 +146,14 @@ class SketchState(TorchState):
         """Make the ranks of now equal, and wrap the optimizer over them. Communication: collective."""
         super().sync()
         transport = HorovodTransport()
+        transport.can_split = (
+            False  # after a loss every rank must notice, not only those of the lost one's row and column
+        )
         broadcast_optimizer_state(self._inner, 0, transport)
         self.optimizer = self._wrap(transport=transport)
-        self._go_on(transport)
-        self._kept, self._ranks, self._place = None, transport.size, transport.rank
+        with _lost_ranks_as_horovods():
+            self._go_on(transport)
+        self._kept, self._mean, self._squares = None, None, []
         self._save_together()
 
     def _go_on(self, transport: Transport) -> None:
@@ -159,7 +167,7 @@ class SketchState(TorchState):
             return
         before = int(ranks.max())
         lost = sorted(set(range(before)) - set(places.tolist()))
-        mean = self._mean_of_all(transport) if lost else None
+        mean = self._mean_of_all(transport, step) if lost else None
         exchanged = mean or _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
         if mean is None and self._kept is None:
             exchanged = _at_step(exchanged, step)
@@ -168,9 +176,12 @@ class SketchState(TorchState):
         if transport.rank == 0 and lost:
             self._tell_of_loss(lost, before, step, is_shared=mean is not None)
 
-    def _mean_of_all(self, transport: Transport) -> dict[str, Any] | None:
-        """What rank 0 has of all ranks' exchanges; None: nothing. Communication: collective."""
-        has_mean = torch.tensor([self._mean is not None])
+    def _mean_of_all(self, transport: Transport, step: int) -> dict[str, Any] | None:
+        """What rank 0 has of all ranks' exchanges at a step; None: nothing, or of another step.
+
+        Communication: collective.
+        """
+        has_mean = torch.tensor([self._mean is not None and step_of({STATE_KEY: self._mean}) == step])
         if not bool(transport.broadcast_(has_mean)):
             return None
         return broadcast_state(self._mean, 0, transport)
@@ -186,6 +197,17 @@ class SketchState(TorchState):
                 "all together was %.3g. The others go on from step %d.",
                 *(told, gone**0.5, all_of_it**0.5, step),
             )
+
+
+@contextmanager
+def _lost_ranks_as_horovods() -> Iterator[None]:
+    """An error of a collective becomes the one after which ``hvd.elastic.run`` goes on."""
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        if isinstance(error, HorovodInternalError | HostsUpdatedInterrupt):
+            raise
+        raise HorovodInternalError(str(error)) from error
 
 
 def _for_other_ranks(state: dict[str, Any], transport: Transport, factor: float) -> dict[str, Any]:

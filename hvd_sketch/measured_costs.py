@@ -62,6 +62,7 @@ class Carrier:
         wake_s: what a collective takes longer after local work: a thread that makes it must be woken.
         has_tree: whether an allreduce of the library takes ``2 log2(ranks)`` rounds, as that of MPI, and not the
             ``2 (ranks - 1)`` of a ring, as that of Gloo.
+        can_split: whether many of its ranks form a grid.
     """
 
     message_s: float
@@ -69,6 +70,7 @@ class Carrier:
     collective_s: float = 0.0
     wake_s: float = 0.0
     has_tree: bool = False
+    can_split: bool = True
 
 
 # Between 2 hosts with a core each a small collective took 0.07 ms over MPI, 0.36 over torch, 0.41 over Horovod and 1.08
@@ -79,5 +81,5 @@ CARRIERS = {
     "torch": Carrier(0.3e-3, 1.5e9, wake_s=1.2e-3),
     "horovod": Carrier(0.35e-3, 1.3e9, wake_s=1.2e-3),  # torch's, over Gloo
     "horovod-mpi": Carrier(0.35e-3, 1.3e9, wake_s=1.2e-3),  # the same
-    "horovod-own": Carrier(60e-6, 1.9e9, collective_s=1.0e-3, has_tree=True),
+    "horovod-own": Carrier(60e-6, 1.9e9, collective_s=1.0e-3, has_tree=True, can_split=False),
 }

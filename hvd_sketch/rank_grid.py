@@ -20,8 +20,8 @@ def is_grid(ranks: int) -> bool:
 
 
 def messages_of(ranks: int) -> int:
-    """How many messages a rank sends in a collective of ours."""
-    return sum(grid_of(ranks)) - 2 if is_grid(ranks) else ranks - 1
+    """How many messages a rank sends in a collective along the rows and columns of a grid."""
+    return sum(grid_of(ranks)) - 2
 
 
 def goes_twice(payload_bytes: float, grid: tuple[int, int]) -> bool:

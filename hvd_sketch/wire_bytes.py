@@ -114,7 +114,7 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
         named = ranks * ceil_div(count, ranks)
         return codes + named * position_bytes(dim * ranks / named)
     counted_together = settings.chooses or settings.candidates == "heavymix"
-    histogram = 4 * RING_PASSES["allreduce"] * histogram_bins(count) if counted_together else 0
+    histogram = _histogram_bytes(count, ranks) if counted_together else 0
     return codes + count * position_bytes(dim / count) + histogram
 
 
@@ -126,8 +126,13 @@ def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
     there = summed_bytes(one_way, settings.value_bits, ranks)
     if not settings.chooses or all_sums_travel(count, settings.k):
         return there + one_way
-    return there + _choosing_bytes(count, settings.k)
+    return there + _choosing_bytes(count, settings.k, ranks)
 
 
-def _choosing_bytes(candidates: int, k: int) -> float:
-    return candidates / 8 + 4 * k + 4 * RING_PASSES["allreduce"] * histogram_bins(k)
+def _choosing_bytes(candidates: int, k: int, ranks: int = 1) -> float:
+    return candidates / 8 + 4 * k + _histogram_bytes(k, ranks)
+
+
+def _histogram_bytes(k: int, ranks: int) -> float:
+    payload_bytes = 4 * histogram_bins(k)
+    return RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks)

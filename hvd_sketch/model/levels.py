@@ -89,8 +89,9 @@ class TwoLevels:
         hosts = gather_texts(transport, host if host is not None else host_name())
         firsts = [hosts.index(each) for each in hosts]  # for each rank the leader of its host
         self._leader, self._leaders = firsts[transport.rank], sorted(set(firsts))
-        self._host = splitting.split(self._leader)
-        among_leaders = splitting.split(int(transport.rank in self._leaders))
+        with watched(transport, "form groups of hosts"):
+            self._host = splitting.split(self._leader)
+            among_leaders = splitting.split(int(transport.rank in self._leaders))
         if len(self._leaders) == 1 and config is not None:
             config = _all_dense(config, transport.rank)
         self._flat = FlatParameters(named)

@@ -14,6 +14,7 @@ from hvd_sketch.rank_grid import goes_twice, grid_of, is_grid, passes
 from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Handle, Pending, Splitting, Transport, check_shares
 from hvd_sketch.transport.forwarding import ForwardingTransport
+from hvd_sketch.transport.stall import watched
 
 
 def in_grid(transport: Transport) -> Transport:
@@ -24,14 +25,16 @@ def in_grid(transport: Transport) -> Transport:
 
     Communication: none with few ranks; otherwise collective, as ``transport.split`` is.
     """
-    return GridTransport(transport) if is_grid(transport.size) and isinstance(transport, Splitting) else transport
+    can_split = isinstance(transport, Splitting) and getattr(transport, "can_split", True)
+    return GridTransport(transport) if is_grid(transport.size) and can_split else transport
 
 
 class GridTransport(ForwardingTransport):
     """The ranks of ``inner`` in rows and columns, in row-major order; at least four, not a prime number.
 
     A reduce_scatter sums over the row first, then over the column: bits may differ from those of a sum in rank order,
-    which ``ordered`` still gives.
+    which ``ordered`` still gives. Of a sum that was started only the row's half travels by itself; ``wait`` makes the
+    column's.
 
     Communication: the constructor is collective (two splits).
 
@@ -45,7 +48,8 @@ class GridTransport(ForwardingTransport):
             raise ValueError(f"a grid needs a transport that can be split, got {type(inner).__name__}")
         self._grid = rows, columns = grid_of(inner.size)
         number, place = divmod(inner.rank, columns)
-        self._row, self._column = inner.split(number), inner.split(rows + place)
+        with watched(inner, "form rows and columns of ranks"):
+            self._row, self._column = inner.split(number), inner.split(rows + place)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
         self._has_tree = getattr(inner, "allreduces_by_tree", False)
 

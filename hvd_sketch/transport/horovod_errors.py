@@ -23,6 +23,7 @@ class FailingAsHorovod(ForwardingTransport):
 
     Attributes:
         attendance: of the inner transport, where it has one.
+        can_split: whether :meth:`split` is possible.
     """
 
     def __init__(self, hvd: Any, inner: Transport) -> None:
@@ -30,6 +31,7 @@ class FailingAsHorovod(ForwardingTransport):
 
         super().__init__(inner)
         self._hvd, self._error = hvd, HorovodInternalError
+        self.can_split = isinstance(inner, Splitting)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
         if self.attendance is not None:
             watch_joins(hvd, self.attendance)

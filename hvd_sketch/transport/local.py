@@ -36,7 +36,19 @@ class _Room:
     def part(self, number: int, color: int, size: int) -> _Room:
         """The room of the ranks of one colour in the ``number``-th split."""
         with self._lock:
-            return self._parts.setdefault((number, color), _Room(size, self._timeout_s))
+            room = self._parts.setdefault((number, color), _Room(size, self._timeout_s))
+        if self.all_show.broken:
+            room.abort()
+        return room
+
+    def abort(self) -> None:
+        """Release whoever waits here or in a part, now or later."""
+        self.all_show.abort()
+        self.all_have_read.abort()
+        with self._lock:
+            parts = list(self._parts.values())
+        for part in parts:
+            part.abort()
 
     def _combine(self) -> None:
         """Make the result for all ranks, once."""
@@ -90,8 +102,7 @@ class LocalTransport:
 
     def abort(self) -> None:
         """Release the other ranks, now or at their next collective, with ``BrokenBarrierError``."""
-        self._room.all_show.abort()
-        self._room.all_have_read.abort()
+        self._room.abort()
 
     def _shown_to_me(self) -> list[Tensor]:
         return [tensor[self.rank] for tensor in self._room.shown]

@@ -52,6 +52,25 @@ def test_what_cannot_be_split_stays_direct() -> None:
         GridTransport(transport)  # type: ignore[arg-type]
 
 
+def test_a_rank_that_fails_releases_those_that_wait_in_a_row_or_column() -> None:
+    def main(transport: Transport) -> None:
+        grid = GridTransport(transport)
+        if transport.rank == 3:
+            raise RuntimeError("rank 3 failed")
+        grid.allgather(torch.zeros(1))
+
+    with pytest.raises(RuntimeError, match="rank 3 failed"):
+        run_local(4, main, timeout_s=60)
+
+
+def test_what_says_that_it_cannot_be_split_stays_direct() -> None:
+    def main(transport: Transport) -> bool:
+        transport.can_split = False  # type: ignore[attr-defined]
+        return in_grid(transport) is transport
+
+    assert all(run_local(GRID_RANKS, main))
+
+
 class Counting:
     """A transport that counts the bytes that this rank hands to others in direct messages."""
 
