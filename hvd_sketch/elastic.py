@@ -146,9 +146,7 @@ class SketchState(TorchState):
         """Make the ranks of now equal, and wrap the optimizer over them. Communication: collective."""
         super().sync()
         transport = HorovodTransport()
-        transport.can_split = (
-            False  # after a loss every rank must notice, not only those of the lost one's row and column
-        )
+        transport.can_split = False  # after a loss all must notice, not only the lost rank's row and column
         broadcast_optimizer_state(self._inner, 0, transport)
         self.optimizer = self._wrap(transport=transport)
         with _lost_ranks_as_horovods():

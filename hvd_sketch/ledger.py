@@ -15,9 +15,9 @@ from hvd_sketch.files import replaced
 from hvd_sketch.observer import Observer
 
 # How often a ring moves the payload past one rank: an allreduce is a reduce_scatter and an allgather. The transports
-# really send these bytes (tests/netlab/test_wire.py), except in allreduces by Open MPI: small ones, of flags and
-# histograms, double recursively and send log2(W) times the payload; large ones at 3 ranks send 1.125 times the ring. Over Gloo
-# small ones, up to 16 KiB on all ranks together, send W - 1 times the payload.
+# really send these bytes (tests/netlab/test_wire.py), except in allreduces. By Open MPI small ones, of flags and
+# histograms, double recursively and send log2(W) times the payload; large ones at 3 ranks send 1.125 times the ring.
+# Over Gloo small ones, up to 16 KiB on all ranks together, send W - 1 times the payload.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
 RECENT = 1000  # records kept where no others are asked for: those of 100 to 300 steps, in a quarter of a megabyte
 

@@ -37,6 +37,7 @@ def check_all(
     """
     if carrier is not None:
         transport = HorovodTransport(carrier=carrier)
+        assert not transport.can_split, "Horovod's own collectives have no groups"
     if staged:
         carries = transport._inner if isinstance(transport, ForwardingTransport) else transport
         carries.stages = lambda device: True
