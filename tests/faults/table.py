@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from hvd_sketch.transport.stall import ABORT_VARIABLE
+from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE
 from tests.faults.job import OF_RANK_0, POINTS
 from tests.support.harness import LAUNCHERS as SCRIPTS
 
@@ -45,6 +45,7 @@ EVERYWHERE = tuple(LAUNCHERS)
 LAUNCH_SCRIPTS = ("torchrun.sh", "mpirun.sh", "horovodrun.sh", "horovodrun.sh --mpi")
 ENDING = tuple(name for name in LAUNCHERS if name != "torch by hand")  # who also end a rank that hangs
 STALL_S, ABORT_S = 3, 12  # the limits in rows of hangs; by default 30 and never
+LATE_ABORT_S = 34  # where the first limit is the default
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Row:
         takes_s: a cell, about, on two cores.
         module: what the ranks run.
         hangs: with the limits STALL_S and ABORT_S; other rows have the defaults: 30 s, and never.
+        hangs_long: with the default of 30 s, and LATE_ABORT_S.
     """
 
     fault: str
@@ -74,6 +76,14 @@ class Row:
     takes_s: int = 7
     module: str = "job"
     hangs: bool = False
+    hangs_long: bool = False
+
+    @property
+    def limits_s(self) -> dict[str, int]:
+        """The limits of waiting that are set, by variable."""
+        if self.hangs_long:
+            return {ABORT_VARIABLE: LATE_ABORT_S}
+        return {STALL_VARIABLE: STALL_S, ABORT_VARIABLE: ABORT_S} if self.hangs else {}
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,16 @@ ROWS = (
         ranks=3,
         takes_s=20,
         hangs=True,
+    ),
+    Row(
+        "a rank hangs, and nobody has set `HVD_SKETCH_STALL_SECONDS`",
+        "the rank and the phase are named",
+        40,
+        ("hang@backward",),
+        ("torchrun.sh", "mpirun.sh", "horovodrun.sh"),
+        (r"rank 0 of 2 has waited for 3[0-4] s for rank 1, which has not come, in step \d, phase 'agree'",),
+        takes_s=30,
+        hangs_long=True,
     ),
     Row(
         "a rank is stopped (`SIGSTOP`), also the one that keeps the store",

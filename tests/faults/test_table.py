@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from hvd_sketch.model.checkpoint_files import folders, read_manifest, read_state
-from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE, process_watch
+from hvd_sketch.transport.stall import STALL_VARIABLE, process_watch
 from hvd_sketch.transport.stall import STALL_S as DEFAULT_STALL_S
 from tests.faults.job import NOTE
-from tests.faults.table import ABORT_S, CELLS, LAUNCHERS, STALL_S, Cell, markdown, sample
+from tests.faults.table import CELLS, LAUNCHERS, Cell, markdown, sample
 from tests.support.harness import ROOT, run_command, wait_until
 
 NORMAL_END_S = 30  # from the last statement of a program
@@ -32,7 +32,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
     if cell.row.module == "job":
         program = [sys.executable, "-m", "tests.faults.job"]
     command = [*launcher, "-n", str(cell.row.ranks), *program, transport, cell.what, str(tmp_path)]
-    limits = {STALL_VARIABLE: str(STALL_S), ABORT_VARIABLE: str(ABORT_S)} if cell.row.hangs else {}
+    limits = {variable: str(seconds) for variable, seconds in cell.row.limits_s.items()}
     status, output = run_command(command, timeout_s=170, **limits)
     elapsed_s = time.time() - noted(tmp_path)
     for told in cell.row.told:
@@ -44,7 +44,7 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
     assert (tmp_path / NOTE).exists(), f"no rank came to its failure:\n{output}"
     assert status != 0, output
     assert elapsed_s < cell.row.within_s, f"the job ended {elapsed_s:.1f} s after its fault:\n{output}"
-    stall_s = STALL_S if cell.row.hangs else DEFAULT_STALL_S
+    stall_s = cell.row.limits_s.get(STALL_VARIABLE, DEFAULT_STALL_S)
     assert all(int(waited) <= stall_s + 5 for waited in re.findall(r"has waited for (\d+) s for", output)), output
     wait_until(lambda: not processes_of(tmp_path))
     if cell.what == "kill@save":
