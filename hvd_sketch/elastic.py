@@ -111,9 +111,9 @@ class SketchState(TorchState):
                 mean = self.optimizer.state_dict(consolidated=True)[STATE_KEY]
             self.save()
             self._mean = mean
-            self._weigh()
+            self._tell_residuals()
 
-    def _weigh(self) -> None:
+    def _tell_residuals(self) -> None:
         """Tell each other how much every rank keeps: what is lost with it. Communication: collective."""
         if self.optimizer is None or self._committed is None:
             return

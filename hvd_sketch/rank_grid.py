@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-GRID_RANKS = 32  # from so many on; see benchmarks/results, many ranks
-MESSAGE_BYTES = 8192  # what a message costs beside its bytes, told in bytes: 65 microseconds at 1 Gbit/s
+GRID_RANKS = 32  # the fewest that form a grid: benchmarks/results/README.md, "Many ranks"
+MESSAGE_BYTES = 8192  # that could travel in the time that a message costs: 65 microseconds at 1 Gbit/s
 
 
 def grid_of(ranks: int) -> tuple[int, int]:
@@ -25,9 +25,9 @@ def messages_of(ranks: int) -> int:
 
 
 def goes_twice(payload_bytes: float, grid: tuple[int, int]) -> bool:
-    """Whether an alltoall or an allreduce of so many bytes goes along rows and columns, which carry all of it each.
+    """Whether an alltoall or an allreduce of so many bytes goes along rows and columns, each of which carries it all.
 
-    It does where the messages saved cost more than the bytes added.
+    It does where the messages that this saves cost more than the bytes that it adds.
     """
     rows, columns = grid
     saved = rows * columns - 1 - (rows + columns - 2)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hvd_sketch.model.checkpoint_files import folders, read_manifest, read_state
-from hvd_sketch.transport.stall import STALL_VARIABLE, process_watch
 from hvd_sketch.transport.stall import STALL_S as DEFAULT_STALL_S
+from hvd_sketch.transport.stall import STALL_VARIABLE, process_watch
 from tests.faults.job import NOTE
 from tests.faults.table import CELLS, LAUNCHERS, Cell, markdown, sample
 from tests.support.harness import ROOT, run_command, wait_until
