@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -12,13 +12,21 @@ from rich.table import Table
 
 from hvd_sketch.checks import check_positive
 from hvd_sketch.commands.calls import as_call
+from hvd_sketch.config import SketchConfig
 from hvd_sketch.cost import Method, Network, Workload, break_even, methods
+from hvd_sketch.model.recommended import RESIDUAL_DECAY
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
 MUCH = 1.25  # times the other's time: less than that is within the error of the model
 DENSE = ("dense", "bf16")
 PEER = "powersgd"  # local top-k grows with the ranks, and trains worse
-ADVISED = ("lowrank", "nominate")  # what trains best at equal bytes, see hvd_sketch.recommended
+# What trains best at equal bytes, by the wrapped optimizer, and up to which ratio: see hvd_sketch.recommended.
+ADVISED: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("lowrank", "nominate"),
+    **dict.fromkeys(("adam", "adamw", "muon"), ("lowrank",)),
+    "signsgd": ("random",),
+}
+RATIOS: Mapping[str, float] = {name: 150.0 if name == "sgd" else 60.0 for name in ADVISED}
 
 
 def fastest(seconds: Mapping[str, float], names: tuple[str, ...]) -> str:
@@ -26,13 +34,14 @@ def fastest(seconds: Mapping[str, float], names: tuple[str, ...]) -> str:
     return min((name for name in names if name in seconds), key=seconds.__getitem__)
 
 
-def advised(seconds: Mapping[str, float]) -> str:
+def advised(seconds: Mapping[str, float], of_ours: tuple[str, ...] = ADVISED["sgd"]) -> str:
     """Which method to use: a dense exchange or PowerSGD only where it is faster, or ours not by much.
 
     Args:
         seconds: of an exchange or a step, by method; with a dense one and one of ours.
+        of_ours: those of ours that suit the optimizer.
     """
-    ours, dense = fastest(seconds, ADVISED), fastest(seconds, DENSE)
+    ours, dense = fastest(seconds, of_ours), fastest(seconds, DENSE)
     if MUCH * seconds.get(PEER, math.inf) < min(seconds[ours], seconds[dense]):
         return PEER
     return ours if seconds[dense] >= MUCH * seconds[ours] else dense
@@ -44,20 +53,26 @@ class Plan:
     Args:
         workload: what is exchanged.
         network: of the job.
+        optimizer: the one that is wrapped, of :data:`ADVISED`. Between the rounds of ``LocalSteps`` it may be any.
 
     Raises:
-        ValueError: the ratio is not positive, or leaves no coordinate.
+        ValueError: the ratio is not positive, or leaves no coordinate; no method that suits the optimizer was timed.
     """
 
-    def __init__(self, workload: Workload, network: Network) -> None:
+    def __init__(self, workload: Workload, network: Network, optimizer: str = "sgd") -> None:
         check_positive("--ratio", workload.ratio)
         self._workload, self._network = workload, network
         self.methods = methods(workload, network)
-        if not any(name in self.methods for name in ADVISED):
-            raise ValueError(f"--ratio {workload.ratio:g} leaves no coordinate to send: lower it")
+        of_ours = ADVISED[optimizer if workload.every == 1 else "sgd"]
+        if not any(name in self.methods for name in of_ours):
+            suited = f"{' or '.join(of_ours)}, which --optimizer {optimizer} needs"
+            raise ValueError(
+                f"--ratio {workload.ratio:g} leaves no coordinate to send, or no time is known of {suited}: lower the "
+                "ratio, leave out --device cuda, or give another optimizer"
+            )
         self._step_s = {name: method.step_s(network, workload.backward_s) for name, method in self.methods.items()}
-        self._ours, self._dense = fastest(self._step_s, ADVISED), fastest(self._step_s, DENSE)
-        self.advised = advised(self._step_s)
+        self._ours, self._dense = fastest(self._step_s, of_ours), fastest(self._step_s, DENSE)
+        self.advised = advised(self._step_s, of_ours)
 
     @property
     def advice(self) -> str:
@@ -85,6 +100,8 @@ class Plan:
         config, every = self.methods[self.advised].config, self._workload.every
         if config is None:
             return ""
+        if isinstance(config, SketchConfig) and config.candidates == "random":  # for SignSGD
+            config = replace(config, residual_decay=RESIDUAL_DECAY)
         if every > 1:
             return f"LocalSteps(optimizer, model.named_parameters(), {as_call(config)}, every={every})"
         levels = ", levels=2" if self._network.per_host > 1 else ""

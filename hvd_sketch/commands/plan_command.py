@@ -26,7 +26,11 @@ def plan(
     latency: Annotated[str, typer.Option(help="Of a message between hosts.")] = "50us",
     backward: Annotated[str, typer.Option(help="What a training step takes without its exchange.")] = "0s",
     overlap: Annotated[bool, typer.Option(help="DDP exchanges dense gradients during the backward pass.")] = True,
-    ratio: Annotated[float, typer.Option(help="Times fewer bytes than a dense ring, for ours.")] = 150.0,
+    optimizer: Annotated[str, typer.Option(help="The one to be wrapped: sgd, adam, adamw, muon or signsgd.")] = "sgd",
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Times fewer bytes than a dense ring, for ours. Default: sgd 150, others 60."),
+    ] = None,
     bits: Annotated[int, typer.Option(help="Of a value of ours: 4, 8, 16 or 32.")] = 4,
     every: Annotated[int, typer.Option(min=1, help="Steps of an exchange of ours, as of LocalSteps.")] = 1,
     launcher: Annotated[str, typer.Option(help="torch, mpi, horovod, horovod-mpi or horovod-own.")] = "torch",
@@ -60,6 +64,8 @@ def plan(
         shapes = options.shapes_of(params, model, flat)
         check_choice("--device", device, WORKS)
         check_choice("--bits", bits, BITS)
+        check_choice("--optimizer", optimizer, planning.ADVISED)
+        ratio = planning.RATIOS[optimizer] if ratio is None else ratio
         backward_s = options.seconds(backward)
         network = options.network_of(ranks, bandwidth, latency, launcher, per_host)
         if measure or calibrate:
@@ -73,7 +79,7 @@ def plan(
         if job is not None and not job.is_first:
             return
         workload = Workload(shapes, ratio, works, bits, every, overlap, backward_s)
-        made = planning.Plan(workload, network)
+        made = planning.Plan(workload, network, optimizer)
         if plot is not None:
             plan_figure.write_figure(plot, workload, network)
         if flat is not None:

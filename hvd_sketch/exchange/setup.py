@@ -45,7 +45,7 @@ def require_equal(comm: Transport, fields: Mapping[str, object], doing: str = "c
     raise ValueError(
         f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
         + "\n  ".join(["", *shown])
-        + "\nBuild the exchange from the same configuration, model and software on every rank."
+        + "\nBuild it from the same configuration, model, optimizer, learning rate and software on every rank."
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from math import gcd
 
 from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE
@@ -248,8 +249,10 @@ CELLS = [Cell(row, what, launcher) for row in ROWS for what in row.whats for lau
 
 def sample(day: int, budget_s: float = 30.0) -> list[Cell]:
     """Some cells for a day, other ones every day, until all have had their turn."""
-    stride = next(step for step in range(5 * len(CELLS) // 8, len(CELLS)) if gcd(step, len(CELLS)) == 1)
-    at = 4 * day + 4 * day // len(CELLS)  # each time round at the next cell: a day may have less than four
+    stride, pace = (
+        next(step for step in count(least) if gcd(step, len(CELLS)) == 1) for least in (5 * len(CELLS) // 8, 4)
+    )
+    at = pace * day  # in as many days every cell is the first of one: a day may have less than four
     chosen: list[Cell] = []
     while True:
         cell = CELLS[at * stride % len(CELLS)]

@@ -310,3 +310,16 @@ def test_bad_use_exits_with_2_and_says_what_is_expected(arguments: list[str], to
 )
 def test_three_digits(value: float, told: str) -> None:
     assert plan.told_bytes(value) == told
+
+
+def test_advice_suits_the_optimizer() -> None:
+    """Nominations into AdamW train badly, and the warning of DistributedOptimizer says so."""
+    options = ["--params", "25e6", "--ranks", "8", "--bandwidth", "1gbit", "--no-overlap"]
+    for optimizer, name, ratio in (("sgd", "nominate", 150), ("adamw", "lowrank", 60), ("signsgd", "random", 60)):
+        record = json.loads(run(*options, "--optimizer", optimizer, "--json")[1])
+        assert record["advised"] in (name, "powersgd") and record["ratio"] == ratio
+        assert ("residual_decay=0.95" in (record["call"] or "")) == (optimizer == "signsgd")
+    assert json.loads(run(*options, "--optimizer", "adamw", "--every", "16", "--json")[1])["advised"] == "nominate"
+    for refused in (["--optimizer", "rmsprop"], ["--optimizer", "signsgd", "--device", "cuda"]):
+        status, text = run(*options, *refused)
+        assert status == 2 and "--optimizer" in text
