@@ -19,7 +19,7 @@ TOLERANCE = 0.03
 # Over so many steps these phases send more than LARGE_BYTES in each world.
 DIM, STEPS = 3_000_000, {"sketched": 3, "ordered": 1, "dense": 1}
 CONFIG = {"cols": 200_000, "k": 260_000, "oversample": 4, "momentum": 0.0}
-FEW_BITS = {"table_bits": 4, "value_bits": 4}
+FEW_BITS = {"table_bits": 4, "value_bits": 4, "oversample": 1}
 PHASES = {
     *(f"sketched {phase}" for phase in ("sketch", "indices", "exact", "values")),
     *(f"ordered {phase}" for phase in ("sketch", "exact", "values")),
@@ -79,7 +79,12 @@ GRIDS = [("mpi", 4, True), ("torch", 4, True)]  # with few bits: they travel in 
 @pytest.mark.parametrize(("kind", "ranks", "grid"), [*WORLDS, ("mpi", 3, False), ("horovod-mpi", 3, False), *GRIDS])
 def test_ledger_is_what_the_interfaces_sent(monkeypatch, hosts: str, kind: str, ranks: int, grid: bool) -> None:
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", QUIET_CYCLE_MS)
-    how = {"dim": DIM, "config": CONFIG | (FEW_BITS if grid else {}), "steps": STEPS, "grid": grid}
+    how = {
+        "dim": DIM,
+        "config": CONFIG | (FEW_BITS if grid else {}),
+        "steps": STEPS | ({"ordered": 3} if grid else {}),
+        "grid": grid,
+    }
     results = launch(kind, ranks, "tests.support.wire:weigh_exchanges", 240, hosts, **how)
     carrier = "MPITransport" if kind == "mpi" else "TorchTransport"
     assert {(result["size"], result["carrier"]) for result in results} == {(ranks, carrier)}
