@@ -14,6 +14,7 @@ from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrup
 from horovod.torch.elastic.state import TorchState
 
 from hvd_sketch.config import Compression
+from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import step_of
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
@@ -59,7 +60,7 @@ class SketchState(TorchState):
         optimizer: a :class:`~hvd_sketch.DistributedOptimizer` over the ranks of now; None before ``hvd.elastic.run``.
 
     Raises:
-        ValueError: ``levels=2`` among the arguments.
+        ValueError: ``levels=2`` among the arguments; on every rank, by :meth:`sync`: ``shares_residuals`` differs.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class SketchState(TorchState):
         super().sync()
         transport = HorovodTransport()
         transport.can_split = False  # after a loss all must notice, not only the lost rank's row and column
+        require_equal(transport, {"shares_residuals": self._shares_residuals})
         broadcast_optimizer_state(self._inner, 0, transport)
         self.optimizer = self._wrap(transport=transport)
         with _lost_ranks_as_horovods():

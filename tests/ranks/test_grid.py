@@ -13,7 +13,9 @@ from hvd_sketch.config import Compression
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.rank_grid import GRID_RANKS, grid_of
-from hvd_sketch.transport import Transport, run_local
+from hvd_sketch.transport import Handle, Transport, local_transports, run_local
+from hvd_sketch.transport.base import Splitting
+from hvd_sketch.transport.forwarding import ForwardingTransport
 from hvd_sketch.transport.grid import GridTransport, in_grid
 from hvd_sketch.transport.metered import MeteredTransport
 from tests.support.contract import check_all
@@ -39,17 +41,14 @@ def test_few_ranks_and_prime_numbers_of_ranks_stay_direct() -> None:
         assert run_local(ranks, lambda transport: isinstance(in_grid(transport), GridTransport)) == [kind] * ranks
 
 
-class Unsplit:
-    """A transport of somebody else's."""
-
-    size = 64
-
-
 def test_what_cannot_be_split_stays_direct() -> None:
-    transport = Unsplit()
-    assert in_grid(transport) is transport  # type: ignore[arg-type, comparison-overlap]
-    with pytest.raises(ValueError, match="that can be split, got Unsplit"):
-        GridTransport(transport)  # type: ignore[arg-type]
+    def main(transport: Transport) -> bool:
+        unsplit = ForwardingTransport(transport)  # a transport of somebody else's
+        return in_grid(unsplit) is unsplit
+
+    assert all(run_local(GRID_RANKS, main))
+    with pytest.raises(ValueError, match="that can be split, got ForwardingTransport"):
+        GridTransport(ForwardingTransport(local_transports(4)[0]))
 
 
 def test_a_rank_that_fails_releases_those_that_wait_in_a_row_or_column() -> None:
@@ -63,27 +62,18 @@ def test_a_rank_that_fails_releases_those_that_wait_in_a_row_or_column() -> None
         run_local(4, main, timeout_s=60)
 
 
-def test_what_says_that_it_cannot_be_split_stays_direct() -> None:
-    def main(transport: Transport) -> bool:
-        transport.can_split = False  # type: ignore[attr-defined]
-        return in_grid(transport) is transport
-
-    assert all(run_local(GRID_RANKS, main))
-
-
-class Counting:
+class Counting(ForwardingTransport):
     """A transport that counts the bytes that this rank hands to others in direct messages."""
 
     def __init__(self, inner: Transport) -> None:
-        self._inner, self.sent_bytes = inner, 0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
+        super().__init__(inner)
+        self.sent_bytes = 0
+        self.parts: list[Counting] = []
 
     def split(self, color: int) -> Counting:
-        part = Counting(self._inner.split(color))  # type: ignore[attr-defined]
-        self.parts = [*getattr(self, "parts", []), part]
-        return part
+        assert isinstance(self._inner, Splitting)
+        self.parts.append(Counting(self._inner.split(color)))
+        return self.parts[-1]
 
     def _send(self, payload_bytes: float) -> None:
         self.sent_bytes += round(payload_bytes * (self._inner.size - 1) / self._inner.size)
@@ -92,7 +82,7 @@ class Counting:
         self._send(tensor.nbytes)
         return self._inner.alltoall(tensor)
 
-    def start_reduce_scatter(self, tensor: torch.Tensor, ordered: bool = False) -> object:
+    def start_reduce_scatter(self, tensor: torch.Tensor, ordered: bool = False) -> Handle:
         self._send(tensor.nbytes)
         return self._inner.start_reduce_scatter(tensor, ordered)
 
@@ -112,14 +102,27 @@ class Counting:
         return self.sent_bytes + sum(part.sent_bytes for part in self.parts)
 
 
+class Whole(Counting):
+    """One that says that it cannot be split, and whose allreduces have a tree."""
+
+    can_split = False
+    allreduces_by_tree = True
+
+
+def test_what_says_that_it_cannot_be_split_stays_direct() -> None:
+    def main(transport: Transport) -> bool:
+        whole = Whole(transport)
+        return in_grid(whole) is whole
+
+    assert all(run_local(GRID_RANKS, main))
+
+
 def test_an_allreduce_by_a_tree_stays_whole() -> None:
     def main(transport: Transport) -> tuple[bool, float]:
-        transport.allreduces_by_tree = True  # type: ignore[attr-defined]
-        grid = GridTransport(transport)
-        called = []
-        transport.allreduce_ = lambda tensor: called.append(tensor) or tensor  # type: ignore[method-assign, func-returns-value]
+        whole = Whole(transport)
+        grid = GridTransport(whole)
         grid.allreduce_(torch.zeros(4))
-        return len(called) == 1, grid.passes("allreduce", 16)
+        return whole.sent_bytes == whole.total() > 0, grid.passes("allreduce", 16)
 
     assert run_local(4, main) == [(True, 1.0)] * 4
 
@@ -130,7 +133,7 @@ def test_the_ledger_counts_what_goes_twice(large: bool) -> None:
 
     def main(transport: Transport) -> list[tuple[int, int]]:
         counting = Counting(transport)
-        comm = MeteredTransport(GridTransport(counting), CommLedger())  # type: ignore[arg-type]
+        comm = MeteredTransport(GridTransport(counting), CommLedger())
         counted, before = [], (counting.total(), 0)
         for collective in ("alltoall", "reduce_scatter", "allgather", "allreduce_"):
             shape = (12, numbers // 12) if collective in ("alltoall", "reduce_scatter") else (numbers,)
