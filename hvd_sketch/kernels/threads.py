@@ -16,6 +16,7 @@ raise. Then the caller begins no more indices, waits until the other threads hav
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.py_object)
+LAST_WAIT_S = 1.0  # for the helpers to end, when the program does
 POLLS = 100  # before a caller sleeps until a helper ends: threads end together, and to be woken takes 20 us
 
 
@@ -184,40 +186,51 @@ def _find_gomp_parallel() -> Callable[..., None] | None:
 
 
 class _Helpers:
-    """Daemon threads, started when first needed, that wait for work for as long as the process lives."""
+    """Daemon threads, started when first needed, that wait for work until the program ends."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """A forked child has none of its parent's threads, and their locks may have been held at the fork."""
-        self._offers: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._offers: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._starting = threading.Lock()
-        self._count = 0
+        self._threads: list[threading.Thread] = []
 
     def offer(self, work: Callable[[], None], count: int) -> None:
         """Ask ``count`` threads to call ``work``; returns at once."""
-        if self._count < count:
+        if len(self._threads) < count:
             self._start(count)
-        for _ in range(min(count, self._count)):
+        for _ in range(min(count, len(self._threads))):
             self._offers.put(work)
+
+    def end(self) -> None:
+        """Python would unwind the stack of a thread that is still there when it ends itself, whatever is on it."""
+        threads, self._threads = self._threads, []
+        for _ in threads:
+            self._offers.put(None)
+        until_s = time.monotonic() + LAST_WAIT_S
+        for thread in threads:
+            thread.join(max(until_s - time.monotonic(), 0.0))
 
     def _start(self, count: int) -> None:
         with self._starting:
-            while self._count < count:
+            while len(self._threads) < count:
                 thread = threading.Thread(target=_serve, args=[self._offers], name="hvd_sketch kernels", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:  # a limit of the system, or the interpreter is ending
                     return
-                self._count += 1  # last: a signal in between leaves a thread uncounted, never one counted and missing
+                self._threads.append(thread)  # last: a signal in between leaves one uncounted, never one missing
 
 
-def _serve(offers: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        offers.get()()  # in no variable, which would keep the call's arrays until the next one
+def _serve(offers: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := offers.get()) is not None:
+        work()
+        del work  # it would keep the call's arrays until the next one
 
 
 _helpers, _team = _Helpers(), _Team()
+atexit.register(_helpers.end)
 os.register_at_fork(after_in_child=_helpers.forget)
 os.register_at_fork(after_in_child=_team.forget)

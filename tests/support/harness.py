@@ -100,7 +100,7 @@ def wait_until(reached: Callable[[], object], timeout_s: float = 30) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    return os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"HVD_SKETCH_VENV": sys.prefix, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
 
 
 def resolve(target: str) -> Callable[..., Any]:

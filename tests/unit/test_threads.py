@@ -50,6 +50,16 @@ for _ in range(5):
     child_exits_with_0()
     count()
 """
+AT_EXIT = """
+import atexit, os, threading
+
+def look():  # registered first, called last
+    if threading.active_count() > 1:
+        print("left at the end:", threading.enumerate(), flush=True)
+        os._exit(1)
+
+atexit.register(look)
+"""
 WORKERS = """
 import numba, numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -201,6 +211,10 @@ def run_program(program: str, *arguments: str, timeout_s: float = 200) -> None:
 def test_forked_children_use_kernels(whose: str) -> None:
     """A child has threads of ours in any case."""
     run_program(TWO_THREADS + FORK, whose)
+
+
+def test_no_thread_of_ours_is_left_at_the_end() -> None:
+    run_program(AT_EXIT + TWO_THREADS + "assert threading.active_count() == 2")
 
 
 @pytest.mark.parametrize("whose", ["ours", "torchs"])
