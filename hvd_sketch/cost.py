@@ -267,15 +267,17 @@ def kept_bytes(config: Compression, shapes: Shapes) -> float:
     return residual * (2 if config.momentum else 1) + table
 
 
-def break_even(ours: Method, network: Network, others: Sequence[Method], backward_s: float = 0.0) -> float:
-    """The bandwidth, bytes per second, below which a step of ours takes less time than that of each of some others.
+def break_even(
+    ours: Method, network: Network, others: Sequence[Method], backward_s: float = 0.0, gain: float = 1.0
+) -> float:
+    """The bandwidth, bytes per second, below which a step of ours is ``gain`` times as fast as each of some others'.
 
-    Infinite where it always does, 0 where it never does.
+    Infinite where it always is, 0 where it never is.
     """
 
     def is_faster(bytes_per_s: float) -> bool:
         there = replace(network, bytes_per_s=bytes_per_s)
-        return ours.step_s(there, backward_s) < min(other.step_s(there, backward_s) for other in others)
+        return gain * ours.step_s(there, backward_s) < min(other.step_s(there, backward_s) for other in others)
 
     low, high = 1e3, 1e12
     if not is_faster(low):

@@ -109,7 +109,7 @@ class Plan:
 
     def _break_even(self) -> float:
         dense = [self.methods[name] for name in DENSE if name in self.methods]
-        return break_even(self.methods[self._ours], self._network, dense, self._workload.backward_s)
+        return break_even(self.methods[self._ours], self._network, dense, self._workload.backward_s, MUCH)
 
     def as_record(self) -> dict[str, Any]:
         """For programs: seconds and bytes of every method, the advice, the bandwidth in bits per second."""

@@ -117,6 +117,16 @@ def test_advice(rate: str, nanoseconds: dict[str, float], told: str) -> None:
     assert bool(made.call) is told.startswith("Compress")
 
 
+@pytest.mark.parametrize("backward_s", [0.0, 0.12])
+def test_it_pays_where_it_is_advised(backward_s: float) -> None:
+    workload = Workload(shapes_of_size(6_500_000), 150, CPU, backward_s=backward_s)
+    rates = [bits_per_s(rate) / 8 for rate in ("100mbit", "1gbit", "5gbit", "20gbit")]
+    plans = [Plan(workload, replace(GIGABIT, bytes_per_s=rate)) for rate in rates]
+    limit = plans[0].as_record()["break_even_bits_per_s"] / 8
+    advised = [made.advice.startswith("Compress") for made in plans]
+    assert advised == [rate < limit for rate in rates] and len(set(advised)) == 2
+
+
 def run(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["plan", *arguments])
     return done.exit_code, done.output
