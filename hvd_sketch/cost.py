@@ -27,7 +27,7 @@ ENTRY_BYTES = 8  # of local top-k: a position and a value
 BUCKET_BYTES = 25 << 20  # of DistributedDataParallel: the last one travels when the backward pass is over
 OVERLAPPED = ("dense", "bf16", "powersgd")  # by DistributedDataParallel, its hooks included
 ROUND_PASSES = 6  # what a round of LocalSteps takes beside its exchange, in dense means: 3.0 instead of 0.5 ns
-COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 7}  # of a step of ours
+COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 6}  # of a step of ours
 TITLES = {
     "lowrank": "low rank, {} bit",
     "nominate": "nominated, {} bit",

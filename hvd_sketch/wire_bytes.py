@@ -17,6 +17,7 @@ from hvd_sketch.rank_grid import MESSAGE_BYTES, grid_of, is_grid, passes
 
 DENSE_BYTES = 4 * RING_PASSES["allreduce"]  # of a coordinate
 COUNTER_BITS = 62  # of an int64 that are filled with counters: sums of them stay positive
+CHOSEN_AND_MORE = 1.1  # sums above the threshold that is expected, for each of the k largest
 CODE_OVERHEAD_BYTES = 20  # a rank's code of positions: its first word, and padding of two streams to whole words
 
 
@@ -51,7 +52,7 @@ class Settings(Protocol):
 
 
 def all_sums_travel(candidates: int, k: int) -> bool:
-    """Whether sending every candidate's sum takes less time than to choose the k largest together first."""
+    """Whether sending every candidate's sum takes less time than to code the largest, which takes that of a message."""
     return 4 * candidates <= _choosing_bytes(candidates, k) + MESSAGE_BYTES
 
 
@@ -126,11 +127,11 @@ def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
     there = summed_bytes(one_way, settings.value_bits, ranks)
     if not settings.chooses or all_sums_travel(count, settings.k):
         return there + one_way
-    return there + _choosing_bytes(count, settings.k, ranks)
+    return there + _choosing_bytes(count, settings.k)
 
 
-def _choosing_bytes(candidates: int, k: int, ranks: int = 1) -> float:
-    return candidates / 8 + 4 * k + _histogram_bytes(k, ranks)
+def _choosing_bytes(candidates: int, k: int) -> float:
+    return candidates / 8 + min(4 * CHOSEN_AND_MORE * k, 4 * candidates)
 
 
 def _histogram_bytes(k: int, ranks: int) -> float:

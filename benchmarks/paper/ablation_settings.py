@@ -189,7 +189,7 @@ GROUPS: dict[str, Callable[[Budget], Group]] = {
 
 
 def choice_bytes(config: SketchConfig, dim: int) -> int:
-    """Payload of a step beside its table: candidates, their exact sums, and what is kept; as ``SketchedAllreduce``.
+    """Payload of a step beside its table: candidates, their exact sums, and what is kept, its threshold looked for.
 
     An index is coded in about one byte. HEAVYMIX keeps all its candidates; it codes the heavy ones only.
     """

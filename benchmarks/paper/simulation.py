@@ -94,7 +94,7 @@ class SimulatedAllreduce:
             return counts, counts
 
         threshold = search(look, count, self._predictors[problem].lower_bound())
-        self._predictors[problem].update(threshold)
+        self._predictors[problem].update(threshold.edge)
         return KERNELS.select_above(tensor, threshold.edge - 1).numpy(), threshold
 
     def state_dict(self) -> dict[str, Any]:

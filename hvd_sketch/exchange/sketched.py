@@ -19,7 +19,7 @@ from hvd_sketch.exchange.early import EarlyMessages, EarlyValues
 from hvd_sketch.exchange.feedback import Parts
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits, sum_of_shares
 from hvd_sketch.exchange.residual import ResidualExchange, from_the_last
-from hvd_sketch.exchange.threshold import LocalValues, ThresholdPredictor, find_threshold
+from hvd_sketch.exchange.threshold import SECOND_MARGIN, LocalValues, ThresholdPredictor, find_threshold
 from hvd_sketch.exchange.together import allgather_with_code
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
@@ -186,18 +186,32 @@ class SketchedAllreduce(ResidualExchange):
         return self._choose_together(own_sums, own_beside)
 
     def _choose_together(self, own_sums: Tensor, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
-        values = LocalValues(self._kernels, own_sums)
+        """Owners send all above the threshold that is expected. Only where that is too little they look for it."""
+        k, expected = self.config.k, self._predictor.lower_bound()
+        if expected:
+            positions, sums = self._gather_above(own_sums, expected, own_beside)
+            if len(sums) >= k:
+                chosen = top_k(sums, k, expected)
+                positions, sums = positions.index_select(0, chosen), sums.index_select(0, chosen)
+                self._predictor.update(int(sums.abs().min().view(torch.int32)))
+                return positions, sums
+            own_beside = None  # has travelled
         with self._comm.phase("choose", self._device):
-            threshold = find_threshold(values, self.config.k, self._comm, self._predictor.lower_bound())
-        self._predictor.update(threshold)
-        own_positions, _ = values.above(threshold)
-        gathered = self._gather(self._coding.encode_choice(own_positions, own_sums), own_beside)
-        positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
-        sums = to_device(sums, self._device)
+            bound = max(expected - SECOND_MARGIN, 0)
+            threshold = find_threshold(LocalValues(self._kernels, own_sums), k, self._comm, bound)
+        self._predictor.update(threshold.edge)
+        positions, sums = self._gather_above(own_sums, threshold.edge, own_beside)
         if not threshold.excess:
             return positions, sums
-        chosen = top_k(sums, self.config.k, threshold.edge)
+        chosen = top_k(sums, k, threshold.edge)
         return positions.index_select(0, chosen), sums.index_select(0, chosen)
+
+    def _gather_above(self, own_sums: Tensor, edge: int, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions among the candidates, ascending, and sums, of those from ``edge`` upwards; equal on all ranks."""
+        own_positions = self._kernels.select_above(own_sums, edge - 1)
+        gathered = self._gather(self._coding.encode_choice(own_positions, own_sums), own_beside)
+        positions, sums = self._coding.decode_choices(gathered, self._comm.size, own_sums.numel(), self._device)
+        return positions, to_device(sums, self._device)
 
     def _gather(self, own: Tensor, own_beside: Tensor | None) -> Tensor:
         """What all ranks give, [n] on the CPU, one after the other; with it their sums of the companion's vector."""

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from hvd_sketch.hashing import BlockHash
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
-from hvd_sketch.kernels.selection import Threshold, search
+from hvd_sketch.kernels.selection import OCTAVE, Threshold, search
 from hvd_sketch.transport.base import Transport
 
 # The threshold may be 1.5 to 3 % lower than predicted before the bound fails. Where noise prevails, as it does at 50
 # coordinates per column, there are 1.1 to 1.6 times as many estimates above the bound as above the threshold.
 BOUND_MARGIN = 1 << 18
+# Where it has failed, the threshold is probably not much lower: one histogram from here upwards reaches it.
+SECOND_MARGIN = OCTAVE // 4
 
 
 class Magnitudes(Protocol):
@@ -104,9 +106,9 @@ class ThresholdPredictor:
     def __init__(self) -> None:
         self.edges = 0, 0
 
-    def update(self, threshold: Threshold) -> None:
-        """Take in the threshold that was found."""
-        self.edges = threshold.edge, self.edges[0]
+    def update(self, edge: int) -> None:
+        """Take in the magnitude bits that were found."""
+        self.edges = edge, self.edges[0]
 
     def lower_bound(self) -> int:
         """Magnitude bits that the threshold will hardly be below; 0: it may be anything.

@@ -19,7 +19,7 @@ LARGEST = torch.finfo(torch.float32).max
 # How to compress, and how many collectives a step then has once thresholds are predicted.
 SETTINGS: dict[str, tuple[Compression, int]] = {
     "paper, all sums travel": (SketchConfig.paper(cols=600, k=30, momentum=0.5), 6),
-    "paper, owners choose": (SketchConfig.paper(cols=600, k=1000, momentum=0.0), 7),
+    "paper, owners choose": (SketchConfig.paper(cols=600, k=1000, momentum=0.0), 6),
     "sketch": (SketchConfig(cols=600, k=300), 5),
     "nominate": (SketchConfig(k=300, candidates="nominate"), 3),
     "nominate in 32 bits": (SketchConfig(k=300, candidates="nominate", value_bits=32), 3),

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
-from hvd_sketch.transport import run_local
+from hvd_sketch.exchange.threshold import ThresholdPredictor
+from hvd_sketch.transport import LocalTransport, run_local
 from tests.support.plain import PlainSketchedSGD
 from tests.support.targets import float_gradient, integer_gradient, run_steps
 
@@ -72,6 +74,34 @@ def test_chosen_are_the_largest_exact_sums() -> None:
     expected = total.abs().topk(25).indices.sort().values
     assert torch.equal(results[0]["indices"][0], expected)
     torch.testing.assert_close(results[0]["values"][0], total[expected] / ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_threshold_that_is_expected_decides_nothing(ranks: int) -> None:
+    """It saves a collective, and where too few sums lie above it costs one, as when gradients shrink."""
+    config, dim = SketchConfig.paper(cols=60_000, k=1000, momentum=0.0), 20_000
+    sizes = (1.0, 1.0, 1.0, 1.0, 1e-3, 1e-3, 1e-3, 1e3)
+
+    def main(transport: LocalTransport, knows: bool) -> tuple[list[tuple[int, int]], list[Tensor]]:
+        exchange = SketchedAllreduce(config, dim, transport)
+        counts, updates = [], []
+        for size in sizes:
+            if not knows:
+                exchange._predictor = ThresholdPredictor()
+            update = exchange.step(float_gradient(dim, transport.rank, 0) * size)
+            updates += [update.indices, update.values]
+            exchange.residual.zero_()  # so that sums are as large as gradients
+            phases = exchange.ledger.by_phase()
+            counts.append(tuple(phases[name].collectives for name in ("choose", "values")))
+        return counts, updates
+
+    knowing = run_local(ranks, lambda transport: main(transport, True))
+    ignorant = run_local(ranks, lambda transport: main(transport, False))
+    for counts, updates in knowing:
+        assert all(map(torch.equal, updates, ignorant[0][1])) and counts == knowing[0][0]
+    chosen, sent = zip(*knowing[0][0], strict=True)
+    assert chosen[3] == chosen[0] and sent[:4] == (1, 2, 3, 4), "expected: nothing is looked for"
+    assert chosen[4] > chosen[3] and sent[4] == 6, "not expected: it is looked for, and sums travel twice"
 
 
 def test_a_zero_sum_is_dropped_and_keeps_its_residual() -> None:

@@ -34,7 +34,7 @@ def bits_of(values: Tensor) -> np.ndarray:
 
 def predicted(threshold: Threshold) -> int:
     predictor = ThresholdPredictor()
-    predictor.update(threshold)
+    predictor.update(threshold.edge)
     return predictor.lower_bound()
 
 
@@ -168,7 +168,7 @@ def test_a_bound_that_just_as_many_reach_is_not_given_up(bound: int, count: int,
 def test_no_magnitude_is_predicted_beyond_nan() -> None:
     predictor = ThresholdPredictor()
     for edge in (1, MAGNITUDE_MASK):
-        predictor.update(Threshold(edge, edge + 1, 0, 0))
+        predictor.update(edge)
     assert predictor.lower_bound() == MAGNITUDE_MASK
     nothing = reference.magnitude_histogram(torch.ones(3), predictor.lower_bound(), 12, 2048)
     assert int(nothing.sum()) == 0

@@ -13,7 +13,7 @@ from hvd_sketch.exchange.feedback import Parts
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Look, Threshold, search, top_k
+from hvd_sketch.kernels.selection import Look, search, top_k
 from hvd_sketch.transport.metered import MeteredTransport
 
 # Of v above its bound a rank keeps so many, in units of what it names, and some in any case. The bound is further below
@@ -91,8 +91,7 @@ class NominatedCandidates:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""
         chosen = top_k(values, self._own_count, bound)
         if chosen.numel():
-            edge = int(values.index_select(0, chosen).abs().min().view(torch.int32))
-            self.predictor.update(Threshold(edge, edge + 1, excess=0, own=chosen.numel()))
+            self.predictor.update(int(values.index_select(0, chosen).abs().min().view(torch.int32)))
         return positions.index_select(0, chosen)
 
     def _values_above(self, v: Tensor, spans: Parts, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:

@@ -116,7 +116,7 @@ class SketchCandidates:
             threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
         else:
             threshold = _own_threshold(estimates, own_count, self.predictor.lower_bound())
-        self.predictor.update(threshold)
+        self.predictor.update(threshold.edge)
         positions, values = estimates.above(threshold)
         if threshold.excess and not self._config.chooses:  # equal estimates, of which coarse tables have many
             positions = positions[top_k(values, own_count, threshold.edge)]
