@@ -29,6 +29,7 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of
+from hvd_sketch.transport.grid import in_grid
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
 Batch = TypeVar("Batch")
@@ -91,7 +92,7 @@ class Simulation:
     def _build(self, make: MakeExchange, transport: LocalTransport) -> list[Exchange]:
         options = shared_options(self._named)
         options["ledger"] = CommLedger(max_records=0)  # totals are kept
-        return build_exchanges(self._routes, self._config, transport, options, make=make)
+        return build_exchanges(self._routes, self._config, in_grid(transport), options, make=make)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Tell a ``LagAdamW`` of these parameters which are compressed, as ``DistributedOptimizer`` does."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch import CommLedger, SketchConfig
+from hvd_sketch import CommLedger, SketchConfig, rank_grid
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.simulate import Simulation, train
 from hvd_sketch.transport import LocalTransport, run_local
@@ -22,6 +22,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (40_007, {"rows": 4, "cols": 1201, "k": 3001, "oversample": 5, "momentum": 0.0}),
     (2501, {"rows": 5, "cols": 401, "k": 100, "candidates": "heavymix", "momentum": 0.0}),
 ]
+FEW_BITS = {"cols": 1201, "k": 300, "oversample": 1, "momentum": 0.0, "value_bits": 4, "table_bits": 4}
 
 
 class Model(nn.Module):
@@ -94,6 +95,24 @@ def test_equals_real_ranks(dim: int, settings: dict[str, Any] | None, ranks: int
     assert simulation.ledger.totals() == ledger.totals()
     assert simulation.ledger.compression_ratio() == ledger.compression_ratio()
     assert simulation.ledger.paper_compression_ratio() == ledger.paper_compression_ratio()
+
+
+@pytest.mark.parametrize(("dim", "settings"), [*CASES, (40_007, FEW_BITS)])
+def test_many_ranks_count_what_travels_twice_in_a_grid(
+    dim: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SketchConfig.paper(**settings)
+
+    def sent_bytes() -> int:
+        model = Model(dim)
+        simulation = Simulation(model.named_parameters(), config, 4)
+        simulate(simulation, model, range(STEPS))
+        return simulation.ledger.totals().wire_bytes
+
+    direct = sent_bytes()
+    monkeypatch.setattr(rank_grid, "GRID_RANKS", 4)
+    assert sent_bytes() > direct
+    test_equals_real_ranks(dim, settings, 4)
 
 
 CONFIG = SketchConfig.paper(rows=3, cols=160, k=40, momentum=0.9, dense_below=100)
