@@ -15,10 +15,10 @@ from math import ceil, log2, prod
 from typing import Any
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
-from hvd_sketch.exchange.matrices import as_matrices, least_bytes, sides_of
+from hvd_sketch.exchange.matrices import as_matrices, factor_bytes, least_bytes, sides_of, within_bytes
 from hvd_sketch.measured_costs import CPU, Carrier, Works
 from hvd_sketch.rank_grid import is_grid, messages_of
-from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, step_bytes, summed_bytes
+from hvd_sketch.wire_bytes import DENSE_BYTES, step_bytes
 
 Shapes = Sequence[tuple[int, ...]]
 POWERSGD_RANK = 4
@@ -231,8 +231,9 @@ def configurations(shapes: Shapes, ratio: float, ranks: int, bits: int = 4) -> d
         bits: of a value and of a table's cell; the paper's sketch has 32 always.
     """
     dim = sum(map(prod, shapes))
-    highest = DENSE_BYTES * dim / least_bytes(shapes, bits)
-    found: dict[str, Compression] = {"lowrank": LowRankConfig(ratio=min(ratio, highest), value_bits=bits)}
+    highest = LowRankConfig(ratio=DENSE_BYTES * dim / least_bytes(shapes, bits), value_bits=bits)
+    low_rank = within_bytes(shapes, DENSE_BYTES * dim / ratio, ranks, bits) or highest
+    found: dict[str, Compression] = {"lowrank": low_rank}
     settings: dict[str, dict[str, Any]] = {
         "nominate": {"candidates": "nominate"},
         "random": {"candidates": "random"},
@@ -253,9 +254,7 @@ def bytes_of(config: Compression, shapes: Shapes, ranks: int) -> float:
     """Ring bytes of a step of one exchange."""
     if isinstance(config, SketchConfig):
         return step_bytes(config, sum(map(prod, shapes)), ranks)
-    factors = [(m.rank * m.rows, m.rank * m.cols) for m in as_matrices(shapes, config)]
-    factor_bytes = [sum(coded_bytes(count, config.value_bits) for count in each) for each in zip(*factors, strict=True)]
-    return sum(summed_bytes(one, config.value_bits, ranks) + one for one in factor_bytes)
+    return factor_bytes(shapes, config, ranks)
 
 
 def kept_bytes(config: Compression, shapes: Shapes) -> float:

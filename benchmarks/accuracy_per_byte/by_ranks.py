@@ -38,22 +38,23 @@ def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) 
     entries = [
         {"place": (g.method, g.ratio, g.steps, g.skewed), "group": g} for g in best if not METHODS[g.method].fixed_ratio
     ]
-    lines = {
-        place[0][0]: [e["group"] for e in own] for place, own in grouped(entries, "place").items() if len(own) >= FEWEST
-    }
+    lines = [[e["group"] for e in own] for own in grouped(entries, "place").values() if len(own) >= FEWEST]
     if not lines:
         return False
+    several = len({(own[0].ratio, own[0].steps, own[0].skewed) for own in lines}) > 1
     figure = new_figure(10, 4.2)
     axes = figure.subplots(1, 2)
-    for method, groups in lines.items():
+    for groups in lines:
         groups.sort(key=lambda group: group.workers)
-        style = {**LINES[method], "label": METHODS[method].title, "linewidth": 1, "markersize": 6}
+        of = groups[0]
+        where = f", {of.ratio:g}×, {of.steps} steps{', skewed' * of.skewed}" if several else ""
+        style = {**LINES[of.method], "label": METHODS[of.method].title + where, "linewidth": 1, "markersize": 6}
         ranks = [group.workers for group in groups]
         draw_bars(axes[0], ranks, [results_of(best[group]) for group in groups], **style)
         axes[1].plot(ranks, [(mean(best[g], "wire_bytes_per_step") or 0) / 1000 for g in groups], **style)
     axes[0].set_ylabel(measure)
     axes[1].set(ylabel="kB per step and rank, sent and received", yscale="log")
-    ranks = sorted({group.workers for groups in lines.values() for group in groups})
+    ranks = sorted({group.workers for groups in lines for group in groups})
     for ax in axes:
         _mark_ranks(ax, ranks)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

@@ -17,12 +17,11 @@ from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.search import wanted
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.accuracy_per_byte.training import train
+from benchmarks.accuracy_per_byte.training import LONG_TRIAL, train
 from benchmarks.machine import commit
 from benchmarks.paper.rate_search import rounded
 
 Train = Callable[[Run, Path, float | None], Record]
-LONG_TRIAL = 0.1  # of a run: shorter ones are of methods whose bytes are the same in every step
 
 
 def next_run(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hvd_sketch.config import LowRankConfig
 from hvd_sketch.hashing import ceil_div
-from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes
+from hvd_sketch.rank_grid import is_grid
+from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, summed_bytes
 
 WHOLE_BELOW = 1 << 16  # entries: a vector with fewer is no matrix, but a row, and goes whole
 
@@ -144,3 +145,31 @@ def least_bytes(shapes: Sequence[tuple[int, ...]], bits: int) -> int:
     sent = [[cols] if rows == 1 else [rows, cols] for rows, cols in map(sides_of, shapes)]
     # To the owners of the sums, and back.
     return sum(2 * coded_bytes(length, bits) for lengths in sent for length in lengths)
+
+
+def factor_bytes(shapes: Sequence[tuple[int, ...]], config: LowRankConfig, ranks: int) -> float:
+    """Ring bytes of the factors of a step between ``ranks`` ranks, what goes twice in a grid counted twice."""
+    sent = [(0 if m.is_whole else m.rank * m.rows, m.rank * m.cols) for m in as_matrices(shapes, config)]
+    one_way = [sum(coded_bytes(count, config.value_bits) for count in factors) for factors in zip(*sent, strict=True)]
+    return sum(summed_bytes(each, config.value_bits, ranks) + each for each in one_way)
+
+
+def within_bytes(shapes: Sequence[tuple[int, ...]], most_bytes: float, ranks: int, bits: int) -> LowRankConfig | None:
+    """The configuration whose factors take at most so many ring bytes; None where those of rank 1 take more."""
+    dense, least = DENSE_BYTES * sum(map(prod, shapes)), least_bytes(shapes, bits)
+
+    def taking(own_bytes: float) -> LowRankConfig:
+        return LowRankConfig(ratio=dense / own_bytes, value_bits=bits)
+
+    def fits(own_bytes: float) -> bool:
+        return factor_bytes(shapes, taking(own_bytes), ranks) <= most_bytes
+
+    if not is_grid(ranks):  # all travels once
+        return taking(most_bytes) if least <= most_bytes else None
+    if not fits(least):
+        return None
+    low, high = float(least), max(most_bytes, least)
+    while high / low > 1.001:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return taking(low)

@@ -66,7 +66,8 @@ class LocalSteps(LoggedOptimizer):
     Args:
         optimizer: any ``torch.optim.Optimizer``.
         named_parameters: ``model.named_parameters()``, for messages and checkpoints; default: numbered names.
-        compression: a ``SketchConfig`` or a ``LowRankConfig``, without momentum; None exchanges everything dense.
+        compression: a ``SketchConfig`` or a ``LowRankConfig``, without momentum and weight decay; None exchanges
+            everything dense.
         transport: as for :class:`~hvd_sketch.DistributedOptimizer`.
         every: H, at least 1; equal on all ranks.
         outer: builds the outer optimizer from the parameters; default: SGD with a rate of 1 and Nesterov momentum of
@@ -321,4 +322,9 @@ def _check(
     if compression.momentum:
         raise ValueError(
             f"compression must have no momentum, got {compression.momentum}: the outer optimizer has its own"
+        )
+    if compression.weight_decay:
+        raise ValueError(
+            f"compression must have no weight_decay, got {compression.weight_decay}: it would be added to differences "
+            "of parameters, not to gradients. Give it to the wrapped optimizer"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.checks import check_choice, check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
-from hvd_sketch.exchange.matrices import least_bytes
+from hvd_sketch.exchange.matrices import factor_bytes, within_bytes
 from hvd_sketch.model.parameters import FLAT_FACTOR, NamedParameter, is_dense
 from hvd_sketch.shards import local
 from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
@@ -87,13 +87,14 @@ def recommended(
         return _coordinates(ratio, large_dim, ranks, "random", residual_decay=RESIDUAL_DECAY)
     shapes = [tuple(local(tensor).shape) for tensor in tensors]
     dim = sum(map(prod, shapes))
-    agreement, least = agreement_bytes(ranks, len(tensors)), least_bytes(shapes, LowRankConfig.value_bits)
-    budget = DENSE_BYTES * dim / ratio - agreement
-    if least <= budget:
-        return LowRankConfig(ratio=DENSE_BYTES * dim / budget)
+    agreement, bits = agreement_bytes(ranks, len(tensors)), LowRankConfig.value_bits
+    low_rank = within_bytes(shapes, DENSE_BYTES * dim / ratio - agreement, ranks, bits)
+    if low_rank is not None:
+        return low_rank
     if optimizer == "sgd":
         return _coordinates(ratio, large_dim, ranks, "nominate")
-    highest = floor(1000 * DENSE_BYTES * dim / (least + agreement)) / 1000
+    least = factor_bytes(shapes, LowRankConfig(rank=1), ranks) + agreement
+    highest = floor(1000 * DENSE_BYTES * dim / least) / 1000
     raise ValueError(
         f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "
         f"coordinates: the highest ratio possible is {highest}. Lower the ratio, or wrap SignSGD "

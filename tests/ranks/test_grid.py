@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hvd_sketch import LowRankConfig, SketchConfig, SketchedAllreduce
+from hvd_sketch import LowRankConfig, SketchConfig, SketchedAllreduce, recommended
 from hvd_sketch.config import Compression
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.rank_grid import GRID_RANKS, grid_of
+from hvd_sketch.simulate import Simulation
 from hvd_sketch.transport import Handle, Transport, local_transports, run_local
 from hvd_sketch.transport.base import Splitting
 from hvd_sketch.transport.forwarding import ForwardingTransport
@@ -198,3 +200,23 @@ def test_a_ratio_for_many_ranks_counts_what_goes_twice(own: dict[str, Any]) -> N
         return exchange.ledger.compression_ratio()
 
     assert run_local(GRID_RANKS, main) == [pytest.approx(ratio, rel=0.05)] * GRID_RANKS
+
+
+@pytest.mark.parametrize("ratio", [20.0, 60.0])
+def test_recommended_low_rank_for_many_ranks_counts_what_goes_twice(ratio: float) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(300, 400), (600, 200), (200,)]]
+    config = recommended(parameters, ratio, GRID_RANKS)
+    assert isinstance(config, LowRankConfig)
+    with pytest.raises(ValueError, match="highest ratio possible is") as refusal:
+        recommended(parameters, 1000.0, GRID_RANKS, "adam")
+    highest = float(re.findall(r"possible is (\d+\.\d+)", str(refusal.value))[0])
+    assert isinstance(recommended(parameters, highest, GRID_RANKS, "adam"), LowRankConfig)
+
+    simulation = Simulation([(str(n), p) for n, p in enumerate(parameters)], config, GRID_RANKS)
+    for _ in range(2):
+        for rank in range(GRID_RANKS):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(rank))
+            simulation.accumulate(rank)
+        simulation.agree()
+    assert 0.98 * ratio < simulation.ledger.compression_ratio() < 1.1 * ratio

@@ -251,6 +251,10 @@ def test_ranks_with_different_numbers_of_batches() -> None:
         (lambda t, m: wrap(t, m, None, every=0), "every must be an integer of at least 1, got 0"),
         (lambda t, m: wrap(t, m, None, every=2 + t.rank), "every: 2 on rank 0; 3 on rank 1"),
         (lambda t, m: wrap(t, m, SketchConfig.paper(cols=9, k=9), every=2), "must have no momentum"),
+        (
+            lambda t, m: wrap(t, m, SketchConfig(k=9, candidates="nominate", weight_decay=0.1), every=2),
+            "no weight_decay",
+        ),
         (lambda t, m: wrap(t, m, None, every=2, start_dtype=torch.int8), "start_dtype must be a floating-point"),
         (lambda t, m: wrap(t, m, 20, every=2), "must be a SketchConfig, a LowRankConfig, or None, got 20"),
         (lambda t, m: wrap(t, m, None, every=2, inner=lambda n: wrap(t, n, None, every=2)), "exchanges already"),
