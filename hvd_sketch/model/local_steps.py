@@ -138,7 +138,7 @@ class LocalSteps(LoggedOptimizer):
         self._elements = sum(local(p).numel() for p in self._parameters)
         self._dense_bytes = sum(local(p).nbytes for p in self._parameters)
         if compression is not None and self._transport.rank == 0:
-            warn_about_settings(self.outer, self._named, compression)
+            warn_about_settings(self.outer, self._named, compression, every)
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return method  # what a rank does inside of a round is its own affair

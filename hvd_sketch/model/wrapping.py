@@ -211,8 +211,10 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
 
 
-def warn_about_settings(optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: Compression) -> None:
-    """Tell of settings that work, but hardly as they are meant."""
+def warn_about_settings(
+    optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], sketch: Compression, every: int = 1
+) -> None:
+    """Tell of settings that work, but hardly as they are meant; arguments as for :func:`warn_unless_shown`."""
     sketched = [(name, p) for name, p in named if not is_dense(p, sketch.dense_below)]
     if not sketched:
         logger.warning(
@@ -228,7 +230,7 @@ def warn_about_settings(optimizer: torch.optim.Optimizer, named: Sequence[NamedP
             *(len(doubles), doubles[0]),
         )
     if sketched:
-        warn_unless_shown(optimizer, named, sketch)
+        warn_unless_shown(optimizer, named, sketch, every)
     groups = optimizer.param_groups
     if any(float(g.get("momentum") or 0) > 0 for g in groups) and _fights_momentum(sketch):
         logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 
 from hvd_sketch.config import LowRankConfig, SketchConfig
 from hvd_sketch.model.broadcast import broadcast_optimizer_state
+from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.transport import LocalTransport, run_local
@@ -277,6 +279,31 @@ def test_warns_of_ratios_that_were_not_tried(
     config: SketchConfig | LowRankConfig, optimizer: Callable[..., Optimizer], told: str | None, caplog: Any
 ) -> None:
     DistributedOptimizer(optimizer([nn.Parameter(torch.zeros(400, 400))]), None, config, alone())
+    assert len(caplog.messages) == (told is not None), caplog.messages
+    assert told is None or told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "candidates", "every", "told"),
+    [
+        (20, "nominate", 16, None),
+        (
+            100,
+            "nominate",
+            16,
+            "SGD of LocalSteps has been shown to train after this exchange (nominate) at ratios of",
+        ),
+        (20, "sketch", 16, "take candidates='nominate' (2.41 with an exchange at 20 every 16 steps"),
+        (100, "sketch", 1, None),
+    ],
+)
+def test_warns_of_rounds_that_were_not_tried(
+    ratio: float, candidates: Any, every: int, told: str | None, caplog: Any
+) -> None:
+    config = SketchConfig.for_wire_ratio(ratio, 160_000, 2, candidates=candidates)
+    model = nn.Linear(400, 400, bias=False)
+    outer = partial(SGD, lr=1.0)
+    LocalSteps(Adam(model.parameters()), model.named_parameters(), config, alone(), every=every, outer=outer)
     assert len(caplog.messages) == (told is not None), caplog.messages
     assert told is None or told in caplog.text
 
