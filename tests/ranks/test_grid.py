@@ -64,6 +64,44 @@ def test_a_rank_that_fails_releases_those_that_wait_in_a_row_or_column() -> None
         run_local(4, main, timeout_s=60)
 
 
+class Broken(ForwardingTransport):
+    """A transport whose parts fail from the ``number``-th one on."""
+
+    def __init__(self, inner: Transport, number: int, fails: bool = False) -> None:
+        super().__init__(inner)
+        self._number, self._fails = number, fails
+
+    def split(self, color: int) -> Broken:
+        assert isinstance(self._inner, Splitting)
+        self._number -= 1
+        return Broken(self._inner.split(color), 0, self._number < 0)
+
+    def _fail(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("rank 1 of 3 waited in vain")
+
+    def __getattribute__(self, name: str) -> Any:
+        is_collective = name in ("allreduce_", "allgather", "alltoall", "start_reduce_scatter", "reduce_scatter")
+        return self._fail if is_collective and self._fails else super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (0, "a row of the grid, whose ranks 0, 1, … are ranks 3, 4, 5"),
+        (1, "a column of the grid, whose ranks 0, 1, … are ranks 1, 4"),
+    ],
+)
+@pytest.mark.parametrize("collective", ["allreduce_", "allgather", "alltoall", "reduce_scatter"])
+def test_errors_of_a_part_say_which_ranks_are_in_it(collective: str, number: int, told: str) -> None:
+    def main(transport: Transport) -> list[str]:
+        grid = GridTransport(Broken(transport, number))
+        with pytest.raises(RuntimeError, match="rank 1 of 3 waited in vain") as error:
+            getattr(grid, collective)(torch.zeros(6, 4))
+        return error.value.__notes__
+
+    assert told in run_local(6, main, timeout_s=60)[4][0]
+
+
 class Counting(ForwardingTransport):
     """A transport that counts the bytes that this rank hands to others in direct messages."""
 
