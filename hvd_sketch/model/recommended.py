@@ -50,11 +50,11 @@ def recommended(
     models. Beside coordinates small tensors went dense: the whole models sent 116, 118, 117 and 807 times fewer bytes.
 
     With Adam at a ratio of 60 (beside coordinates 36 of the whole model), losses of a character transformer of 240 k
-    after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.29
-    (one seed) and 1.77. Low rank into Muon, with AdamW for what is no matrix inside a block, and small tensors dense,
-    reaches 2.14 and 1.71, dense Muon 1.99 after 300 steps (one seed). On bytes of WikiText-2's validation part, in 300
-    steps with a cosine and weight decay (one seed): dense 2.21, low rank 2.24 (whole model 37), random into SignSGD
-    2.19.
+    after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.28
+    and 1.77. Low rank into Muon, with AdamW for what is no matrix inside a block, reaches 1.71 after 1,500 steps, dense
+    Muon 1.66. On bytes of WikiText-2's validation part, in 300 steps with a cosine and weight decay: dense 2.21, low
+    rank 2.29 (2.26 at 37), random into SignSGD 2.19; on another text after that dense 2.15, low rank 2.19 (2.17 at 37),
+    random into SignSGD 2.14. Three seeds each.
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.
