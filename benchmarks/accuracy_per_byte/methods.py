@@ -65,6 +65,7 @@ class Method:
             a step. They are not those of the settings where ranks name the same coordinates, where a sketch finds a few
             more than k, where ranks of matrices are whole numbers. 0: they are.
         takes_all: it compresses the small tensors, too, so that its ratio is the whole model's.
+        grows: its bytes grow with the ranks, and its ratio is met with :data:`BASE_WORKERS` of them.
         is_sent: False for one that exists in a simulation only, whose bytes are not measured.
     """
 
@@ -74,6 +75,7 @@ class Method:
     make: Callable[[Place], Any] | None = None
     trial: float = 0.0
     takes_all: bool = False
+    grows: bool = False
     is_sent: bool = True
     inner: Inner = "adam"
     rate_factor: float = 1.0
@@ -220,12 +222,15 @@ METHODS |= {
     "dense16": Method(
         "dense, bf16", "nesterov", lambda place: _counted(1), lambda place: BrainFloat, trial=0.001, fixed_ratio=2.0
     ),
-    "demo": Method("DeMo, 16 bit", "plain", _to_all(16), lambda place: DeMo, 0.001, inner="sign", rate_factor=2),
+    "demo": Method(
+        "DeMo, 16 bit", "plain", _to_all(16), lambda place: DeMo, 0.001, grows=True, inner="sign", rate_factor=2
+    ),
     "sparseloco": Method(
         f"SparseLoCo-like: local top-k, 4 bit, every {EVERY} steps",
         "plain",
         _to_all(4),
         lambda place: CodedTopK,
+        grows=True,
         every=EVERY,
         outer=partial(torch.optim.SGD, lr=1.0),
     ),

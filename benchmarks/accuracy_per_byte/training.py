@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def find_nominal_ratio(group: Group, data_dir: Path) -> float:
     method, nominal = METHODS[group.method], group.ratio
     if not method.trial:
         return nominal
+    if method.grows:
+        group = replace(group, workers=BASE_WORKERS)
     run = Run(group, method.first_rate(TASKS[group.task], group.steps), 0)
     rounds = max(int(group.steps * method.trial) // method.every, 1)
     for _ in range(TRIALS if method.trial < LONG_TRIAL else 1):
