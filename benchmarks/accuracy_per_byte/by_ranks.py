@@ -25,7 +25,7 @@ FEWEST = 3  # numbers of ranks that make a figure
 
 
 def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) -> bool:
-    """Draw the methods of one task that were trained with at least :data:`FEWEST` numbers of ranks.
+    """Draw the methods of one task that were trained with several numbers of ranks, one of them with :data:`FEWEST`.
 
     Args:
         best: the runs at the best rate, of all groups of the task.
@@ -38,8 +38,8 @@ def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) 
     entries = [
         {"place": (g.method, g.ratio, g.steps, g.skewed), "group": g} for g in best if not METHODS[g.method].fixed_ratio
     ]
-    lines = [[e["group"] for e in own] for own in grouped(entries, "place").values() if len(own) >= FEWEST]
-    if not lines:
+    lines = [[e["group"] for e in own] for own in grouped(entries, "place").values() if len(own) > 1]
+    if max(map(len, lines), default=0) < FEWEST:
         return False
     several = len({(own[0].ratio, own[0].steps, own[0].skewed) for own in lines}) > 1
     figure = new_figure(10, 4.2)
