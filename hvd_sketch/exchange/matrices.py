@@ -166,6 +166,8 @@ def within_bytes(shapes: Sequence[tuple[int, ...]], most_bytes: float, ranks: in
 
     if not is_grid(ranks):  # all travels once
         return taking(most_bytes) if least <= most_bytes else None
+    if least <= most_bytes and fits(most_bytes):  # large messages do not travel twice
+        return taking(most_bytes)
     if not fits(least):
         return None
     low, high = float(least), max(most_bytes, least)

@@ -186,7 +186,7 @@ class SketchedAllreduce(ResidualExchange):
         return self._choose_together(own_sums, own_beside)
 
     def _choose_together(self, own_sums: Tensor, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Owners send all above the threshold that is expected. Only where that is too little they look for it."""
+        """The k largest. Owners send all sums above the expected threshold; where those are too few, they find it."""
         k, expected = self.config.k, self._predictor.lower_bound()
         if expected:
             positions, sums = self._gather_above(own_sums, expected, own_beside)
