@@ -202,7 +202,7 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
         if every > 1:
             local_s += ROUND_PASSES * _local_s(workload, "dense")
         found[name] = Method(
-            title_of(name, config, workload.ratio),
+            title_of(name, config, workload.ratio, shapes, ranks),
             *(local_s, collectives, collectives, collectives * messages, collectives * rounds),
             *(sent, sent, kept),
             inside_s=network.inside_s(workload.dim),
@@ -216,12 +216,13 @@ def _local_s(workload: Workload, name: str) -> float:
     return workload.works[name].seconds(workload.dim) if name in workload.works else 0.0
 
 
-def title_of(name: str, config: Compression, ratio: float) -> str:
+def title_of(name: str, config: Compression, ratio: float, shapes: Shapes, ranks: int) -> str:
     """Of a configuration, for a table; it says the ratio that low rank reaches where that is lower."""
     title = TITLES[name].format(config.value_bits)
-    if not isinstance(config, LowRankConfig) or config.ratio is None or config.ratio >= 0.995 * ratio:
+    if not isinstance(config, LowRankConfig):
         return title
-    return f"{title}, {config.ratio:{'.3g' if config.ratio < 1000 else '.0f'}}x"
+    reached = DENSE_BYTES * sum(map(prod, shapes)) / factor_bytes(shapes, config, ranks)
+    return title if reached >= 0.995 * ratio else f"{title}, {reached:{'.3g' if reached < 1000 else '.0f'}}x"
 
 
 def configurations(shapes: Shapes, ratio: float, ranks: int, bits: int = 4) -> dict[str, Compression]:
@@ -266,7 +267,7 @@ def kept_bytes(config: Compression, shapes: Shapes) -> float:
     return residual * (2 if config.momentum else 1) + table
 
 
-def break_even(
+def faster_below(
     ours: Method, network: Network, others: Sequence[Method], backward_s: float = 0.0, gain: float = 1.0
 ) -> float:
     """The bandwidth, bytes per second, below which a step of ours is ``gain`` times as fast as each of some others'.

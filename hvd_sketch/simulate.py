@@ -7,8 +7,9 @@
         print(losses, simulation.ledger.compression_ratio())
 
 The ranks are real exchanges: updates, residuals and ledger are those of as many ranks that sum in rank order, to the
-bit. Gradients come one rank after the other, so that only one of them is in memory. The ranks share one model: its
-buffers (batch norm's statistics) and torch's random numbers (dropout) go on from rank to rank; real ranks' do not.
+bit. (32 ranks and more that exchange all dense sum over rows and columns of a grid, as real ones do.) Gradients come
+one rank after the other, so that only one of them is in memory. The ranks share one model: its buffers (batch norm's
+statistics) and torch's random numbers (dropout) go on from rank to rank; real ranks' do not.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from benchmarks.accuracy_per_byte.tasks import BASE_WORKERS, TASKS, load
 from benchmarks.paper.rate_search import rounded
 
 LONG_TRIAL = 0.1  # of a run: shorter ones are of methods whose bytes are the same in every step
-TRIALS, CLOSE = 3, 0.01  # at most so many of the short ones, until a ratio is met within so much
+MOST_TRIALS = 3  # short ones, each set right by the one before
+CLOSE_ENOUGH = 0.01  # of the ratio: a trial that has met it so well is the last
 
 
 def begin(run: Run, data_dir: Path, nominal_ratio: float | None = None) -> Training:
@@ -96,11 +97,11 @@ def find_nominal_ratio(group: Group, data_dir: Path) -> float:
         group = replace(group, workers=BASE_WORKERS)
     run = Run(group, method.first_rate(TASKS[group.task], group.steps), 0)
     rounds = max(int(group.steps * method.trial) // method.every, 1)
-    for _ in range(TRIALS if method.trial < LONG_TRIAL else 1):
+    for _ in range(MOST_TRIALS if method.trial < LONG_TRIAL else 1):
         trial = begin(run, data_dir, nominal)
         while trial.done < rounds * method.every and trial.step():
             pass
         nominal = rounded(nominal * group.ratio / trial.matrix_ratio())
-        if abs(trial.matrix_ratio() / group.ratio - 1) < CLOSE:
+        if abs(trial.matrix_ratio() / group.ratio - 1) < CLOSE_ENOUGH:
             break
     return nominal

@@ -95,7 +95,8 @@ class Comparison:
     def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int, bits: int = 4) -> None:
         best: dict[str, Captured] = {}
         for name, config in _candidates(gradient.numel(), shapes, ratio, ranks, bits):
-            captured = Captured(name, title_of(name, config, ratio), config, energy_captured(config, gradient, shapes))
+            title = title_of(name, config, ratio, shapes or [tuple(gradient.shape)], ranks)
+            captured = Captured(name, title, config, energy_captured(config, gradient, shapes))
             if name not in best or captured.energy > best[name].energy:
                 best[name] = captured
         self.best = sorted(best.values(), key=lambda captured: -captured.energy)

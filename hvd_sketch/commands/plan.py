@@ -13,7 +13,7 @@ from rich.table import Table
 from hvd_sketch.checks import check_positive
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.cost import Method, Network, Workload, break_even, methods
+from hvd_sketch.cost import Method, Network, Workload, faster_below, methods
 from hvd_sketch.model.recommended import RESIDUAL_DECAY
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
@@ -87,7 +87,7 @@ class Plan:
             told = f"its step takes {faster:.0%} of the time of {ours.title}, the faster of ours"
             return f"Use {chosen.title}: {told}.{note}"
         gain = seconds[self._dense] / seconds[self._ours]
-        rate = self._break_even()
+        rate = self._pays_below()
         where = f"below {told_rate(rate)}" if 0 < rate < math.inf else "at any bandwidth" if rate else "at no bandwidth"
         pays = f" It pays {where}.{note}"
         if chosen is dense:
@@ -107,13 +107,13 @@ class Plan:
         levels = ", levels=2" if self._network.per_host > 1 else ""
         return f"DistributedOptimizer(optimizer, model.named_parameters(), compression={as_call(config)}{levels})"
 
-    def _break_even(self) -> float:
+    def _pays_below(self) -> float:
         dense = [self.methods[name] for name in DENSE if name in self.methods]
-        return break_even(self.methods[self._ours], self._network, dense, self._workload.backward_s, MUCH)
+        return faster_below(self.methods[self._ours], self._network, dense, self._workload.backward_s, MUCH)
 
     def as_record(self) -> dict[str, Any]:
         """For programs: seconds and bytes of every method, the advice, the bandwidth in bits per second."""
-        rate = 8 * self._break_even()
+        rate = 8 * self._pays_below()
         return {
             "coordinates": self._workload.dim,
             "ranks": self._network.ranks * self._network.per_host,
@@ -123,7 +123,7 @@ class Plan:
             "advised": self.advised,
             "advice": self.advice,
             "call": self.call or None,
-            "break_even_bits_per_s": rate if math.isfinite(rate) else None,
+            "pays_below_bits_per_s": rate if math.isfinite(rate) else None,
             "methods": {name: self._record_of(name, method) for name, method in self.methods.items()},
         }
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hvd_sketch.config import LowRankConfig
 from hvd_sketch.hashing import ceil_div
-from hvd_sketch.rank_grid import is_grid
 from hvd_sketch.wire_bytes import DENSE_BYTES, coded_bytes, summed_bytes
 
 WHOLE_BELOW = 1 << 16  # entries: a vector with fewer is no matrix, but a row, and goes whole
@@ -164,13 +163,11 @@ def within_bytes(shapes: Sequence[tuple[int, ...]], most_bytes: float, ranks: in
     def fits(own_bytes: float) -> bool:
         return factor_bytes(shapes, taking(own_bytes), ranks) <= most_bytes
 
-    if not is_grid(ranks):  # all travels once
-        return taking(most_bytes) if least <= most_bytes else None
-    if least <= most_bytes and fits(most_bytes):  # large messages do not travel twice
-        return taking(most_bytes)
-    if not fits(least):
+    if least > most_bytes or not fits(least):
         return None
-    low, high = float(least), max(most_bytes, least)
+    if fits(most_bytes):  # nothing travels twice
+        return taking(most_bytes)
+    low, high = float(least), most_bytes
     while high / low > 1.001:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -175,17 +175,17 @@ class SketchedAllreduce(ResidualExchange):
     def _top_k_sums(self, own_sums: Tensor, candidates: int, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions among the candidates, ascending, and sums, of the k largest; equal on all ranks.
 
-        Sums that are zero are not kept. Either every sum travels and all ranks pick for themselves, or owners
-        pick together and send one bit per candidate and the k sums: whichever takes less time.
+        Sums that are zero are not kept. All ranks pick for themselves, of every sum, or where that is many bytes of
+        those above a threshold, which come with one bit per candidate.
         """
         k = self.config.k if self.config.chooses else candidates
         if all_sums_travel(candidates, k):
             sums = self._gather(own_sums.cpu(), own_beside)  # so few that the host picks
             positions = top_k(sums, k)
             return positions, sums.index_select(0, positions)
-        return self._choose_together(own_sums, own_beside)
+        return self._choose_above(own_sums, own_beside)
 
-    def _choose_together(self, own_sums: Tensor, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose_above(self, own_sums: Tensor, own_beside: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k largest. Owners send all sums above the expected threshold; where those are too few, they find it."""
         k, expected = self.config.k, self._predictor.lower_bound()
         if expected:

@@ -130,7 +130,7 @@ def find_threshold(own: Magnitudes, count: int, comm: Transport, lower_bound: in
         own: this rank's share.
         count: how many over all ranks, at least 0.
         comm: the ranks that hold the shares.
-        lower_bound: from :meth:`ThresholdPredictor.lower_bound`; equal on all ranks.
+        lower_bound: magnitude bits that the threshold is hardly below; equal on all ranks.
     """
 
     def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:

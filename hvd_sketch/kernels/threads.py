@@ -196,16 +196,21 @@ class _Helpers:
         self._offers: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._is_over = False
 
     def offer(self, work: Callable[[], None], count: int) -> None:
-        """Ask ``count`` threads to call ``work``; returns at once."""
-        if len(self._threads) < count:
+        """Ask ``count`` threads to call ``work``; returns at once. When the program ends there are none."""
+        if len(self._threads) < count and not self._is_over:
             self._start(count)
         for _ in range(min(count, len(self._threads))):
             self._offers.put(work)
 
     def end(self) -> None:
-        """Python would unwind the stack of a thread that is still there when it ends itself, whatever is on it."""
+        """End the threads, for good, and wait for them.
+
+        The interpreter unwinds daemon threads that still run when it ends, which C++ on their stacks may not survive.
+        """
+        self._is_over = True
         threads, self._threads = self._threads, []
         for _ in threads:
             self._offers.put(None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -32,6 +33,16 @@ def in_grid(transport: Transport) -> Transport:
     return GridTransport(transport) if is_grid(transport.size) and can_split else transport
 
 
+@contextmanager
+def _naming(part: str, ranks: range) -> Iterator[None]:
+    """A row or column counts its ranks from 0: errors inside also say which they are."""
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        error.add_note(f"This was in a {part} of the grid, whose ranks 0, 1, … are {name_ranks(list(ranks))}")
+        raise
+
+
 class GridTransport(ForwardingTransport):
     """The ranks of ``inner`` in rows and columns, in row-major order; at least four, not a prime number.
 
@@ -51,8 +62,8 @@ class GridTransport(ForwardingTransport):
             raise ValueError(f"a grid needs a transport that can be split, got {type(inner).__name__}")
         self._grid = rows, columns = grid_of(inner.size)
         number, place = divmod(inner.rank, columns)
-        self._in_row = range(number * columns, (number + 1) * columns)
-        self._in_column = range(place, inner.size, columns)
+        self._in_row = partial(_naming, "row", range(number * columns, (number + 1) * columns))
+        self._in_column = partial(_naming, "column", range(place, inner.size, columns))
         with watched(inner, "form rows and columns of ranks"):
             self._row, self._column = inner.split(number), inner.split(rows + place)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
@@ -67,9 +78,9 @@ class GridTransport(ForwardingTransport):
     def allreduce_(self, tensor: Tensor) -> Tensor:
         if self._has_tree or not goes_twice(tensor.nbytes, self._grid):
             return super().allreduce_(tensor)
-        with self._names("row", self._in_row):
+        with self._in_row():
             self._row.allreduce_(tensor)
-        with self._names("column", self._in_column):
+        with self._in_column():
             return self._column.allreduce_(tensor)
 
     def reduce_scatter(self, tensor: Tensor, ordered: bool = False) -> Tensor:
@@ -79,13 +90,13 @@ class GridTransport(ForwardingTransport):
         if ordered:
             return super().start_reduce_scatter(tensor, ordered)
         for_columns = self._by_columns(tensor, "reduce_scatter")
-        with self._names("row", self._in_row):
+        with self._in_row():
             started = self._row.start_reduce_scatter(for_columns)
 
         def wait() -> Tensor:
-            with self._names("row", self._in_row):
+            with self._in_row():
                 of_row = started.wait()
-            with self._names("column", self._in_column):
+            with self._in_column():
                 return self._column.reduce_scatter(of_row)
 
         return Pending(wait)
@@ -94,30 +105,21 @@ class GridTransport(ForwardingTransport):
         if not goes_twice(tensor.nbytes, self._grid):
             return super().alltoall(tensor)
         for_columns = self._by_columns(tensor, "alltoall")
-        with self._names("row", self._in_row):
+        with self._in_row():
             for_rows = self._row.alltoall(for_columns)  # from each column, for each row
-        with self._names("column", self._in_column):
+        with self._in_column():
             return self._column.alltoall(for_rows.transpose(0, 1).contiguous()).flatten(0, 1)
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        with self._names("row", self._in_row):
+        with self._in_row():
             of_row = self._row.allgather(tensor)
-        with self._names("column", self._in_column):
+        with self._in_column():
             return self._column.allgather(of_row)
 
     def split(self, color: int) -> Transport:
         """The ranks that give the same colour, in rank order. Communication: collective."""
         assert isinstance(self._inner, Splitting)
         return self._inner.split(color)
-
-    @contextmanager
-    def _names(self, part: str, ranks: range) -> Iterator[None]:
-        """A part counts its ranks from 0: its errors also say which they are."""
-        try:
-            yield
-        except (RuntimeError, TimeoutError) as error:
-            error.add_note(f"This was in a {part} of the grid, whose ranks 0, 1, … are {name_ranks(list(ranks))}")
-            raise
 
     def _by_columns(self, tensor: Tensor, collective: str) -> Tensor:
         """[size, ...] as [columns, rows, ...]: what is for each column, for each of its rows."""

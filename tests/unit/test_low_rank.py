@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import LowRankConfig
-from hvd_sketch.exchange.matrices import Matrix, as_matrices, least_bytes, ranks_for_ratio, sides_of
+from hvd_sketch.exchange.matrices import (
+    Matrix,
+    as_matrices,
+    factor_bytes,
+    least_bytes,
+    ranks_for_ratio,
+    sides_of,
+    within_bytes,
+)
 from hvd_sketch.kernels import cpu
 from hvd_sketch.kernels.low_rank import _orthonormalize_by_torch_, _product_by_torch_, orthonormalize_, product_
 from hvd_sketch.wire_bytes import coded_bytes
@@ -164,3 +172,12 @@ def test_a_product_has_the_bits_of_plain_operations(rank: int, rows: int, cols: 
     assert torch.equal(out, torch.from_numpy(expected).view(-1)[:entries])
     by_torch = _product_by_torch_(torch.empty(entries), left, right)
     assert torch.allclose(out, by_torch, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "most_bytes"), [(4, 300_000), (64, 300_000), (64, 1_070_000), (64, 2_000_000)])
+def test_a_budget_is_used_whether_messages_travel_twice_or_not(ranks: int, most_bytes: int) -> None:
+    """In a grid small ones do and large ones do not, so that fewer bytes of factors may send more."""
+    shapes = [(1000, 1000)] * 20
+    config = within_bytes(shapes, most_bytes, ranks, 4)
+    assert config is not None and 0.97 * most_bytes < factor_bytes(shapes, config, ranks) <= most_bytes
+    assert within_bytes(shapes, 1000, ranks, 4) is None

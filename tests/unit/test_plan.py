@@ -24,7 +24,7 @@ from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.plan import Plan
 from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
 from hvd_sketch.commands.styles import STYLES
-from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, break_even, bytes_of, configurations, kept_bytes, methods
+from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, bytes_of, configurations, faster_below, kept_bytes, methods
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.measured_costs import CARRIERS, CPU, H100, Work
 from hvd_sketch.model.routes import make_exchange
@@ -92,12 +92,12 @@ def test_peers_are_what_the_ledger_counts(name: str, kind: type[Exchange]) -> No
 def test_below_break_even_ours_is_faster_and_above_it_dense_is() -> None:
     found = methods(Workload(shapes_of_size(25_000_000), 50), GIGABIT)
     ours, dense = replace(found["nominate"], local_s=0.3), found["dense"]
-    rate = break_even(ours, GIGABIT, [dense])
+    rate = faster_below(ours, GIGABIT, [dense])
     for factor, is_faster in ((0.9, True), (1.1, False)):
         there = replace(GIGABIT, bytes_per_s=factor * rate)
         assert (ours.seconds(there) < dense.seconds(there)) is is_faster
-    assert break_even(replace(ours, local_s=10.0, sent_bytes=dense.sent_bytes), GIGABIT, [dense]) == 0
-    assert break_even(replace(ours, local_s=0.0), GIGABIT, [replace(dense, local_s=1.0)]) == math.inf
+    assert faster_below(replace(ours, local_s=10.0, sent_bytes=dense.sent_bytes), GIGABIT, [dense]) == 0
+    assert faster_below(replace(ours, local_s=0.0), GIGABIT, [replace(dense, local_s=1.0)]) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_it_pays_where_it_is_advised(backward_s: float) -> None:
     workload = Workload(shapes_of_size(6_500_000), 150, CPU, backward_s=backward_s)
     rates = [bits_per_s(rate) / 8 for rate in ("100mbit", "1gbit", "5gbit", "20gbit")]
     plans = [Plan(workload, replace(GIGABIT, bytes_per_s=rate)) for rate in rates]
-    limit = plans[0].as_record()["break_even_bits_per_s"] / 8
+    limit = plans[0].as_record()["pays_below_bits_per_s"] / 8
     advised = [made.advice.startswith("Compress") for made in plans]
     assert advised == [rate < limit for rate in rates] and len(set(advised)) == 2
 
