@@ -15,6 +15,7 @@ from math import ceil, log2, prod
 from typing import Any
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
+from hvd_sketch.exchange.candidates.sketch import CELLS_TOGETHER
 from hvd_sketch.exchange.matrices import as_matrices, factor_bytes, least_bytes, sides_of, within_bytes
 from hvd_sketch.measured_costs import CPU, Carrier, Works
 from hvd_sketch.rank_grid import is_grid, messages_of
@@ -27,7 +28,7 @@ ENTRY_BYTES = 8  # of local top-k: a position and a value
 BUCKET_BYTES = 25 << 20  # of DistributedDataParallel: the last one travels when the backward pass is over
 OVERLAPPED = ("dense", "bf16", "powersgd")  # by DistributedDataParallel, its hooks included
 ROUND_PASSES = 6  # what a round of LocalSteps takes beside its exchange, in dense means: 3.0 instead of 0.5 ns
-COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 6}  # of a step of ours
+COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 6}  # with a small table
 TITLES = {
     "lowrank": "low rank, {} bit",
     "nominate": "nominated, {} bit",
@@ -198,7 +199,7 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
     for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
         sent = bytes_of(config, shapes, network.ranks) * network.share
         kept = kept_bytes(config, shapes) + (8 * workload.dim if every > 1 else 0)  # where a round began, a momentum
-        collectives, local_s = COLLECTIVES[name], _local_s(workload, name)
+        collectives, local_s = collectives_of(name, config), _local_s(workload, name)
         if every > 1:
             local_s += ROUND_PASSES * _local_s(workload, "dense")
         found[name] = Method(
@@ -210,6 +211,13 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
             config=config,
         )
     return found
+
+
+def collectives_of(name: str, config: Compression) -> int:
+    """Of a step of ours; each row of a large table of float32 has one of its own."""
+    if not isinstance(config, SketchConfig) or not config.has_table or config.table_bits < 32:
+        return COLLECTIVES[name]
+    return COLLECTIVES[name] + (config.rows - 1 if config.rows * config.cols > CELLS_TOGETHER else 0)
 
 
 def _local_s(workload: Workload, name: str) -> float:
