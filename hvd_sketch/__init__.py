@@ -8,6 +8,7 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hvd_sketch.model.ddp import DDPState, ddp_hook
+from hvd_sketch.model.joining import join
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
@@ -41,6 +42,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ddp_hook",
+    "join",
     "load_checkpoint",
     "local_transports",
     "recommended",

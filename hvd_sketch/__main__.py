@@ -81,7 +81,10 @@ def doctor(
     else:
         examining.show(found, console())
     if bundle is not None:
-        write_bundle(found, bundle, names, names_of_hosts)
+        try:
+            write_bundle(found, bundle, names, names_of_hosts)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
     raise typer.Exit(any(finding.state == "wrong" for finding in found))
 
 
@@ -99,7 +102,7 @@ def report(
 
     try:
         written = reporting.write_report(runs, output)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(json.dumps(written, indent=2) if as_json else reporting.told(written))
 
@@ -115,7 +118,7 @@ def merge_traces(
 
     try:
         written = merging.merge_traces(traces, output)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(json.dumps(written, indent=2) if as_json else merging.told(written))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from benchmarks.accuracy_per_byte.by_optimizer import crossed, has_row
 from benchmarks.accuracy_per_byte.by_ranks import LINES, draw_by_ranks
 from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, Run, mean, results_of
@@ -38,7 +39,7 @@ def write(records: Mapping[Run, Record], folder: Path, subject: Subject = IMAGES
     for (task,), own in grouped([{"task": group.task, "group": group} for group in best], "task").items():
         groups = [entry["group"] for entry in own]
         parts.append(f"## {TASKS[task].title}\n")
-        _draw(task, {group: best[group] for group in groups}, folder / f"{task}.png")
+        _draw(task, {group: best[group] for group in groups if has_row(group.method)}, folder / f"{task}.png")
         parts.append(f"![{_measure(task)} over bytes]({task}.png)\n")
         if draw_by_ranks({group: best[group] for group in groups}, _measure(task), folder / f"{task}-ranks.png"):
             parts.append(f"![{_measure(task)} and bytes by the number of ranks]({task}-ranks.png)\n")
@@ -61,7 +62,8 @@ def _tables(groups: list[Group], best: Mapping[Group, list[Record]], records: Ma
         here.sort(key=lambda g: list(METHODS).index(g.method))
         labels = ", label-skewed" if skewed else ""
         parts.append(f"### {ratio:g} times fewer bytes, {workers} ranks{labels}, {steps} steps\n")
-        parts.append(markdown(HEAD, [_row(group, best[group], records) for group in here]) + "\n")
+        rows = [_row(group, best[group], records) for group in here if has_row(group.method)]
+        parts += [markdown(HEAD, rows) + "\n", *crossed(here, best, records)]
     return parts
 
 

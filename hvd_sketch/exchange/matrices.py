@@ -90,9 +90,11 @@ def sides_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor's matrix: its first dimension, and all others.
 
     Where one of them is 1, the tensor is a vector: a row, or with :data:`WHOLE_BELOW` entries or more a nearly square
-    matrix that they are filled into, whose last row may be shorter.
+    matrix that they are filled into, whose last row may be shorter. Without an element there is no matrix: (0, 0).
     """
     entries = prod(shape)
+    if not entries:
+        return 0, 0
     rows = shape[0] if shape else 1
     if min(rows, entries // rows) > 1:
         return rows, entries // rows

@@ -83,7 +83,8 @@ def broadcast_optimizer_state(
     rank: one at the root's step keeps its own, one at another step begins with zeros.
 
     Args:
-        optimizer: holding the same parameters on every rank. Modified, except on the root.
+        optimizer: holding the same parameters on every rank. Modified; on the root it loads its own state again, as
+            from a checkpoint.
         root_rank, transport: as for :func:`broadcast_parameters`.
 
     Communication: collective, all ranks.
@@ -111,9 +112,9 @@ def broadcast_optimizer_state(
 
 def _broadcast_state(optimizer: torch.optim.Optimizer, root_rank: int, comm: Transport) -> None:
     state = broadcast_state(optimizer.state_dict() if comm.rank == root_rank else None, root_rank, comm)
-    if comm.rank != root_rank:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.load_state_dict(globalized(state, like=parameters))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # The root, too: loading gives a state the dtype of its parameter, which it need not have had.
+    optimizer.load_state_dict(globalized(state, like=parameters))
 
 
 def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transport) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Checkpoint:
         path: its folder.
         step: how many steps the optimizer had made.
         ranks: how many had saved it. Where the job has as many, every rank has its own residual again, and otherwise
-            the mean of all.
+            the mean of all; that also where with two levels other ranks are the first of their hosts.
         extra: what rank 0 gave to :func:`save_checkpoint`.
         own: what this rank gave; None where another number of ranks had saved.
     """
@@ -114,9 +114,8 @@ def save_checkpoint(
             everyones_files = [json.loads(text) for text in gather_texts(comm, json.dumps(files))]
         with refused_together(comm, "save a checkpoint"):
             if comm.rank == 0:
-                write_manifest(
-                    folder, comm.size, {name: about for each in everyones_files for name, about in each.items()}
-                )
+                all_files = {name: about for each in everyones_files for name, about in each.items()}
+                write_manifest(folder, comm.size, optimizer.keepers, all_files)
     except (OSError, TypeError, ValueError):
         if comm.rank == 0:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -156,12 +155,14 @@ def load_checkpoint(
         manifest = read_manifest(folder)
         path = folder.path / shared_file(optimizer.shard_ranks.number)
         shared = _read(folder, path.name, manifest, model)
-        has_own = manifest["ranks"] == comm.size
-        own = _read(folder, own_file(comm.rank), manifest, model) if has_own else None
+        as_many = manifest["ranks"] == comm.size
+        own = _read(folder, own_file(comm.rank), manifest, model) if as_many else None
+        # Of two levels other ranks keep residuals where the hosts have others; older manifests do not say.
+        has_own = as_many and manifest.get("keepers", optimizer.keepers) == optimizer.keepers
         _check_model(path, model, shared["model"])
         _check_optimizer(path, optimizer, shared["class of optimizer"])
     with refused_together(comm, "load a checkpoint"):
-        exchange = shared["optimizer"][STATE_KEY] if own is None else own["exchange"]
+        exchange = own["exchange"] if own is not None and has_own else shared["optimizer"][STATE_KEY]
         try:
             inner = own.get("inner", {}) if own is not None else {}
             optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})

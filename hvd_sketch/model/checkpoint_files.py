@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -94,8 +94,15 @@ def write_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "entries": digests}
 
 
-def write_manifest(folder: Folder, ranks: int, files: Mapping[str, Any]) -> None:
-    """Make a checkpoint complete, once all files are there. Raises ValueError where this process does not see one."""
+def write_manifest(folder: Folder, ranks: int, keepers: Sequence[int], files: Mapping[str, Any]) -> None:
+    """Make a checkpoint complete, once all files are there. Raises ValueError where this process does not see one.
+
+    Args:
+        folder: of the checkpoint.
+        ranks: that have saved it.
+        keepers: those of them that keep residuals.
+        files: what is to be known of each, by name.
+    """
     for name, about in files.items():
         path = folder.path / name
         if not path.is_file() or path.stat().st_size != about["bytes"]:
@@ -104,7 +111,8 @@ def write_manifest(folder: Folder, ranks: int, files: Mapping[str, Any]) -> None
                 "that all ranks share"
             )
     flush_folder(folder.path)
-    content = {"format": FORMAT, "number": folder.number, "step": folder.step, "ranks": ranks, "files": files}
+    who = {"ranks": ranks, "keepers": list(keepers)}
+    content = {"format": FORMAT, "number": folder.number, "step": folder.step, **who, "files": files}
     with replaced(folder.path / MANIFEST) as draft:
         draft.write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1))
     flush_folder(folder.path.parent)

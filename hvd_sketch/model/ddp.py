@@ -110,6 +110,11 @@ def _check(model: object, optimizer: DistributedOptimizer) -> None:
             f"model must be a DistributedDataParallel, got {type(model).__name__}: a plain model needs no hook, "
             "optimizer.step() exchanges its gradients"
         )
+    if not isinstance(optimizer, DistributedOptimizer):
+        raise ValueError(
+            f"optimizer must be a DistributedOptimizer, got {type(optimizer).__name__}: only that exchanges gradients, "
+            "as DDP's hook does"
+        )
     comm, group = optimizer.transport, model.process_group
     here, there = (comm.rank, comm.size), (dist.get_rank(group), dist.get_world_size(group))
     if here != there:

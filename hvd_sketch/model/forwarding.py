@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.mesh import ShardRanks
+from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport import Transport
+
+REWRAP = (
+    "give the inner optimizer all its parameters first, with requires_grad set, and wrap it then; to change "
+    "them later, wrap it again"
+)
 
 
 def _of_inner(name: str) -> Any:
@@ -71,10 +79,32 @@ class ForwardingOptimizer(torch.optim.Optimizer):
 
 
 class ExchangingOptimizer(ForwardingOptimizer):
-    """With what its exchange has to tell. Communication: none."""
+    """With what its exchange has to tell, and without parameters that would come later. Communication: none."""
 
     _transport: Transport
     _gradients: GradientExchange | TwoLevels
+    _named: Sequence[NamedParameter]
+    _parameters: Sequence[Tensor]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
+        """Refused: residuals and buffers are laid out at construction."""
+        raise RuntimeError(f"parameters cannot be added to a {type(self).__name__}: {REWRAP}")
+
+    def _unregistered(self) -> RuntimeError | None:
+        """What is wrong where parameters came later."""
+        known = set(map(id, self._parameters))
+        names = [
+            f"parameter.{i}.{j}"
+            for i, group in enumerate(self.param_groups)
+            for j, parameter in enumerate(group["params"])
+            if parameter.requires_grad and id(parameter) not in known
+        ]
+        if not names:
+            return None
+        return RuntimeError(
+            f"{', '.join(names[:5])} came to the optimizer, or began to require a gradient, after "
+            f"wrapping, and would drift apart between ranks: {REWRAP}"
+        )
 
     @property
     def exchange(self) -> ResidualExchange | None:
@@ -107,6 +137,50 @@ class ExchangingOptimizer(ForwardingOptimizer):
         return self._gradients.shard_ranks
 
     @property
+    def keepers(self) -> list[int]:
+        """The ranks that keep residuals: with two levels the first of every host, otherwise all."""
+        return self._gradients.keepers
+
+    @property
     def place(self) -> tuple[int, int]:
         """Rank and size of its transport."""
         return self._transport.rank, self._transport.size
+
+    @property
+    def exchanges(self) -> int:
+        """How many it has begun."""
+        return self._gradients.step_number
+
+    @property
+    def every(self) -> int:
+        """How many steps come to an exchange."""
+        return 1
+
+    def end_round(self) -> None:
+        """What :func:`hvd_sketch.join` calls first: exchange what has not been yet.
+
+        Communication: collective, all ranks.
+        """
+
+    def step_without_data(self) -> bool:
+        """What :func:`hvd_sketch.join` calls until it returns True, where no rank has data any more.
+
+        Communication: collective, all ranks.
+        """
+        return self._gradients.step_without_data()
+
+    def catch_up(self) -> None:
+        """What :func:`hvd_sketch.join` calls at last: ranks that left early get what those have that left last.
+
+        Communication: collective, all ranks.
+        """
+        left_last = self._gradients.had_data()
+        if len(left_last) < self._transport.size:
+            broadcast_parameters(self._named, left_last[0], self._transport)
+            broadcast_optimizer_state(self._agreed, left_last[0], self._transport)
+        self.zero_grad()
+
+    @property
+    def _agreed(self) -> torch.optim.Optimizer:
+        """The optimizer whose state is equal on all ranks."""
+        return self.inner

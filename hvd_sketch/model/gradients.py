@@ -60,6 +60,7 @@ class GradientExchange:
         make: builds the exchange of the large tensors; default: the one that ``config`` is of.
 
     Attributes:
+        config: as given.
         ledger: of both exchanges.
         active: the ranks that had data in the last step.
         is_over: all ranks had run out of data in the last call of :meth:`average`.
@@ -89,6 +90,7 @@ class GradientExchange:
         self._transport = transport
         self._named = list(named)
         self.shard_ranks = ShardRanks(self._named)
+        self.config = config
         self._weight_decay = config.weight_decay if config is not None else 0.0
         self._scale = transport.size if is_sum else 1
         self._makes_sparse = makes_sparse
@@ -111,6 +113,11 @@ class GradientExchange:
     def compressed(self) -> ResidualExchange | None:
         """The exchange that compresses; None where all goes dense."""
         return next((exchange for exchange in self._exchanges if isinstance(exchange, ResidualExchange)), None)
+
+    @property
+    def keepers(self) -> list[int]:
+        """The ranks that keep residuals: all."""
+        return list(range(self._transport.size))
 
     @property
     def skipped_steps(self) -> int:
@@ -155,7 +162,7 @@ class GradientExchange:
         sums: Tensor | None = None  # checksums of the parameters
         try:
             with self.ledger.observer.span(Kind.LOCAL, "pack"):
-                packed = [] if report.held else self._pack(inverse_scale, report.done)
+                packed = [] if report.held else self._pack(inverse_scale, report.done or is_behind)
             finite = report.finite and all_finite([values for slices in packed for values in slices])
             report = replace(report, finite=finite)
             if self._check_is_due() and not (report.done or report.held or is_behind):
@@ -186,11 +193,11 @@ class GradientExchange:
             used += [gradient is not None and gradient.layout != torch.strided for gradient in gradients]
         return used
 
-    def _pack(self, inverse_scale: Tensor | None, done: bool) -> list[list[Tensor]]:
-        """This rank's vector for each route, in slices."""
+    def _pack(self, inverse_scale: Tensor | None, is_behind: bool) -> list[list[Tensor]]:
+        """This rank's vector for each route, in slices. Where its parameters are out of date, they do not decay."""
         for route in self._routes:
             route.flat.check_unchanged()
-        weight_decay = 0.0 if done else self._weight_decay
+        weight_decay = 0.0 if is_behind else self._weight_decay
         return [route.flat.pack(weight_decay, inverse_scale) for route in self._routes]
 
     def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
@@ -246,15 +253,14 @@ class GradientExchange:
         for exchange in self._exchanges:
             exchange.take_over_state(root)
 
-    def finish_without_data(self) -> tuple[int, ...]:
-        """Take part in the other ranks' steps until all have run out of data; the ranks that had data in the last one.
+    def step_without_data(self) -> bool:
+        """Take part in a step of the others; whether all ranks have run out of data. Communication: collective."""
+        self.average(Report(done=True))
+        return self.is_over
 
-        Communication: collective, all ranks.
-        """
-        while True:
-            self.average(Report(done=True))
-            if self.is_over:
-                return self.active
+    def had_data(self) -> tuple[int, ...]:
+        """The ranks that had data in the last step before all had run out of them. Communication: none."""
+        return self.active
 
     def forget(self) -> None:
         """Zero momentum and residuals. Communication: none."""

@@ -66,6 +66,7 @@ class TwoLevels:
         host: where this rank runs; default: :func:`host_name`.
 
     Attributes:
+        config: as given; with one host all goes dense.
         ledger: of what this rank sends between hosts: nothing, unless it is a leader.
 
     Raises:
@@ -94,6 +95,7 @@ class TwoLevels:
             among_leaders = splitting.split(int(transport.rank in self._leaders))
         if len(self._leaders) == 1 and config is not None:
             config = _all_dense(config, transport.rank)
+        self.config = config
         self._flat = FlatParameters(named)
         check_every = settings["check_every"]
         self._inside = GradientExchange(named, None, self._host, check_every=check_every, max_skips=0)
@@ -115,6 +117,11 @@ class TwoLevels:
     def compressed(self) -> ResidualExchange | None:
         """The exchange that compresses, on a leader; None on other ranks and where all goes dense."""
         return self._between.compressed if self._between is not None else None
+
+    @property
+    def keepers(self) -> list[int]:
+        """The ranks that keep residuals: the leaders."""
+        return self._leaders
 
     @property
     def step_number(self) -> int:
@@ -202,11 +209,13 @@ class TwoLevels:
             self.ledger.begin_step()
         return outcome
 
-    def finish_without_data(self) -> tuple[int, ...]:
-        """See :meth:`GradientExchange.finish_without_data`. Communication: collective, all ranks."""
-        while not self._is_over:
-            self.average(Report(done=True))
-        self._is_over = False
+    def step_without_data(self) -> bool:
+        """See :meth:`GradientExchange.step_without_data`. Communication: collective, all ranks of all hosts."""
+        self.average(Report(done=True))
+        return self._is_over
+
+    def had_data(self) -> tuple[int, ...]:
+        """See :meth:`GradientExchange.had_data`. Communication: collective, all ranks of all hosts."""
         with watched(self._transport, "end without data"):
             had_data = self._transport.allgather(torch.tensor([int(self._had_data)]))
         return tuple(had_data.nonzero().flatten().tolist())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hvd_sketch.checks import check_integer
 from hvd_sketch.config import Compression
-from hvd_sketch.exchange.agreement import all_finite
+from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.logs import outputs_of
-from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvd_sketch.model.broadcast import broadcast_optimizer_state
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.joining import join
 from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.mesh import shard_number
 from hvd_sketch.model.optimizer import STATE_KEY
@@ -171,16 +172,20 @@ class LocalSteps(LoggedOptimizer):
         Returns:
             Whether the round counts. False: it was thrown away.
 
+        Raises:
+            RuntimeError: on every rank, which are back where the round began: parameters were added or unfrozen on one,
+                too many rounds in a row were thrown away, or parameters differ between ranks.
+
         Communication: collective, all ranks.
         """
         if self._done == 0:
             self._remember_start()
-        observer = self.ledger.observer
+        observer, report = self.ledger.observer, Report(refusal=self._unregistered())
         with observer.span(Kind.EXCHANGE, "exchange"):
             with observer.span(Kind.LOCAL, "differences"):
                 self._go_back()
             is_finite = all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
-            counts = self._gradients.average()
+            counts = self._gradients.average(report)
         observer.end_step(self._gradients.step_number - 1, counts)
         if counts:
             self.outer.step()
@@ -191,8 +196,7 @@ class LocalSteps(LoggedOptimizer):
             parameter.grad = None
         return counts
 
-    @contextmanager
-    def join(self) -> Iterator[None]:
+    def join(self) -> AbstractContextManager[None]:
         """Ranks with different numbers of batches; see :meth:`hvd_sketch.DistributedOptimizer.join`.
 
         A rank that leaves the block ends its round. Then it contributes differences of zero until all have left, and
@@ -200,14 +204,21 @@ class LocalSteps(LoggedOptimizer):
 
         Communication: collective at the end, all ranks.
         """
-        yield
+        return join(self)
+
+    @property
+    def every(self) -> int:
+        """H, the steps of a round."""
+        return self._every
+
+    def end_round(self) -> None:
+        """See :meth:`ExchangingOptimizer.end_round`: of a round that is under way. Communication: collective."""
         if self._done:
             self.sync()
-        active = self._gradients.finish_without_data()
-        if len(active) < self._transport.size:
-            broadcast_parameters(self._named, active[0], self._transport)
-            broadcast_optimizer_state(self.outer, active[0], self._transport)
-        self.zero_grad()
+
+    @property
+    def _agreed(self) -> torch.optim.Optimizer:
+        return self.outer
 
     def _remember_start(self) -> None:
         with torch.no_grad():
@@ -242,8 +253,17 @@ class LocalSteps(LoggedOptimizer):
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.
 
+        Raises:
+            ValueError: on every rank: one is within a round.
+
         Communication: collective, all ranks.
         """
+        with refused_together(self._transport, "take over a state"):
+            if self._done:
+                raise ValueError(
+                    f"within a round, after {self._done} of {self._every} steps, every rank has parameters of its own: "
+                    "call sync() before, also before a state is saved that one rank loads for all"
+                )
         self._gradients.take_over_state(root_rank)
         broadcast_optimizer_state(self.outer, root_rank, self._transport)
 

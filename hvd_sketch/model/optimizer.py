@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
@@ -17,8 +17,8 @@ from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.logs import outputs_of
-from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
+from hvd_sketch.model.joining import join
 from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.mesh import shard_number
@@ -40,10 +40,6 @@ from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
 STATE_KEY = "hvd_sketch"
-REWRAP = (
-    "give the inner optimizer all its parameters first, with requires_grad set, and wrap it then; to change "
-    "them later, wrap it again"
-)
 logger = logging.getLogger(__name__)
 
 
@@ -164,8 +160,7 @@ class DistributedOptimizer(LoggedOptimizer):
             check_every=check_every,
             max_skips=max_skips,
         )
-        mark_sparse(optimizer, named, sketch)
-        self._known = {id(parameter) for _, parameter in named}
+        mark_sparse(optimizer, named, self._gradients.config)
         self._progress = Progress(self._parameters)
         self._write_to(outputs)
         if isinstance(self._transport, HorovodTransport):
@@ -303,8 +298,7 @@ class DistributedOptimizer(LoggedOptimizer):
         finally:
             self._progress.skip_synchronize = False
 
-    @contextmanager
-    def join(self) -> Iterator[None]:
+    def join(self) -> AbstractContextManager[None]:
         """Ranks with different numbers of batches::
 
             with optimizer.join():
@@ -317,14 +311,11 @@ class DistributedOptimizer(LoggedOptimizer):
         ranks that left early get parameters and optimizer state from one that left last. Batches of a scheduler that is
         stepped after every one are not made up for: step it once an epoch, or equally often on every rank.
 
+        Where the loop steps several optimizers, :func:`hvd_sketch.join` takes them together.
+
         Communication: collective at the end, all ranks. An exception inside leaves the other ranks to their launcher.
         """
-        yield
-        active = self._gradients.finish_without_data()
-        if len(active) < self._transport.size:
-            broadcast_parameters(self._named, active[0], self._transport)
-            broadcast_optimizer_state(self.inner, active[0], self._transport)
-        self.zero_grad()
+        return join(self)
 
     def _exchange(self, grad_scale: Any, found_inf: Any) -> bool:
         """Average all gradients into ``p.grad``; False when all ranks skip.
@@ -355,25 +346,6 @@ class DistributedOptimizer(LoggedOptimizer):
             progress.note_exchange(is_averaged)
             observer.end_step(self._gradients.step_number - 1, is_averaged)
         return bool(progress.exchanged)
-
-    def _unregistered(self) -> RuntimeError | None:
-        """What is wrong where parameters came later."""
-        names = [
-            f"parameter.{i}.{j}"
-            for i, group in enumerate(self.param_groups)
-            for j, parameter in enumerate(group["params"])
-            if parameter.requires_grad and id(parameter) not in self._known
-        ]
-        if not names:
-            return None
-        return RuntimeError(
-            f"{', '.join(names[:5])} came to the optimizer, or began to require a gradient, after "
-            f"wrapping, and would drift apart between ranks: {REWRAP}"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
-        """Refused: residuals and buffers are laid out at construction."""
-        raise RuntimeError(f"parameters cannot be added to a DistributedOptimizer: {REWRAP}")
 
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.

@@ -18,6 +18,7 @@ from hvd_sketch.exchange.sketched import SketchedAllreduce
 from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.model.parameters import NamedParameter, is_dense
 from hvd_sketch.optim import LagAdamW
+from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
 
 
@@ -123,6 +124,10 @@ def routes_of(named: Sequence[NamedParameter], config: Compression | None) -> li
         config: says which tensors are small; None: all go dense.
     """
     goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
+    is_empty = [local(p).numel() == 0 for _, p in named]  # such as a shard of a small matrix
+    kinds = {dense for dense, empty in zip(goes_dense, is_empty, strict=True) if not empty}
+    if len(kinds) == 1:  # no route for what is empty alone
+        goes_dense = [kinds.pop()] * len(named)
     sketched = [i for i, dense in enumerate(goes_dense) if not dense]
     dense = [i for i, dense in enumerate(goes_dense) if dense]
     routes = []

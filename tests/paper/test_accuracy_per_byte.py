@@ -23,6 +23,7 @@ from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
 from benchmarks.accuracy_per_byte.training import train
 from benchmarks.methods.top_k import CodedTopK
 from hvd_sketch import LowRankConfig, Simulation, SketchConfig, recommended
+from hvd_sketch.model import shown
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.transport import run_local
 from tests.support.harness import ROOT
@@ -302,7 +303,8 @@ FINISHED = [
         )
     ),
     ("cifar2m", 1000, 4, 400, False),
-    *((task, 60, 4, steps, False) for task, steps in (("lm", 300), ("lm", 1500), ("wikitext", 300), ("finetune", 300))),
+    *(("lm", 60, 4, steps, False) for steps in (300, 1500)),
+    *((task, 60, 4, 300, False) for task in ("wikitext", "wikitext1m", "finetune")),
 ]  # tables whose searches are finished
 SAME = 0.2  # per cent: less than seeds differ by
 RULES = {
@@ -331,6 +333,19 @@ def test_what_is_recommended_for_sgd_wins_but_where_the_documentation_says() -> 
         if means["lowrank4"] < max(means.values()) - SAME:
             lost.append((task, ratio, ranks, steps, skewed))
     assert lost == [("cifar", 150, 4, 300, True)], "docs/choosing.md names the tables in which another source wins"
+
+
+OF_EXCHANGE = {shown.LOW_RANK: "lowrank4", "nominate": "nominate4", "sketch": "sketch4", "random": "random4"}
+OF_OPTIMIZER = {"Adam": "", "AdamW": "", "LagAdamW": "-lag", "Muon": "-muon", "Lion": "-lion"}
+
+
+def test_losses_of_which_a_warning_tells_are_what_the_records_say() -> None:
+    best = report.best_runs(records.read(RESULTS))
+    told = {OF_EXCHANGE[exchange] + OF_OPTIMIZER[name]: loss for (name, exchange), loss in shown.LOSSES.items()}
+    told |= {f"dense{OF_OPTIMIZER[name]}": loss for name, loss in shown.DENSE_LOSSES.items()}
+    for method, loss in {**told, "dense": shown.DENSE_LOSS}.items():
+        group = Group("lm", 4, False, 300, method, METHODS[method].fixed_ratio or 60.0)
+        assert records.results_of(best[group]).mean() == pytest.approx(loss, abs=0.006), method
 
 
 @pytest.mark.parametrize(("rule", "method"), RULES.items())

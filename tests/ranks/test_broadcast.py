@@ -229,3 +229,22 @@ def test_state_that_cannot_be_carried_safely_is_refused_on_every_rank(what: str)
 
 class Unsafe:
     """Something only an unrestricted unpickler would build."""
+
+
+def test_a_state_of_another_dtype_than_its_parameter_is_equal_on_all_ranks() -> None:
+    """Loading casts it to the parameter's, on the root as elsewhere."""
+
+    def main(transport: LocalTransport) -> list[Tensor]:
+        parameter = nn.Parameter(torch.full((3,), 1.0 + transport.rank, dtype=torch.bfloat16))
+        optimizer = torch.optim.NAdam([parameter], lr=0.1)
+        for _ in range(5):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        broadcast_parameters([("parameter", parameter)], 0, transport)
+        broadcast_optimizer_state(optimizer, 0, transport)
+        return [parameter.detach(), *(torch.as_tensor(value) for value in optimizer.state[parameter].values())]
+
+    first, *others = run_local(3, main, LIMIT_S)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+        assert [tensor.dtype for tensor in first] == [tensor.dtype for tensor in other]

@@ -65,3 +65,4 @@ def test_models_that_do_not_fit_are_refused_on_every_rank() -> None:
         assert said["sparse"].startswith("ValueError: module.0 has sparse gradients")
         assert f"exchanges as rank {rank} of 2, and the model's DDP is rank 0 of 1" in said["group"]
         assert "got Branching" in said["one rank"]
+        assert "optimizer must be a DistributedOptimizer, got LocalSteps" in said["rounds"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from hvd_sketch.config import SketchConfig
+from hvd_sketch.config import LowRankConfig, SketchConfig
 from hvd_sketch.exchange import DenseAllreduce, SketchedAllreduce
 from hvd_sketch.model import flat_parameters
 from hvd_sketch.model.optimizer import DistributedOptimizer
@@ -169,3 +170,30 @@ def test_an_update_too_large_for_its_dtype_stays_in_the_residual() -> None:
         assert torch.equal(sent + optimizer.exchange.residual, produced)  # type: ignore[union-attr]
     assert largest == torch.finfo(torch.float16).max, "the test says nothing where everything fits"
     assert optimizer.skipped_steps == 0 and not optimizer.exchange.residual.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("empty", [(0,), (0, 40)])
+@pytest.mark.parametrize("dense_below", [0, 100, 10_000])
+@pytest.mark.parametrize(
+    "make",
+    [partial(SketchConfig, k=50, candidates="nominate"), partial(LowRankConfig, rank=2)],
+    ids=["nominate", "low rank"],
+)
+def test_a_parameter_without_elements_goes_along(make: Any, dense_below: int, empty: tuple[int, ...]) -> None:
+    """As a rank's shard of a matrix with few rows."""
+
+    def main(transport: LocalTransport, with_empty: bool) -> Tensor:
+        named = [("matrix", nn.Parameter(torch.ones(40, 30)))]
+        if with_empty:
+            named.append(("empty", nn.Parameter(torch.ones(empty))))
+        parameters = [parameter for _, parameter in named]
+        optimizer = DistributedOptimizer(SGD(parameters, lr=0.1), named, make(dense_below=dense_below), transport)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * transport.rank + step)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return parameters[0].detach()
+
+    alone, beside = (run_local(2, partial(main, with_empty=with_empty), 60) for with_empty in (False, True))
+    assert torch.equal(beside[0], beside[1]) and torch.equal(beside[0], alone[0])

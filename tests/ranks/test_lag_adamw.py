@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,17 @@ def test_goes_on_from_each_ranks_checkpoint_and_from_the_roots(tmp_path: Path) -
         assert_all_equal(went_on, resumed)
         assert_all_equal(moments, results[0][2])
         assert any(last_steps.any() for last_steps in moments)
+
+
+def test_is_adamw_where_two_levels_have_but_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_SKETCH_HOST", "one")
+
+    def main(transport: LocalTransport, kind: type) -> list[Tensor]:
+        model = classifier()
+        inner = kind(model.parameters(), lr=0.01)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), SPARSE[0], transport, levels=2)
+        run(model, optimizer, transport.rank, range(STEPS))
+        return [parameter.detach() for parameter in model.parameters()]
+
+    lag, adam = (run_local(2, partial(main, kind=kind), LIMIT_S)[0] for kind in (LagAdamW, AdamW))
+    assert_all_equal(lag, adam)

@@ -42,6 +42,9 @@ PARTS = register("torch", 4, f"{TARGETS}:parts_used")
 REFUSES = register("torch", 4, f"{TARGETS}:refuses")
 CLIPS = register("torch", 4, f"{TARGETS}:clips")
 JOINS = register("torch", 4, f"{TARGETS}:joins")
+DECAYS = [
+    register("torch", 4, f"{TARGETS}:decays", batches=batches) for batches in ([6, 6, 6, 6], [1, 6, 6, 6], [1, 6, 1, 6])
+]
 GOES_ON = register("torch", 4, f"{TARGETS}:goes_on", folder=FOLDER.name)
 REFUSED = register("torch", 4, f"{TARGETS}:refused")
 
@@ -149,7 +152,14 @@ def test_ranks_run_out_of_data_one_by_one() -> None:
         assert torch.equal(two_levels, one)
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "own", "consolidated", "broadcast"])
+def test_weights_that_are_out_of_date_do_not_decay() -> None:
+    """They would be taken off again and again: where both leaders had left, weights grew."""
+    for whole, one_left, both_left in zip(*(job.results() for job in DECAYS), strict=True):
+        assert bool((whole < one_left).all()) and bool((one_left <= both_left).all())
+        assert float(both_left.min()) == float(both_left.max()) == 0.5  # of the one step that a leader has made
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "elsewhere", "own", "consolidated", "broadcast"])
 def test_goes_on(way: str) -> None:
     results = GOES_ON.results()
     for result in results:

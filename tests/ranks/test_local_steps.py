@@ -23,6 +23,7 @@ from hvd_sketch import (
     save_checkpoint,
 )
 from hvd_sketch.config import Compression
+from hvd_sketch.exchange.agreement import Report
 from hvd_sketch.transport import LocalTransport, Transport, local_transports, run_local
 from tests.support.toy import LIMIT_S, RANKS
 from tests.support.worlds import register
@@ -151,9 +152,9 @@ def test_nothing_is_lost(name: str) -> None:
         first, produced = flat(compressed), torch.zeros(30 * 50 + 50 * 40)
         average = optimizer._gradients.average
 
-        def recorded() -> bool:
+        def recorded(report: Report) -> bool:
             produced.add_(flat(p.grad for p in compressed))
-            return average()
+            return average(report)
 
         optimizer._gradients.average = recorded
         train(model, optimizer, transport.rank, range(12))
@@ -242,6 +243,38 @@ def test_ranks_with_different_numbers_of_batches() -> None:
 
     results = run_local(3, main, LIMIT_S)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_parameters_that_come_later_are_refused_on_every_rank() -> None:
+    def main(transport: LocalTransport) -> list[str]:
+        model = network()
+        for parameter in model[0].parameters():
+            parameter.requires_grad_(False)
+        optimizer = wrap(transport, model, COMPRESSIONS["nominate"], every=2)
+        train(model, optimizer, transport.rank, range(2))
+        model[0].weight.requires_grad_(transport.rank == 1)
+        with pytest.raises(RuntimeError, match="began to require a gradient, after wrapping") as later:
+            train(model, optimizer, transport.rank, range(2, 4))
+        with pytest.raises(RuntimeError, match="parameters cannot be added to a LocalSteps") as added:
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+        return [str(later.value), str(added.value)]
+
+    for later, added in run_local(2, main, LIMIT_S):
+        assert "rank 1 of 2 cannot take this step" in later or "parameter.0.0 came to the optimizer" in later
+        assert "wrap it then" in later and "wrap it then" in added
+
+
+def test_a_state_of_one_rank_within_a_round_is_not_given_to_all() -> None:
+    def main(transport: LocalTransport) -> str:
+        model = network()
+        optimizer = wrap(transport, model, None, every=3)
+        if transport.rank == 0:
+            train(model, optimizer, 0, range(2))
+        with pytest.raises(ValueError, match="within a round, after 2 of 3 steps") as raised:
+            broadcast_optimizer_state(optimizer, 0, transport)
+        return str(raised.value)
+
+    assert all("call sync() before" in told for told in run_local(2, main, LIMIT_S))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 
+from benchmarks.accuracy_per_byte.inner import Lion
 from hvd_sketch.config import LowRankConfig, SketchConfig
 from hvd_sketch.model.broadcast import broadcast_optimizer_state
 from hvd_sketch.model.local_steps import LocalSteps
@@ -232,7 +233,8 @@ NOMINATED = {"candidates": "nominate"}
         (lambda p: AdamW(p, weight_decay=0.1), NOMINATED, "AdamW has not been shown to train as well as dense"),
         (lambda p: OurAdamW(p), NOMINATED, "OurAdamW has not been shown to train as well as dense"),
         (lambda p: OurAdamW(p), NOMINATED, "(nominate; a loss of 2.49, dense 2.27): take AdamW or Muon with"),
-        (lambda p: Adam(p), {}, "Adam has not been shown to train"),
+        (lambda p: Adam(p), {}, "Adam has not been shown to train as well as dense"),
+        (lambda p: Lion(p, 0.1), RANK_1, "(low rank; a loss of 2.8, dense 2.42): take AdamW or Muon with"),
         (lambda p: Adam(p), RANK_1, None),
         (lambda p: OurAdamW(p), RANK_1, None),
         (lambda p: FusedAdam(p), {}, "FusedAdam has not been shown to train"),
@@ -243,7 +245,7 @@ NOMINATED = {"candidates": "nominate"}
         ),
         (lambda p: RMSprop(p), RANK_1, "RMSprop has not been shown"),
         (lambda p: Adagrad(p), RANK_1, "Adagrad has not been shown"),
-        (lambda p: LagAdamW(p), {}, "(sketch; a loss of 2.66, dense 2.27): take candidates='nominate' (2.41)"),
+        (lambda p: LagAdamW(p), {}, "(sketch; a loss of 2.59, dense 2.27): take candidates='nominate' (2.41)"),
         (lambda p: LagAdamW(p), NOMINATED, None),
         (lambda p: LagAdamW(p), RANK_1, None),
         (lambda p: SignSGD(p), {"residual_decay": 0.95}, None),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from hvd_sketch import DDPState, DistributedOptimizer, LowRankConfig, SketchConfig, ddp_hook
+from hvd_sketch import DDPState, DistributedOptimizer, LocalSteps, LowRankConfig, SketchConfig, ddp_hook
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import TorchTransport
 from tests.support.setup_targets import error_of, message_of
@@ -211,6 +211,7 @@ def refused(transport: TorchTransport) -> dict[str, str]:
         "plain": lambda: DDPState(plain, of_plain),
         "part": lambda: DDPState(model, part),
         "sparse": lambda: DDPState(embedding, wrapped(embedding, None)),
+        "rounds": lambda: DDPState(model, LocalSteps(SGD(model.parameters(), 0.1), None, None, transport, every=2)),
         "group": lambda: DDPState(in_group, wrapped(in_group, None)),
         "one rank": lambda: DDPState([plain, model][transport.rank > 0], wrapped(model, None)),
     }

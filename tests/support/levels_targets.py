@@ -177,6 +177,25 @@ def joins(transport: Transport) -> tuple[Tensor, Tensor]:
     return results[0], results[1]
 
 
+def decays(transport: Transport, batches: list[int]) -> Tensor:
+    """Weights without a gradient, of which the sketch takes half away in every step, for ranks that run out of data."""
+    model = Toy()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    everything = sum(p.numel() for p in model.parameters())
+    sketch = SketchConfig(k=everything, candidates="nominate", value_bits=32, weight_decay=0.5, dense_below=0)
+    with on_host(HOSTS[transport.rank]):
+        optimizer = DistributedOptimizer(
+            SGD(model.parameters(), lr=1.0), model.named_parameters(), sketch, transport, levels=2
+        )
+    with optimizer.join():
+        for _ in range(batches[transport.rank]):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    return flat(model)
+
+
 def goes_on(transport: Transport, folder: str) -> dict[str, Any]:
     """From checkpoints of all ranks, from each rank's own state, and from rank 0's."""
     model = Toy()
@@ -187,10 +206,10 @@ def goes_on(transport: Transport, folder: str) -> dict[str, Any]:
     at = flat(model)
     train(model, optimizer, transport.rank, range(3, 5))
     results: dict[str, Any] = {"whole": flat(model)}
-    for way in ("checkpoint", "own", "consolidated", "broadcast"):
+    for way in ("checkpoint", "elsewhere", "own", "consolidated", "broadcast"):
         later = Toy()
-        its = wrapped(later, transport, HOSTS, "paper")
-        if way == "checkpoint":
+        its = wrapped(later, transport, HOSTS if way != "elsewhere" else [0, 1, 0, 1], "paper")
+        if way in ("checkpoint", "elsewhere"):
             done = load_checkpoint(f"{folder}/levels", later, its)
             assert done is not None and (done.step, done.ranks) == (3, 4)
         else:

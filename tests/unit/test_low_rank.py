@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hvd_sketch import recommended
 from hvd_sketch.config import LowRankConfig
 from hvd_sketch.exchange.matrices import (
     Matrix,
@@ -39,6 +40,9 @@ SHAPES = [(512, 4608), (10, 512), (64, 3, 7, 7), (1000, 2048), (5000,)]
         ((2,), (1, 2)),
         ((1,), (1, 1)),
         ((), (1, 1)),
+        ((0, 5), (0, 0)),
+        ((5, 0), (0, 0)),
+        ((0,), (0, 0)),
     ],
 )
 def test_sides(shape: tuple[int, ...], sides: tuple[int, int]) -> None:
@@ -80,6 +84,9 @@ def test_tensors_without_elements_are_no_matrices() -> None:
     config = LowRankConfig(rank=50)
     assert as_matrices([(4, 5), (0, 3), (7,)], config) == [Matrix(0, 20, 4, 5, 4), Matrix(20, 27, 1, 7, 1)]
     assert as_matrices([(0,)], LowRankConfig(ratio=2.0)) == []
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((0, 64), (64, 64), (0,))]
+    config = recommended(parameters, 20, 2)
+    assert config == recommended(parameters[1:], 20, 2) and isinstance(config, LowRankConfig)
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (50,), (65_537,), (1,)])

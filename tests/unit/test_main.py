@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import hvd_sketch
 from hvd_sketch.__main__ import app
+from tests.support.logged import write_long_run
 
 
 def test_version() -> None:
@@ -55,3 +56,21 @@ def test_warm_up_compiles_the_kernels_and_says_what(monkeypatch) -> None:
     assert run("warm-up") == (0, "compiling sketch_row\n")
     status, text = run("warm-up", "--json")
     assert status == 0 and {"compiled": 3, "folder": "kept"}.items() <= json.loads(text).items()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "{log}", "--output", "{folder}/missing/page.html"],
+        ["merge-traces", "{trace}", "--output", "{folder}/missing/merged.json"],
+        ["doctor", "--no-self-test", "--bundle", "{folder}/missing/bundle.txt"],
+    ],
+)
+def test_a_file_that_cannot_be_written_exits_with_2(arguments: list[str], tmp_path: Path) -> None:
+    if arguments[0] == "report":
+        pytest.importorskip("plotly")
+    log, trace = tmp_path / "run.jsonl", tmp_path / "trace.json"
+    write_long_run(log, 10, 1)
+    trace.write_text(json.dumps({"traceEvents": [{"ph": "X", "name": "step", "ts": 0, "dur": 1, "pid": 0, "tid": 0}]}))
+    status, text = run(*(each.format(log=log, trace=trace, folder=tmp_path) for each in arguments))
+    assert status == 2 and "No such file or directory" in text.replace("\n", " ")
