@@ -19,6 +19,7 @@ from benchmarks.accuracy_per_byte.plans import groups_at, targets
 from benchmarks.accuracy_per_byte.records import Group, Record, Run
 from benchmarks.accuracy_per_byte.schedule import known_ratio, run_all
 from benchmarks.accuracy_per_byte.steps import Training, optimizer_for, rate_at, set_rate
+from benchmarks.accuracy_per_byte.subjects import TEXT
 from benchmarks.accuracy_per_byte.tasks import TASKS, initial_model, load
 from benchmarks.accuracy_per_byte.training import train
 from benchmarks.methods.top_k import CodedTopK
@@ -273,6 +274,22 @@ def test_the_table_has_the_best_rate_and_the_spread_of_its_seeds(tmp_path: Path)
     assert rows[1][:4] == ["nominated, 4 bit", "91.00 % (90.00–92.00)", "0.4", "3"]
     assert rows[2][0] == "dense" and "edge" in rows[2][2]
     assert (tmp_path / "README.md").read_text() == text and (tmp_path / "mnist.png").stat().st_size > 5000
+
+
+def test_a_table_has_every_exchange_into_every_optimizer(tmp_path: Path) -> None:
+    def losing(method: str, rate: float, loss: float) -> tuple[Run, Record]:
+        run = Run(Group("lm", 4, False, 300, method, METHODS[method].fixed_ratio or 60.0), rate, 0)
+        return run, {**best_at(rate, run), "acc": None, "loss": loss}
+
+    made = dict(losing("nominate4-muon", rate, loss) for rate, loss in ((0.1, 2.5), (0.2, 2.25), (0.4, 2.75)))
+    made |= dict([losing("dense", 0.2, 2.0), losing("sketch4-lion", 0.2, 3.0)])
+    text = report.write(made, tmp_path, TEXT)
+    assert "| into | dense | low rank, 4 bit | nominated, 4 bit | sketch, 4 bit | random, 4 bit |" in text
+    assert "| Muon beside AdamW | | | 2.250 (0.2) | | |" in text
+    assert "| Lion | | | | 3.000 (0.2, edge of the grid) | |" in text
+    assert "| nominated, 4 bit, Muon |" not in text, "only in the table of pairs"
+    without = report.write({run: record for run, record in made.items() if run.group.method == "dense"}, tmp_path, TEXT)
+    assert "| into |" not in without
 
 
 def test_the_plan_begins_with_what_matters_most() -> None:
