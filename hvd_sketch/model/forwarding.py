@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -79,7 +80,13 @@ class ForwardingOptimizer(torch.optim.Optimizer):
 
 
 class ExchangingOptimizer(ForwardingOptimizer):
-    """With what its exchange has to tell, and without parameters that would come later. Communication: none."""
+    """With what its exchange has to tell, and without parameters that would come later. Communication: none.
+
+    Attributes:
+        every: how many steps come to an exchange.
+    """
+
+    every = 1
 
     _transport: Transport
     _gradients: GradientExchange | TwoLevels
@@ -90,14 +97,17 @@ class ExchangingOptimizer(ForwardingOptimizer):
         """Refused: residuals and buffers are laid out at construction."""
         raise RuntimeError(f"parameters cannot be added to a {type(self).__name__}: {REWRAP}")
 
+    @cached_property
+    def _known(self) -> set[int]:
+        return set(map(id, self._parameters))
+
     def _unregistered(self) -> RuntimeError | None:
         """What is wrong where parameters came later."""
-        known = set(map(id, self._parameters))
         names = [
             f"parameter.{i}.{j}"
             for i, group in enumerate(self.param_groups)
             for j, parameter in enumerate(group["params"])
-            if parameter.requires_grad and id(parameter) not in known
+            if parameter.requires_grad and id(parameter) not in self._known
         ]
         if not names:
             return None
@@ -150,11 +160,6 @@ class ExchangingOptimizer(ForwardingOptimizer):
     def exchanges(self) -> int:
         """How many it has begun."""
         return self._gradients.step_number
-
-    @property
-    def every(self) -> int:
-        """How many steps come to an exchange."""
-        return 1
 
     def end_round(self) -> None:
         """What :func:`hvd_sketch.join` calls first: exchange what has not been yet.

@@ -85,6 +85,7 @@ class LocalSteps(LoggedOptimizer):
     Attributes:
         inner: the wrapped optimizer.
         outer: the outer one.
+        every: H.
 
     Raises:
         ValueError: on every rank: an optimizer that cannot be wrapped, arguments that cannot be followed, ranks that
@@ -133,7 +134,7 @@ class LocalSteps(LoggedOptimizer):
             self._named, compression, self._transport, check_every=check_every, max_skips=max_skips, make=self._make
         )
         self._write_to(outputs)
-        self._every, self._done = every, 0  # steps of this round
+        self.every, self._done = every, 0  # steps of this round
         where = {"device": start_device, "dtype": start_dtype}
         self._start = [torch.empty_like(p, **where) for p in self._parameters]  # type: ignore[arg-type]
         self._elements = sum(local(p).numel() for p in self._parameters)
@@ -158,7 +159,7 @@ class LocalSteps(LoggedOptimizer):
             self._unscale(scale)
             loss = self.inner.step() if closure is None else self.inner.step(closure)
         self._done += 1
-        if self._done == self._every:
+        if self._done == self.every:
             self.sync()
         else:
             self.ledger.begin_step()
@@ -205,11 +206,6 @@ class LocalSteps(LoggedOptimizer):
         Communication: collective at the end, all ranks.
         """
         return join(self)
-
-    @property
-    def every(self) -> int:
-        """H, the steps of a round."""
-        return self._every
 
     def end_round(self) -> None:
         """See :meth:`ExchangingOptimizer.end_round`: of a round that is under way. Communication: collective."""
@@ -261,7 +257,7 @@ class LocalSteps(LoggedOptimizer):
         with refused_together(self._transport, "take over a state"):
             if self._done:
                 raise ValueError(
-                    f"within a round, after {self._done} of {self._every} steps, every rank has parameters of its own: "
+                    f"within a round, after {self._done} of {self.every} steps, every rank has parameters of its own: "
                     "call sync() before, also before a state is saved that one rank loads for all"
                 )
         self._gradients.take_over_state(root_rank)
@@ -282,7 +278,7 @@ class LocalSteps(LoggedOptimizer):
         if consolidated and self._done:
             raise RuntimeError(
                 f"rank {self._transport.rank}: a consolidated state is that of all ranks, and {self._done} of "
-                f"{self._every} steps after an exchange they differ: call sync() on every rank before"
+                f"{self.every} steps after an exchange they differ: call sync() on every rank before"
             )
         start = [tensor.clone() for tensor in self._start] if self._done else []
         a_round = {"outer": self.outer.state_dict(), "done": self._done, "start": start}
@@ -301,8 +297,8 @@ class LocalSteps(LoggedOptimizer):
         a_round = SavedState(saved.entry(ROUND_KEY, Mapping), self._transport.rank)
         done = a_round.count("done")
         starts = a_round.entry("start", list)
-        if done >= self._every or len(starts) != (len(self._start) if done else 0):
-            a_round.refuse("done", f"below every={self._every}, with a start for each parameter", done)
+        if done >= self.every or len(starts) != (len(self._start) if done else 0):
+            a_round.refuse("done", f"below every={self.every}, with a start for each parameter", done)
         numbered = SavedState({f"start {number}": value for number, value in enumerate(starts)}, self._transport.rank)
         for number in range(len(starts)):
             numbered.tensor(f"start {number}", self._start[number])
@@ -320,7 +316,7 @@ class LocalSteps(LoggedOptimizer):
             start.copy_(value)
 
     def __repr__(self) -> str:
-        at = f"rank {self._transport.rank} of {self._transport.size}, every {self._every} steps"
+        at = f"rank {self._transport.rank} of {self._transport.size}, every {self.every} steps"
         return f"{type(self).__name__}({at}, {self._gradients!r},\n{self.inner!r},\nouter {self.outer!r})"
 
 
