@@ -16,7 +16,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.cost import Network, Shapes
 from hvd_sketch.measured_costs import CARRIERS
 
-COLUMNS = MOST_ROWS = 1000  # of the matrices of a model of which only the size is known
+LEAST_SIDE = 1000  # of the matrices of a model of which only the size is known; also how many of them, at most
 SCALES = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
@@ -43,10 +43,14 @@ def _with_unit(text: str, units: Mapping[str, float], expected: str, least: floa
 
 
 def shapes_of_size(dim: int) -> Shapes:
-    """Matrices of a thousand columns, and what is left over, with so many elements in all."""
-    whole, rest = divmod(dim // COLUMNS, MOST_ROWS)
-    last = dim % COLUMNS
-    return [(MOST_ROWS, COLUMNS)] * whole + [(rest, COLUMNS)] * (rest > 0) + [(last,)] * (last > 0)
+    """Square matrices of a thousand columns, and what is left over, with so many elements in all.
+
+    From 10^9 elements on the matrices grow, as those of models do, not their number.
+    """
+    side = max(LEAST_SIDE, math.isqrt(dim // LEAST_SIDE))
+    whole, rest = divmod(dim // side, side)
+    last = dim % side
+    return [(side, side)] * whole + [(rest, side)] * (rest > 0) + [(last,)] * (last > 0)
 
 
 def shapes_of_model(factory: str) -> Shapes:

@@ -131,6 +131,11 @@ def ranks_for_ratio(shapes: Sequence[tuple[int, ...]], ratio: float, bits: int) 
     ranks = [1] * len(sides)
     growing = sorted(range(len(sides)), key=lambda number: -entries[number] / costs[number])
     while growing:
+        # Rounds in which each gets one more, at once: with 10^12 entries there are thousands.
+        whole = min(left // sum(costs[number] for number in growing), *(min(sides[n]) - ranks[n] for n in growing))
+        for number in growing:
+            ranks[number] += whole
+            left -= whole * costs[number]
         still_growing = []
         for number in growing:
             if ranks[number] < min(sides[number]) and costs[number] <= left:

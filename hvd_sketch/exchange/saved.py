@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hvd_sketch.exchange.agreement import all_finite
 
-GO_ON = (
-    "The checkpoint is damaged, or of another configuration: load another one, or delete its 'hvd_sketch' entry to go "
-    "on with residuals of zero"
+WITHOUT_RESIDUALS = (
+    "to go on with residuals of zero, give load_checkpoint residuals=False, or delete a state_dict's 'hvd_sketch' entry"
 )
+GO_ON = f"The checkpoint is damaged, or of another configuration: load another one; {WITHOUT_RESIDUALS}"
 
 
 class SavedState:

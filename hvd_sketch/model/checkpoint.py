@@ -126,7 +126,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: str | Path, model: nn.Module, optimizer: DistributedOptimizer | LocalSteps, *, step: int | None = None
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: DistributedOptimizer | LocalSteps,
+    *,
+    step: int | None = None,
+    residuals: bool = True,
 ) -> Checkpoint | None:
     """Go on from the newest complete checkpoint of :func:`save_checkpoint`; afterwards no broadcast is needed.
 
@@ -137,6 +142,8 @@ def load_checkpoint(
         model: of the same names, shapes and dtypes as the one that was saved. Modified.
         optimizer: around the same parameters, with the same compression. Modified.
         step: of the checkpoint to load; None: the newest.
+        residuals: False: load the model and the wrapped optimizer alone, to go on with another compression. The
+            residuals, the momentum of the exchange and the ledger that were saved are left out.
 
     Returns:
         What was loaded; None, with nothing modified, where the directory has no complete checkpoint yet.
@@ -148,6 +155,7 @@ def load_checkpoint(
     Communication: collective, all ranks.
     """
     comm = _job_of(optimizer)
+    require_equal(comm, {"residuals": residuals}, "load a checkpoint")
     folder = _find(Path(directory), step, comm)
     if folder is None:
         return None
@@ -163,6 +171,8 @@ def load_checkpoint(
         _check_optimizer(path, optimizer, shared["class of optimizer"])
     with refused_together(comm, "load a checkpoint"):
         exchange = own["exchange"] if own is not None and has_own else shared["optimizer"][STATE_KEY]
+        if not residuals:
+            exchange = optimizer.state_dict()[STATE_KEY]
         try:
             inner = own.get("inner", {}) if own is not None else {}
             optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})

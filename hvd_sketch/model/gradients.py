@@ -15,7 +15,7 @@ from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
 from hvd_sketch.exchange.base import Exchange, Options
 from hvd_sketch.exchange.residual import ResidualExchange
-from hvd_sketch.exchange.saved import SavedState
+from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
@@ -300,8 +300,7 @@ class GradientExchange:
             at, (theirs, ours) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 f"the checkpoint was saved for other tensors: tensor {at} is {theirs} there and {ours} here. "
-                f"Build the optimizer with the same names, order and dense_below, or delete the checkpoint's "
-                f"'hvd_sketch' entry to go on without residuals"
+                f"Build the optimizer with the same names, order and dense_below; {WITHOUT_RESIDUALS}"
             )
         loads = [exchange.read_state(saved.entry(kind, Mapping)) for kind, exchange in self._by_kind().items()]
         if saved.has("ledger"):  # older states have none

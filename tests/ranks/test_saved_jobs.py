@@ -95,6 +95,39 @@ def test_another_number_of_ranks_goes_on_from_the_mean(after: int, tmp_path: Pat
         assert all(map(torch.equal, tensors, expected))
 
 
+def test_another_compression_goes_on_without_residuals(tmp_path: Path) -> None:
+    saved_job(tmp_path)
+
+    def load(transport: LocalTransport) -> bool:
+        job, as_saved = Job(transport, COMPRESSIONS["low rank"]), Job(transport, little(momentum=0.5))
+        with pytest.raises(ValueError, match="residuals=False"):
+            job.load(tmp_path)
+        loaded = job.load(tmp_path, residuals=False)
+        as_saved.load(tmp_path)
+        assert loaded is not None and (loaded.extra, loaded.own) == ({"saves": 1}, transport.rank)
+        *parameters, residual, velocity = job.tensors()
+        assert all(map(torch.equal, parameters, as_saved.model.parameters()))
+        moments = [
+            optimizer.state[optimizer.inner.param_groups[0]["params"][0]]["exp_avg_sq"]
+            for optimizer in (job.optimizer, as_saved.optimizer)
+        ]
+        assert torch.equal(*moments) and moments[0].any()
+        job.train(range(2, 4))
+        return not residual.any() and not velocity.any()
+
+    assert all(run_local(2, load, LIMIT_S))
+
+
+def test_ranks_agree_on_residuals(tmp_path: Path) -> None:
+    saved_job(tmp_path)
+
+    def load(transport: LocalTransport) -> None:
+        with pytest.raises(ValueError, match="residuals"):
+            Job(transport, little(momentum=0.5)).load(tmp_path, residuals=transport.rank == 0)
+
+    run_local(2, load, LIMIT_S)
+
+
 # --- complete or not there
 
 

@@ -268,8 +268,9 @@ def test_a_ratio_that_low_rank_cannot_reach_is_marked() -> None:
 
 
 def test_a_size_is_met_whatever_it_is() -> None:
-    for dim in (1, 999, 1000, 1001, 2_345_678):
-        assert sum(map(prod, shapes_of_size(dim))) == dim
+    for dim in (1, 999, 1000, 1001, 2_345_678, 10**12 + 1):
+        shapes = shapes_of_size(dim)
+        assert sum(map(prod, shapes)) == dim and len(shapes) <= 1002
 
 
 def test_a_figure_of_two_levels_counts_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
