@@ -5,7 +5,8 @@
 Every method trains the same model, with AdamW where its title names no other optimizer. "alone" exchanges nothing: what
 a network that costs nothing would give.
 A setting that has its record in the JSON file is not measured again. What loss each method reaches in as many steps:
-:mod:`benchmarks.language_model`.
+:mod:`benchmarks.language_model`. ``--plot`` draws that loss over the seconds of the training, where there is a record
+of one with as many hosts and as large a batch (of the task ``lm``: ``--hosts 4 --batch 4``, ``--hosts 8 --batch 2``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.accuracy_per_byte.__main__ import RESULTS
+from benchmarks.accuracy_per_byte.records import read
+from benchmarks.accuracy_per_byte.report import best_runs
 from benchmarks.accuracy_per_byte.tasks import TASKS
 from benchmarks.figures import Record, grouped, markdown
+from benchmarks.network import tokens_figure
 from benchmarks.network.lab import UNSHAPED, at_least, bits_per_s, network_parser, run_pending, status_of
 from benchmarks.network.records import Records
 from benchmarks.network.tokens_ranks import METHODS
@@ -28,7 +33,8 @@ WORLD = ("task", "batch", "transport", "hosts")
 
 def parse_arguments() -> argparse.Namespace:
     rates = (UNSHAPED, "1gbit", "100mbit")
-    parser = network_parser(__doc__ or "", "tokens", tuple(METHODS), rates, choices=METHODS)
+    told = "losses over the seconds of a training"
+    parser = network_parser(__doc__ or "", "tokens", tuple(METHODS), rates, plot=told, choices=METHODS)
     parser.set_defaults(transports=["torch"])
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with text/")
     texts = [name for name, task in TASKS.items() if task.adam and not task.begins_with]
@@ -97,9 +103,15 @@ def main() -> int:
     arguments = parse_arguments()
     records = Records(arguments.json)
     common = {name: getattr(arguments, name) for name in SETTING}
-    status = status_of(partial(run, arguments, common, records), records)
+    status = 0 if arguments.from_records else status_of(partial(run, arguments, common, records), records)
     if measured := [record for record in records.read() if common.items() <= record.items()]:
         print(table(measured))
+    if arguments.plot:
+        of_task = [record for record in records.read() if record["task"] == arguments.task]
+        best = best_runs(read(RESULTS))
+        if not tokens_figure.plot(of_task, best, arguments.plot):
+            sys.exit(f"--plot: no training of {arguments.task} with as many hosts and as large a batch is in {RESULTS}")
+        print(f"\n{tokens_figure.table(of_task, best)}")
     return status
 
 

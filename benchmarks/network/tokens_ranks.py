@@ -40,11 +40,14 @@ class Method:
         title: for people.
         wrap: makes the optimizer that exchanges, from AdamW or from one of its own. Communication: collective.
         every: steps from one exchange to the next; as many are timed, or a multiple.
+        trained: what it is among the records of :mod:`benchmarks.language_model`: method, and ratio of bytes. None:
+            it trains no one model.
     """
 
     title: str
     wrap: Callable[[torch.optim.Optimizer, nn.Module, Transport], Any]
     every: int = 1
+    trained: tuple[str, float] | None = None
 
 
 def _alone(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
@@ -85,15 +88,18 @@ def _rounds(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport
     return hvd_sketch.LocalSteps(inner, model.named_parameters(), compression, transport, every=EVERY)
 
 
+_OF_ROUNDS = EVERY * ROUNDS_RATIO
 METHODS = {
     "alone": Method("no exchange at all", _alone),
-    "allreduce": Method("dense, the library's allreduce, 32 bit", partial(_rival, "allreduce")),
-    "dense16": Method("dense, bf16", _dense16),
-    "powersgd": Method("PowerSGD of torch, rank 4, 32 bit", partial(_rival, "powersgd")),
-    "recommended": Method(f"`recommended`, {RATIO:g}x: PowerSGD of 4 bit", _recommended),
-    "nominate": Method(f"nominated, 4 bit, into LagAdamW, {RATIO:g}x", _nominated),
-    "random": Method(f"random, 4 bit, into SignSGD, {RATIO:g}x", _random),
-    "rounds": Method(f"`LocalSteps`, every {EVERY} steps, {ROUNDS_RATIO:g}x", _rounds, EVERY),
+    "allreduce": Method("dense, the library's allreduce, 32 bit", partial(_rival, "allreduce"), 1, ("dense", 1.0)),
+    "dense16": Method("dense, bf16", _dense16, 1, ("dense16", 2.0)),
+    "powersgd": Method("PowerSGD of torch, rank 4, 32 bit", partial(_rival, "powersgd"), 1, ("powersgd32", 15.0)),
+    "recommended": Method(f"`recommended`, {RATIO:g}x: PowerSGD of 4 bit", _recommended, 1, ("lowrank4", RATIO)),
+    "nominate": Method(f"nominated, 4 bit, into LagAdamW, {RATIO:g}x", _nominated, 1, ("nominate4-lag", RATIO)),
+    "random": Method(f"random, 4 bit, into SignSGD, {RATIO:g}x", _random, 1, ("random4-sign", RATIO)),
+    "rounds": Method(
+        f"`LocalSteps`, every {EVERY} steps, {ROUNDS_RATIO:g}x", _rounds, EVERY, ("lowrank4-rounds", _OF_ROUNDS)
+    ),
 }
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy_per_byte.methods import METHODS as TRAINED
+from benchmarks.accuracy_per_byte.records import Group
+from benchmarks.network import tokens_figure
 from benchmarks.network.tokens import table
+from benchmarks.network.tokens_ranks import METHODS
 from tests.support.harness import run_command
 from tests.support.labs import needs_lab
 
@@ -69,12 +73,40 @@ def test_the_table_tells_how_many_times_dense() -> None:
     assert "| dense, bf16 | 100 (1.0) | 2.0 |" in text and "| 450 (4.5) | 2.0 |" in text
 
 
+def test_losses_stand_over_the_seconds_of_their_training(tmp_path: Path) -> None:
+    speed = {"task": "lm", "batch": 4, "transport": "torch", "hosts": 4, "rate": "1gbit", "tokens": 1024}
+    records = [speed | {"method": "allreduce", "tokens_per_s": 512.0}, speed | {"method": "alone", "tokens_per_s": 9.0}]
+    best = {
+        Group("lm", workers, False, steps, method, ratio): [{"acc": None, "loss": loss, "diverged": False}]
+        for workers, steps, method, ratio, loss in [
+            (4, 1500, "dense", 1.0, 1.7),
+            (4, 300, "dense", 1.0, 2.3),
+            (8, 300, "dense", 1.0, 2.2),  # other hosts
+            (4, 300, "lowrank4", 60.0, 2.4),  # whose speed was not measured
+        ]
+    }
+    found = tokens_figure.points(records[0], best)
+    assert [(point.steps, point.seconds, *point.losses) for point in found] == [(300, 600, 2.3), (1500, 3000, 1.7)]
+    assert "| dense, the library's allreduce, 32 bit | 4 | 1500 | 1.700 | 3,000 |" in tokens_figure.table(records, best)
+    assert tokens_figure.plot(records, best, tmp_path / "figure.png") and (tmp_path / "figure.png").exists()
+    for other in ({"task": "wikitext"}, {"batch": 2}, {"hosts": 3}):
+        assert not tokens_figure.plot([records[0] | other], best, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_every_method_names_a_training_that_there_is() -> None:
+    for name, method in METHODS.items():
+        assert (method.trained is None) == (name == "alone")
+        assert method.trained is None or TRAINED[method.trained[0]].every == method.every
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ("--data-dir nowhere", "--data-dir expects a folder with text/, got nowhere"),
         ("--data-dir {data} --task finetune", "invalid choice: 'finetune'"),
         ("--data-dir {data} --hosts 1", "expected a whole number from 2 on, got '1'"),
+        ("--data-dir {data} --task lm --from-records --plot x.png --json no.json", "--plot: no training of lm"),
     ],
 )
 def test_mistakes_are_told(arguments: str, told: str, data_dir: Path) -> None:
