@@ -161,6 +161,11 @@ class ExchangingOptimizer(ForwardingOptimizer):
         """How many it has begun."""
         return self._gradients.step_number
 
+    @property
+    def last_exchange(self) -> int:
+        """When it began its last one, counted over those of all optimizers of this process; 0: none yet."""
+        return self._gradients.last_begun
+
     def end_round(self) -> None:
         """What :func:`hvd_sketch.join` calls first: exchange what has not been yet.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hvd_sketch.transport.grid import in_grid
 CHECK_EVERY = 100  # by default, how many steps go by between two comparisons of the ranks' parameters
 NOTHING_TO_REPORT = Report()
 logger = logging.getLogger(__name__)
+_order = count(1)  # of the steps of all optimizers of this process
 
 
 def shared_options(named: Sequence[NamedParameter], max_skips: int = 25, flags_per_parameter: int = 1) -> Options:
@@ -95,6 +96,7 @@ class GradientExchange:
         self._scale = transport.size if is_sum else 1
         self._makes_sparse = makes_sparse
         self._check_every = check_every
+        self.last_begun = 0  # among the steps of all optimizers of this process; 0: none yet
         self._begun = 0  # steps since construction or since a state was loaded
         self._were_equal = False  # the parameters, when they were last compared
         self._has_told = False  # that they never were
@@ -203,6 +205,7 @@ class GradientExchange:
     def _take_step(self, agreed: Agreed, packed: list[list[Tensor]]) -> None:
         self.active = agreed.active
         self._begun += 1
+        self.last_begun = next(_order)
         if agreed.goes_on:
             self._exchange(packed, agreed.used)
             return

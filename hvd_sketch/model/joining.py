@@ -39,13 +39,15 @@ def join(*optimizers: ExchangingOptimizer) -> Iterator[None]:
     Raises:
         TypeError: one of them is neither.
         ValueError: none is given, one twice, or ``every`` differs.
-        RuntimeError: at the end, on this rank: the optimizer of a block around this one was stepped inside.
+        RuntimeError: at the end, on this rank: the optimizer of a block around this one was stepped inside, or the loop
+            has stepped those that are given not once each, in this order.
 
     Communication: collective at the end, all ranks. An exception inside leaves the other ranks to their launcher.
     """
     _check(optimizers)
     around = [optimizer for block in _blocks.optimizers for optimizer in block]
     before = [optimizer.exchanges for optimizer in around]
+    own_before = [optimizer.exchanges for optimizer in optimizers]
     _blocks.optimizers.append(optimizers)
     try:
         yield
@@ -57,6 +59,9 @@ def join(*optimizers: ExchangingOptimizer) -> Iterator[None]:
             f"rank {rank} of {size}: an optimizer was stepped inside the join() of another one, and with blocks inside "
             "one another ranks that leave early do not step both: put the loop into 'with hvd_sketch.join(a, b):'"
         )
+    made = [optimizer.exchanges - first for optimizer, first in zip(optimizers, own_before, strict=True)]
+    if any(made):
+        _check_order(optimizers, made)
     _finish(optimizers)
 
 
@@ -73,6 +78,19 @@ def _check(optimizers: Sequence[object]) -> None:
             f"join() takes one or more different optimizers that exchange equally often, got {len(optimizers)} of "
             f"every={paces}: join those of a pace"
         )
+
+
+def _check_order(optimizers: Sequence[ExchangingOptimizer], made: Sequence[int]) -> None:
+    """What comes in another order than on ranks that step without data would be summed with what is not its own."""
+    stepped = sorted(range(len(optimizers)), key=lambda number: optimizers[number].last_exchange)
+    if stepped == sorted(stepped) and len(set(made)) == 1:
+        return
+    rank, size = optimizers[0].place
+    told = ", ".join(f"optimizer {number + 1} ({made[number]} exchanges)" for number in stepped)
+    raise RuntimeError(
+        f"rank {rank} of {size}: join() takes optimizers in the order in which the loop steps them, once each, but the "
+        f"loop has stepped {told}: name them in that order, and step each once for every batch"
+    )
 
 
 def _finish(optimizers: Sequence[ExchangingOptimizer]) -> None:

@@ -129,6 +129,11 @@ class TwoLevels:
         return self._inside.step_number
 
     @property
+    def last_begun(self) -> int:
+        """See :class:`~hvd_sketch.model.gradients.GradientExchange`."""
+        return self._inside.last_begun
+
+    @property
     def reset_coordinates(self) -> int:
         """See :class:`~hvd_sketch.model.gradients.GradientExchange`; 0 on ranks that keep no residual."""
         return self._between.reset_coordinates if self._between is not None else 0

@@ -120,6 +120,28 @@ def test_blocks_inside_one_another_are_refused_where_both_step() -> None:
         run_local(2, main, LIMIT_S)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("stepped", "told"),
+    [
+        ((1, 0), r"stepped optimizer 2 \((\d) exchanges\), optimizer 1 \(\1 exchanges\): name them in that order"),
+        ((0, 1, 1), "step each once for every batch"),
+        ((0,), "step each once for every batch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*has not been shown")
+def test_another_order_than_the_loops_is_refused(stepped: Sequence[int], told: str, every: int) -> None:
+    """The two layers have equal shapes: nobody else would notice."""
+
+    def main(transport: LocalTransport) -> None:
+        model = two_layers()
+        optimizers = wrapped(model, None, transport, (every, every))
+        with pytest.raises(RuntimeError, match=told), join(*optimizers):
+            train(model, [optimizers[number] for number in stepped], transport.rank, 4)
+
+    run_local(2, main, LIMIT_S)
+
+
 def test_what_cannot_be_joined_is_refused() -> None:
     def main(transport: LocalTransport) -> None:
         model = two_layers()
