@@ -99,6 +99,16 @@ class CommLedger:
     def begin_step(self) -> None:
         self._step += 1
 
+    def add_local_step(self, elements: int, dense_bytes: int) -> None:
+        """Add a training step that exchanges nothing, see :meth:`compare_with_dense`."""
+        self.begin_step()
+        self.compare_with_dense(elements, dense_bytes, 0)
+
+    def reopen_local_step(self, elements: int, dense_bytes: int) -> None:
+        """Take the last :meth:`add_local_step` back: an exchange follows it, and counts it again."""
+        self._step -= 1
+        self.compare_with_dense(-elements, -dense_bytes, 0)
+
     def record(
         self,
         phase: str,

@@ -33,7 +33,7 @@ class Flag(IntFlag):
     ARRIVED = 1  # a rank that has left by hvd.join() adds zeros
     NOT_FINITE = 2
     SCALED = 4  # a GradScaler judges this step, too, and looks for its scale by overflows
-    DONE = 8  # has run out of data and contributes nothing
+    DONE = 8  # has run out of data and contributes nothing; with HELD: has nothing new, but goes on
     FRESH = 16  # has neither made a step nor loaded a state
     REFUSED = 32  # cannot take this step
     HELD = 64  # its gradients are averaged already
@@ -57,6 +57,7 @@ class Report:
     finite: bool = True  # nothing of its gradient is NaN or infinite
     scaled: bool = False  # a GradScaler judges this step, too
     done: bool = False  # it has run out of data
+    idle: bool = False  # it has made no step since the last exchange: if all ranks say so, nothing is to be exchanged
     fresh: bool = False  # it has neither made a step nor loaded a state
     refusal: Exception | None = None  # what it raises because it cannot take this step
     held: bool = False  # its gradients are averaged already: if all ranks say so, nothing is to be exchanged
@@ -71,6 +72,7 @@ class Report:
             (not self.finite, Flag.NOT_FINITE),
             (self.scaled, Flag.SCALED),
             (self.done, Flag.DONE),
+            (self.idle, Flag.DONE | Flag.HELD),
             (self.fresh, Flag.FRESH),
             (self.refusal is not None, Flag.REFUSED),
             (self.held, Flag.HELD),
@@ -84,8 +86,8 @@ class Report:
 class Agreed:
     """What all ranks know before they go on with a step, equal on every rank."""
 
-    goes_on: bool  # False: all ranks skip the step, hold averaged gradients, or have run out of data
-    held: bool  # all ranks hold averaged gradients
+    goes_on: bool  # False: all ranks skip the step, have nothing to exchange, or have run out of data
+    held: bool  # all ranks that have data hold averaged gradients, or have nothing new
     active: tuple[int, ...]  # the ranks that still have data
     used: tuple[bool, ...]  # for each parameter whether any rank has a gradient of it
     compared: bool  # every rank has made a digest of its parameters
@@ -143,7 +145,7 @@ class StepAgreement:
         return Agreed(
             goes_on=self._judge(every),
             held=held,
-            active=tuple(every.not_saying(Flag.DONE)),
+            active=tuple(every.having_data()),
             used=self._counters.read(counters),
             compared=compared,
             drifted=compared and bool((every.digests != every.digests[0]).any()),
@@ -209,6 +211,10 @@ class _Words:
         """The ranks that set none of some flags."""
         return np.flatnonzero(self.flags & int(flags) == 0).tolist()
 
+    def having_data(self) -> list[int]:
+        """The ranks that have not run out of data."""
+        return np.flatnonzero(self.flags & int(Flag.DONE | Flag.HELD) != int(Flag.DONE)).tolist()
+
 
 class _Counters:
     """One counter for each parameter, packed into int64 words: a sum over ranks overflows none."""
@@ -254,15 +260,16 @@ def _check_joined(comm: Transport, every: _Words) -> None:
 
 
 def _all_hold(every: _Words) -> bool:
-    """Whether all ranks that have data hold averaged gradients. Raises where some do."""
-    holding, others = every.saying(Flag.HELD), every.not_saying(Flag.HELD | Flag.DONE)
+    """Whether all ranks that have data hold averaged gradients, or have nothing new. Raises where some hold some."""
+    others = every.not_saying(Flag.HELD | Flag.DONE)
+    holding = [rank for rank in every.saying(Flag.HELD) if rank not in every.saying(Flag.DONE)]
     if holding and others:
         raise RuntimeError(
             f"{name_ranks(holding)} came to this exchange with gradients that synchronize() has averaged, "
             f"{name_ranks(others)} with others: call synchronize(), zero_grad(), backward() and step() in the same "
             "order on every rank, and step() inside skip_synchronize() after synchronize()"
         )
-    return bool(holding)
+    return bool(every.saying(Flag.HELD)) and not others
 
 
 def _state_root(every: _Words) -> int | None:

@@ -163,7 +163,7 @@ class Exchange(ABC):
 
         Communication: collective.
         """
-        may_take_no_step = report.done or report.held
+        may_take_no_step = report.done or report.held or report.idle
         if not may_take_no_step:
             self.ledger.begin_step()
         report = replace(report, fresh=self._is_fresh, loaded=self._loaded)

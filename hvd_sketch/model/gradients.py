@@ -65,7 +65,7 @@ class GradientExchange:
         ledger: of both exchanges.
         active: the ranks that had data in the last step.
         is_over: all ranks had run out of data in the last call of :meth:`average`.
-        is_held: all ranks held averaged gradients then.
+        is_held: all ranks that had data held averaged gradients then, or had nothing new.
         shard_ranks: those that hold the other shards of the parameters.
 
     Communication: the constructor, :meth:`average`, :meth:`take_over_state` and ``state_dict(consolidated=True)`` are
@@ -148,8 +148,9 @@ class GradientExchange:
         ranks.
 
         Args:
-            report: what the caller knows of this rank. Where it says ``held`` on all ranks nothing is exchanged, and
-                True is returned. Where it says ``done``, only what is left in this rank's residual takes part.
+            report: what the caller knows of this rank. Where it says ``held`` on all ranks, or ``idle``, nothing is
+                exchanged, and True is returned. Where it says ``done`` or ``idle``, only what is left in this rank's
+                residual takes part.
             inverse_scale: see :meth:`FlatParameters.pack`; may differ between ranks.
             is_behind: this rank's parameters are not those of the others, because it has run out of data.
 
@@ -157,24 +158,25 @@ class GradientExchange:
             RuntimeError: on every rank: see ``StepAgreement.agree``; or the ranks' parameters have drifted apart. Where
                 they never were equal, rank 0 warns.
         """
-        if report.done:
+        has_nothing = report.done or report.idle
+        if has_nothing:
             for _, parameter in self._named:
                 parameter.grad = None
         packed: list[list[Tensor]] = []
         sums: Tensor | None = None  # checksums of the parameters
         try:
             with self.ledger.observer.span(Kind.LOCAL, "pack"):
-                packed = [] if report.held else self._pack(inverse_scale, report.done or is_behind)
+                packed = [] if report.held else self._pack(inverse_scale, has_nothing or is_behind)
             finite = report.finite and all_finite([values for slices in packed for values in slices])
             report = replace(report, finite=finite)
-            if self._check_is_due() and not (report.done or report.held or is_behind):
+            if self._check_is_due() and not (has_nothing or report.held or is_behind):
                 sums = checksums([parameter for _, parameter in self._named])
                 report = replace(report, digest=digest(sums))
         except (RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
         report = self.shard_ranks.agree(replace(report, used=self._flags()))
         # A rank without data uses nothing, but offers what is left in its residual.
-        own_unused = () if report.done else self._routes[0].used(report.used)[1]
+        own_unused = () if has_nothing else self._routes[0].used(report.used)[1]
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:

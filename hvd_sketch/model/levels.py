@@ -109,7 +109,7 @@ class TwoLevels:
         self.shard_ranks = ShardRanks(())
         self.skipped_steps = 0
         self._had_data = True  # in the last step
-        self._is_over = False
+        self._is_over = self.is_held = False
         # Here and not as a decorator, for the reason in GradientExchange.
         self.average = torch.compiler.disable(self.average)  # type: ignore[method-assign]
 
@@ -152,7 +152,7 @@ class TwoLevels:
             raise refusal
         else:
             outcome = self._follow()
-        self._is_over = outcome == Outcome.OVER
+        self._is_over, self.is_held = outcome == Outcome.OVER, outcome == Outcome.HELD
         if outcome in (Outcome.SKIPPED, Outcome.AVERAGED):
             self._had_data = not report.done
         return outcome in (Outcome.AVERAGED, Outcome.HELD)

@@ -159,16 +159,16 @@ class LocalSteps(LoggedOptimizer):
             self._unscale(scale)
             loss = self.inner.step() if closure is None else self.inner.step(closure)
         self._done += 1
+        self.ledger.add_local_step(self._elements, self._dense_bytes)
         if self._done == self.every:
             self.sync()
-        else:
-            self.ledger.begin_step()
-            self.ledger.compare_with_dense(self._elements, self._dense_bytes, 0)
         return loss
 
     @torch.no_grad()
     def sync(self) -> bool:
         """End a round now: exchange the differences, and step the outer optimizer. ``p.grad`` is None afterwards.
+
+        Where no rank has stepped since the last exchange, nothing changes but ``p.grad``.
 
         Returns:
             Whether the round counts. False: it was thrown away.
@@ -179,23 +179,31 @@ class LocalSteps(LoggedOptimizer):
 
         Communication: collective, all ranks.
         """
-        if self._done == 0:
-            self._remember_start()
-        observer, report = self.ledger.observer, Report(refusal=self._unregistered())
+        idle = self._done == 0
+        observer, report = self.ledger.observer, Report(idle=idle, refusal=self._unregistered())
+        if not idle:
+            self.ledger.reopen_local_step(self._elements, self._dense_bytes)
         with observer.span(Kind.EXCHANGE, "exchange"):
-            with observer.span(Kind.LOCAL, "differences"):
-                self._go_back()
-            is_finite = all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
+            if not idle:
+                with observer.span(Kind.LOCAL, "differences"):
+                    self._go_back()
+            is_finite = idle or all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
             counts = self._gradients.average(report)
-        observer.end_step(self._gradients.step_number - 1, counts)
-        if counts:
-            self.outer.step()
-        elif not is_finite:
-            self._begin_anew()
+        if not self._gradients.is_held:
+            observer.end_step(self._gradients.step_number - 1, counts)
+            self._step_outer(idle, is_finite, counts)
         self._done = 0
         for parameter in self._parameters:
             parameter.grad = None
         return counts
+
+    def _step_outer(self, idle: bool, is_finite: bool, counts: bool) -> None:
+        if idle:
+            self._remember_start()  # the others are back at theirs, in ``start_dtype``
+        if counts:
+            self.outer.step()
+        elif not is_finite:
+            self._begin_anew()
 
     def join(self) -> AbstractContextManager[None]:
         """Ranks with different numbers of batches; see :meth:`hvd_sketch.DistributedOptimizer.join`.

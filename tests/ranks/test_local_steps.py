@@ -134,6 +134,61 @@ def test_bytes_count_per_training_step() -> None:
     assert optimizer.ledger.compression_ratio() == pytest.approx(8 * each.ledger.compression_ratio(), rel=0.01)
 
 
+@pytest.mark.parametrize("sync_every", [1, 2, 3, 4, 8])
+def test_bytes_count_per_training_step_also_where_rounds_end_early(sync_every: int) -> None:
+    model = network()
+    optimizer = wrap(local_transports(1)[0], model, None, every=4)
+    for step in range(16):
+        train(model, optimizer, 0, range(step, step + 1))
+        if step % sync_every == sync_every - 1:
+            optimizer.sync()
+    done = exchanges = 0
+    for step in range(16):
+        done += 1
+        if done == 4 or step % sync_every == sync_every - 1:
+            done, exchanges = 0, exchanges + 1
+    assert optimizer.exchanges == exchanges and optimizer.ledger.totals().steps == 16
+    assert optimizer.ledger.compression_ratio() == pytest.approx(16 / exchanges, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_between_rounds_sync_does_nothing(ranks: int) -> None:
+    def main(transport: LocalTransport) -> bool:
+        model = network()
+        optimizer = wrap(transport, model, COMPRESSIONS["low rank"], every=2, start_dtype=torch.bfloat16)
+        assert optimizer.sync()
+        train(model, optimizer, transport.rank, range(4))
+        before, sent, ratio = flat(model.parameters()), optimizer.exchanges, optimizer.ledger.compression_ratio()
+        backward(model, transport.rank, 5)
+        assert optimizer.sync() and optimizer.sync() and optimizer.exchanges == sent == 2
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert optimizer.ledger.totals().steps == 4 and optimizer.ledger.compression_ratio() > 0.9 * ratio
+        return torch.equal(flat(model.parameters()), before)
+
+    assert all(run_local(ranks, main, LIMIT_S))
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+@pytest.mark.parametrize("start_dtype", [None, torch.bfloat16])
+def test_sync_waits_for_ranks_that_have_stepped_since(name: str, start_dtype: torch.dtype | None) -> None:
+    """Rank 0 ends with a round; what the others did afterwards is exchanged, too, and ranks in join() go on."""
+
+    def main(transport: LocalTransport) -> tuple[Tensor, int]:
+        model = network()
+        optimizer = wrap(transport, model, COMPRESSIONS[name], every=3, start_dtype=start_dtype)
+        train(model, optimizer, transport.rank, range([3, 4, 5][transport.rank]))
+        assert optimizer.sync()
+        equal = flat(model.parameters())
+        with optimizer.join():
+            for round_ in range(3 if transport.rank else 1):
+                train(model, optimizer, transport.rank, range(10 + 3 * round_, 13 + 3 * round_))
+                optimizer.sync()  # where rank 0 has left, it must not take the others for out of data
+        return torch.cat([equal, flat(model.parameters())]), optimizer.exchanges
+
+    results = run_local(3, main, LIMIT_S)
+    assert all(torch.equal(values, results[0][0]) and exchanges == 5 for values, exchanges in results)
+
+
 # --- what goes wrong
 
 
