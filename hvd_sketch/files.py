@@ -91,6 +91,13 @@ def flush_folder(folder: Path) -> None:
         _flush(folder)
 
 
+def require_other(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write over a file that is read. Raises ValueError."""
+    same = [path for path in inputs if output.exists() and path.exists() and output.samefile(path)]
+    if same:
+        raise ValueError(f"--output {output} is one of the files that are read, and would replace it: name another one")
+
+
 def _flush(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:

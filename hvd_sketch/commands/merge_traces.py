@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_sketch.files import replaced
+from hvd_sketch.files import replaced, require_other
 from hvd_sketch.logs.trace import PERIOD_NS
 
 START_OF_HOROVOD = "start_time_since_epoch_in_micros"
 Event = dict[str, Any]
+# What it raises to read a file of another kind, or a damaged one.
+NOT_A_TRACE = (AttributeError, EOFError, KeyError, RecursionError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
 
 
 def merge_traces(paths: Sequence[Path], output: Path) -> dict[str, Any]:
@@ -27,15 +30,22 @@ def merge_traces(paths: Sequence[Path], output: Path) -> dict[str, Any]:
         What was written, for JSON: the trace, and how many events of how many processes it has.
 
     Raises:
-        ValueError: a file is no such trace.
+        ValueError: a file is no such trace; the output is one of them.
         OSError: the file could not be written.
     """
+    require_other(output, paths)
     merged: list[Event] = []
     processes: dict[tuple[Path, Any], int] = {}
     for path in paths:
-        for event in _events(path):
-            number = processes.setdefault((path, event.get("pid")), len(processes))
-            merged.append({**event, "pid": number, **_told_apart(event, path)})
+        try:
+            for event in _events(path):
+                number = processes.setdefault((path, event.get("pid")), len(processes))
+                merged.append({**event, "pid": number, **_told_apart(event, path)})
+        except NOT_A_TRACE as error:
+            raise ValueError(
+                f"{path} is no trace ({error}): expected what DistributedOptimizer(trace=…), torch's profiler, or "
+                "HOROVOD_TIMELINE writes"
+            ) from error
     with replaced(output) as draft:
         draft.write_text(json.dumps({"traceEvents": merged, "displayTimeUnit": "ms"}, separators=(",", ":")))
     return {"trace": str(output), "events": len(merged), "processes": len(processes)}
@@ -58,16 +68,10 @@ def _told_apart(event: Event, path: Path) -> Event:
 
 def _events(path: Path) -> Iterator[Event]:
     """The events of a trace, their times in microseconds since the start of a period; see ``logs/trace.py``."""
-    try:
-        data = path.read_bytes()
-        trace = _parsed((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
-        events = trace["traceEvents"] if isinstance(trace, dict) else trace
-        starts = [event["args"][START_OF_HOROVOD] for event in events if START_OF_HOROVOD in event.get("args", {})]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no trace ({error}): expected what DistributedOptimizer(trace=…), torch's profiler, or "
-            "HOROVOD_TIMELINE writes"
-        ) from error
+    data = path.read_bytes()
+    trace = _parsed((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
+    events = trace["traceEvents"] if isinstance(trace, dict) else trace
+    starts = [event["args"][START_OF_HOROVOD] for event in events if START_OF_HOROVOD in event.get("args", {})]
     base_us = trace.get("baseTimeNanoseconds", 0) / 1000 if isinstance(trace, dict) else 0
     shift_us = (starts[0] if starts else base_us) % (PERIOD_NS / 1000)
     for event in events:

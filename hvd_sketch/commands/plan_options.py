@@ -69,7 +69,7 @@ def shapes_of_model(factory: str) -> Shapes:
     try:
         model = getattr(importlib.import_module(module), name)()
         tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    except Exception as error:  # the user's own code raises whatever it likes
+    except (Exception, SystemExit) as error:  # the user's own code raises whatever it likes
         raise ValueError(
             f"--model {factory} made no model ({type(error).__name__}: {error}): expected package.module:function"
         ) from error

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hvd_sketch.commands.plan import told_bytes
-from hvd_sketch.files import replaced
+from hvd_sketch.files import replaced, require_other
 from hvd_sketch.report.charts import charts
 from hvd_sketch.report.page import page
-from hvd_sketch.report.runs import Run, read_run
+from hvd_sketch.report.runs import Run, logs_of, read_run
 from hvd_sketch.report.tables import configuration, figures, summary
 
 
@@ -25,13 +25,14 @@ def write_report(paths: Sequence[Path], output: Path) -> dict[str, Any]:
         What was written, for JSON: the page, its size in bytes, and the figures of each run.
 
     Raises:
-        ValueError: a file is no log; Plotly is not installed.
+        ValueError: a file is no log; Plotly is not installed; the page would replace a log.
         OSError: the page could not be written.
     """
     try:
         from plotly.offline import get_plotlyjs  # not before: few have it
     except ImportError as error:
         raise ValueError("hvd-sketch report needs Plotly: pip install 'hvd_sketch[report]'") from error
+    require_other(output, [log for path in paths for log in logs_of(path).values()])
     runs = read_runs(paths)
     names = [run.name for run in runs]
     text = page(", ".join(names), [summary(runs), configuration(runs)], charts(runs), names, get_plotlyjs())

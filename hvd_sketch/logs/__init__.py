@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ def outputs_of(
     Raises:
         OSError: nothing can be written in such a place.
         TypeError: a place is no path.
-        ValueError: TensorBoard is not installed.
+        ValueError: TensorBoard is not installed; two places are the same.
 
     Communication: none.
     """
     rank, size = transport.rank, transport.size
     outputs: list[Output] = []
+    places = [Path(place).absolute() for place in (log, trace, tensorboard) if place is not None]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            f"log, trace and tensorboard must be different places, got {log!s}, {trace!s}, {tensorboard!s}"
+        )
     if log is not None:
         make_folder_of(log)
         of_rank = {"rank": rank, "size": size, "transport": type(transport).__name__}

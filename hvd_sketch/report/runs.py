@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from hvd_sketch.logs.run_log import FORMAT
 
 STARTED_WITHIN_S = 600.0  # ranks of a run, by the clocks of their hosts
+NUMBERS = ("step", "steps", "time_s", "step_s", "longest_s", "exchange_s", "dense_bytes", "skipped")  # of every line
 OF_RANK = {"rank", "started", "hvd_sketch", "torch"}  # entries of a first line that ranks may have each for themselves
 logger = logging.getLogger(__name__)
 
@@ -121,9 +123,9 @@ def read_run(path: Path, name: str) -> Run:
     Of a run that went on from a checkpoint, what was trained again counts as the last time.
 
     Raises:
-        ValueError: the file is no log, or has no step.
+        ValueError: the file is no log, or has no step; a line is not as it was written.
     """
-    logs = {0: path} | {rank: other for other in path.parent.iterdir() if (rank := _rank_of(other, path)) is not None}
+    logs = logs_of(path)
     about, own = _read_lines(path)
     if not own:
         raise ValueError(f"{path} has no step: expected a log of DistributedOptimizer")
@@ -133,6 +135,11 @@ def read_run(path: Path, name: str) -> Run:
         if rank < about["size"] and lines and _is_of_run(logs[rank], its_about, about):
             every[rank] = lines
     return _put_together(name, about, every)
+
+
+def logs_of(path: Path) -> dict[int, Path]:
+    """By rank the logs of a run: rank 0's, and those beside it."""
+    return {0: path} | {rank: other for other in path.parent.iterdir() if (rank := _rank_of(other, path)) is not None}
 
 
 def _is_of_run(path: Path, about: Mapping[str, Any], of_first: Mapping[str, Any]) -> bool:
@@ -167,10 +174,12 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(text)
-        except ValueError:
+        except (RecursionError, ValueError):
             continue  # cut short by a kill
         if not isinstance(record, dict):
             continue
+        if not _is_as_written(record):
+            raise ValueError(f"{path} has a line that DistributedOptimizer(log=…) has not written so: {text:.200}")
         if "run" in record:
             about, before_s = record, max((line["time_s"] for line in lines.values()), default=0.0)
         elif "step" in record:
@@ -186,6 +195,29 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
             f"{FORMAT}, found {about.get('run', 'another')}"
         )
     return about, lines
+
+
+def _is_as_written(record: Mapping[str, Any]) -> bool:
+    """Whether a line has what is read of its kind."""
+    if "run" in record:
+        return record["run"] != FORMAT or type(record.get("size")) is int
+    values, phases = record.get("values", {}), record.get("phases", {})
+    if not isinstance(values, dict) or not all(value is None or _is_number(value) for value in values.values()):
+        return False
+    if "step" not in record:
+        return True
+    measured = [record[name] for name in ("residual_norm", "captured") if record.get(name) is not None]
+    return (
+        all(_is_number(record.get(name)) for name in NUMBERS)
+        and {"values", "phases"} <= record.keys()
+        and isinstance(phases, dict)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in phases.values())
+        and all(map(_is_number, measured))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def _put_together(name: str, about: Mapping[str, Any], logs: Mapping[int, Lines]) -> Run:

@@ -305,3 +305,8 @@ def test_the_log_of_local_steps_goes_on_within_a_round(tmp_path: Path) -> None:
     run = read_run(path, "run")
     assert run.step.tolist() == [0, 1, 2]
     assert run.values["step"].values.tolist() == [4.5, 6.5, 9.5]  # of 4 and 5, after exchange 0; 6 and 7; 8 to 11
+
+
+def test_log_and_trace_in_one_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be different places"):
+        wrapped(alone(), log=tmp_path / "run.jsonl", trace=f"{tmp_path}/run.jsonl")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,3 +77,29 @@ def test_a_file_that_cannot_be_written_exits_with_2(arguments: list[str], tmp_pa
     trace.write_text(json.dumps({"traceEvents": [{"ph": "X", "name": "step", "ts": 0, "dur": 1, "pid": 0, "tid": 0}]}))
     status, text = run(*(each.format(log=log, trace=trace, folder=tmp_path) for each in arguments))
     assert status == 2 and "No such file or directory" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("time.json", b'[{"ts": "5", "pid": 1}]'),
+        ("pid.json", b'[{"ts": 5, "pid": [1]}]'),
+        ("base.json", b'{"traceEvents": [{"ts": 1, "pid": 1}], "baseTimeNanoseconds": null}'),
+        ("name.json", b'[{"name": "process_name", "args": ["name"], "pid": 1}]'),
+        ("deep.json", b"[" * 100_000),
+        ("short.json.gz", gzip.compress(b"[" + b'{"ts": 1},' * 500)[:40]),
+        ("other.json.gz", b"[]"),
+        ("damaged.json.gz", gzip.compress(random.Random(0).randbytes(1000))[:300] + b"\xff" * 50),
+    ],
+)
+def test_what_is_no_trace_is_refused_with_its_name(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    status, text = run("merge-traces", str(tmp_path / name), "--output", str(tmp_path / "merged.json"))
+    assert status == 2 and f"{name}isnotrace" in re.sub(r"[│\s]+", "", text), text
+
+
+def test_a_trace_is_not_written_over(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    trace.write_text("[]")
+    status, text = run("merge-traces", str(trace), "--output", str(trace))
+    assert status == 2 and "would replace it" in re.sub(r"[│\s]+", " ", text) and trace.read_text() == "[]"

@@ -222,6 +222,37 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     assert report(tmp_path / "nowhere.jsonl")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ("steps", "phases", "values", "time_s")),
+        {"step": "x"},
+        {"step_s": float("nan")},
+        {"phases": {"left": [1]}},
+        {"values": [1]},
+        {"values": {"loss": "abc"}},
+        {"captured": "much"},
+    ],
+)
+def test_a_line_that_nobody_wrote_is_refused_with_its_file(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    write_long_run(path, 5, 1)
+    lines = path.read_text().splitlines()
+    changed = {name: value for name, value in {**json.loads(lines[3]), **change}.items() if value is not None}
+    path.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]))
+    status, output = report(path, "--output", tmp_path / "report.html")
+    assert status == 2 and "has a line that" in output and "run.jsonl" in output, output
+
+
+def test_a_log_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    write_long_run(path, 5, 2)
+    for output in (path, tmp_path / "run.rank1.jsonl", tmp_path / "." / "run.jsonl"):
+        before = output.read_bytes()
+        status, told = report(path, "--output", output)
+        assert status == 2 and "would replace it" in told and output.read_bytes() == before
+
+
 def test_a_missing_library_is_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     status, output = report(log)
