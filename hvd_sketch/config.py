@@ -146,7 +146,9 @@ class SketchConfig:
         """The configuration whose steps send a ``ratio``-th of a dense ring allreduce, every byte counted.
 
         With a table, half of the bytes go to it. Nominations are taken to be distinct: where ranks name the same
-        coordinates, fewer bytes are sent.
+        coordinates, fewer bytes are sent. With ``oversample`` above 1 the largest of several candidates are looked for
+        by histograms, of which one is counted: the first steps take more, and with a k below some hundred most steps.
+        Of HEAVYMIX all that may be needed are counted; steps with few heavy coordinates send less.
 
         Args:
             ratio: bytes of the dense ring over ours, above 0: what ``CommLedger.compression_ratio`` then says of these

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels.reference import packed_bytes
-from hvd_sketch.kernels.selection import histogram_bins
+from hvd_sketch.kernels.selection import histogram_bins, looks
 from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.rank_grid import MESSAGE_BYTES, grid_of, is_grid, passes
 
@@ -116,9 +116,11 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
     if settings.candidates == "nominate":
         named = ranks * ceil_div(count, ranks)
         return codes + named * position_bytes(dim * ranks / named)
-    counted_together = settings.chooses or settings.candidates == "heavymix"
-    histogram = _histogram_bytes(count, ranks) if counted_together else 0
-    return codes + count * position_bytes(dim / count) + histogram
+    histograms = _histogram_bytes(count, ranks) if settings.chooses else 0.0  # one: where it begins is expected
+    if settings.candidates == "heavymix":
+        norm = 8 * settings.rows * ranks * _passes("allgather", 8 * settings.rows * ranks, ranks)
+        histograms = norm + looks(count) * _histogram_bytes(count, ranks)
+    return codes + count * position_bytes(dim / count) + histograms
 
 
 def _values_bytes(settings: Settings, count: int, ranks: int) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.reference import MAGNITUDE_MASK
 
@@ -55,6 +56,12 @@ def histogram_bins(count: int) -> int:
     There a histogram of twice as many bins costs the bytes that it saves in values beyond ``count``.
     """
     return 1 << min(max((count.bit_length() + 3) // 2, 4), 11)
+
+
+def looks(count: int) -> int:
+    """How many histograms :func:`search` takes where it has no lower bound and few values are equal."""
+    exponent_bits = MAGNITUDE_BITS - (OCTAVE.bit_length() - 1)
+    return 1 + ceil_div(exponent_bits, histogram_bins(count).bit_length() - 1)
 
 
 def search(look: Look, count: int, lower_bound: int = 0, exact: bool = False) -> Threshold:

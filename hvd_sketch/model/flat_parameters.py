@@ -57,6 +57,12 @@ class FlatParameters:
         # Kept over the steps: at 25 M coordinates, 2 threads, filling a fresh buffer took 88 ms, this one 19.
         self._buffers: list[Tensor | None] = [None] * len(self.slices)
 
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """The dtype of 16 bits that all parameters have, in which their gradients travel without a loss."""
+        (dtype, *others) = {parameter.dtype for parameter in self.parameters}
+        return dtype if dtype.itemsize == 2 and not others else None
+
     def limits(self, scale: float = 1.0) -> Limits:
         """How large an element of the vector may be so that ``scale`` times it fits its parameter's dtype."""
         most = torch.finfo(self.dtype).max

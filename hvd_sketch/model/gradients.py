@@ -53,7 +53,7 @@ class GradientExchange:
         named: the parameters; equal on all ranks. Of DTensors the local shards are exchanged.
         config: how to compress; None: everything goes dense, without momentum.
         transport: this rank's end of the network.
-        wire_dtype: what the dense exchange sends; None: the dtype of its vector.
+        wire_dtype: what the dense exchange sends; None: see :meth:`Route.build`.
         is_sum: the gradients become sums over the ranks, not means.
         makes_sparse: where a rank's gradient is sparse, ``p.grad`` becomes a sparse tensor of rows on all ranks.
         check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.

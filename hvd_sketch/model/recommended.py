@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import floor, prod
+from collections.abc import Iterable, Sequence
+from math import floor
 from typing import Literal
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_sketch.checks import check_choice, check_integer, check_positive
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.matrices import factor_bytes, within_bytes
+from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.model.parameters import FLAT_FACTOR, NamedParameter, is_dense
 from hvd_sketch.shards import local
 from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
@@ -58,10 +59,10 @@ def recommended(
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.
-        ratio: bytes of a dense ring allreduce of the tensors that are compressed, over those to be sent for them; every
-            byte counts, also of the agreement before a step. With low rank it is the whole model's. Beside coordinates
-            small tensors go dense, and the whole model's ratio is lower: of N elements, n of them compressed,
-            ``N / (n / ratio + N - n)``. It is what ``ledger.compression_ratio()`` says.
+        ratio: bytes of a dense ring allreduce of the tensors that are compressed, in their own dtypes, over those to be
+            sent for them; every byte counts, also of the agreement before a step. With low rank it is the whole
+            model's. Beside coordinates small tensors go dense, and the whole model's ratio is lower: of N elements, n
+            of them compressed, ``N / (n / ratio + N - n)``. It is what ``ledger.compression_ratio()`` says.
         ranks: how many there will be.
         optimizer: the one that is wrapped; ``"muon"`` is ``torch.optim.Muon``, ``"signsgd"`` is
             :class:`~hvd_sketch.optim.SignSGD`.
@@ -83,19 +84,18 @@ def recommended(
             f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
             "(compression=None)"
         )
-    large_dim = sum(local(tensor).numel() for tensor in large)
     if optimizer == "signsgd":
-        return _coordinates(ratio, large_dim, ranks, "random", residual_decay=RESIDUAL_DECAY)
+        return _coordinates(ratio, large, ranks, "random", residual_decay=RESIDUAL_DECAY)
     shapes = [tuple(local(tensor).shape) for tensor in tensors]
-    dim = sum(map(prod, shapes))
     agreement, bits = agreement_bytes(ranks, len(tensors)), LowRankConfig.value_bits
-    low_rank = within_bytes(shapes, DENSE_BYTES * dim / ratio - agreement, ranks, bits)
+    dense = _dense_bytes(tensors)
+    low_rank = within_bytes(shapes, dense / ratio - agreement, ranks, bits)
     if low_rank is not None:
         return low_rank
     if optimizer == "sgd":
-        return _coordinates(ratio, large_dim, ranks, "nominate")
+        return _coordinates(ratio, large, ranks, "nominate")
     least = factor_bytes(shapes, LowRankConfig(rank=1), ranks) + agreement
-    highest = floor(1000 * DENSE_BYTES * dim / least) / 1000
+    highest = floor(1000 * dense / least) / 1000
     raise ValueError(
         f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "
         f"coordinates: the highest ratio possible is {highest}. Lower the ratio, or wrap SignSGD "
@@ -103,6 +103,15 @@ def recommended(
     )
 
 
-def _coordinates(ratio: float, dim: int, ranks: int, candidates: str, residual_decay: float = 1.0) -> SketchConfig:
+def _coordinates(
+    ratio: float, tensors: Sequence[Tensor], ranks: int, candidates: str, residual_decay: float = 1.0
+) -> SketchConfig:
+    dim = sum(local(tensor).numel() for tensor in tensors)
     options = {"candidates": candidates, "residual_decay": residual_decay, "dense_below": DENSE_BELOW}
-    return SketchConfig.for_wire_ratio(ratio, dim, ranks, **options)
+    in_float32 = ratio * DENSE_BYTES * dim / max(_dense_bytes(tensors), 1)
+    return SketchConfig.for_wire_ratio(in_float32, dim, ranks, **options)
+
+
+def _dense_bytes(tensors: Sequence[Tensor]) -> int:
+    """Of a ring allreduce of tensors in their own dtypes."""
+    return RING_PASSES["allreduce"] * sum(local(tensor).nbytes for tensor in tensors)

@@ -70,7 +70,8 @@ class Route:
             transport: this rank's end of the network.
             options: what both exchanges of a model share.
             scale: the update is multiplied by it afterwards, and must then fit the parameters' dtypes.
-            wire_dtype: what a dense exchange sends; None: the dtype of its vector.
+            wire_dtype: what a dense exchange sends; None: without ``config`` the parameters' own dtype if all have one
+                of 16 bits, otherwise the dtype of its vector.
             make: builds the exchange where this is not the dense one; default: the one that ``config`` is of.
         """
         own: Options = {
@@ -82,6 +83,8 @@ class Route:
         }
         where = self.flat.dim, transport, self.flat.device
         if self.kind == "dense":
+            if config is None:  # no other exchange may take it along
+                wire_dtype = wire_dtype or self.flat.half_dtype
             return DenseAllreduce(config, *where, dtype=self.flat.dtype, wire_dtype=wire_dtype, **own)
         assert config is not None, "without a config all is dense"
         return make(config, *where, **own)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from hvd_sketch import recommended
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.transport import LocalTransport, run_local
@@ -48,6 +49,42 @@ def test_the_ledger_compares_with_the_gradient_in_its_own_dtype() -> None:
         return optimizer.ledger.compression_ratio()
 
     assert ratio(torch.bfloat16) * 2 == ratio(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", ["sgd", "signsgd"])
+def test_a_recommended_ratio_is_that_of_the_ledger_in_any_dtype(dtype: torch.dtype, optimizer: Any) -> None:
+    def main(transport: LocalTransport) -> float:
+        model = nn.Linear(300, 200, bias=False, dtype=dtype)
+        compression = recommended(model.parameters(), 40, transport.size, optimizer)
+        wrapped = wrap(transport, model, compression)
+        generator = torch.Generator().manual_seed(transport.rank)
+        for _ in range(5):
+            model.weight.grad = torch.randn(200, 300, generator=generator).to(dtype)
+            wrapped.step()
+        return wrapped.ledger.compression_ratio()
+
+    assert run_local(2, main, LIMIT_S)[0] == pytest.approx(40, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_without_a_sketch_the_parameters_own_dtype_travels(dtype: torch.dtype) -> None:
+    """As with DistributedDataParallel, and nothing is lost by it: p.grad has no more digits."""
+
+    def main(transport: LocalTransport) -> tuple[Tensor, float]:
+        parameter = nn.Parameter(torch.zeros(1000, dtype=dtype))
+        optimizer = wrap(transport, nn.ParameterList([parameter]), None)
+        generator = torch.Generator().manual_seed(transport.rank)
+        parameter.grad = torch.randn(1000, generator=generator, dtype=torch.float64).to(dtype)
+        own = parameter.grad.clone()
+        optimizer.step()
+        assert parameter.grad is not None
+        mean = sum(transport.allgather(own.double()).view(3, 1000)) / 3
+        torch.testing.assert_close(parameter.grad.double(), mean, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        return parameter.grad, optimizer.ledger.compression_ratio()
+
+    results = run_local(3, main, LIMIT_S)
+    assert all(torch.equal(gradient, results[0][0]) and 0.95 < ratio <= 1 for gradient, ratio in results)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

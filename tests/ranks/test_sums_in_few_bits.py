@@ -133,7 +133,7 @@ def test_bytes_of_a_coordinate_and_collectives_of_a_step(source: str, collective
         assert collectives_per_step == collectives
 
 
-@pytest.mark.parametrize("source", ["sketch", "nominate", "random"])
+@pytest.mark.parametrize("source", ["sketch", "nominate", "random", "heavymix"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_for_wire_ratio_meets_the_ledger(source: str, ranks: int) -> None:
     dim, ratio = 60_000, 50
@@ -146,7 +146,8 @@ def test_for_wire_ratio_meets_the_ledger(source: str, ranks: int) -> None:
         return exchange.ledger.compression_ratio()
 
     measured = run_local(ranks, main, timeout_s=120)[0]
-    assert 0.94 * ratio <= measured <= 1.15 * ratio
+    # Of HEAVYMIX the heavy coordinates' positions travel, of which there may be few.
+    assert 0.94 * ratio <= measured <= (1.4 if source == "heavymix" else 1.15) * ratio
 
 
 @pytest.mark.parametrize("source", ["nominate", "random"])
