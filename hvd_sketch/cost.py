@@ -16,6 +16,7 @@ from typing import Any
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.candidates.sketch import CELLS_TOGETHER
+from hvd_sketch.exchange.dense import MOST_BESIDE
 from hvd_sketch.exchange.matrices import as_matrices, factor_bytes, least_bytes, sides_of, within_bytes
 from hvd_sketch.measured_costs import CPU, Carrier, Works
 from hvd_sketch.rank_grid import is_grid, messages_of
@@ -137,12 +138,14 @@ class Workload:
 
     Attributes:
         shapes: of the tensors that are compressed.
-        ratio: bytes of a dense ring allreduce over those of ours; low rank stays below it where it cannot reach it.
+        ratio: bytes of a dense ring allreduce over those of ours, of these tensors; low rank takes the small ones, too,
+            and stays below the ratio where it cannot reach it.
         works: local work by method; methods without one are left out.
         bits: of a value of ours.
         every: steps of an exchange of ours, as of ``LocalSteps``.
         overlaps: whether other methods exchange during the backward pass, as ``DistributedDataParallel`` does.
         backward_s: what a step takes without its exchange.
+        small: shapes of tensors that go dense beside single coordinates.
     """
 
     shapes: Shapes
@@ -152,11 +155,22 @@ class Workload:
     every: int = 1
     overlaps: bool = True
     backward_s: float = 0.0
+    small: Shapes = ()
 
     @property
     def dim(self) -> int:
-        """How many coordinates there are."""
-        return sum(map(prod, self.shapes))
+        """How many coordinates are compressed."""
+        return elements_of(self.shapes)
+
+    @property
+    def elements(self) -> int:
+        """How many there are in all."""
+        return self.dim + elements_of(self.small)
+
+
+def elements_of(shapes: Shapes) -> int:
+    """Of tensors of these shapes."""
+    return sum(map(prod, shapes))
 
 
 def methods(workload: Workload, network: Network) -> dict[str, Method]:
@@ -166,24 +180,27 @@ def methods(workload: Workload, network: Network) -> dict[str, Method]:
 
 
 def _of_others(workload: Workload, network: Network) -> dict[str, Method]:
-    dim, rounds, share = workload.dim, network.allreduce_rounds, network.share
-    dense = DENSE_BYTES * dim * share
-    top = ENTRY_BYTES * max(round(TOP_SHARE * dim), 1) * (network.ranks - 1)
+    elements, rounds, share = workload.elements, network.allreduce_rounds, network.share
+    dense = DENSE_BYTES * elements * share
+    top = ENTRY_BYTES * max(round(TOP_SHARE * elements), 1) * (network.ranks - 1)
     factors = DENSE_BYTES * sum(min(POWERSGD_RANK, *sides) * sum(sides) for sides in map(sides_of, workload.shapes))
-    overlapped = 1 - min(1.0, BUCKET_BYTES / (4 * dim)) if workload.overlaps else 0.0
+    with_small = factors + DENSE_BYTES * elements_of(workload.small)
+    overlapped = 1 - min(1.0, BUCKET_BYTES / (4 * elements)) if workload.overlaps else 0.0
 
     def method(name: str, title: str, collectives: int, wakes: int, rounds: int, sent: float, kept: float) -> Method:
         local_s = _local_s(workload, name)
-        made = Method(title, local_s, collectives, wakes, rounds, rounds, sent, sent, kept, network.inside_s(dim))
+        inside_s = network.inside_s(elements)
+        made = Method(title, local_s, collectives, wakes, rounds, rounds, sent, sent, kept, inside_s)
         return replace(made, overlapped=overlapped) if name in OVERLAPPED else made
 
     return {
         "dense": method("dense", "dense float32", 1, 0, rounds, dense, 0),
         "bf16": method("bf16", "dense bfloat16", 1, 1, rounds, dense / 2, 0),
         # Two allgathers, which have half the rounds of an allreduce.
-        "topk": method("topk", f"local top-k, {TOP_SHARE:.1%}", 2, 1, rounds, top, 8 * dim),
+        "topk": method("topk", f"local top-k, {TOP_SHARE:.1%}", 2, 1, rounds, top, 8 * elements),
         "powersgd": method(
-            "powersgd", f"PowerSGD, rank {POWERSGD_RANK}", 2, 2, 2 * rounds, factors * share, 4 * dim + factors / 2
+            *("powersgd", f"PowerSGD, rank {POWERSGD_RANK}", 2, 2, 2 * rounds),
+            *(with_small * share, 4 * elements + factors / 2),
         ),
     }
 
@@ -195,18 +212,22 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
     """
     ranks = network.ranks
     messages, rounds = (messages_of(ranks), 2) if is_grid(ranks) and network.carrier.can_split else (ranks - 1, 1)
-    shapes, every, found = workload.shapes, workload.every, {}
-    for name, config in configurations(shapes, workload.ratio, network.ranks, workload.bits).items():
-        sent = bytes_of(config, shapes, network.ranks) * network.share
-        kept = kept_bytes(config, shapes) + (8 * workload.dim if every > 1 else 0)  # where a round began, a momentum
+    every, small, found = workload.every, workload.small, {}
+    for name, config in configurations(workload.shapes, workload.ratio, ranks, workload.bits, small).items():
+        is_low_rank = isinstance(config, LowRankConfig)
+        shapes = [*workload.shapes, *small] if is_low_rank else workload.shapes
+        beside = 0 if is_low_rank else elements_of(small)  # elements
+        sent = (bytes_of(config, shapes, ranks) + DENSE_BYTES * beside) * network.share
+        kept = kept_bytes(config, shapes) + (8 * workload.elements if every > 1 else 0)  # a round's start, a momentum
         collectives, local_s = collectives_of(name, config), _local_s(workload, name)
+        collectives += 2 if beside > MOST_BESIDE else 0  # fewer travel in the others'
         if every > 1:
             local_s += ROUND_PASSES * _local_s(workload, "dense")
         found[name] = Method(
             title_of(name, config, workload.ratio, shapes, ranks),
             *(local_s, collectives, collectives, collectives * messages, collectives * rounds),
             *(sent, sent, kept),
-            inside_s=network.inside_s(workload.dim),
+            inside_s=network.inside_s(workload.elements),
             every=every,
             config=config,
         )
@@ -229,19 +250,23 @@ def title_of(name: str, config: Compression, ratio: float, shapes: Shapes, ranks
     title = TITLES[name].format(config.value_bits)
     if not isinstance(config, LowRankConfig):
         return title
-    reached = DENSE_BYTES * sum(map(prod, shapes)) / factor_bytes(shapes, config, ranks)
+    reached = DENSE_BYTES * elements_of(shapes) / factor_bytes(shapes, config, ranks)
     return title if reached >= 0.995 * ratio else f"{title}, {reached:{'.3g' if reached < 1000 else '.0f'}}x"
 
 
-def configurations(shapes: Shapes, ratio: float, ranks: int, bits: int = 4) -> dict[str, Compression]:
+def configurations(
+    shapes: Shapes, ratio: float, ranks: int, bits: int = 4, small: Shapes = ()
+) -> dict[str, Compression]:
     """Ours at one ratio, those that can reach it; low rank at the highest ratio that it reaches, if that is lower.
 
     Args:
         bits: of a value and of a table's cell; the paper's sketch has 32 always.
+        small: tensors that low rank takes, too, and that go dense beside single coordinates.
     """
-    dim = sum(map(prod, shapes))
-    highest = LowRankConfig(ratio=DENSE_BYTES * dim / least_bytes(shapes, bits), value_bits=bits)
-    low_rank = within_bytes(shapes, DENSE_BYTES * dim / ratio, ranks, bits) or highest
+    dim, every_shape = elements_of(shapes), [*shapes, *small]
+    dense_bytes = DENSE_BYTES * elements_of(every_shape)
+    highest = LowRankConfig(ratio=dense_bytes / least_bytes(every_shape, bits), value_bits=bits)
+    low_rank = within_bytes(every_shape, dense_bytes / ratio, ranks, bits) or highest
     found: dict[str, Compression] = {"lowrank": low_rank}
     settings: dict[str, dict[str, Any]] = {
         "nominate": {"candidates": "nominate"},
@@ -262,13 +287,13 @@ def configurations(shapes: Shapes, ratio: float, ranks: int, bits: int = 4) -> d
 def bytes_of(config: Compression, shapes: Shapes, ranks: int) -> float:
     """Ring bytes of a step of one exchange."""
     if isinstance(config, SketchConfig):
-        return step_bytes(config, sum(map(prod, shapes)), ranks)
+        return step_bytes(config, elements_of(shapes), ranks)
     return factor_bytes(shapes, config, ranks)
 
 
 def kept_bytes(config: Compression, shapes: Shapes) -> float:
     """Memory that an exchange keeps from step to step: residual, momentum, right factors, the table."""
-    residual = 4 * sum(map(prod, shapes))
+    residual = 4 * elements_of(shapes)
     if isinstance(config, LowRankConfig):
         return residual + 4 * sum(m.rank * m.cols for m in as_matrices(shapes, config))
     table = 4 * config.rows * config.cols if config.has_table else 0

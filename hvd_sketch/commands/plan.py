@@ -116,6 +116,7 @@ class Plan:
         rate = 8 * self._pays_below()
         return {
             "coordinates": self._workload.dim,
+            "dense_elements": self._workload.elements - self._workload.dim,
             "ranks": self._network.ranks * self._network.per_host,
             "hosts": self._network.ranks,
             "ratio": self._workload.ratio,
@@ -128,7 +129,7 @@ class Plan:
         }
 
     def _record_of(self, name: str, method: Method) -> dict[str, Any]:
-        dense_bytes = DENSE_BYTES * self._workload.dim * self._network.share
+        dense_bytes = DENSE_BYTES * self._workload.elements * self._network.share
         return {
             "exchange_s": method.seconds(self._network),
             "step_s": self._step_s[name],
@@ -147,7 +148,11 @@ class Plan:
         network, every = self._network, self._workload.every
         ranks = f"{network.ranks} ranks" if network.per_host == 1 else f"{network.ranks} x {network.per_host} ranks"
         steps = f", every {every} steps" if every > 1 else ""
-        table = Table(title=f"{self._workload.dim:,} coordinates, {ranks}, ours at {self._workload.ratio:g}x{steps}")
+        beside = self._workload.elements - self._workload.dim
+        small = f" and {beside:,} in small tensors" if beside else ""
+        table = Table(
+            title=f"{self._workload.dim:,} coordinates{small}, {ranks}, ours at {self._workload.ratio:g}x{steps}"
+        )
         table.add_column("method")
         for heading in ("sent", "exchange", "step", "speed-up", "memory"):
             table.add_column(heading, justify="right")

@@ -61,7 +61,7 @@ def plan(
     try:
         options.check_together(_given(context, MEASURED) if measure else [], per_host, every)
         flat = capture.load_gradient(gradient) if gradient is not None else None
-        shapes = options.shapes_of(params, model, flat)
+        shapes, small = options.tensors_of(params, model, flat)
         check_choice("--device", device, WORKS)
         check_choice("--bits", bits, BITS)
         check_choice("--optimizer", optimizer, planning.ADVISED)
@@ -78,7 +78,7 @@ def plan(
             works = calibrating.works_here(shapes, ratio, network.ranks, bits, device)
         if job is not None and not job.is_first:
             return
-        workload = Workload(shapes, ratio, works, bits, every, overlap, backward_s)
+        workload = Workload(shapes, ratio, works, bits, every, overlap, backward_s, small)
         made = planning.Plan(workload, network, optimizer)
         if plot is not None:
             plan_figure.write_figure(plot, workload, network)

@@ -8,12 +8,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from hvd_sketch.checks import check_choice
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.cost import Network, Shapes
+from hvd_sketch.cost import Network, Shapes, elements_of
 from hvd_sketch.measured_costs import CARRIERS
 
 LEAST_SIDE = 1000  # of the matrices of a model of which only the size is known; also how many of them, at most
@@ -53,8 +54,15 @@ def shapes_of_size(dim: int) -> Shapes:
     return [(side, side)] * whole + [(rest, side)] * (rest > 0) + [(last,)] * (last > 0)
 
 
-def shapes_of_model(factory: str) -> Shapes:
-    """Of the tensors that are compressed, of the model that a function of no arguments makes.
+class Tensors(NamedTuple):
+    """Shapes of those of a model that are compressed, and of those that go dense beside single coordinates."""
+
+    compressed: Shapes
+    small: Shapes = ()
+
+
+def tensors_of_model(factory: str) -> Tensors:
+    """Of the model that a function of no arguments makes.
 
     Args:
         factory: ``package.module:function``; looked for from the current folder, too.
@@ -75,34 +83,36 @@ def shapes_of_model(factory: str) -> Shapes:
         ) from error
     finally:
         sys.path.pop(0)
-    shapes = [tuple(tensor.shape) for tensor in tensors if not is_dense(tensor, SketchConfig.dense_below)]
-    if not shapes:
+    shapes: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}  # by whether they go dense
+    for tensor in tensors:
+        shapes[is_dense(tensor, SketchConfig.dense_below)].append(tuple(tensor.shape))
+    if not shapes[False]:
         raise ValueError(f"--model {factory}: no tensor is large enough to be compressed; exchange it dense")
-    return shapes
+    return Tensors(shapes[False], [shape for shape in shapes[True] if math.prod(shape)])
 
 
-def shapes_of(params: float | None, model: str | None, gradient: Tensor | None = None) -> Shapes:
-    """Of the tensors that are compressed: of a model, or of one of so many parameters. Raises ValueError.
+def tensors_of(params: float | None, model: str | None, gradient: Tensor | None = None) -> Tensors:
+    """Of a model, or of one of so many parameters, all of which are compressed. Raises ValueError.
 
     Args:
         gradient: float [dim], a saved one, which says in place of ``params`` how many there are.
     """
     if gradient is not None and params is None:
-        shapes = shapes_of_size(gradient.numel()) if model is None else shapes_of_model(model)
-        dim = sum(map(math.prod, shapes))
+        tensors = Tensors(shapes_of_size(gradient.numel())) if model is None else tensors_of_model(model)
+        dim = elements_of(tensors.compressed)
         if dim != gradient.numel():
             raise ValueError(
                 f"--gradient has {gradient.numel():,} elements, the tensors of --model that are compressed {dim:,}: "
                 "save it by hvd_sketch.save_gradient(model.parameters(), FILE)"
             )
-        return shapes
+        return tensors
     if (params is None) == (model is None) or gradient is not None:
         raise ValueError("give one of --params 90e6 and --model package.module:function; with --gradient no --params")
     if model is not None:
-        return shapes_of_model(model)
+        return tensors_of_model(model)
     if params is None or not 1 <= params < 1e13 or params != int(params):
         raise ValueError(f"--params must be a whole number of at least 1, such as 90e6, got {params}")
-    return shapes_of_size(int(params))
+    return Tensors(shapes_of_size(int(params)))
 
 
 def network_of(ranks: int, bandwidth: str, latency: str, launcher: str, per_host: int = 1) -> Network:

@@ -84,13 +84,16 @@ class DenseAllreduce(Exchange):
         self.accumulate([gradient], unused)
         return self.agree().values
 
-    def offer(self) -> Tensor | None:
+    def offer(self, takes_step: bool = True) -> Tensor | None:
         """The gradient that was accumulated, float32 [dim], for another exchange to sum beside what it sends.
 
-        None where it is better sent alone; equal on all ranks. Communication: none.
+        None where it is better sent alone; equal on all ranks. Of a rank that cannot take the step zeros.
+        Communication: none.
         """
         is_small = self.dim <= MOST_BESIDE and self.dtype == torch.float32 and self._wire_dtype is None
-        return self._gradient if is_small else None
+        if not is_small:
+            return None
+        return self._gradient if takes_step else torch.zeros(self.dim, device=self._device)
 
     def take_sum(self, total: Tensor) -> None:
         """The sum over ranks of what :meth:`offer` gave, float32 [dim], for :meth:`agree`. Communication: none."""

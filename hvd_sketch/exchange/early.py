@@ -16,7 +16,8 @@ from hvd_sketch.exchange.candidates.nominate import NominatedCandidates
 from hvd_sketch.exchange.candidates.random import RandomCandidates
 from hvd_sketch.exchange.feedback import Feedback, Parts
 from hvd_sketch.exchange.few_bits import RoundedShares, rounded_shares
-from hvd_sketch.exchange.together import allgather_with_code, alltoall_both
+from hvd_sketch.exchange.together import allgather_with_code, alltoall_together
+from hvd_sketch.transport.base import in_equal_shares
 from hvd_sketch.transport.metered import MeteredTransport
 
 
@@ -28,12 +29,14 @@ class EarlyValues:
         candidates: int64 [n], ascending, equal on all ranks.
         shares: what this rank has sent.
         arrived: uint8 [ranks, bytes], the ranks' codes of this rank's share.
+        terms: float32 [ranks, m], what the ranks sent of this rank's share of the vector beside; None: there is none.
         is_finite: whether this rank's v will be finite at the candidates; where it will not be, 0 was sent.
     """
 
     candidates: Tensor
     shares: RoundedShares
     arrived: Tensor
+    terms: Tensor | None
     is_finite: bool
 
 
@@ -67,19 +70,20 @@ class EarlyMessages:
         self._drawing = source if isinstance(source, RandomCandidates) and is_early else None
         self._values: EarlyValues | None = None
 
-    def gather(self, step: int, parts: Parts | None) -> Gather | None:
+    def gather(self, step: int, parts: Parts | None, beside: Tensor | None = None) -> Gather | None:
         """The collective in which this step's agreement travels; None: it travels alone.
 
         Args:
             step: its number.
             parts: the coordinates that this rank uses, with its gradient where v has not taken it in yet; None: this
                 rank cannot take the step.
+            beside: float32 [n], a small vector to be summed; it travels where values do.
         """
         self.forget()  # what a step that was not taken has left
         if self._nominating is not None:
             return partial(self._with_nominations, self._nominating, parts)
         if self._drawing is not None:
-            return partial(self._with_values, self._drawing, step, parts)
+            return partial(self._with_values, self._drawing, step, parts, beside)
         return None
 
     def values(self) -> EarlyValues | None:
@@ -99,7 +103,9 @@ class EarlyMessages:
         source.take_codes(codes)
         return every_words
 
-    def _with_values(self, source: RandomCandidates, step: int, parts: Parts | None, words: Tensor) -> Tensor:
+    def _with_values(
+        self, source: RandomCandidates, step: int, parts: Parts | None, beside: Tensor | None, words: Tensor
+    ) -> Tensor:
         source.begin(step)
         candidates = source.draw()
         if parts is None:
@@ -107,8 +113,10 @@ class EarlyMessages:
         else:
             offered, is_finite = self._feedback.offer_early(candidates, parts)
         shares = rounded_shares(self._kernels, offered, self._comm.size, self._bits)
+        own = [words.to(shares.codes.device).expand(self._comm.size, -1), shares.codes]
+        if beside is not None:
+            own.append(in_equal_shares(beside, self._comm.size))
         with self._comm.phase("agree"):
-            own_words = words.to(shares.codes.device).expand(self._comm.size, -1)
-            every_words, arrived = alltoall_both(self._comm, own_words, shares.codes)
-        self._values = EarlyValues(candidates, shares, arrived, is_finite)
+            every_words, arrived, *terms = alltoall_together(self._comm, *own)
+        self._values = EarlyValues(candidates, shares, arrived, terms[0] if terms else None, is_finite)
         return every_words.cpu()

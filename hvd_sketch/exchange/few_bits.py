@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.together import allgather_both, alltoall_both
+from hvd_sketch.exchange.together import allgather_both, alltoall_together
 from hvd_sketch.transport.base import in_equal_shares, sum_in_rank_order
 from hvd_sketch.transport.metered import MeteredTransport
 
@@ -75,7 +75,7 @@ def sum_in_few_bits(
         if beside is None:
             arrived, terms = comm.alltoall(shares.codes), None
         else:
-            arrived, terms = alltoall_both(comm, shares.codes, in_equal_shares(beside, comm.size))
+            arrived, terms = alltoall_together(comm, shares.codes, in_equal_shares(beside, comm.size))
     return sum_of_shares(comm, kernels, shares, arrived, values.numel(), bits, phases[1], terms)
 
 

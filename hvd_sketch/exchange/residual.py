@@ -68,9 +68,9 @@ class ResidualExchange(Exchange):
         for start, values in from_the_last(gradient, unused):
             self._feedback.add_(values, start)
 
-    def _beside(self) -> Tensor | None:
+    def _beside(self, takes_step: bool = True) -> Tensor | None:
         """The companion's vector, to be summed in collectives of this exchange; None: nothing is."""
-        return self.companion.offer() if self.companion is not None else None
+        return self.companion.offer(takes_step) if self.companion is not None else None
 
     def _sum_beside(self, total: Tensor | None) -> None:
         """Hand the companion its sum, float32 [n] with zeros at the end, if it has been made."""

@@ -74,7 +74,8 @@ class SketchedAllreduce(ResidualExchange):
 
     def _gather_reports(self, report: Report, gradient: Sequence[Tensor], unused: Ranges) -> Gather | None:
         takes_step = report.finite and report.refusal is None and not report.held
-        return self._early.gather(self._step, _parts(self.dim, gradient, unused) if takes_step else None)
+        parts = _parts(self.dim, gradient, unused) if takes_step else None
+        return self._early.gather(self._step, parts, self._beside(takes_step))
 
     def accumulate(self, gradient: Sequence[Tensor], unused: Ranges = ()) -> None:
         """``u <- m * u + g``, ``v <- v + u``, and the sketch of v (paper, Alg. 3, lines 1 to 3).
@@ -128,7 +129,10 @@ class SketchedAllreduce(ResidualExchange):
         if not early.is_finite:
             self._count_reset(self._feedback.reset_nonfinite_())
         candidates, bits = early.candidates, self.config.value_bits
-        summed = sum_of_shares(self._comm, self._kernels, early.shares, early.arrived, candidates.numel(), bits)
+        summed = sum_of_shares(
+            self._comm, self._kernels, early.shares, early.arrived, candidates.numel(), bits, terms=early.terms
+        )
+        self._sum_beside(summed.beside)
         if self._unused:
             is_used = _is_used(candidates, self._unused)
             candidates, summed = candidates[is_used], RoundedSum(summed.total[is_used], summed.sent[is_used])

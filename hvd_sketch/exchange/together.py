@@ -9,13 +9,13 @@ from torch import Tensor
 from hvd_sketch.transport.metered import MeteredTransport
 
 
-def alltoall_both(comm: MeteredTransport, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """What an alltoall makes of each of two tensors, [ranks, n] and [ranks, m] of any dtypes, on one device.
+def alltoall_together(comm: MeteredTransport, *tensors: Tensor) -> list[Tensor]:
+    """What an alltoall makes of each of some tensors [ranks, n], of any dtypes and widths, on one device.
 
     Communication: collective; one alltoall.
     """
-    arrived = comm.alltoall(torch.cat([_bytes_of(first), _bytes_of(second)], dim=1))
-    return _apart(arrived, first, second)
+    arrived = comm.alltoall(torch.cat([_bytes_of(tensor) for tensor in tensors], dim=1))
+    return _apart(arrived, *tensors)
 
 
 def allgather_both(comm: MeteredTransport, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,8 @@ def allgather_both(comm: MeteredTransport, first: Tensor, second: Tensor) -> tup
     """
     first, second = first.unsqueeze(0), second.unsqueeze(0)
     gathered = comm.allgather(torch.cat([_bytes_of(first), _bytes_of(second)], dim=1))
-    return _apart(gathered, first, second)
+    both = _apart(gathered, first, second)
+    return both[0], both[1]
 
 
 def allgather_with_code(comm: MeteredTransport, head: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +62,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _apart(both: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [ranks, …] as the two tensors that they were; copies, because bytes may lie where no number may."""
-    parts = both.split([first[0].nbytes, second[0].nbytes], dim=1)
+def _apart(joined: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Bytes [ranks, …] as the tensors that they were; copies, because bytes may lie where no number may."""
+    parts = joined.split([tensor[0].nbytes for tensor in tensors], dim=1)
     apart = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return apart[0].view(first.dtype), apart[1].view(second.dtype)
+    return [part.view(tensor.dtype) for part, tensor in zip(apart, tensors, strict=True)]

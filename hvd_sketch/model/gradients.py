@@ -177,6 +177,8 @@ class GradientExchange:
         report = self.shard_ranks.agree(replace(report, used=self._flags()))
         # A rank without data uses nothing, but offers what is left in its residual.
         own_unused = () if has_nothing else self._routes[0].used(report.used)[1]
+        for exchange, gradient in zip(self._exchanges[1:], packed[1:], strict=False):
+            exchange.accumulate(gradient)  # a dense one: it may travel with the agreement, and nothing depends on it
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:

@@ -16,7 +16,7 @@ from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.capture import Comparison, energy_captured, load_gradient
-from hvd_sketch.commands.plan_options import shapes_of
+from hvd_sketch.commands.plan_options import tensors_of
 from hvd_sketch.cost import bytes_of
 
 SHAPES = [(200, 300)]
@@ -115,7 +115,7 @@ def test_a_saved_gradient_is_of_the_tensors_that_are_compressed(tmp_path: Path) 
     assert saved.numel() == hvd_sketch.sketched_dim(made.parameters()) == 100 * 40 + 40 * 50 + 40 * 60
     expected = torch.cat([first.weight.grad.flatten(), last.weight.grad.flatten(), torch.zeros(unused.weight.numel())])
     assert torch.equal(saved, expected)
-    shapes = shapes_of(None, "tests.unit.test_capture:deep", saved)
+    shapes, _ = tensors_of(None, "tests.unit.test_capture:deep", saved)
     assert shapes == [(40, 100), (50, 40), (60, 40)], "and plan --model --gradient takes it"
 
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.methods import LibraryAllreduce, PowerSGD
-from hvd_sketch import LowRankConfig, SketchConfig
+from hvd_sketch import DistributedOptimizer, LowRankConfig, SketchConfig
 from hvd_sketch.__main__ import app
 from hvd_sketch.commands import calibrate, plan, plan_figure
 from hvd_sketch.commands.calls import as_call
@@ -77,6 +77,34 @@ def test_ours_are_what_the_ledger_counts(name: str, bits: int, ratio: float) -> 
         table = 4 * config.rows * config.cols if isinstance(config, SketchConfig) and config.has_table else 0
         assert planned.kept_bytes == kept_bytes(config, SHAPES) == pytest.approx(kept + table, rel=0.02)
     assert bytes_of(config, SHAPES, RANKS) == pytest.approx(8 * DIM / ratio, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "nominate", "random", "sketch"])
+@pytest.mark.parametrize("columns", [10, 400])
+def test_small_tensors_are_counted_where_they_travel(name: str, columns: int) -> None:
+    """Beside single coordinates they go dense, here together more bytes than all that is compressed."""
+
+    def make() -> torch.nn.Module:
+        tied = [torch.nn.Parameter(torch.zeros(60, 15)) for _ in range(columns)]
+        return torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(300, 200)), *tied])
+
+    shapes, small = [(300, 200)], [(60, 15)] * columns
+    planned = methods(Workload(shapes, 30, small=small), GIGABIT)[name]
+
+    def main(transport: LocalTransport) -> Any:
+        parameters = make()
+        inner = torch.optim.SGD(parameters.parameters(), lr=0.0)
+        optimizer = DistributedOptimizer(inner, parameters.named_parameters(), planned.config, transport)
+        random = torch.Generator().manual_seed(transport.rank)
+        for _ in range(4):
+            for parameter in parameters.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=random).pow_(3)
+            optimizer.step()
+        return optimizer.ledger.totals()
+
+    totals = run_local(RANKS, main, LIMIT_S)[0]
+    assert totals.wire_bytes / 4 == pytest.approx(planned.sent_bytes, rel=0.08)
+    assert abs(totals.collectives / 4 - planned.collectives) <= 1
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dense", LibraryAllreduce), ("powersgd", PowerSGD)])
