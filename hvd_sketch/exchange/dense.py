@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -15,6 +16,7 @@ from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.exchange.base import Exchange, Options, Ranges, SparseUpdate
 from hvd_sketch.transport.base import Transport, in_equal_shares, mean_over_ranks, sum_in_rank_order
 
+logger = logging.getLogger(__name__)
 MOST_BESIDE = 1 << 16  # elements: to copy more beside what another exchange sends takes longer than two collectives
 
 
@@ -31,6 +33,8 @@ class DenseAllreduce(Exchange):
         dtype: of the gradient and of the mean, float32 or float64.
         wire_dtype: what travels, where it is not ``dtype``: float16, in which each rank's gradient and the mean are
             rounded, and limited to what it holds; sums are made in ``dtype``.
+
+    What is limited, here or by the parameters' own dtypes, is lost: this rank warns of it, once.
     """
 
     holds_gradient = True
@@ -56,6 +60,7 @@ class DenseAllreduce(Exchange):
         self._gradient: Tensor = torch.empty(0)
         self._sum: Tensor | None = None  # of the gradients, made by another exchange
         self._unused: Ranges = ()
+        self._has_warned = False
 
     @property
     def residual(self) -> Tensor:
@@ -112,6 +117,7 @@ class DenseAllreduce(Exchange):
 
     def _mean(self, gradient: Tensor) -> Tensor:
         if self._wire_dtype is not None:
+            self._warn_of(gradient, torch.finfo(self._wire_dtype).max)
             return _rounded_mean(self._comm, gradient, self._wire_dtype)
         mean = mean_over_ranks(self._comm, gradient) if self._sum is None else self._sum / self._comm.size
         if all_finite([mean]):
@@ -132,8 +138,22 @@ class DenseAllreduce(Exchange):
         """The mean, limited to what the parameters' dtypes hold; in its own memory."""
         for start, stop, largest in zip(*self._runs, strict=True):
             if largest < torch.finfo(self.dtype).max:
+                self._warn_of(mean[start:stop], largest)
                 mean[start:stop].clamp_(-largest, largest)
         return mean
+
+    def _warn_of(self, values: Tensor, largest: float) -> None:
+        """Tell once of values that will be limited; float16's alone are worth the pass, half of a copy."""
+        if self._has_warned or largest > torch.finfo(torch.float16).max or not values.numel():
+            return
+        beyond = float(torch.stack(torch.aminmax(values)).abs().max())
+        if beyond > largest:
+            self._has_warned = True
+            logger.warning(
+                "rank %d: a gradient of %.3g does not fit its float16 (limit: %.3g): it was limited, and what is "
+                "beyond is lost. Lower the loss scale or the learning rate, clip gradients, or take bfloat16",
+                *(self._comm.rank, beyond, largest),
+            )
 
     @cached_property
     def _runs(self) -> tuple[list[int], list[int], list[float]]:

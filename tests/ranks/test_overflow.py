@@ -140,6 +140,32 @@ def test_updates_fit_the_parameters_dtypes(dtype: torch.dtype, operation: str, r
         assert narrow == pytest.approx(30 * value * scale, rel=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "value"),
+    [
+        (torch.float32, {"compression": "fp16"}, 1e6),
+        (torch.float32, {"compression": "fp16"}, 6e4),
+        (torch.float16, {"op": "sum"}, 6e4),
+        (torch.float16, {"op": "sum"}, 1e4),
+    ],
+)
+def test_what_a_dense_gradient_loses_is_told_once(
+    dtype: torch.dtype, options: dict[str, Any], value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def main(transport: LocalTransport) -> float:
+        parameter = nn.Parameter(torch.zeros(8, dtype=dtype))
+        optimizer = DistributedOptimizer(torch.optim.SGD([parameter], lr=0.0), None, transport=transport, **options)
+        for _ in range(3):
+            parameter.grad = torch.full_like(parameter, value)
+            optimizer.step()
+        return float(parameter.grad[0]) if parameter.grad is not None else 0.0
+
+    whole = 4 * value if "op" in options else value
+    limited = run_local(4, main, LIMIT_S)[0]
+    assert limited == pytest.approx(min(whole, 65504.0), rel=1e-3)
+    assert caplog.text.count("does not fit its float16") == (4 if whole > 65504 else 0), "once on each rank"
+
+
 def test_an_offer_is_cut_and_what_is_cut_stays() -> None:
     limits = Limits(torch.tensor([4, 10]), torch.tensor([100.0, 1e9]))
     feedback = Feedback(10, 0.5, "cpu", size=2, limits=limits)
