@@ -56,12 +56,17 @@ parse_launch_options() {
 read_hosts() {
     host_list='' slots='' ranks_per_node=${ranks:-}
     [[ -n $hosts_file ]] || return 0
-    [[ -r $hosts_file ]] || die "--hosts expects a file of lines 'host slots=N', cannot read '$hosts_file'"
-    local host rest line=0 most=0 taken
+    [[ -r $hosts_file && ! -d $hosts_file ]] ||
+        die "--hosts expects a file of lines 'host slots=N', cannot read '$hosts_file'"
+    local host rest line=0 most=0 taken seen=' '
     slots=0
     while read -r host rest || [[ -n $host ]]; do
         ((line += 1))
+        [[ $host$rest != *$'\r' ]] || die "$hosts_file line $line ends as in Windows: mend it by sed -i 's/\\r\$//' FILE"
         [[ -z $host || $host == \#* ]] && continue
+        [[ $host != *:* ]] || die "$hosts_file line $line: expected a name or an IPv4 address, got '$host'"
+        [[ $seen != *" $host "* ]] || die "$hosts_file line $line: '$host' stands there twice: add its slots up"
+        seen+="$host "
         [[ $rest =~ ^slots=([1-9][0-9]{0,6})([[:space:]]|$) ]] ||
             die "$hosts_file line $line: expected 'host slots=N', got '$host${rest:+ $rest}'"
         taken=${BASH_REMATCH[1]}

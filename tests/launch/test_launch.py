@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.launch.conftest import VENV
@@ -265,13 +263,24 @@ def test_help(bare, name):
         ("--hosts nowhere ls", "cannot read 'nowhere'"),
         ("--hosts {empty} ls", "at least one line 'host slots=N'"),
         ("--hosts {wrong} ls", "line 2: expected 'host slots=N', got 'node2 slots=none'"),
+        ("--hosts . ls", "cannot read '.'"),
+        ("--hosts {windows} ls", "line 1 ends as in Windows"),
+        ("--hosts {twice} ls", "line 2: 'node1' stands there twice"),
+        ("--hosts {ipv6} ls", "line 1: expected a name or an IPv4 address, got '[::1]'"),
         ("--hosts {hosts} -n 7 ls", "7 ranks asked for, but {hosts} has 6 slots"),
     ],
 )
 def test_bad_use_exits_with_2_and_says_why(bare, tmp_path, hosts, name, arguments, message):
-    files = {"hosts": hosts, "empty": str(tmp_path / "empty"), "wrong": str(tmp_path / "wrong")}
-    Path(files["empty"]).write_text("\n# nothing\n")
-    Path(files["wrong"]).write_text("node1 slots=1\nnode2 slots=none\n")
+    contents = {
+        "empty": b"\n# nothing\n",
+        "wrong": b"node1 slots=1\nnode2 slots=none\n",
+        "windows": b"node1 slots=1\r\n",
+        "twice": b"node1 slots=1\nnode1 slots=2\n",
+        "ipv6": b"[::1] slots=1\n",
+    }
+    files = {"hosts": hosts} | {name: str(tmp_path / name) for name in contents}
+    for name_of_file, content in contents.items():
+        (tmp_path / name_of_file).write_bytes(content)
     status, output = bare(f"launch/{name}", "--dry-run", *arguments.format(**files).split())
     assert status == 2
     assert message.format(**files) in output
