@@ -11,33 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, log2, prod
-from typing import Any
+from math import ceil, log2
 
-from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
-from hvd_sketch.exchange.candidates.sketch import CELLS_TOGETHER
+from hvd_sketch.at_ratio import Shapes, bytes_of, collectives_of, configurations, elements_of, kept_bytes, title_of
+from hvd_sketch.config import Compression, LowRankConfig
 from hvd_sketch.exchange.dense import MOST_BESIDE
-from hvd_sketch.exchange.matrices import as_matrices, factor_bytes, least_bytes, sides_of, within_bytes
+from hvd_sketch.exchange.matrices import sides_of
 from hvd_sketch.measured_costs import CPU, Carrier, Works
 from hvd_sketch.rank_grid import is_grid, messages_of
-from hvd_sketch.wire_bytes import DENSE_BYTES, step_bytes
+from hvd_sketch.wire_bytes import DENSE_BYTES
 
-Shapes = Sequence[tuple[int, ...]]
 POWERSGD_RANK = 4
 TOP_SHARE = 0.001  # of the coordinates, that local top-k sends: as Deep Gradient Compression does
 ENTRY_BYTES = 8  # of local top-k: a position and a value
 BUCKET_BYTES = 25 << 20  # of DistributedDataParallel: the last one travels when the backward pass is over
 OVERLAPPED = ("dense", "bf16", "powersgd")  # by DistributedDataParallel, its hooks included
 ROUND_PASSES = 6  # what a round of LocalSteps takes beside its exchange, in dense means: 3.0 instead of 0.5 ns
-COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 7, "paper": 6}  # with a small table
-TITLES = {
-    "lowrank": "low rank, {} bit",
-    "nominate": "nominated, {} bit",
-    "random": "random, {} bit",
-    "sketch": "sketch, {} bit",
-    "heavymix": "HEAVYMIX, {} bit",
-    "paper": "the paper's sketch",
-}
 
 
 @dataclass(frozen=True)
@@ -168,11 +157,6 @@ class Workload:
         return self.dim + elements_of(self.small)
 
 
-def elements_of(shapes: Shapes) -> int:
-    """Of tensors of these shapes."""
-    return sum(map(prod, shapes))
-
-
 def methods(workload: Workload, network: Network) -> dict[str, Method]:
     """Every way to average the gradient of a model, by a short name."""
     found = _of_others(workload, network) | _ours(workload, network)
@@ -234,70 +218,8 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
     return found
 
 
-def collectives_of(name: str, config: Compression) -> int:
-    """Of a step of ours; each row of a large table of float32 has one of its own."""
-    if not isinstance(config, SketchConfig) or not config.has_table or config.table_bits < 32:
-        return COLLECTIVES[name]
-    return COLLECTIVES[name] + (config.rows - 1 if config.rows * config.cols > CELLS_TOGETHER else 0)
-
-
 def _local_s(workload: Workload, name: str) -> float:
     return workload.works[name].seconds(workload.dim) if name in workload.works else 0.0
-
-
-def title_of(name: str, config: Compression, ratio: float, shapes: Shapes, ranks: int) -> str:
-    """Of a configuration, for a table; it says the ratio that low rank reaches where that is lower."""
-    title = TITLES[name].format(config.value_bits)
-    if not isinstance(config, LowRankConfig):
-        return title
-    reached = DENSE_BYTES * elements_of(shapes) / factor_bytes(shapes, config, ranks)
-    return title if reached >= 0.995 * ratio else f"{title}, {reached:{'.3g' if reached < 1000 else '.0f'}}x"
-
-
-def configurations(
-    shapes: Shapes, ratio: float, ranks: int, bits: int = 4, small: Shapes = ()
-) -> dict[str, Compression]:
-    """Ours at one ratio, those that can reach it; low rank at the highest ratio that it reaches, if that is lower.
-
-    Args:
-        bits: of a value and of a table's cell; the paper's sketch has 32 always.
-        small: tensors that low rank takes, too, and that go dense beside single coordinates.
-    """
-    dim, every_shape = elements_of(shapes), [*shapes, *small]
-    dense_bytes = DENSE_BYTES * elements_of(every_shape)
-    highest = LowRankConfig(ratio=dense_bytes / least_bytes(every_shape, bits), value_bits=bits)
-    low_rank = within_bytes(every_shape, dense_bytes / ratio, ranks, bits) or highest
-    found: dict[str, Compression] = {"lowrank": low_rank}
-    settings: dict[str, dict[str, Any]] = {
-        "nominate": {"candidates": "nominate"},
-        "random": {"candidates": "random"},
-        "sketch": {"table_bits": bits},
-        "heavymix": {"candidates": "heavymix", "table_bits": bits},
-        "paper": {"oversample": 4, "value_bits": 32, "table_bits": 32, "momentum": 0.9},
-    }
-    for name, own in settings.items():
-        try:
-            config = SketchConfig.for_wire_ratio(ratio, dim, ranks, **{"value_bits": bits, **own})
-        except ValueError:  # a ratio that leaves no coordinate
-            continue
-        found[name] = config if config.has_table else replace(config, cols=0)
-    return found
-
-
-def bytes_of(config: Compression, shapes: Shapes, ranks: int) -> float:
-    """Ring bytes of a step of one exchange."""
-    if isinstance(config, SketchConfig):
-        return step_bytes(config, elements_of(shapes), ranks)
-    return factor_bytes(shapes, config, ranks)
-
-
-def kept_bytes(config: Compression, shapes: Shapes) -> float:
-    """Memory that an exchange keeps from step to step: residual, momentum, right factors, the table."""
-    residual = 4 * elements_of(shapes)
-    if isinstance(config, LowRankConfig):
-        return residual + 4 * sum(m.rank * m.cols for m in as_matrices(shapes, config))
-    table = 4 * config.rows * config.cols if config.has_table else 0
-    return residual * (2 if config.momentum else 1) + table
 
 
 def faster_below(

@@ -19,9 +19,9 @@ from benchmarks.network.clock import ClockedTransport, over_hosts, quantiles, re
 from benchmarks.network.lab import UNSHAPED, shape_together, transport_on_host
 from benchmarks.network.plan_check import PLANNED
 from benchmarks.network.records import Record, Records, environment
+from hvd_sketch.at_ratio import configurations
 from hvd_sketch.commands.calibrate import OTHERS, seconds_of_other, seconds_of_step
 from hvd_sketch.commands.measure import probed
-from hvd_sketch.cost import configurations
 from hvd_sketch.exchange.base import Exchange, Parameters
 from hvd_sketch.transport import Transport
 

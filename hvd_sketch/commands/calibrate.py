@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hvd_sketch.at_ratio import Shapes, configurations
 from hvd_sketch.commands.plan_options import shapes_of_size
 from hvd_sketch.config import Compression
-from hvd_sketch.cost import POWERSGD_RANK, TOP_SHARE, Shapes, configurations
+from hvd_sketch.cost import POWERSGD_RANK, TOP_SHARE
 from hvd_sketch.measured_costs import Work, Works
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import local_transports

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hvd_sketch.at_ratio import Shapes, configurations, title_of
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import Compression, SketchConfig
-from hvd_sketch.cost import Shapes, configurations, title_of
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import local_transports
 

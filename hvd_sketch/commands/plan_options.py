@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hvd_sketch.at_ratio import Shapes, elements_of
 from hvd_sketch.checks import check_choice
 from hvd_sketch.config import SketchConfig
-from hvd_sketch.cost import Network, Shapes, elements_of
+from hvd_sketch.cost import Network
 from hvd_sketch.measured_costs import CARRIERS
 
 LEAST_SIDE = 1000  # of the matrices of a model of which only the size is known; also how many of them, at most

@@ -1,4 +1,4 @@
-"""Collectives that carry two things at once: a collective costs time however little it sends."""
+"""Collectives that carry several things at once: a collective costs time however little it sends."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import hvd_sketch
 from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
+from hvd_sketch.at_ratio import bytes_of
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.capture import Comparison, energy_captured, load_gradient
 from hvd_sketch.commands.plan_options import tensors_of
-from hvd_sketch.cost import bytes_of
 
 SHAPES = [(200, 300)]
 DIM, RATIO, RANKS = 60_000, 40, 4

@@ -19,12 +19,13 @@ from typer.testing import CliRunner
 from benchmarks.methods import LibraryAllreduce, PowerSGD
 from hvd_sketch import DistributedOptimizer, LowRankConfig, SketchConfig
 from hvd_sketch.__main__ import app
+from hvd_sketch.at_ratio import bytes_of, configurations, kept_bytes
 from hvd_sketch.commands import calibrate, plan, plan_figure
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.plan import Plan
 from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
 from hvd_sketch.commands.styles import STYLES
-from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, bytes_of, configurations, faster_below, kept_bytes, methods
+from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, faster_below, methods
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.measured_costs import CARRIERS, CPU, H100, Work
 from hvd_sketch.model.routes import make_exchange
