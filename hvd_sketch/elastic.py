@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from hvd_sketch.config import Compression
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import step_of
+from hvd_sketch.model.local_steps import ROUND_KEY, LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport import HorovodTransport, Transport
@@ -44,6 +45,9 @@ class SketchState(TorchState):
     of all residuals, in as many bytes as a dense step, and that of momenta. After a loss all ranks go on from it, and
     only what was made since the commit is lost.
 
+    With ``every`` the optimizer is wrapped by :class:`~hvd_sketch.LocalSteps`. A commit ends the round first, and after
+    a reset every rank goes on with rank 0's state of the wrapped optimizer, too.
+
     Communication: :meth:`commit` and :meth:`sync` are collective, and so is what ``hvd.elastic.run`` does.
 
     Args:
@@ -51,13 +55,15 @@ class SketchState(TorchState):
         optimizer: a plain torch optimizer of its parameters, which is wrapped again after every reset.
         compression, named_parameters: as for :class:`~hvd_sketch.DistributedOptimizer`.
         arguments: others of its arguments, by name; not ``levels=2``.
+        every: steps from one exchange to the next, as for :class:`~hvd_sketch.LocalSteps`; None: each step exchanges.
         shares_residuals: whether a commit keeps what all ranks have not sent, in 4 bytes per parameter more, 8 with
             ``momentum``. After a loss a new rank, too, begins with that mean.
         **objects: by name, what else is to be carried; they become attributes.
 
     Attributes:
         model: as given.
-        optimizer: a :class:`~hvd_sketch.DistributedOptimizer` over the ranks of now; None before ``hvd.elastic.run``.
+        optimizer: a :class:`~hvd_sketch.DistributedOptimizer` or :class:`~hvd_sketch.LocalSteps` over the ranks of now;
+            None before ``hvd.elastic.run``.
 
     Raises:
         ValueError: ``levels=2`` among the arguments; on every rank, by :meth:`sync`: ``shares_residuals`` differs.
@@ -71,6 +77,7 @@ class SketchState(TorchState):
         compression: Compression | None = None,
         named_parameters: Iterable[NamedParameter] | None = None,
         arguments: dict[str, Any] | None = None,
+        every: int | None = None,
         shares_residuals: bool = False,
         **objects: Any,
     ) -> None:
@@ -81,7 +88,11 @@ class SketchState(TorchState):
             )
         named = list(named_parameters if named_parameters is not None else model.named_parameters())
         self._inner = optimizer
-        self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
+        self._wrap: Callable[..., DistributedOptimizer | LocalSteps]
+        if every is None:
+            self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
+        else:
+            self._wrap = partial(LocalSteps, optimizer, named, compression, every=every, **arguments or {})
         self._committed: dict[str, Any] | None = None  # state of the optimizer
         self._kept: dict[str, Any] | None = None  # with which it goes on after a reset
         self._shares_residuals = shares_residuals
@@ -108,11 +119,17 @@ class SketchState(TorchState):
         """The mean of all first: where that fails, everything is as at the commit before. Communication: collective."""
         mean = None
         with _lost_ranks_as_horovods():
+            self._end_round()
             if self._shares_residuals and self.optimizer is not None:
                 mean = self.optimizer.state_dict(consolidated=True)[STATE_KEY]
             self.save()
             self._mean = mean
             self._tell_residuals()
+
+    def _end_round(self) -> None:
+        """Between rounds all ranks have the same parameters. Communication: collective with ``every``."""
+        if isinstance(self.optimizer, LocalSteps):
+            self.optimizer.sync()
 
     def _tell_residuals(self) -> None:
         """Tell each other how much every rank keeps: what is lost with it. Communication: collective."""
@@ -128,13 +145,17 @@ class SketchState(TorchState):
         """Go back to what was saved last. Communication: none."""
         self._kept = self._committed
         if self._committed is not None:
-            self._inner.load_state_dict({k: v for k, v in self._committed.items() if k != STATE_KEY})
+            ours = (STATE_KEY, ROUND_KEY)
+            self._inner.load_state_dict({key: value for key, value in self._committed.items() if key not in ours})
         super().restore()
 
     def check_host_updates(self) -> None:
+        """See Horovod's. Communication: collective."""
         try:
             super().check_host_updates()
-        except HostsUpdatedInterrupt:
+        except HostsUpdatedInterrupt:  # on all ranks
+            with _lost_ranks_as_horovods():
+                self._end_round()
             raise HostsUpdatedInterrupt(skip_sync=False) from None  # sync() must wrap the optimizer again
 
     def reset(self) -> None:
@@ -171,7 +192,8 @@ class SketchState(TorchState):
         exchanged = mean or _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
         if mean is None and self._kept is None:
             exchanged = _at_step(exchanged, step)
-        self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged})
+        between_rounds = {ROUND_KEY: own[ROUND_KEY]} if ROUND_KEY in own else {}
+        self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged, **between_rounds})
         self.optimizer.take_over_state(0)
         if transport.rank == 0 and lost:
             self._tell_of_loss(lost, before, step, is_shared=mean is not None)
