@@ -143,7 +143,7 @@ class DenseAllreduce(Exchange):
         return mean
 
     def _warn_of(self, values: Tensor, largest: float) -> None:
-        """Tell once of values that will be limited; float16's alone are worth the pass, half of a copy."""
+        """Tell once of values that will be limited; only float16's are worth a pass over them."""
         if self._has_warned or largest > torch.finfo(torch.float16).max or not values.numel():
             return
         beyond = float(torch.stack(torch.aminmax(values)).abs().max())
