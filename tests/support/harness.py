@@ -59,7 +59,10 @@ def on_lab(lab: str, launcher: list[str]) -> list[str]:
 
 
 def run_command(command: list[str], timeout_s: float, **environment: str) -> tuple[int, str]:
-    """Exit status and output of a command from the checkout's root; its whole process group dies at the limit."""
+    """Exit status and output of a command from the checkout's root; its whole process group dies at the limit.
+
+    What it has started in other groups, as horovodrun does, may still hold its output: that is not waited for.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -73,7 +76,10 @@ def run_command(command: list[str], timeout_s: float, **environment: str) -> tup
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=END_LIMIT_S)
+        except subprocess.TimeoutExpired as held:
+            output = f"{held.output!r}, and whatever its other processes, which still run, have written"
         raise AssertionError(f"{' '.join(command)} did not end within {timeout_s} s:\n{output}") from None
     return process.returncode, output
 
