@@ -16,7 +16,7 @@ from horovod.torch.elastic.state import TorchState
 from hvd_sketch.config import Compression
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
-from hvd_sketch.model.checkpoint import step_of
+from hvd_sketch.model.checkpoint import at_step, step_of
 from hvd_sketch.model.local_steps import ROUND_KEY, LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
@@ -191,7 +191,7 @@ class SketchState(TorchState):
         mean = self._mean_of_all(transport, step) if lost else None
         exchanged = mean or _for_other_ranks(own[STATE_KEY], transport, transport.size / before)
         if mean is None and self._kept is None:
-            exchanged = _at_step(exchanged, step)
+            exchanged = at_step(exchanged, step)
         between_rounds = {ROUND_KEY: own[ROUND_KEY]} if ROUND_KEY in own else {}
         self.optimizer.load_state_dict({**self._inner.state_dict(), STATE_KEY: exchanged, **between_rounds})
         self.optimizer.take_over_state(0)
@@ -239,9 +239,3 @@ def _for_other_ranks(state: dict[str, Any], transport: Transport, factor: float)
         return state
     kept = {name: sketched[name] * factor for name in ("u", "v") if name in sketched}
     return {**state, "sketched": {**sketched, **kept, "rank": transport.rank, "size": transport.size}}
-
-
-def _at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
-    """The state of a new rank, as if it had made so many steps."""
-    stepped = {kind: {**state[kind], "step": step} for kind in ("sketched", "dense") if state[kind] is not None}
-    return {**state, **stepped}

@@ -185,5 +185,9 @@ def _rounded_mean(comm: Transport, gradient: Tensor, wire_dtype: torch.dtype) ->
     largest = torch.finfo(wire_dtype).max
     rounded = gradient.clamp(-largest, largest).to(wire_dtype)
     shares = comm.alltoall(in_equal_shares(rounded, comm.size))
-    own_mean = sum_in_rank_order(list(shares.to(gradient.dtype))) / comm.size
+    terms = list(shares.to(gradient.dtype))
+    own_mean = sum_in_rank_order(terms) / comm.size
+    if not all_finite([own_mean]):  # the sum overflowed, and the mean does not
+        own_mean = sum_in_rank_order([term / comm.size for term in terms])
+    own_mean.clamp_(-largest, largest)  # by rounding up
     return comm.allgather(own_mean.to(wire_dtype))[: gradient.numel()].to(gradient.dtype)

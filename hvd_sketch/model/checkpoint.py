@@ -172,7 +172,7 @@ def load_checkpoint(
     with refused_together(comm, "load a checkpoint"):
         exchange = own["exchange"] if own is not None and has_own else shared["optimizer"][STATE_KEY]
         if not residuals:
-            exchange = optimizer.state_dict()[STATE_KEY]
+            exchange = at_step(optimizer.state_dict()[STATE_KEY], step_of(shared["optimizer"]))
         try:
             inner = own.get("inner", {}) if own is not None else {}
             optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})
@@ -198,6 +198,15 @@ def _read(folder: Folder, name: str, manifest: dict[str, Any], model: nn.Module)
 def step_of(state: dict[str, Any]) -> int:
     """How many steps an optimizer had made when it gave its state."""
     return next(state[STATE_KEY][kind]["step"] for kind in ("sketched", "dense") if state[STATE_KEY][kind] is not None)
+
+
+def at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
+    """The state of an optimizer's exchanges as if they had made so many steps."""
+    kinds = [kind for kind in ("sketched", "dense") if state[kind] is not None]
+    stepped: dict[str, Any] = {kind: {**state[kind], "step": step} for kind in kinds}
+    if "inside" in state:  # of two levels
+        stepped["inside"] = at_step(state["inside"], step)
+    return {**state, **stepped}
 
 
 def _make_folder(root: Path, step: int, comm: Transport) -> Folder:

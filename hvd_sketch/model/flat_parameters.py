@@ -59,9 +59,12 @@ class FlatParameters:
 
     @property
     def half_dtype(self) -> torch.dtype | None:
-        """The dtype of 16 bits that all parameters have, in which their gradients travel without a loss."""
-        (dtype, *others) = {parameter.dtype for parameter in self.parameters}
-        return dtype if dtype.itemsize == 2 and not others else None
+        """The dtype of 16 bits that all parameters and their gradients have, in which these travel without a loss."""
+        dtypes = {parameter.dtype for parameter in self.parameters}
+        # From torch 2.13 on a gradient may have another dtype than its parameter, or any (None).
+        dtypes |= {getattr(parameter, "grad_dtype", parameter.dtype) for parameter in self.parameters}
+        (dtype, *others) = dtypes
+        return dtype if not others and dtype is not None and dtype.itemsize == 2 else None
 
     def limits(self, scale: float = 1.0) -> Limits:
         """How large an element of the vector may be so that ``scale`` times it fits its parameter's dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report
 from hvd_sketch.exchange.residual import ResidualExchange
+from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.broadcast import broadcast_state, broadcast_tensors
@@ -237,7 +238,8 @@ class TwoLevels:
             )
         if self._between is not None:
             self._between.take_over_state(self._leaders.index(root))
-        self._inside.take_over_state(LEADER)
+        counts = self._inside.state_dict() if self._transport.rank == root else None
+        self._inside.load_state_dict(broadcast_state(counts, root, self._transport))
 
     def forget(self) -> None:
         """Zero momentum and residuals. Communication: none."""
@@ -246,25 +248,29 @@ class TwoLevels:
             self._between.forget()
 
     def state_dict(self, consolidated: bool = False) -> dict[str, Any]:
-        """See :meth:`GradientExchange.state_dict`; of its own a rank has nothing to keep, unless it is a leader.
+        """See :meth:`GradientExchange.state_dict`; unless it is a leader a rank keeps counts of steps alone.
 
         Communication: none; with ``consolidated`` collective, all ranks.
         """
-        if self._between is None:
-            return broadcast_state(None, LEADER, self._host) if consolidated else dict.fromkeys(KINDS)
-        state = self._between.state_dict(consolidated)
+        if consolidated and self._between is None:
+            return broadcast_state(None, LEADER, self._host)
+        own = self._between.state_dict(consolidated) if self._between is not None else dict.fromkeys(KINDS)
+        state = {**own, "inside": self._inside.state_dict(), "skipped_steps": self.skipped_steps}
         return broadcast_state(state, LEADER, self._host) if consolidated else state
 
     def read_state(self, state: object) -> Callable[[], None]:
-        """See :meth:`GradientExchange.read_state`; without effect, unless this rank is a leader."""
-        between = self._between
-        if between is None:
-            return lambda: None
-        load = between.read_state(state)
+        """See :meth:`GradientExchange.read_state`; unless it is a leader a rank takes counts of steps alone."""
+        saved = SavedState(state, self._transport.rank)
+        loads = [self._between.read_state(state)] if self._between is not None else []
+        has_counts = saved.has("inside")  # older states have none
+        if has_counts:
+            loads.append(self._inside.read_state(saved.entry("inside", Mapping)))
+        skipped_steps = saved.count("skipped_steps") if has_counts else 0
 
         def take_over() -> None:
-            load()
-            self.skipped_steps = between.skipped_steps
+            for load in loads:
+                load()
+            self.skipped_steps = skipped_steps if self._between is None else self._between.skipped_steps
 
         return take_over
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from hvd_sketch.transport.base import Transport
 from hvd_sketch.transport.horovod import HorovodTransport
 from hvd_sketch.transport.local import local_transports
 from hvd_sketch.transport.mpi import MPITransport
-from hvd_sketch.transport.stall import process_watch
+from hvd_sketch.transport.stall import connecting, process_watch
 from hvd_sketch.transport.torch_groups import LAUNCH_VARIABLES
 from hvd_sketch.transport.torch_transport import TorchTransport
 
+logger = logging.getLogger(__name__)
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "torch": TorchTransport,
     "horovod": HorovodTransport,
@@ -79,9 +81,25 @@ def _chosen() -> Transport:
 
 def _connected(name: str) -> Transport:
     """A transport to which all ranks have come. Communication: as its constructor."""
-    doing = f"connecting over {name}, where ranks that were given another transport never arrive"
-    with process_watch().over(None, 0, None, doing):
-        return TRANSPORTS[name]()
+    with process_watch().over(None, 0, None, connecting(name)):
+        transport = TRANSPORTS[name]()
+    if transport.size == 1:
+        _warn_where_others_started(name)
+    return transport
+
+
+def _warn_where_others_started(name: str) -> None:
+    """Tell a rank that is alone by its transport, though its launcher has started several."""
+    launchers = {HOROVODRUN_VARIABLES[1]: HOROVODRUN_VARIABLES, "WORLD_SIZE": LAUNCH_VARIABLES}
+    launchers |= {variable: (variable,) for variable in MPI_SIZES}
+    for size, variables in launchers.items():
+        if all(variable in os.environ for variable in variables) and os.environ[size] not in ("", "0", "1"):
+            logger.warning(
+                "transport=%r has one rank, but %s is %s: every rank would train alone. Leave transport='auto', which "
+                "takes what the job was started for, or start it for %s",
+                *(name, size, os.environ[size], name),
+            )
+            return
 
 
 def choose() -> tuple[str, str]:

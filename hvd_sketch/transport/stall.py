@@ -226,6 +226,11 @@ def _warn(wait: Wait, waited_s: float) -> None:
     )
 
 
+def connecting(library: str) -> str:
+    """What ranks do that connect, in words."""
+    return f"connecting over {library}, where ranks that were given another transport never arrive"
+
+
 @contextmanager
 def watched(comm: Transport, doing: str, step: int | None = None) -> Iterator[None]:
     """Who waits long for the collectives inside says so.

@@ -17,7 +17,7 @@ import torch
 
 from hvd_sketch.transport.attendance import Attendance, StoreAttendance
 from hvd_sketch.transport.gloo_threads import patient_gloo
-from hvd_sketch.transport.stall import process_watch
+from hvd_sketch.transport.stall import connecting, process_watch
 from hvd_sketch.transport.torch_messages import DeviceCollectives, DirectMessages
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -167,7 +167,7 @@ def _new_channel(group: Any) -> Channel:
     name = f"{group.group_name}/{number}"
     timeout = _timeout_of(group, config)
     store = dist.PrefixStore("hvd_sketch", c10d._get_default_store())
-    with process_watch().over(rank, len(ranks), 0, "connect"):
+    with process_watch().over(rank, len(ranks), None, connecting("torch")):
         _meet(store, name, ranks, dist.get_rank(), timeout.total_seconds())
         counts[group.group_name] = number + 1
         where = dist.PrefixStore(name, store), rank, len(ranks), timeout

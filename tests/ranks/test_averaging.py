@@ -87,6 +87,20 @@ def test_without_a_sketch_the_parameters_own_dtype_travels(dtype: torch.dtype) -
     assert all(torch.equal(gradient, results[0][0]) and 0.95 < ratio <= 1 for gradient, ratio in results)
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch gives gradients their parameters' dtype")
+def test_gradients_of_another_dtype_than_their_parameters_keep_their_digits() -> None:
+    def main(transport: LocalTransport) -> Tensor:
+        parameter = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
+        parameter.grad_dtype = torch.float32
+        optimizer = wrap(transport, nn.ParameterList([parameter]), None)
+        parameter.grad = torch.full((8,), 1 + 2.0**-12 * transport.rank)
+        optimizer.step()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    assert all(bool((gradient == 1 + 2.0**-13).all()) for gradient in run_local(2, main, LIMIT_S))
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("config", [everything(60, weight_decay=0.5), everything(60), None])
 def test_missing_gradients_count_as_zeros_unless_all_are_missing(ranks: int, config: SketchConfig | None) -> None:

@@ -73,15 +73,18 @@ def test_each_launcher_gets_its_own(launcher: str, told: str) -> None:
 
 
 @pytest.mark.multiprocess
-def test_who_waits_for_a_rank_of_another_transport_says_what_for() -> None:
+@pytest.mark.parametrize("before", ["", INIT])
+def test_who_waits_for_a_rank_of_another_transport_says_what_for(before: str) -> None:
     program = (
-        "import os; from hvd_sketch.transport import resolve_transport; "
-        "resolve_transport('torch' if os.environ['RANK'] == '0' else 'mpi')"
+        f"{before}\nimport os, time; from hvd_sketch.transport import resolve_transport\n"
+        "resolve_transport('torch' if os.environ['RANK'] == '0' else 'mpi'); time.sleep(9)"
     )
     command = [*LAUNCHERS["torch"], "-n", "2", "--", sys.executable, "-c", program]
     status, output = run_command(command, timeout_s=60, **{STALL_VARIABLE: "1", ABORT_VARIABLE: "3"})
     assert status != 0
-    assert re.search(r"process \d+ has waited .* in phase 'connecting over torch, where ranks that were given", output)
+    who = "rank 0 of 2" if before else r"process \d+"
+    assert re.search(rf"{who} has waited .* in phase 'connecting over torch, where ranks that were given", output)
+    assert "transport='mpi' has one rank, but WORLD_SIZE is 2: every rank would train alone" in output
 
 
 @pytest.mark.multiprocess

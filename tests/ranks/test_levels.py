@@ -165,6 +165,7 @@ def test_goes_on(way: str) -> None:
     for result in results:
         assert torch.equal(result[way], results[0][way])
         assert torch.equal(result[way], result["whole"])  # whole numbers: the mean of residuals loses nothing
+        assert result[f"steps, {way}"] == 5, "logs go on by it"
         assert "rank 1 keeps no state with levels=2, ranks [0, 2] do" in result["wrong root"]
 
 

@@ -140,6 +140,21 @@ def test_updates_fit_the_parameters_dtypes(dtype: torch.dtype, operation: str, r
         assert narrow == pytest.approx(30 * value * scale, rel=2e-2)
 
 
+@pytest.mark.parametrize(("dtype", "options"), [(torch.bfloat16, {}), (torch.float32, {"compression": "bf16"})])
+def test_a_mean_in_16_bits_is_right_where_the_sum_overflows(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    def main(transport: LocalTransport) -> torch.Tensor:
+        parameter = nn.Parameter(torch.zeros(8, dtype=dtype))
+        optimizer = DistributedOptimizer(torch.optim.SGD([parameter], lr=0.0), None, transport=transport, **options)
+        parameter.grad = torch.full_like(parameter, [2e38, 2e38, -2e38][transport.rank])
+        parameter.grad[1] = torch.finfo(torch.bfloat16).max
+        optimizer.step()
+        return parameter.grad.float()
+
+    for gradient in run_local(3, main, LIMIT_S):
+        assert gradient[1] == torch.finfo(torch.bfloat16).max
+        assert gradient[0] == gradient[2] == pytest.approx(2e38 / 3, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("dtype", "options", "value"),
     [

@@ -113,6 +113,7 @@ def test_another_compression_goes_on_without_residuals(tmp_path: Path) -> None:
         ]
         assert torch.equal(*moments) and moments[0].any()
         job.train(range(2, 4))
+        assert job.optimizer.exchanges == 4 and job.save(tmp_path).name == "000002-step-4"
         return not residual.any() and not velocity.any()
 
     assert all(run_local(2, load, LIMIT_S))

@@ -225,7 +225,7 @@ def goes_on(transport: Transport, folder: str) -> dict[str, Any]:
             results["wrong root"] = error_of(lambda its=its: broadcast_optimizer_state(its, 1, transport))
             broadcast_optimizer_state(its, 0, transport)
         train(later, its, transport.rank, range(3, 5))
-        results[way] = flat(later)
+        results[way], results[f"steps, {way}"] = flat(later), its.exchanges
     return results
 
 
