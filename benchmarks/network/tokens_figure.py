@@ -74,8 +74,10 @@ def plot(records: Sequence[Record], best: Mapping[Group, Sequence[Record]], path
     panels = {key: drawn for key, own in grouped(records, *PANEL).items() if (drawn := list(_lines(own, best)))}
     if not panels:
         return False
-    figure = new_figure(2 + 3.6 * len(panels), 4.6)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = new_figure(2 + 3 * len(panels), 4.6)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     by_network = sorted(panels.items(), key=lambda panel: (panel[0][0], bits_per_s(panel[0][1])))
     for ax, ((hosts, rate), lines) in zip(axes, by_network, strict=True):
         for method, of_method in lines:
@@ -83,8 +85,11 @@ def plot(records: Sequence[Record], best: Mapping[Group, Sequence[Record]], path
             assert trained is not None, "it has points"
             style = {**LINES[trained[0]], "label": METHODS[method].title.replace("`", ""), "linewidth": 1}
             draw_bars(ax, [point.seconds for point in of_method], [point.losses for point in of_method], **style)
-        ax.set(xscale="log", xlabel="seconds of the training", title=f"{hosts} hosts, {rate}/s")
-        ax.grid(alpha=0.3, which="both")
+        ax.set(xscale="log", xlabel="seconds of the training", title=f"{hosts} hosts, {rate}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.3)
     axes[0].set_ylabel("test loss at its end")
     drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8)
