@@ -13,7 +13,7 @@ LATER = ("lowrank8", "local32", "paper", "powersgd16", "powersgd32", "truetopk")
 WINNERS = ("dense", "lowrank4", "nominate4-lag", "random4-sign")
 RIVALS = ("demo", "powersgd16", "lowrank16", "lowrank8", "dense16", "sketch4-sign")
 ROUNDS = ("dense-rounds", "nominate4-rounds", "lowrank4-rounds", "sparseloco")
-BY_RANKS = ("lowrank4", "nominate4-lag", "demo", "sparseloco")
+BY_RANKS = ("lowrank4", "nominate4-lag", "random4-sign", "demo", "sparseloco")
 # Task, ranks, whether skewed, steps, ratio.
 Place = tuple[str, int, bool, int, float]
 TARGETS: Sequence[Place] = (

@@ -21,6 +21,7 @@ FINISHED = [
         ("mnist", ratio, 4, steps, skewed)
         for ratio, steps, skewed in (
             *((20, 400, False), (60, 400, False), (150, 400, False), (500, 400, False), (150, 400, True)),
+            (150, 2000, False),
         )
     ),
     *(
