@@ -46,9 +46,10 @@ def recommended(
 
     Evidence (per cent, three seeds), for low rank, nominated, random and dense: at a ratio of 150 MNIST 96.6, 96.1,
     96.2, 96.8; CIFAR-10 in 1,500 steps 67.7, 66.1, 66.4, 68.3; with 16 ranks in 300 steps 51.1, 48.5, 49.5, 53.1,
-    with 64 48.4, 41.7, 47.3, 53.5; at 1,000, 2 million parameters, 57.5, 57.3, 51.9, 61.1. Random coordinates win one of
-    thirteen tables: CIFAR-10 with two or three classes a rank, 300 steps at 150, 45.4, 45.3, 47.9, 48.5. With low rank these are ratios of the whole
-    models. Beside coordinates small tensors went dense: the whole models sent 116, 118, 117 and 807 times fewer bytes.
+    with 64 48.4, 41.7, 47.3, 53.5; at 1,000, 2 million parameters, 57.5, 57.3, 51.9, 61.1. Random coordinates win
+    one of thirteen tables: CIFAR-10 with two or three classes a rank, 300 steps at 150, 45.4, 45.3, 47.9, 48.5.
+    With low rank these are ratios of the whole models. Beside coordinates small tensors went dense: the whole
+    models sent 116, 118, 117 and 807 times fewer bytes.
 
     With Adam at a ratio of 60 (beside coordinates 36 of the whole model), losses of a character transformer of 240 k
     after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.28
