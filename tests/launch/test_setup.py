@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
+import re
 import shutil
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,21 @@ def test_set_up_leaves_other_files_alone(set_up):
     assert status == 1
     assert "found other files" in output
     assert [file.name for file in place.iterdir()] == ["thesis.tex"]
+
+
+def test_every_pinned_version_runs_on_the_least_python_that_is_promised() -> None:
+    """Debian 12 has Python 3.11.2; a version of one of them asked for 3.11.5, and no environment could be made."""
+    packaging = pytest.importorskip("packaging.specifiers")
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    least = config["options"]["python_requires"].removeprefix(">=").strip() + ".0"
+    looked_at = 0
+    for name, version in re.findall(r"(?m)^([\w.-]+)==([\w.+]+)", (ROOT / "launch" / "constraints.txt").read_text()):
+        try:
+            found = metadata.metadata(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if found["Version"].partition("+")[0] == version.partition("+")[0]:
+            looked_at += 1
+            assert packaging.SpecifierSet(found["Requires-Python"] or "").contains(least), (name, version)
+    assert looked_at > 20
