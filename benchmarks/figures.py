@@ -32,6 +32,21 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
         figure.savefig(draft, dpi=dpi)
 
 
+def plain_logarithmic(axis: Any, unit: float = 1.0) -> None:
+    """Marks at 1, 2, 5, 10, … of a unit on a logarithmic axis, in plain figures."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value / unit:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def shared_legend(figure: Any, axes: Iterable[Any], columns: int) -> None:
+    """One legend below all axes of a figure, each label once."""
+    drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+
+
 def styles_of(kinds: Mapping[str, str]) -> dict[str, Record]:
     """Options of ``axes.plot`` for every method of a figure, from :data:`hvd_sketch.commands.styles.STYLES`.
 

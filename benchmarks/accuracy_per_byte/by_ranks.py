@@ -8,7 +8,15 @@ from typing import Any
 
 from benchmarks.accuracy_per_byte.methods import METHODS
 from benchmarks.accuracy_per_byte.records import Group, Record, mean, results_of
-from benchmarks.figures import draw_bars, grouped, new_figure, save_figure, styles_of
+from benchmarks.figures import (
+    draw_bars,
+    grouped,
+    new_figure,
+    plain_logarithmic,
+    save_figure,
+    shared_legend,
+    styles_of,
+)
 
 KINDS = ("lowrank", "nominate", "sketch", "random", "dense16", "dense", "local", "truetopk", "paper", "powersgd")
 TOPK = ("local", "truetopk")
@@ -41,8 +49,6 @@ def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) 
     lines = [[e["group"] for e in own] for own in grouped(entries, "place").values() if len(own) > 1]
     if max(map(len, lines), default=0) < FEWEST:
         return False
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     several = len({(own[0].ratio, own[0].steps, own[0].skewed) for own in lines}) > 1
     figure = new_figure(10, 4.2)
     axes = figure.subplots(1, 2)
@@ -61,10 +67,8 @@ def draw_by_ranks(best: Mapping[Group, list[Record]], measure: str, path: Path) 
         _mark_ranks(ax, ranks)
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter(lambda kilobytes, _: f"{kilobytes:g}")
-    axes[1].yaxis.set_minor_formatter(NullFormatter())
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    plain_logarithmic(axes[1].yaxis)
+    shared_legend(figure, axes[:1], columns=2)
     save_figure(figure, path, dpi=90)
     return True
 

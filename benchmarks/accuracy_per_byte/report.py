@@ -14,7 +14,17 @@ from benchmarks.accuracy_per_byte.records import Group, Record, Run, mean, resul
 from benchmarks.accuracy_per_byte.search import best_rate, rates_tried
 from benchmarks.accuracy_per_byte.subjects import IMAGES, Subject
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.figures import draw_bars, grouped, markdown, new_figure, save_figure, spread, told
+from benchmarks.figures import (
+    draw_bars,
+    grouped,
+    markdown,
+    new_figure,
+    plain_logarithmic,
+    save_figure,
+    shared_legend,
+    spread,
+    told,
+)
 from hvd_sketch.files import replaced
 
 HEAD = "method | result, mean (least–greatest) | learning rate | seeds | ratio, matrices | ratio, all | bytes per step"
@@ -92,8 +102,6 @@ def _measure(task: str) -> str:
 
 def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
     """One axis for each number of ranks, steps and kind of data."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     places = sorted({(group.steps, group.workers, group.skewed) for group in best})
     figure = new_figure(1 + 4.6 * len(places), 5)
     axes = figure.subplots(1, len(places), squeeze=False)[0]
@@ -103,13 +111,10 @@ def _draw(task: str, best: Mapping[Group, list[Record]], path: Path) -> None:
         ax.set(xscale="log", xlabel="kB per step and rank", ylabel=_measure(task))
         low, high = ax.get_xlim()
         ax.set_xlim(low / 2, high * 2)  # at one ratio all methods have nearly the same bytes
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda sent_bytes, _: f"{sent_bytes / 1000:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        plain_logarithmic(ax.xaxis, unit=1000)
         ax.set_title(f"{workers} ranks, {steps} steps{', label-skewed' if skewed else ''}", fontsize=10)
         ax.grid(alpha=0.3)
-    drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2 * len(places), fontsize=8)
+    shared_legend(figure, axes, columns=2 * len(places))
     figure.suptitle(fill(TASKS[task].title, 50 * len(places)))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=90)

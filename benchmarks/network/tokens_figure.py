@@ -13,11 +13,22 @@ from pathlib import Path
 from benchmarks.accuracy_per_byte.by_ranks import LINES
 from benchmarks.accuracy_per_byte.records import Group, results_of
 from benchmarks.accuracy_per_byte.tasks import TASKS
-from benchmarks.figures import Floats, Record, draw_bars, grouped, markdown, new_figure, save_figure, spread
+from benchmarks.figures import (
+    Floats,
+    Record,
+    draw_bars,
+    grouped,
+    markdown,
+    new_figure,
+    plain_logarithmic,
+    save_figure,
+    shared_legend,
+    spread,
+)
 from benchmarks.network.lab import bits_per_s
 from benchmarks.network.tokens_ranks import METHODS
 
-PANEL = ("hosts", "rate")
+PANEL = ("transport", "hosts", "rate")
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def table(records: Sequence[Record], best: Mapping[Group, Sequence[Record]]) -> 
     """A row for each method, number of hosts and length of the training: the loss, and its seconds on every network."""
     rates = sorted({record["rate"] for record in records}, key=bits_per_s)
     rows = []
-    for (_, method), own in grouped(records, "hosts", "method").items():
+    for (_, _, method), own in grouped(records, "transport", "hosts", "method").items():
         by_rate = {record["rate"]: {point.steps: point for point in points(record, best)} for record in own}
         for steps in sorted({steps for of_rate in by_rate.values() for steps in of_rate}):
             at = [of_rate[steps] for of_rate in by_rate.values()]
@@ -74,25 +85,20 @@ def plot(records: Sequence[Record], best: Mapping[Group, Sequence[Record]], path
     panels = {key: drawn for key, own in grouped(records, *PANEL).items() if (drawn := list(_lines(own, best)))}
     if not panels:
         return False
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     figure = new_figure(2 + 3 * len(panels), 4.6)
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
-    by_network = sorted(panels.items(), key=lambda panel: (panel[0][0], bits_per_s(panel[0][1])))
-    for ax, ((hosts, rate), lines) in zip(axes, by_network, strict=True):
+    by_network = sorted(panels.items(), key=lambda panel: (*panel[0][:2], bits_per_s(panel[0][2])))
+    for ax, ((transport, hosts, rate), lines) in zip(axes, by_network, strict=True):
         for method, of_method in lines:
             trained = METHODS[method].trained
             assert trained is not None, "it has points"
             style = {**LINES[trained[0]], "label": METHODS[method].title.replace("`", ""), "linewidth": 1}
             draw_bars(ax, [point.seconds for point in of_method], [point.losses for point in of_method], **style)
-        ax.set(xscale="log", xlabel="seconds of the training", title=f"{hosts} hosts, {rate}")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set(xscale="log", xlabel="seconds of the training", title=f"{hosts} hosts, {rate}, {transport}")
+        plain_logarithmic(ax.xaxis)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test loss at its end")
-    drawn = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    shared_legend(figure, axes, columns=3)
     save_figure(figure, path, dpi=90)
     return True
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.exchange.feedback import Limits
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.model.parameters import NamedParameter
+from hvd_sketch.model.parameters import NamedParameter, dtype_of_gradient
 from hvd_sketch.shards import is_sharded, local
 
 Place = tuple[Tensor, int, int]  # a parameter, and where it starts and stops in the vector
@@ -60,10 +60,7 @@ class FlatParameters:
     @property
     def half_dtype(self) -> torch.dtype | None:
         """The dtype of 16 bits that all parameters and their gradients have, in which these travel without a loss."""
-        dtypes = {parameter.dtype for parameter in self.parameters}
-        # From torch 2.13 on a gradient may have another dtype than its parameter, or any (None).
-        dtypes |= {getattr(parameter, "grad_dtype", parameter.dtype) for parameter in self.parameters}
-        (dtype, *others) = dtypes
+        (dtype, *others) = {dtype for p in self.parameters for dtype in (p.dtype, dtype_of_gradient(p))}
         return dtype if not others and dtype is not None and dtype.itemsize == 2 else None
 
     def limits(self, scale: float = 1.0) -> Limits:

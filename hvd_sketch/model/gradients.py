@@ -19,7 +19,7 @@ from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
-from hvd_sketch.model.parameters import NamedParameter
+from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
@@ -37,7 +37,7 @@ def shared_options(named: Sequence[NamedParameter], max_skips: int = 25, flags_p
 
     Each compares all parameters: then the first already finds a rank that would not build the second.
     """
-    described = [(name, tuple(local(p).shape), str(p.dtype).removeprefix("torch.")) for name, p in named]
+    described = [(name, tuple(local(p).shape), describe_dtype(p)) for name, p in named]
     return {
         "parameters": described,
         "ledger": CommLedger(),

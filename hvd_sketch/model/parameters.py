@@ -23,6 +23,19 @@ def is_dense(parameter: Tensor, dense_below: int) -> bool:
     return local(parameter).numel() < dense_below * (FLAT_FACTOR if parameter.ndim <= 1 else 1)
 
 
+def dtype_of_gradient(parameter: Tensor) -> torch.dtype | None:
+    """What ``p.grad`` is held to; None: any. From torch 2.13 on it may differ from the parameter's own dtype."""
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)
+    return dtype
+
+
+def describe_dtype(parameter: Tensor) -> str:
+    """In words, for the comparison of ranks: what travels may depend on both."""
+    own, of_gradient = parameter.dtype, dtype_of_gradient(parameter)
+    told = str(own).removeprefix("torch.")
+    return told if of_gradient == own else f"{told} with gradients of {of_gradient or 'any dtype'}"
+
+
 def sketched_dim(parameters: Iterable[Tensor | NamedParameter], dense_below: int = 1024) -> int:
     """How many coordinates of a model are sketched, for ``SketchConfig.for_compression(ratio, dim)``.
 

@@ -86,10 +86,11 @@ def test_the_rule_for_learning_rates_is_what_the_records_say(rule: str, method: 
     for task, ratio, ranks, steps, skewed in FINISHED:
         dense = "dense-muon" if method.endswith("muon") else "dense"
         groups = [Group(task, ranks, skewed, steps, *of) for of in ((method, float(ratio)), (dense, 1.0))]
-        rates = [search.best_rate(group, kept) for group in groups]
+        own_rate, dense_rate = (search.best_rate(group, kept) for group in groups)
         is_searched = all(len(search.rates_tried(group, kept)) > 2 for group in groups)
         if TASKS[task].adam == ("Adam" in rule or "Muon" in rule or "Sign" in rule) and is_searched:
-            factors.append(rates[0] / rates[1])  # type: ignore[operator]
+            assert own_rate and dense_rate, "a finished search has a best rate"
+            factors.append(own_rate / dense_rate)
     assert factors, "no records of finished searches"
     assert 0.9 * least < min(factors) and max(factors) < 1.1 * most, factors
 

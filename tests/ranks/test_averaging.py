@@ -101,6 +101,20 @@ def test_gradients_of_another_dtype_than_their_parameters_keep_their_digits() ->
     assert all(bool((gradient == 1 + 2.0**-13).all()) for gradient in run_local(2, main, LIMIT_S))
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch gives gradients their parameters' dtype")
+def test_ranks_agree_on_the_dtype_of_gradients() -> None:
+    """What travels depends on it."""
+
+    def main(transport: LocalTransport) -> None:
+        parameter = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
+        if transport.rank:
+            parameter.grad_dtype = torch.float32
+        with pytest.raises(ValueError, match=r"with gradients of torch\.float32"):
+            wrap(transport, nn.ParameterList([parameter]), None)
+
+    run_local(2, main, LIMIT_S)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("config", [everything(60, weight_decay=0.5), everything(60), None])
 def test_missing_gradients_count_as_zeros_unless_all_are_missing(ranks: int, config: SketchConfig | None) -> None:

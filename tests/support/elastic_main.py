@@ -1,7 +1,7 @@
 """A job of two ranks that a third one joins and leaves again, by a kill; run by test_elastic.py under horovodrun.
 
-Arguments: the file that says which hosts there are; "shared", if commits share the residuals; "rounds", if every other
-step exchanges nothing.
+Arguments: the file that says which hosts there are; "shared", if commits share the residuals; "rounds", if every third
+step exchanges.
 """
 
 from __future__ import annotations
