@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.methods import METHODS
 from benchmarks.network.records import Record, Records
+from hvd_sketch import units
 from hvd_sketch.transport import Transport, resolve_transport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,6 @@ LAUNCHERS = {
 }  # by transport, and what it runs over
 UNSHAPED = "none"
 RATE = r"(?!0+(\.0*)?[kmg])\d+(\.\d+)?[kmg]bit"
-BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 class LabFailed(Exception):
@@ -153,7 +153,7 @@ def file_type(text: str) -> Path:
 
 def bits_per_s(rate: str) -> float:
     """Of a rate as launch/netlab takes it; infinite for "none"."""
-    return float("inf") if rate == UNSHAPED else float(rate[:-4]) * BITS_PER_S[rate[-4:]]
+    return float("inf") if rate == UNSHAPED else units.bits_per_s(rate)
 
 
 def _netlab(*arguments: str, **environment: str) -> None:

@@ -21,10 +21,11 @@ from benchmarks.methods import FEW_BIT_RATIO
 from benchmarks.network.lab import bits_per_s
 from benchmarks.network.records import Records
 from hvd_sketch.commands.measure import Probe
-from hvd_sketch.commands.plan import advised, told_seconds
+from hvd_sketch.commands.plan import advised
 from hvd_sketch.commands.plan_options import shapes_of_size
 from hvd_sketch.cost import Network, Workload, methods
 from hvd_sketch.measured_costs import CARRIERS, CPU, Work
+from hvd_sketch.units import told_seconds
 
 PLANNED = {"allreduce": "dense", "powersgd": "powersgd", "nominate150": "nominate", "lowrank150": "lowrank"}
 SETTING = ("transport", "hosts", "dim", "rate")

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_sketch.commands.calibrate import waiting_for
-from hvd_sketch.commands.plan import told_rate, told_seconds
 from hvd_sketch.cost import Network
 from hvd_sketch.measured_costs import CARRIERS, Carrier
 from hvd_sketch.model.levels import host_name
 from hvd_sketch.transport import Transport, resolve_transport
 from hvd_sketch.transport.base import Splitting, gather_texts
 from hvd_sketch.transport.choice import choose
+from hvd_sketch.units import told_rate, told_seconds
 
 REPEATS = 20
 REPEATS_OF_LINK = 3  # of a large message: at 100 Mbit/s it takes 0.2 s

@@ -15,6 +15,7 @@ from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.cost import Method, Network, Workload, faster_below, methods
 from hvd_sketch.model.recommended import RESIDUAL_DECAY
+from hvd_sketch.units import told_bytes, told_rate, told_seconds
 from hvd_sketch.wire_bytes import DENSE_BYTES
 
 MUCH = 1.25  # times the other's time: less than that is within the error of the model
@@ -171,24 +172,3 @@ class Plan:
         console.print(self.advice)
         if self.call:
             console.print(self.call, soft_wrap=True, markup=False)  # one line to copy
-
-
-def told_seconds(value: float) -> str:
-    """Three digits, in the unit that fits."""
-    return _told(value, {"s": 1.0, "ms": 1e-3, "us": 1e-6})
-
-
-def told_bytes(value: float) -> str:
-    """Three digits, in the unit that fits."""
-    return _told(value, {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0})
-
-
-def _told(value: float, units: Mapping[str, float]) -> str:
-    smallest = min(units.items(), key=lambda unit: unit[1])
-    name, scale = next((unit for unit in units.items() if value >= 0.9995 * unit[1]), smallest)
-    return f"{value / scale:#.3g}".rstrip(".") + f" {name}"
-
-
-def told_rate(bytes_per_s: float) -> str:
-    """A bandwidth as people write it."""
-    return _told(8 * bytes_per_s, {"Gbit/s": 1e9, "Mbit/s": 1e6})

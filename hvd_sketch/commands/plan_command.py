@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hvd_sketch.commands.console import console
+from hvd_sketch.units import seconds
 
 MEASURED = ("ranks", "per_host", "bandwidth", "latency", "launcher")  # what --measure finds itself
 
@@ -66,7 +67,7 @@ def plan(
         check_choice("--bits", bits, BITS)
         check_choice("--optimizer", optimizer, planning.ADVISED)
         ratio = planning.RATIOS[optimizer] if ratio is None else ratio
-        backward_s = options.seconds(backward)
+        backward_s = seconds(backward)
         network = options.network_of(ranks, bandwidth, latency, launcher, per_host)
         if measure or calibrate:
             calibrating.check_device(device)

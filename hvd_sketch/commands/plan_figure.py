@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sketch.commands.plan import told_rate
 from hvd_sketch.commands.styles import STYLES
 from hvd_sketch.cost import Method, Network, Workload, methods
 from hvd_sketch.files import replaced
+from hvd_sketch.units import told_rate
 
 BITS_PER_S = np.logspace(7, 11.6, 47)  # 10 Mbit/s to 400 Gbit/s
 RANKS = [2**power for power in range(1, 11)]

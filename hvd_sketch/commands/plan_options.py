@@ -1,12 +1,11 @@
-"""What the options of ``hvd-sketch plan`` mean: a bandwidth, a time, the shapes of a model, a network."""
+"""What the options of ``hvd-sketch plan`` mean: the shapes of a model, a network."""
 
 from __future__ import annotations
 
 import importlib
 import math
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,31 +16,9 @@ from hvd_sketch.checks import check_choice
 from hvd_sketch.config import SketchConfig
 from hvd_sketch.cost import Network
 from hvd_sketch.measured_costs import CARRIERS
+from hvd_sketch.units import bits_per_s, seconds
 
 LEAST_SIDE = 1000  # of the matrices of a model of which only the size is known; also how many of them, at most
-SCALES = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-
-
-def bits_per_s(text: str) -> float:
-    """A bandwidth such as ``1gbit``, in bits per second. Raises ValueError."""
-    return _with_unit(text, SCALES, "a bandwidth such as 100mbit or 1gbit")
-
-
-def seconds(text: str) -> float:
-    """A time such as ``50us``, in seconds. Raises ValueError."""
-    return _with_unit(text, TIMES, "a time such as 50us, 3ms or 0.2s", least=0.0)
-
-
-def _with_unit(text: str, units: Mapping[str, float], expected: str, least: float = 1e-12) -> float:
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+?)(?:/s|ps)?\s*", text.lower())
-    try:
-        value = float(found[1]) * units[found[2]] if found else math.nan
-    except (KeyError, ValueError):
-        value = math.nan
-    if not least <= value < math.inf:
-        raise ValueError(f"expected {expected}, got {text!r}")
-    return value
 
 
 def shapes_of_size(dim: int) -> Shapes:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_sketch.commands.plan import told_bytes
 from hvd_sketch.files import replaced, require_other
 from hvd_sketch.report.charts import charts
 from hvd_sketch.report.page import page
 from hvd_sketch.report.runs import Run, logs_of, read_run
 from hvd_sketch.report.tables import configuration, figures, summary
+from hvd_sketch.units import told_bytes
 
 
 def write_report(paths: Sequence[Path], output: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_sketch.commands.plan import told_bytes, told_seconds
 from hvd_sketch.report.decimate import ends, peaks, sums
 from hvd_sketch.report.runs import Numbers, Run, Series
+from hvd_sketch.units import told_bytes, told_seconds
 
 # Told apart on white and on black, and by those who see colours differently (Okabe and Ito).
 COLORS = ("#0a84d6", "#e08a00", "#00a37a", "#d4569a", "#8c7ae6", "#d9534f", "#5aa9c9", "#9a8c2e", "#7f8c8d")

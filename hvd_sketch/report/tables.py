@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hvd_sketch.commands.plan import told_bytes, told_seconds
 from hvd_sketch.logs.run_log import number
 from hvd_sketch.report.runs import Run, Series
+from hvd_sketch.units import told_bytes, told_seconds
 
 NONE = "–"
 

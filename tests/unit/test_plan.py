@@ -20,16 +20,17 @@ from benchmarks.methods import LibraryAllreduce, PowerSGD
 from hvd_sketch import DistributedOptimizer, LowRankConfig, SketchConfig
 from hvd_sketch.__main__ import app
 from hvd_sketch.at_ratio import bytes_of, configurations, kept_bytes
-from hvd_sketch.commands import calibrate, plan, plan_figure
+from hvd_sketch.commands import calibrate, plan_figure
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.plan import Plan
-from hvd_sketch.commands.plan_options import bits_per_s, shapes_of_size
+from hvd_sketch.commands.plan_options import shapes_of_size
 from hvd_sketch.commands.styles import STYLES
 from hvd_sketch.cost import BUCKET_BYTES, Network, Workload, faster_below, methods
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.measured_costs import CARRIERS, CPU, H100, Work
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import LocalTransport, run_local
+from hvd_sketch.units import bits_per_s, told_bytes
 from tests.support.harness import ROOT
 
 LIMIT_S = 60
@@ -350,7 +351,7 @@ def test_bad_use_exits_with_2_and_says_what_is_expected(arguments: list[str], to
     ("value", "told"), [(0, "0.00 B"), (999.6e3, "1.00 MB"), (1.2345e9, "1.23 GB"), (12, "12.0 B")]
 )
 def test_three_digits(value: float, told: str) -> None:
-    assert plan.told_bytes(value) == told
+    assert told_bytes(value) == told
 
 
 def test_advice_suits_the_optimizer() -> None:
