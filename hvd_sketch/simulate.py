@@ -15,6 +15,7 @@ statistics) and torch's random numbers (dropout) go on from rank to rank; real r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -29,7 +30,8 @@ from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
-from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of
+from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of, unsent_of
+from hvd_sketch.model.step_ahead import SHARE, Ahead
 from hvd_sketch.transport.grid import in_grid
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
@@ -84,6 +86,7 @@ class Simulation:
         self._config = replace(sketch, deterministic=True) if sketch is not None else None
         self._routes = routes_of(self._named, self._config)
         self._used: list[bool] = []  # which parameters have a gradient in this step
+        self._ahead: Ahead | None = None
         self._next = 0  # the rank whose gradient comes next
         self._threads = LocalRanks(ranks, AGREE_LIMIT_S)
         ranks_exchanges = self._threads.run(partial(self._build, make))
@@ -131,6 +134,22 @@ class Simulation:
                 gradient = [values.clone() for values in gradient]
             exchange.accumulate(gradient, route.used(used)[1])
         self._next += 1
+
+    @contextmanager
+    def ahead(self, rank: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Inside, the parameters are where :class:`~hvd_sketch.StepAhead` has them on a rank, for its backward pass.
+
+        Args:
+            rank: whose.
+            optimizer: the one that is stepped after :meth:`agree`.
+        """
+        if self._ahead is None:
+            self._ahead = Ahead(optimizer, SHARE)
+        self._ahead.go_(unsent_of(self._routes, self._exchanges[rank]))
+        try:
+            yield
+        finally:
+            self._ahead.back_()
 
     def agree(self) -> None:
         """Make every ``p.grad`` what the exchange leaves on every rank, after :meth:`accumulate` for every rank.

@@ -59,6 +59,7 @@ class Method:
         every: 1: gradients are exchanged. More: the ranks take as many steps each by itself, and then exchange what has
             become of their parameters, by :class:`hvd_sketch.LocalSteps`.
         outer: makes the optimizer that ends a round; default: the library's own.
+        ahead: gradients are those of parameters that :class:`hvd_sketch.StepAhead` has moved.
         fixed_ratio: of a method whose bytes cannot be chosen.
         rate_factor: of the task's learning rate at which the search begins.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
@@ -81,12 +82,13 @@ class Method:
     rate_factor: float = 1.0
     every: int = 1
     outer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] = nesterov
+    ahead: bool = False
     fixed_ratio: float | None = None
 
     @property
     def is_for_text(self) -> bool:
         """Whether images do without it."""
-        return self.inner != "adam" or self.every > 1
+        return self.inner != "adam" or self.every > 1 or self.ahead
 
     def first_rate(self, task: Task, steps: int) -> float:
         """In the middle of the first grid of a training's learning rates."""
@@ -168,6 +170,10 @@ def _into(method: Method, title: str, inner: Inner, rate_factor: float = 1.0) ->
     return replace(method, title=f"{method.title}, {title}", inner=inner, rate_factor=rate_factor)
 
 
+def _ahead(method: Method) -> Method:
+    return replace(method, title=f"{method.title}, step ahead", ahead=True)
+
+
 def _with_sgd(method: Method) -> Method:
     """With momentum where the exchange goes with it."""
     if method.kind == "nesterov":
@@ -236,6 +242,8 @@ METHODS |= {
     ),
 }
 METHODS |= {f"{name}-rounds": _in_rounds(METHODS[name]) for name in ("dense", "nominate4", "lowrank4")}
+AHEAD = ("lowrank4", "nominate4", "nominate4-lag", "sketch4-lag", "random4-lag")
+METHODS |= {f"{name}-ahead": _ahead(METHODS[name]) for name in AHEAD}
 CROSSED = ("dense", "lowrank4", "nominate4", "sketch4", "random4")  # with every inner optimizer
 METHODS |= {f"{name}-sgd": _with_sgd(METHODS[name]) for name in CROSSED}
 METHODS |= {f"{name}-muon": _into(METHODS[name], "Muon", "muon", 0.5) for name in CROSSED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class Training:
         """One step of all workers; False if the training has diverged."""
         losses = []
         for worker, batch in enumerate(next(self._batches)):
-            losses.append(self._differentiate(self.model, batch))
+            with self.simulation.ahead(worker, self.optimizer) if self.method.ahead else nullcontext():
+                losses.append(self._differentiate(self.model, batch))
             if not self._accumulate(worker, losses[-1]):
                 return False
         self.simulation.agree()

@@ -74,6 +74,12 @@ class FlatParameters:
         number = int(torch.searchsorted(self._starts, coordinate, right=True)) - 1
         return f"element {coordinate - int(self._starts[number])} of {self._names[number]!r}"
 
+    def views_of(self, vector: Tensor) -> list[Tensor]:
+        """For each parameter its part of a vector [dim], in its shape. No copies."""
+        return [
+            vector[start:stop].view(shape) for (_, start, stop), shape in zip(self._places, self.shapes, strict=True)
+        ]
+
     def unused(self, used: Sequence[bool]) -> list[tuple[int, int]]:
         """The coordinates of those parameters that are not used, as ranges; neighbours are not joined."""
         places = zip(self._places, used, strict=True)

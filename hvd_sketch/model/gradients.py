@@ -20,7 +20,7 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import checksums, describe_drift, digest
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
-from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of
+from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
@@ -115,6 +115,16 @@ class GradientExchange:
     def compressed(self) -> ResidualExchange | None:
         """The exchange that compresses; None where all goes dense."""
         return next((exchange for exchange in self._exchanges if isinstance(exchange, ResidualExchange)), None)
+
+    @property
+    def unsent(self) -> list[tuple[Tensor, Tensor]]:
+        """See :func:`~hvd_sketch.model.routes.unsent_of`."""
+        return unsent_of(self._routes, self._exchanges)
+
+    @property
+    def scale(self) -> int:
+        """What ``p.grad`` becomes in times of the mean over the ranks: 1, or of a sum their number."""
+        return self._scale
 
     @property
     def keepers(self) -> list[int]:

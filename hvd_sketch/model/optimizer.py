@@ -162,6 +162,7 @@ class DistributedOptimizer(LoggedOptimizer):
         )
         mark_sparse(optimizer, named, self._gradients.config)
         self._progress = Progress(self._parameters)
+        self._before_change: list[Callable[[], None]] = []
         self._write_to(outputs)
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
@@ -239,7 +240,24 @@ class DistributedOptimizer(LoggedOptimizer):
         gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
+    def before_change(self, prepare: Callable[[], None]) -> None:
+        """Have something called before an exchange and before a step, as :class:`~hvd_sketch.StepAhead` does.
+
+        Communication: none.
+        """
+        self._before_change.append(prepare)
+
+    def _prepare(self) -> None:
+        for prepare in self._before_change:
+            prepare()
+
+    def step_without_data(self) -> bool:
+        """See :meth:`ExchangingOptimizer.step_without_data`. Communication: collective, all ranks."""
+        self._prepare()
+        return super().step_without_data()
+
     def _step_inner(self, has_closure: bool) -> None:
+        self._prepare()  # a forward pass may have come since the exchange
         try:
             self.inner.step()
         except Exception as error:
@@ -322,6 +340,7 @@ class DistributedOptimizer(LoggedOptimizer):
 
         Whether these are averaged already is not for one rank to decide: it says so, and all ranks learn it.
         """
+        self._prepare()
         progress = self._progress
         is_held = progress.holds_averaged
         if is_held:

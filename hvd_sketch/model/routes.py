@@ -111,6 +111,16 @@ def build_exchanges(
     return exchanges
 
 
+def unsent_of(routes: Sequence[Route], exchanges: Sequence[Exchange]) -> list[tuple[Tensor, Tensor]]:
+    """Every parameter that is compressed, with its part of this rank's residual, float32 of what this rank holds."""
+    pairs = [
+        zip(route.flat.parameters, route.flat.views_of(exchange.residual), strict=True)
+        for route, exchange in zip(routes, exchanges, strict=True)
+        if isinstance(exchange, ResidualExchange)
+    ]
+    return [pair for of_route in pairs for pair in of_route]
+
+
 def mark_sparse(optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter], config: Compression | None) -> None:
     """Tell a ``LagAdamW`` which of its parameters get the gradient of a few coordinates in a step."""
     if isinstance(optimizer, LagAdamW):

@@ -1,0 +1,254 @@
+"""StepAhead: gradients are of parameters that a rank's own residual has moved; all else is as without it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW
+
+from hvd_sketch import DistributedOptimizer, LocalSteps, LowRankConfig, Simulation, SketchConfig, StepAhead
+from hvd_sketch.config import Compression
+from hvd_sketch.model.step_ahead import MOST, Ahead
+from hvd_sketch.optim import LagAdamW
+from hvd_sketch.transport import LocalTransport, run_local
+from tests.support.rounds import backward, flat, network
+from tests.support.toy import LIMIT_S
+
+RATE = 0.01
+COMPRESSIONS: dict[str, Compression] = {
+    "sketch": SketchConfig(cols=400, k=100),
+    "nominate": SketchConfig(k=200, candidates="nominate"),
+    "random": SketchConfig(k=400, candidates="random"),
+    "low rank": LowRankConfig(rank=2, dense_below=1024),
+}
+
+
+def wrapped(model: nn.Module, compression: Compression, transport: LocalTransport, kind: type = LagAdamW) -> Any:
+    inner = kind(model.parameters(), lr=RATE)
+    return DistributedOptimizer(inner, model.named_parameters(), compression, transport, check_every=1)
+
+
+def run(model: nn.Module, optimizer: Any, rank: int, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, rank, step)
+        optimizer.step()
+
+
+def trained(transport: LocalTransport, name: str, has_ahead: bool = True) -> Tensor:
+    model = network()
+    optimizer = wrapped(model, replace(COMPRESSIONS[name], deterministic=True), transport)
+    if has_ahead:
+        StepAhead(model, optimizer)
+    run(model, optimizer, transport.rank, range(12))
+    return flat(model.parameters())
+
+
+def seen(model: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """The parameters that a call has before it returns."""
+    found: list[Tensor] = []
+    handle = model[0].register_forward_hook(lambda *_: found.append(flat(model.parameters())))
+    call()
+    handle.remove()
+    return found[0]
+
+
+def assert_equal(of_ranks: list[Tensor]) -> None:
+    assert all(torch.equal(own, of_ranks[0]) for own in of_ranks)
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_it_is_where_the_optimizer_will_come_to(kind: type) -> None:
+    """Without anything but the gradient that is left, which comes in the next step."""
+    draw = torch.Generator().manual_seed(5)
+    parameter = nn.Parameter(torch.randn(200, generator=draw, dtype=torch.float64))
+    optimizer = kind([parameter], lr=RATE, weight_decay=0.0)
+    for _ in range(4000):
+        parameter.grad = torch.randn(200, generator=draw, dtype=torch.float64)
+        optimizer.step()
+    optimizer.state[parameter]["exp_avg"].zero_()
+    start = parameter.detach().clone()
+    left = torch.randn(200, generator=draw, dtype=torch.float64) / 2
+    ahead = Ahead(optimizer, 1.0)
+    ahead.go_([(parameter, left)])
+    predicted = parameter.detach() - start
+    ahead.back_()
+    assert torch.equal(parameter.detach(), start)
+    for number in range(150):
+        parameter.grad = left * (number == 0)
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach() - start, predicted, rtol=0.05, atol=1e-5)
+
+
+def test_a_move_is_limited_and_finite() -> None:
+    parameter = nn.Parameter(torch.zeros(6))
+    optimizer = AdamW([parameter], lr=RATE)
+    parameter.grad = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 1.0])
+    optimizer.step()
+    parameter.data.zero_()
+    ahead = Ahead(optimizer, 0.5)
+    ahead.go_([(parameter, torch.tensor([1.0, 1.0, 1.0, -float("inf"), float("nan"), 0.0]))])
+    expected = RATE / 2 * torch.tensor([0.0, -MOST, -1.0, MOST, 0.0, 0.0])
+    torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_stay_equal_and_simulated_ones_are_the_same(name: str, ranks: int) -> None:
+    ours = run_local(ranks, partial(trained, name=name), LIMIT_S)
+    assert_equal(ours)
+    assert not torch.equal(ours[0], run_local(ranks, partial(trained, name=name, has_ahead=False), LIMIT_S)[0])
+    model = network()
+    simulation = Simulation(model.named_parameters(), COMPRESSIONS[name], ranks)
+    optimizer = LagAdamW(model.parameters(), lr=RATE)
+    simulation.prepare(optimizer)
+    for step in range(12):
+        for rank in range(ranks):
+            optimizer.zero_grad()
+            with simulation.ahead(rank, optimizer):
+                backward(model, rank, step)
+            simulation.accumulate(rank)
+        simulation.agree()
+        optimizer.step()
+    assert torch.equal(flat(model.parameters()), ours[0])
+
+
+def test_nothing_changes_where_nothing_is_left() -> None:
+    def job(transport: LocalTransport, has_ahead: bool) -> Tensor:
+        model = network()
+        config = SketchConfig(k=3500, candidates="random", value_bits=32, dense_below=8)
+        optimizer = wrapped(model, config, transport, AdamW)
+        if has_ahead:
+            StepAhead(model, optimizer)
+        run(model, optimizer, transport.rank, range(6))
+        assert not optimizer.exchange.residual.any()
+        return flat(model.parameters())
+
+    (one, _), (other, _) = (run_local(2, partial(job, has_ahead=has), LIMIT_S) for has in (True, False))
+    assert torch.equal(one, other)
+
+
+def test_only_a_training_step_sees_it() -> None:
+    def job(transport: LocalTransport) -> None:
+        model, inputs = network(), torch.ones(2, 30)
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
+        StepAhead(model, optimizer)
+        run(model, optimizer, transport.rank, range(3))
+        shared = flat(model.parameters())
+        with torch.no_grad():
+            assert torch.equal(seen(model, lambda: model(inputs)), shared)
+        model.eval()
+        assert torch.equal(seen(model, lambda: model(inputs)), shared)
+        model.train()
+        assert not torch.equal(ahead := seen(model, lambda: model(inputs)), shared)
+        assert torch.equal(seen(model, lambda: model(inputs)), ahead), "gradients that add up are of one place"
+        assert torch.equal(flat(model.state_dict().values()), shared)
+        model(inputs)
+        loaded = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+        model(inputs)
+        model.load_state_dict(loaded)
+        assert not flat(model.parameters()).any()
+
+    run_local(1, job, LIMIT_S)
+
+
+def test_clipping_skips_and_early_leavers() -> None:
+    """Between synchronize() and step(), around a step that all skip, and for a rank that has no data any more."""
+
+    def job(transport: LocalTransport) -> Tensor:
+        model = network()
+        optimizer = wrapped(model, COMPRESSIONS["low rank"], transport, AdamW)
+        StepAhead(model, optimizer)
+        with optimizer.join():
+            for step in range(6 + 2 * transport.rank):
+                optimizer.zero_grad()
+                backward(model, transport.rank, step)
+                if step == 3 and transport.rank == 1:
+                    model[0].weight.grad[0, 0] = float("nan")
+                if optimizer.synchronize():
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                model(torch.ones(1, 30))  # goes ahead again
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+            model(torch.ones(1, 30))
+        assert optimizer.skipped_steps == 1
+        return flat(model.parameters())
+
+    assert_equal(run_local(2, job, LIMIT_S))
+
+
+def test_a_change_that_would_be_lost_is_refused() -> None:
+    def job(transport: LocalTransport) -> None:
+        model = network()
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
+        StepAhead(model, optimizer)
+        run(model, optimizer, transport.rank, range(2))
+        shared = flat(model.parameters())
+        backward(model, 0, 2)
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.1, 0.1)
+        with pytest.raises(RuntimeError, match="1 of 2 parameters were changed in place between a forward pass"):
+            optimizer.step()
+        assert torch.equal(flat(model.parameters()), shared)
+
+    run_local(1, job, LIMIT_S)
+
+
+def test_copies_of_the_model_have_no_part_in_it() -> None:
+    def job(transport: LocalTransport) -> None:
+        model = network()
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
+        StepAhead(model, optimizer)
+        run(model, optimizer, transport.rank, range(2))
+        shared = flat(model.parameters())
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other(torch.ones(1, 30))
+            assert torch.equal(flat(other.parameters()), shared)
+            assert torch.equal(flat(model.parameters()), shared)
+        del optimizer
+        model(torch.ones(1, 30))
+        assert torch.equal(flat(model.parameters()), shared), "it goes with its optimizer"
+
+    run_local(1, job, LIMIT_S)
+
+
+def test_a_model_that_is_never_called_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def job(transport: LocalTransport) -> None:
+        model = network()
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
+        StepAhead(nn.Sequential(model), optimizer)
+        run(model, optimizer, transport.rank, range(30))
+
+    with caplog.at_level(logging.WARNING):
+        run_local(1, job, LIMIT_S)
+    told = [record.getMessage() for record in caplog.records if "StepAhead" in record.getMessage()]
+    assert len(told) == 1 and "in 10 steps the Sequential was not called in training mode" in told[0]
+
+
+def test_refusals() -> None:
+    def job(transport: LocalTransport) -> None:
+        model = network()
+        compression = COMPRESSIONS["nominate"]
+        with pytest.raises(ValueError, match="a DistributedOptimizer, got LocalSteps"):
+            inner = AdamW(model.parameters())
+            StepAhead(model, LocalSteps(inner, model.named_parameters(), compression, transport, every=2))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="knows what these will make of a gradient that arrives late, got SGD"):
+            StepAhead(model, wrapped(model, compression, transport, torch.optim.SGD))
+        with pytest.raises(ValueError, match="compresses nothing"):
+            StepAhead(model, wrapped(model, None, transport, AdamW))
+        with pytest.raises(ValueError, match="none of the parameters"):
+            StepAhead(network(), wrapped(model, compression, transport, AdamW))
+        levels = DistributedOptimizer(AdamW(model.parameters()), None, compression, transport, levels=2)
+        with pytest.raises(ValueError, match="is for levels=1"):
+            StepAhead(model, levels)
+
+    run_local(1, job, LIMIT_S)
