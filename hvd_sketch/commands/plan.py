@@ -25,6 +25,7 @@ PEER = "powersgd"  # local top-k grows with the ranks, and trains worse
 ADVISED: Mapping[str, tuple[str, ...]] = {
     "sgd": ("lowrank", "nominate"),
     **dict.fromkeys(("adam", "adamw", "muon"), ("lowrank",)),
+    "lagadamw": ("nominate",),
     "signsgd": ("random",),
 }
 RATIOS: Mapping[str, float] = {name: 150.0 if name == "sgd" else 60.0 for name in ADVISED}

@@ -27,7 +27,9 @@ def plan(
     latency: Annotated[str, typer.Option(help="Of a message between hosts.")] = "50us",
     backward: Annotated[str, typer.Option(help="What a training step takes without its exchange.")] = "0s",
     overlap: Annotated[bool, typer.Option(help="DDP exchanges dense gradients during the backward pass.")] = True,
-    optimizer: Annotated[str, typer.Option(help="The one to be wrapped: sgd, adam, adamw, muon or signsgd.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help="The one to be wrapped: sgd, adam, adamw, lagadamw, muon or signsgd.")
+    ] = "sgd",
     ratio: Annotated[
         float | None,
         typer.Option(help="Times fewer bytes than a dense ring, for ours. Default: sgd 150, others 60."),

@@ -58,7 +58,8 @@ def sum_in_few_bits(
 
     With 32 bits float32 travels and nothing is rounded: ``sent`` is ``values`` itself.
 
-    Communication: collective: an alltoall (with 32 bits a reduce_scatter) and an allgather, each of n codes.
+    Communication: collective: an alltoall (with 32 bits a reduce_scatter) and an allgather, each of n codes; none where
+    there is nothing to sum.
 
     Args:
         comm: the ranks.
@@ -68,6 +69,8 @@ def sum_in_few_bits(
         phases: of the two collectives, in the ledger.
         beside: float32 [m], a small vector to sum in the same collectives, without rounding.
     """
+    if values.numel() == 0 and beside is None:
+        return RoundedSum(values, values)
     if bits == 32:
         return _sum_of_floats(comm, values, phases, beside)
     shares = rounded_shares(kernels, values, comm.size, bits)

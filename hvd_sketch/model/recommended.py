@@ -24,12 +24,13 @@ def recommended(
     parameters: Iterable[Tensor | NamedParameter],
     ratio: float,
     ranks: int,
-    optimizer: Literal["sgd", "adam", "adamw", "muon", "signsgd"] = "sgd",
+    optimizer: Literal["sgd", "adam", "adamw", "lagadamw", "muon", "signsgd"] = "sgd",
 ) -> Compression:
     """The compression that trained best at equal bytes on models like this one.
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
     no rank of 1, nominated coordinates with 4-bit values for SGD, and an error for the others. For a
+    :class:`~hvd_sketch.optim.LagAdamW`, which goes with :class:`~hvd_sketch.StepAhead`, nominated coordinates. For a
     :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
     fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
 
@@ -65,15 +66,15 @@ def recommended(
             model's. Beside coordinates small tensors go dense, and the whole model's ratio is lower: of N elements, n
             of them compressed, ``N / (n / ratio + N - n)``. It is what ``ledger.compression_ratio()`` says.
         ranks: how many there will be.
-        optimizer: the one that is wrapped; ``"muon"`` is ``torch.optim.Muon``, ``"signsgd"`` is
-            :class:`~hvd_sketch.optim.SignSGD`.
+        optimizer: the one that is wrapped; ``"muon"`` is ``torch.optim.Muon``, ``"lagadamw"`` and ``"signsgd"`` are
+            those of :mod:`hvd_sketch.optim`.
 
     Raises:
         ValueError: no tensor is large enough to be compressed; the ratio is too high; an optimizer of another name.
 
     Communication: none.
     """
-    check_choice("optimizer", optimizer, ("sgd", "adam", "adamw", "muon", "signsgd"))
+    check_choice("optimizer", optimizer, ("sgd", "adam", "adamw", "lagadamw", "muon", "signsgd"))
     check_positive("ratio", ratio)
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
@@ -85,6 +86,8 @@ def recommended(
             f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
             "(compression=None)"
         )
+    if optimizer == "lagadamw":
+        return _coordinates(ratio, large, ranks, "nominate")
     if optimizer == "signsgd":
         return _coordinates(ratio, large, ranks, "random", residual_decay=RESIDUAL_DECAY)
     shapes = [tuple(local(tensor).shape) for tensor in tensors]
@@ -100,7 +103,7 @@ def recommended(
     raise ValueError(
         f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "
         f"coordinates: the highest ratio possible is {highest}. Lower the ratio, or wrap SignSGD "
-        "(optimizer='signsgd'), or LagAdamW with SketchConfig.for_wire_ratio(…, candidates='nominate')"
+        "(optimizer='signsgd') or LagAdamW (optimizer='lagadamw')"
     )
 
 

@@ -68,7 +68,7 @@ class Ahead:
                 self._kept[parameter] = torch.empty_like(here)
             self._kept[parameter].copy_(here)
             here.sub_(_step_of(left * self._scale, groups[parameter], state).mul_(self._share))
-            self._moved.append((parameter, parameter._version))
+            self._moved.append((parameter, here._version))
 
     @torch.no_grad()
     def back_(self) -> None:
@@ -78,7 +78,7 @@ class Ahead:
             RuntimeError: something else has changed a parameter that was ahead, and the change would be lost.
         """
         moved, self._moved = self._moved, []
-        changed = sum(parameter._version != version for parameter, version in moved)
+        changed = sum(local(parameter)._version != version for parameter, version in moved)
         for parameter, _ in moved:
             local(parameter).copy_(self._kept[parameter])
         if changed:

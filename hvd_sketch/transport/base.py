@@ -113,6 +113,15 @@ def in_equal_shares(tensor: Tensor, ranks: int) -> Tensor:
     return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(ranks, -1)
 
 
+def allgather_empty(transport: Transport, tensor: Tensor) -> Tensor:
+    """An allgather of tensors whose rows have no elements: their bytes, none, do not say how many rows there are.
+
+    Communication: collective.
+    """
+    rows = transport.allgather(torch.tensor([len(tensor)]))
+    return tensor.new_empty(int(rows.sum()), *tensor.shape[1:])
+
+
 def peers_of(rank: int, size: int) -> list[int]:
     """All other ranks, from the next one on: the first messages of the ranks all go to different ranks."""
     return [(rank + distance) % size for distance in range(1, size)]

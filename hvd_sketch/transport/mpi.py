@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, peers_of, sum_in_rank_order
+from hvd_sketch.transport.base import Handle, Pending, allgather_empty, check_shares, peers_of, sum_in_rank_order
 from hvd_sketch.transport.mpi_setup import abort_on_uncaught_exceptions, channel_on, check_communicator, import_mpi
 from hvd_sketch.transport.staging import empty_on_host, to_host
 
@@ -102,6 +102,8 @@ class MPITransport:
         return result.to(tensor.device, non_blocking=True)
 
     def allgather(self, tensor: Tensor) -> Tensor:
+        if 0 in tensor.shape[1:]:
+            return allgather_empty(self, tensor)
         # A message brings its own length, so no round is spent on exchanging the sizes beforehand.
         source = _plain(self._readable(tensor).view(-1))
         requests = [self._comm.Isend(piece, peer) for peer in self._others() for piece in self._pieces(source)]

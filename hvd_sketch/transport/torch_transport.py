@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvd_sketch.transport.base import Handle, Pending, check_shares, finished, same_color
+from hvd_sketch.transport.base import Handle, Pending, allgather_empty, check_shares, finished, same_color
 from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
 from hvd_sketch.transport.torch_groups import Channel, channel_on, users_group
 from hvd_sketch.transport.torch_messages import Carrier
@@ -88,6 +88,8 @@ class TorchTransport:
         return to_device(self._carrier(ours).start_alltoall(ours)(), tensor.device)
 
     def allgather(self, tensor: Tensor) -> Tensor:
+        if 0 in tensor.shape[1:]:
+            return allgather_empty(self, tensor)
         ours = self._readable(tensor)
         gathered = self._carrier(ours).allgather(_bytes_of(ours))
         return to_device(gathered.view(tensor.dtype).view(-1, *tensor.shape[1:]), tensor.device)

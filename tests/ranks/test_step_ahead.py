@@ -252,3 +252,22 @@ def test_refusals() -> None:
             StepAhead(model, levels)
 
     run_local(1, job, LIMIT_S)
+
+
+@pytest.mark.parametrize("compiled", ["model", "step", "both"])
+def test_compiled_models_and_steps_train_as_others(compiled: str) -> None:
+    def job(transport: LocalTransport, of: str) -> Tensor:
+        torch._dynamo.reset()
+        model = network()
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport, AdamW)
+        forward = torch.compile(model, backend="eager") if of in ("model", "both") else model
+        step = torch.compile(optimizer.step, backend="eager") if of in ("step", "both") else optimizer.step
+        StepAhead(forward, optimizer)
+        for number in range(6):
+            optimizer.zero_grad()
+            backward(forward, 0, number)
+            step()
+        return flat(model.parameters())
+
+    (ours,), (plain,) = run_local(1, partial(job, of=compiled), LIMIT_S), run_local(1, partial(job, of=""), LIMIT_S)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

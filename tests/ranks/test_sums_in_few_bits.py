@@ -48,6 +48,19 @@ def test_what_all_ranks_sent_is_the_total(ranks: int, count: int, bits: int) -> 
     assert float((total - exact).abs().max()) <= 2 * (ranks + 1) * float(exact.abs().max() + 1) / 2 ** (bits - 1)
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+@ranked
+def test_nothing_is_summed_by_no_collective(ranks: int, bits: int) -> None:
+    """As of a step in which no matrix has a gradient."""
+
+    def main(transport: LocalTransport) -> tuple[int, list[int]]:
+        ledger = CommLedger()
+        summed = sum_in_few_bits(MeteredTransport(transport, ledger), reference, torch.empty(0), bits)
+        return len(ledger.records), [summed.total.numel(), summed.sent.numel()]
+
+    assert run_local(ranks, main, timeout_s=60) == [(0, [0, 0])] * ranks
+
+
 @every_source
 @pytest.mark.parametrize(("bits", "momentum"), [(4, 0.0), (8, 0.0), (16, 0.5), (4, 0.5)])
 @ranked

@@ -154,8 +154,9 @@ def check_allgather_of_unequal_parts(t: Transport) -> None:
             parts = [of_rank(r, n).to(dtype) for r, n in enumerate(lengths)]
             result = t.allgather(parts[t.rank])
             assert result.dtype == dtype and torch.equal(result, torch.cat(parts))
-    matrices = [of_rank(r, r + 1, 3) for r in range(t.size)]
-    assert torch.equal(t.allgather(matrices[t.rank]), torch.cat(matrices))
+    for columns in (3, 0):
+        matrices = [of_rank(r, r + 1, columns) for r in range(t.size)]
+        assert torch.equal(t.allgather(matrices[t.rank]), torch.cat(matrices))
 
 
 def check_broadcast(t: Transport) -> None:

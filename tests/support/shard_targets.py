@@ -19,6 +19,7 @@ from torch.optim import SGD
 from hvd_sketch import (
     DistributedOptimizer,
     LocalSteps,
+    StepAhead,
     broadcast_optimizer_state,
     broadcast_parameters,
     load_checkpoint,
@@ -237,6 +238,12 @@ def other_optimizers(transport: TorchTransport) -> dict[str, Tensor]:
     local_steps = LocalSteps(inner, model.named_parameters(), None, along, every=3)
     train(model, local_steps, transport.rank, range(6))
     results["LocalSteps"] = shards(model)
+    model, _ = sharded(mesh, None)
+    inner = LagAdamW(model.parameters(), lr=0.01)
+    optimizer = DistributedOptimizer(inner, model.named_parameters(), COMPRESSIONS["nominated"], along, check_every=1)
+    StepAhead(model, optimizer)
+    train(model, optimizer, transport.rank)
+    results["StepAhead"] = shards(model)
     return results
 
 

@@ -131,6 +131,13 @@ def test_recommended_for_a_sign_step_is_random_and_forgets() -> None:
     assert config.k < recommended(parameters, 40, 4, "signsgd").k  # type: ignore[union-attr]
 
 
+def test_recommended_for_lag_adamw_is_nominated() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(400))]
+    config = recommended(parameters, 60, 4, "lagadamw")
+    assert isinstance(config, SketchConfig) and config.candidates == "nominate" and config.residual_decay == 1
+    assert config.k < recommended(parameters, 40, 4, "lagadamw").k  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("optimizer", ["lion", None, 3])
 def test_recommended_for_other_optimizers_is_refused(optimizer: Any) -> None:
     with pytest.raises(ValueError, match="optimizer must be one of 'sgd', 'adam', 'adamw'"):

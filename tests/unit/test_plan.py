@@ -357,7 +357,8 @@ def test_three_digits(value: float, told: str) -> None:
 def test_advice_suits_the_optimizer() -> None:
     """Nominations into AdamW train badly, and the warning of DistributedOptimizer says so."""
     options = ["--params", "25e6", "--ranks", "8", "--bandwidth", "1gbit", "--no-overlap"]
-    for optimizer, name, ratio in (("sgd", "nominate", 150), ("adamw", "lowrank", 60), ("signsgd", "random", 60)):
+    ours = (("sgd", "nominate", 150), ("adamw", "lowrank", 60), ("lagadamw", "nominate", 60), ("signsgd", "random", 60))
+    for optimizer, name, ratio in ours:
         record = json.loads(run(*options, "--optimizer", optimizer, "--json")[1])
         assert record["advised"] in (name, "powersgd") and record["ratio"] == ratio
         assert ("residual_decay=0.95" in (record["call"] or "")) == (optimizer == "signsgd")
