@@ -59,7 +59,7 @@ app.command()(plan)
 
 @app.command()
 def doctor(
-    hosts: Annotated[Path | None, typer.Option(help="Host file: also look at these by ssh.", exists=True)] = None,
+    hosts: Annotated[Path | None, typer.Option(help="Host file: also look at these by ssh.")] = None,
     self_test: Annotated[bool, typer.Option(help="Exchange between two ranks under every launcher.")] = True,
     bundle: Annotated[Path | None, typer.Option(help="Also write a text file to attach to a report.")] = None,
     names: Annotated[bool, typer.Option(help="Leave users, hosts and paths in the bundle.")] = False,
@@ -74,7 +74,10 @@ def doctor(
 
     if not examining.is_first_rank():
         return
-    names_of_hosts = examining.host_names(hosts)
+    try:
+        names_of_hosts = examining.host_names(hosts)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--hosts {hosts}: {error}") from error
     found = examining.examine(names_of_hosts, self_test)
     if as_json:
         typer.echo(examining.as_json(found))

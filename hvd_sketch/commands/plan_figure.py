@@ -28,8 +28,10 @@ def write_figure(path: Path, workload: Workload, network: Network) -> None:
         workload, network: see :class:`hvd_sketch.commands.plan.Plan`.
 
     Raises:
-        ValueError: matplotlib is not installed, or cannot write this format.
+        ValueError: matplotlib is not installed, or cannot write this format; ``path`` is a folder.
     """
+    if path.is_dir():  # matplotlib would write beside it
+        raise ValueError(f"--plot {path}: a folder; expected a file to write")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
 from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.wire_bytes import COUNTER_BITS, counter_words
 
-# A rank's word in the first collective of a step: flags in the lowest bits, then the step, then the digest.
+# A rank's word in the first collective of a step: flags in the lowest bits, then which exchange, the step, the digest.
 FLAG_BITS = 10
+SERIAL_BITS = 4
 STEP_BITS = 27
-DIGEST_BITS = 26
+DIGEST_BITS = 22
 LOADED_SHIFT = 8  # of a flag
+_serials = count()  # of the exchanges of this process
 
 # From this rank's words, int64 [n], to all ranks', int64 [ranks, n]. Communication: collective.
 Gather = Callable[[Tensor], Tensor]
@@ -102,10 +105,12 @@ class StepAgreement:
         size: how many ranks there are.
         parameters: how many parameters a report tells of.
         max_skips: more skipped steps in a row are an error; 0: never. Steps that a ``GradScaler`` judges do not count.
+        serial: which exchange of these ranks takes the steps, equal on all of them; see :func:`agree_on_serial`.
     """
 
-    def __init__(self, size: int, parameters: int = 0, max_skips: int = 25) -> None:
+    def __init__(self, size: int, parameters: int = 0, max_skips: int = 25, serial: int = 0) -> None:
         self.skipped_steps = 0
+        self._serial = serial % (1 << SERIAL_BITS)
         self._max_skips = max_skips
         self._in_a_row = 0
         self._warned = False
@@ -119,11 +124,13 @@ class StepAgreement:
 
         Raises:
             RuntimeError: on every rank: one refuses the step (and raises its refusal itself), has left by
-                ``hvd.join()``, or is at another step, whose hashes do not fit; too many steps in a row were skipped.
+                ``hvd.join()``, takes the step of another exchange, or is at another step, whose hashes do not fit; too
+                many steps in a row were skipped.
         """
         own = torch.zeros(1 + self._counters.words, dtype=torch.int64)
         # An int: of a Flag with a step in it, enum keeps every value for ever, 300 bytes a step.
-        own[0] = (report.digest << STEP_BITS | step) << FLAG_BITS | int(report.flags())
+        numbers = (report.digest << STEP_BITS | step) << SERIAL_BITS | self._serial
+        own[0] = numbers << FLAG_BITS | int(report.flags())
         self._counters.fill(own[1:], report.used)
         if gather is None:
             words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
@@ -137,6 +144,7 @@ class StepAgreement:
         every = _Words(firsts)
         _refuse_together(comm, every, report.refusal)
         _check_joined(comm, every)
+        _check_same_exchange(every)
         held = _all_hold(every)
         root = _state_root(every)
         if every.saying(Flag.FORGIVES):
@@ -190,18 +198,27 @@ def _users_level() -> int:
     return level
 
 
+def agree_on_serial(comm: Transport) -> int:
+    """A number that tells an exchange from the others of its ranks: how many rank 0 had made.
+
+    Communication: collective: a broadcast of 8 bytes.
+    """
+    return int(comm.broadcast_(torch.tensor([next(_serials)]), 0))
+
+
 class _Words:
     """What all ranks say, in rank order; vectors, because a Python object for each of 256 ranks takes 20 ms.
 
     Attributes:
-        flags, steps, digests: int64 [ranks].
+        flags, serials, steps, digests: int64 [ranks].
     """
 
     def __init__(self, words: Tensor) -> None:
         numbers = words.numpy()
         self.flags = numbers & (1 << FLAG_BITS) - 1
-        self.steps = (numbers >> FLAG_BITS) & (1 << STEP_BITS) - 1
-        self.digests = numbers >> FLAG_BITS + STEP_BITS
+        self.serials = (numbers >> FLAG_BITS) & (1 << SERIAL_BITS) - 1
+        self.steps = (numbers >> FLAG_BITS + SERIAL_BITS) & (1 << STEP_BITS) - 1
+        self.digests = numbers >> FLAG_BITS + SERIAL_BITS + STEP_BITS
 
     def saying(self, flags: Flag) -> list[int]:
         """The ranks that set any of some flags."""
@@ -256,6 +273,14 @@ def _check_joined(comm: Transport, every: _Words) -> None:
         raise RuntimeError(
             f"{name_ranks(missing)} of {comm.size} left this step by hvd.join(), which cannot stand in for a sketched "
             "exchange: put the training loop into 'with optimizer.join():' on every rank instead"
+        )
+
+
+def _check_same_exchange(every: _Words) -> None:
+    if len(set(every.serials.tolist())) > 1:
+        raise RuntimeError(
+            "the ranks step different optimizers, whose gradients would be added up: in rank order those that rank 0 "
+            f"made as number {every.serials.tolist()}. Step several optimizers in the same order on every rank"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.config import Compression
-from hvd_sketch.exchange.agreement import Agreed, Gather, Loaded, Report, StepAgreement, all_finite
+from hvd_sketch.exchange.agreement import Agreed, Gather, Loaded, Report, StepAgreement, agree_on_serial, all_finite
 from hvd_sketch.exchange.feedback import Limits, no_limits
 from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import require_equal
@@ -101,7 +101,8 @@ class Exchange(ABC):
         self.dim = dim
         self.dtype = torch.float32
         self.ledger = options.get("ledger", CommLedger())
-        self.agreement = StepAgreement(transport.size, options.get("flags", len(parameters)), max_skips)
+        flags = options.get("flags", len(parameters))
+        self.agreement = StepAgreement(transport.size, flags, max_skips, agree_on_serial(transport))
         self.reset_coordinates = 0
         self._step = 0
         self._is_fresh = True  # has neither made a step nor loaded a state

@@ -51,6 +51,20 @@ def test_every_word_survives_at_its_largest() -> None:
         assert agreed.goes_on and not agreed.drifted and agreed.active == (0, 1, 2)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_step_of_another_exchange_is_refused_everywhere(ranks: int) -> None:
+    """Of one that rank 1 takes for it: both have as many parameters and are at the same step."""
+
+    def main(transport: LocalTransport) -> str:
+        comm = MeteredTransport(transport, CommLedger())
+        with pytest.raises(RuntimeError, match="the ranks step different optimizers") as raised:
+            StepAgreement(ranks, 3, serial=5 + (transport.rank == 1)).agree(comm, 7, Report(used=[True] * 3))
+        return str(raised.value)
+
+    told = run_local(ranks, main, LIMIT_S)
+    assert set(told) == {told[0]} and f"number {[5, 6, 5][:ranks]}" in told[0]
+
+
 def test_digests_are_compared_where_all_ranks_made_one() -> None:
     assert all(a.drifted for a in agree(3, lambda rank: Report(digest=5 + (rank == 1))))
     assert not any(a.drifted for a in agree(3, lambda rank: Report(digest=5)))

@@ -104,6 +104,23 @@ def test_ranks_with_different_numbers_of_batches(batches: tuple[int, ...], compr
         assert exchanges[0] == exchanges[1] and (every > 1 or exchanges[0] == max(batches) + 1)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=["dense", "low rank", "nominate"])
+@pytest.mark.filterwarnings("ignore:.*has not been shown")
+def test_another_order_on_one_rank_is_refused_on_all(compression: Any) -> None:
+    """Their gradients are of one shape, and their sums would be nobody's."""
+
+    def main(transport: LocalTransport) -> list[bool]:
+        model = two_layers()
+        optimizers = wrapped(model, compression, transport)
+        train(model, optimizers, transport.rank, 2)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with pytest.raises(RuntimeError, match="Step several optimizers in the same order on every rank"):
+            train(model, optimizers[:: -1 if transport.rank == 1 else 1], transport.rank, 1)
+        return [torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True)]
+
+    assert run_local(RANKS, main, LIMIT_S) == [[True, True]] * RANKS
+
+
 def test_blocks_inside_one_another_are_refused_where_both_step() -> None:
     def main(transport: LocalTransport) -> None:
         model = two_layers()

@@ -243,3 +243,15 @@ def test_the_gpus_and_what_drives_them(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     told = libraries.gpu().told
     assert told.startswith("NVIDIA H100 80GB HBM3, 79 GiB; driver 550.54.15, CUDA 12.8")
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "binary"])
+def test_a_host_file_that_cannot_be_read_is_bad_use(tmp_path: Path, kind: str) -> None:
+    hosts = tmp_path / "hosts"
+    if kind == "folder":
+        hosts.mkdir()
+    if kind == "binary":
+        hosts.write_bytes(bytes(range(128, 256)))
+    command = [sys.executable, "-m", "hvd_sketch", "doctor", "--no-self-test", "--hosts", str(hosts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 2 and "--hosts" in done.stderr and "Traceback" not in done.stderr

@@ -162,3 +162,30 @@ def test_messages_with_advice_exist() -> None:
 def test_the_picture_is_of_this_package() -> None:
     assert picture.TARGET.read_text() == picture.draw(picture.take_step()), "python -m docs.pictures.step"
     assert html.unescape(picture.TARGET.read_text()).count("<text") > 10
+
+
+def test_the_bytes_that_are_told_are_the_ledgers() -> None:
+    """The table of docs/bytes.md, of 100 steps with four ranks. All steps send as much."""
+    tutorial, told = ((ROOT / "docs" / name).read_text() for name in ("tutorial.md", "bytes.md"))
+    layers = re.search(r"model = (nn\.Sequential\(.*\))", tutorial)
+    assert layers is not None
+    model = eval(layers[1], {"nn": torch.nn})
+    compression = hvd_sketch.recommended(model.parameters(), ratio=100, ranks=4)
+    simulation = hvd_sketch.Simulation(model.named_parameters(), compression, ranks=4)
+    for rank in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        simulation.accumulate(rank)
+    simulation.agree()
+    phases = simulation.ledger.by_phase()
+    totals = simulation.ledger.totals()
+    left, right, agree = (f"{100 * phases[name].payload_bytes:,}" for name in ("left", "right", "agree"))
+    sent_left, sent_right = (f"{100 * phases[name].wire_bytes:,.0f}" for name in ("left sums", "right sums"))
+    for row in (
+        f"| agree | allreduce | {agree} |",
+        f"| 2 × {left} | 2 × {sent_left} |",
+        f"| 2 × {right} | 2 × {sent_right} |",
+        f"| | | {100 * totals.payload_bytes:,} | {100 * totals.wire_bytes:,.0f} |",
+        f"bytes: {simulation.ledger.compression_ratio():.0f} times as many",
+    ):
+        assert row in told, row

@@ -323,6 +323,7 @@ def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkey
     [
         ([], "--params"),
         (["--params", "1e6", "--plot", "plan.abacus"], "not supported"),
+        (["--params", "1e6", "--plot", "."], "a folder; expected a file to write"),
         (["--params", "1e6", "--model", "tests.unit.test_plan:model"], "one of"),
         (["--params", "-3"], "whole number"),
         (["--params", "1e6", "--bandwidth", "fast"], "100mbit"),
