@@ -28,7 +28,7 @@ from hvd_sketch.kernels import _cpu_few_bits as few_bits
 from hvd_sketch.kernels import _cpu_lag_adam as lag_adam_loops
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import _cpu_low_rank as low_rank_loops
-from hvd_sketch.kernels import cpu, lag_adam, low_rank
+from hvd_sketch.kernels import cpu, lag_adam, low_rank, step_ahead
 
 COMPILING_S = 20  # on one core of a 2.6 GHz Zen 4
 DIM = 300  # of the vectors that the kernels are called with
@@ -123,6 +123,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
         low_rank.warm_up,
         lag_adam.warm_up,
+        step_ahead.warm_up,
         lambda: cpu.sums_above(v, u, 0, DIM),
         lambda: cpu.subtract_at_(u, some, v[: len(some)]),
         lambda: cpu.dequantize_sum(cpu.quantize(v.view(1, -1), 4, 1).unsqueeze(0), DIM, 4),

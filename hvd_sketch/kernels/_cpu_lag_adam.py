@@ -1,5 +1,6 @@
-"""Numba code of one step of Adam on sums that arrive late; :mod:`hvd_sketch.kernels.lag_adam` calls it.
+"""Numba code of Adam on sums that arrive late: a step of it, and where it will come to.
 
+:mod:`hvd_sketch.kernels.lag_adam` and :mod:`hvd_sketch.kernels.step_ahead` call it.
 Every operation is rounded on its own: all CPUs give the same bits. All that the kernel calls is in this one file,
 because Numba's on-disk cache only notices changes of the file of the cached function.
 """
@@ -57,3 +58,19 @@ def lag_adam(
         value = parameter[first:last]
         for i in range(count):
             value[i] = decay * value[i] - rate * moment[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def step_ahead(
+    parameter: Array, left: Array, exp_avg_sq: Array, kept: Array, scalars: Scalars, thread: int, threads: int
+) -> None:
+    """See :func:`hvd_sketch.kernels.step_ahead.step_ahead_`; threads divide the coordinates."""
+    scale, root, eps, most, rate = scalars
+    begin, end = thread * parameter.size // threads, (thread + 1) * parameter.size // threads
+    value, gradient, square, before = parameter[begin:end], left[begin:end], exp_avg_sq[begin:end], kept[begin:end]
+    nothing = np.float32(0)
+    for i in range(np.uint64(value.size)):
+        before[i] = value[i]
+        move = scale * gradient[i] / (np.sqrt(square[i]) * root + eps)
+        move = min(max(move, -most), most)
+        value[i] -= rate * (move if square[i] > nothing and gradient[i] == gradient[i] else nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_sketch.checks import check_number
+from hvd_sketch.kernels.step_ahead import Move, step_ahead_
 from hvd_sketch.model.gradients import GradientExchange
 from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.optimizer import DistributedOptimizer
@@ -63,12 +65,18 @@ class Ahead:
             state = self._optimizer.state.get(parameter)
             if not state:
                 continue
-            here = local(parameter)
+            here, group = local(parameter), groups[parameter]
             if parameter not in self._kept:
                 self._kept[parameter] = torch.empty_like(here)
-            self._kept[parameter].copy_(here)
-            here.sub_(_step_of(left * self._scale, groups[parameter], state).mul_(self._share))
+            squares = local(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+            step_ahead_(here, left, squares, self._kept[parameter], self._move(group, state))
             self._moved.append((parameter, here._version))
+
+    def _move(self, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Move:
+        rate = float(group["lr"]) * self._share * (-1 if group["maximize"] else 1)
+        correction = 1 - group["betas"][1] ** (step if (step := state["step"]).is_cuda else float(step))
+        root = correction.rsqrt() if isinstance(correction, Tensor) else 1 / math.sqrt(correction)  # without a wait
+        return Move(self._scale, root, group["eps"], MOST, rate)
 
     @torch.no_grad()
     def back_(self) -> None:
@@ -86,16 +94,6 @@ class Ahead:
                 f"{changed} of {len(moved)} parameters were changed in place between a forward pass and the step that "
                 "follows it, while StepAhead had moved them, and were put back: change them after optimizer.step()"
             )
-
-
-def _step_of(left: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
-    """What Adam moves a parameter by in all, now and by momentum later, for a gradient: in a new tensor, finite."""
-    rate = -group["lr"] if group["maximize"] else group["lr"]
-    squares = local(state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"])
-    correction = 1 - group["betas"][1] ** state["step"]
-    steps = left / (squares / correction).sqrt_().add_(group["eps"])
-    # A coordinate that has never arrived: nothing is known of its size.
-    return steps.masked_fill_(squares == 0, 0.0).nan_to_num_(0.0).clamp_(-MOST, MOST).mul_(rate)
 
 
 class StepAhead:

@@ -17,6 +17,7 @@ from torch.optim import Adam, AdamW
 
 from hvd_sketch import DistributedOptimizer, LocalSteps, LowRankConfig, Simulation, SketchConfig, StepAhead
 from hvd_sketch.config import Compression
+from hvd_sketch.kernels.step_ahead import Move, by_torch_, step_ahead_
 from hvd_sketch.model.step_ahead import MOST, Ahead
 from hvd_sketch.optim import LagAdamW
 from hvd_sketch.transport import LocalTransport, run_local
@@ -99,6 +100,35 @@ def test_a_move_is_limited_and_finite() -> None:
     ahead.go_([(parameter, torch.tensor([1.0, 1.0, 1.0, -float("inf"), float("nan"), 0.0]))])
     expected = RATE / 2 * torch.tensor([0.0, -MOST, -1.0, MOST, 0.0, 0.0])
     torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 300_001])
+def test_the_kernel_is_its_reference(size: int) -> None:
+    draw = torch.Generator().manual_seed(size)
+    tensors = [torch.randn(size, generator=draw) for _ in range(4)]
+    tensors[2] = tensors[2].clamp_(min=0.0) ** 4
+    tensors[1][::3] = float("nan")
+    others = [tensor.clone() for tensor in tensors]
+    move = Move(2.0, 1.25, 1e-8, MOST, 0.01)
+    step_ahead_(*tensors, move)  # type: ignore[arg-type, call-arg]
+    by_torch_(*others, move)  # type: ignore[arg-type, call-arg]
+    torch.testing.assert_close(tensors[0], others[0])
+    assert torch.equal(tensors[3], others[3])
+
+
+def test_parameters_of_16_bits_and_of_other_layouts() -> None:
+    for make in (lambda p: p.bfloat16(), lambda p: p.t().contiguous().t()):
+        parameter = nn.Parameter(make(torch.ones(30, 20)))
+        optimizer = AdamW([parameter], lr=RATE)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        before = parameter.detach().clone()
+        ahead = Ahead(optimizer)
+        ahead.go_([(parameter, torch.ones(30, 20))])
+        torch.testing.assert_close(parameter.detach(), before - RATE / 4, rtol=0, atol=5e-3)
+        assert (parameter < before).all()
+        ahead.back_()
+        assert torch.equal(parameter, before)
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
