@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.accuracy_per_byte.methods import CROSSED, FIRST, METHODS
+from benchmarks.accuracy_per_byte.methods import AHEAD, CROSSED, FIRST, METHODS
 from benchmarks.accuracy_per_byte.records import Group
 from benchmarks.accuracy_per_byte.tasks import TASKS
 
 OF_ADAM = ("nominate4-lag", "sketch4-lag", "random4-lag", "nominate4-sign", "sketch4-sign", "random4-sign")
 LATER = ("lowrank8", "local32", "paper", "powersgd16", "powersgd32", "truetopk")
-WINNERS = ("dense", "lowrank4", "nominate4-lag", "random4-sign")
+WINNERS = ("dense", "lowrank4", "nominate4-lag", "nominate4-lag-ahead", "random4-sign")
 RIVALS = ("demo", "powersgd16", "lowrank16", "lowrank8", "dense16", "sketch4-sign")
 ROUNDS = ("dense-rounds", "nominate4-rounds", "lowrank4-rounds", "sparseloco")
-BY_RANKS = ("lowrank4", "nominate4-lag", "random4-sign", "demo", "sparseloco")
+BY_RANKS = ("lowrank4", "nominate4-lag", "nominate4-lag-ahead", "random4-sign", "demo", "sparseloco")
 # Task, ranks, whether skewed, steps, ratio.
 Place = tuple[str, int, bool, int, float]
 TARGETS: Sequence[Place] = (
@@ -63,13 +63,13 @@ def targets() -> list[Group]:
 
 def language() -> list[Group]:
     """Language models, most important first: see :mod:`benchmarks.language_model`."""
-    groups = groups_at([("lm", 4, False, 300, 60.0)], ("dense", "lowrank4", "nominate4-lag", "random4-sign", *RIVALS))
+    groups = groups_at([("lm", 4, False, 300, 60.0)], (*WINNERS, *AHEAD, *RIVALS))
     groups += groups_at([("wikitext", 4, False, 300, 60.0)], WINNERS)
     groups += groups_at([("finetune", 4, False, 300, 60.0)], WINNERS)
     groups += groups_at([("lm", 4, False, 300, 320.0)], ROUNDS)
     groups += groups_at([("lm64", ranks, False, 150, 60.0) for ranks in (4, 16, 64)], BY_RANKS)
     groups += groups_at([("lm", 4, False, steps, 60.0) for steps in (300, 1500)], ("dense-muon", "lowrank4-muon"))
-    groups += groups_at([("lm", 4, False, 1500, 60.0)], (*WINNERS, "demo"))
+    groups += groups_at([("lm", 4, False, 1500, 60.0)], (*WINNERS, "lowrank4-ahead", "demo"))
     groups += groups_at([("lm", 4, False, 1500, 320.0)], ROUNDS)
     groups += groups_at([("wikitext1m", 4, False, 300, 60.0)], WINNERS)
     return list(dict.fromkeys(groups))
@@ -78,6 +78,7 @@ def language() -> list[Group]:
 def inner_optimizers() -> list[Group]:
     """Every source into every inner optimizer."""
     names = [name for name in METHODS if name.split("-")[0] in CROSSED and METHODS[name].every == 1]
+    names = [name for name in names if not METHODS[name].ahead]
     return groups_at([("lm", 4, False, 300, 60.0)], names)
 
 
