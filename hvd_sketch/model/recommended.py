@@ -34,6 +34,8 @@ def recommended(
     :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
     fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
 
+    Closest to a dense AdamW come nominated coordinates, LagAdamW and StepAhead together, ``"lagadamw"``.
+
     Learning rates, in times of the best dense one (of Adam for SignSGD), in the tables of
     benchmarks/results/accuracy_per_byte and benchmarks/results/language_model:
 
@@ -42,6 +44,7 @@ def recommended(
     nominated into SGD with Nesterov momentum    0.7 to 2
     low rank into Adam, AdamW                    1 to 2
     low rank into Muon                           1
+    nominated into LagAdamW                      0.5 to 2
     random into SignSGD                          2 to 4
     ===========================================  ==========
 
@@ -53,11 +56,11 @@ def recommended(
     models sent 116, 118, 117 and 807 times fewer bytes.
 
     With Adam at a ratio of 60 (beside coordinates 36 of the whole model), losses of a character transformer of 240 k
-    after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Random coordinates into SignSGD reach 2.28
-    and 1.77. Low rank into Muon, with AdamW for what is no matrix inside a block, reaches 1.71 after 1,500 steps, dense
-    Muon 1.66. On bytes of WikiText-2's validation part, in 300 steps with a cosine and weight decay: dense 2.21, low
-    rank 2.29 (2.26 at 37), random into SignSGD 2.19; on another text after that dense 2.15, low rank 2.19 (2.17 at 37),
-    random into SignSGD 2.14. Three seeds each.
+    after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Nominated coordinates into LagAdamW with
+    StepAhead reach 2.33 and 1.74, random ones into SignSGD 2.28 and 1.77. Low rank into Muon, with AdamW for what is no
+    matrix inside a block, reaches 1.71 after 1,500 steps, dense Muon 1.66. On bytes of WikiText-2's validation part, in
+    300 steps with a cosine and weight decay: dense 2.21, low rank 2.29 (2.26 at 37), random into SignSGD 2.19; on
+    another text after that dense 2.15, low rank 2.19 (2.17 at 37), random into SignSGD 2.14. Three seeds each.
 
     Args:
         parameters: ``model.parameters()`` or ``model.named_parameters()``.

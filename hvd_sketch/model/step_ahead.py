@@ -79,6 +79,15 @@ class Ahead:
         return Move(self._scale, root, group["eps"], MOST, rate)
 
     @torch.no_grad()
+    def swap_(self) -> None:
+        """Give the parameters their shared values for a while between forward and backward pass; then the others again."""
+        for parameter, _ in self._moved:
+            here = local(parameter).data  # unseen by autograd: what waits for its backward pass finds all as it was
+            moved = here.clone()
+            here.copy_(self._kept[parameter])
+            self._kept[parameter].copy_(moved)
+
+    @torch.no_grad()
     def back_(self) -> None:
         """Put back what was moved.
 
@@ -106,8 +115,9 @@ class StepAhead:
     But a rank knows its own part, and what the wrapped optimizer will make of it: its residual over the root of the
     second moment, times the learning rate. A forward pass of a model in training mode, with gradients enabled, begins
     by moving the parameters a quarter of that way; ``step()`` first puts them back to the bit, and exchanges and steps
-    as ever. No byte more is sent. Outside of this span, so in evaluation, in checkpoints and when ranks compare them,
-    the parameters are those that all ranks share. ``model.state_dict()`` and ``load_state_dict()`` put them back, too.
+    as ever. No byte more is sent. All else sees the parameters that all ranks share: the comparison between ranks,
+    other forward passes of the model, also of one in training mode under ``torch.no_grad()``, and ``state_dict()`` and
+    ``load_state_dict()``, which put them back.
 
     How much it gains is in docs/language_models.md. With SGD it gained nothing in trials on CIFAR-10.
 
@@ -136,26 +146,41 @@ class StepAhead:
         self._ahead = Ahead(optimizer.inner, share, gradients.scale)
         self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
         self._told = type(model).__name__
+        self._lent = False  # a forward pass that is no training has the shared values for itself
         self._tells_at = gradients.step_number + TOLD_AFTER
         # Not in the graphs of compiled models and steps. No decorator, see GradientExchange.
         self.go = torch.compiler.disable(self.go)  # type: ignore[method-assign]
+        self.end = torch.compiler.disable(self.end)  # type: ignore[method-assign]
         self.put_back = torch.compiler.disable(self.put_back)  # type: ignore[method-assign]
         optimizer.before_change(self.put_back)
         hook = _Hook(self)
         model.register_forward_pre_hook(hook.go, prepend=True)
+        model.register_forward_hook(hook.end, always_call=True)
         model.register_state_dict_pre_hook(hook.put_back)
         model.register_load_state_dict_pre_hook(hook.put_back)
 
     def go(self, model: nn.Module) -> None:
         """What a forward pass of the model begins with. Communication: none."""
-        trains = model.training and torch.is_grad_enabled()
-        is_own = model is self._model() and self._optimizer() is not None
-        if trains and is_own and not self._ahead.is_there:
+        if model is not self._model() or self._optimizer() is None:
+            return
+        if not (model.training and torch.is_grad_enabled()):
+            self._lent = self._ahead.is_there
+            self._ahead.swap_()
+        elif not self._ahead.is_there:
             self._ahead.go_(self._unsent)
             self._tells_at = -1
 
+    def end(self, model: nn.Module) -> None:
+        """What a forward pass of the model ends with. Communication: none."""
+        if self._lent and model is self._model():
+            self._lent = False
+            self._ahead.swap_()
+
     def put_back(self) -> None:
         """Give the parameters their shared values again. Communication: none."""
+        if self._lent:
+            self._lent = False
+            self._ahead.swap_()
         self._ahead.back_()
         if self._tells_at == self._gradients.step_number:
             self._tells_at = -1
@@ -182,6 +207,11 @@ class _Hook:
         ahead = self._alive()
         if ahead is not None:
             ahead.go(model)
+
+    def end(self, model: nn.Module, inputs: Any, result: Any) -> None:
+        ahead = self._alive()
+        if ahead is not None:
+            ahead.end(model)
 
     def put_back(self, *_: Any) -> None:
         ahead = self._alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -131,6 +132,20 @@ def test_the_readmes_table_is_what_the_records_say() -> None:
         for (task, ratio, ranks, steps, skewed), cell in zip(COLUMNS, cells, strict=True):
             groups = [Group(task, ranks, skewed, steps, name, METHODS[name].fixed_ratio or ratio) for name in methods]
             assert cell.split("; ") == [f"{means()[group]:.1f}" for group in groups], (methods, task)
+
+
+AHEAD = ["nominate4-lag", "nominate4", "random4-lag", "lowrank4", "dense"]
+
+
+def test_the_table_of_step_ahead_is_what_the_records_say() -> None:
+    rows = list(rows_of("docs/language_models.md", "| into | 300 steps |"))
+    assert len(rows) == len(AHEAD)
+    for method, (_, *cells) in zip(AHEAD, rows, strict=True):
+        told = []
+        for steps, name in product((300, 1500), (method, f"{method}-ahead")):
+            group = Group("lm", 4, False, steps, name, 1.0 if name == "dense" else 60.0)
+            told.append(f"{means()[group]:.2f}" if group in means() else "")
+        assert cells == told, method
 
 
 PAIRS = ["dense", "lowrank4", "nominate4", "random4", "sketch4"]

@@ -245,7 +245,11 @@ NOMINATED = {"candidates": "nominate"}
         ),
         (lambda p: RMSprop(p), RANK_1, "RMSprop has not been shown"),
         (lambda p: Adagrad(p), RANK_1, "Adagrad has not been shown"),
-        (lambda p: LagAdamW(p), {}, "(sketch; a loss of 2.59, dense 2.27): take candidates='nominate' (2.41)"),
+        (
+            lambda p: LagAdamW(p),
+            {},
+            "dense 2.27): take candidates='nominate' (2.41, with StepAhead 2.33)",
+        ),
         (lambda p: LagAdamW(p), NOMINATED, None),
         (lambda p: LagAdamW(p), RANK_1, None),
         (lambda p: SignSGD(p), {"residual_decay": 0.95}, None),

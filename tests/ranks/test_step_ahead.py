@@ -181,6 +181,16 @@ def test_only_a_training_step_sees_it() -> None:
         model.train()
         assert not torch.equal(ahead := seen(model, lambda: model(inputs)), shared)
         assert torch.equal(seen(model, lambda: model(inputs)), ahead), "gradients that add up are of one place"
+        loss = model(inputs).sum()
+        model.eval()
+        assert torch.equal(seen(model, lambda: model(inputs)), shared)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.ones(2, 3))
+        model.train()
+        with torch.no_grad():
+            assert torch.equal(seen(model, lambda: model(inputs)), shared)
+        assert torch.equal(flat(model.parameters()), ahead)
+        loss.backward()  # as if no other forward pass had come
         assert torch.equal(flat(model.state_dict().values()), shared)
         model(inputs)
         loaded = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
