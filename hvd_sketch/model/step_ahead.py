@@ -80,7 +80,7 @@ class Ahead:
 
     @torch.no_grad()
     def swap_(self) -> None:
-        """Give the parameters their shared values for a while between forward and backward pass; then the others again."""
+        """Give the parameters their shared values for a while, before the backward pass; then the others again."""
         for parameter, _ in self._moved:
             here = local(parameter).data  # unseen by autograd: what waits for its backward pass finds all as it was
             moved = here.clone()
