@@ -15,7 +15,7 @@ statistics) and torch's random numbers (dropout) go on from rank to rank; real r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -192,6 +192,7 @@ def train(
     simulation: Simulation,
     loss_of: Callable[[nn.Module, Batch], Tensor],
     batches: Iterable[Batch],
+    step_ahead: bool = False,
 ) -> Iterator[list[float]]:
     """Train on batches dealt out to the ranks in turn, until there are not enough for all; yields each step's losses.
 
@@ -201,6 +202,7 @@ def train(
         simulation: of the exchange.
         loss_of: the loss of a batch, a mean over its examples.
         batches: a loader, for instance.
+        step_ahead: train as with :class:`~hvd_sketch.StepAhead`.
 
     Returns:
         For each step the loss of every rank, before the step.
@@ -211,8 +213,9 @@ def train(
         losses = []
         for rank, batch in enumerate(of_ranks):
             optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
+            with simulation.ahead(rank, optimizer) if step_ahead else nullcontext():
+                loss = loss_of(model, batch)
+                loss.backward()
             simulation.accumulate(rank)
             losses.append(float(loss.detach()))
         simulation.agree()

@@ -40,7 +40,7 @@ RESNET9 = [
     ("sketch4", 150.0),
     ("paper", 10.0),
 ]
-LANGUAGE = [("dense", 1.0), ("lowrank4", 60.0), ("nominate4-lag", 60.0)]
+LANGUAGE = [("dense", 1.0), ("lowrank4", 60.0), ("nominate4-lag-ahead", 60.0)]
 PARTS = {"training": ("resnet9", RESNET9), "language": ("wikitext124m", LANGUAGE)}
 
 

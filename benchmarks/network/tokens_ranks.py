@@ -77,6 +77,12 @@ def _nominated(inner: torch.optim.Optimizer, model: nn.Module, transport: Transp
     return hvd_sketch.DistributedOptimizer(lag_aware, model.named_parameters(), config, transport)
 
 
+def _ahead(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
+    optimizer = _nominated(inner, model, transport)
+    hvd_sketch.StepAhead(model, optimizer)
+    return optimizer
+
+
 def _random(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
     compression = hvd_sketch.recommended(model.parameters(), RATIO, transport.size, optimizer="signsgd")
     signs = SignSGD(model.parameters(), RATE)
@@ -96,6 +102,9 @@ METHODS = {
     "powersgd": Method("PowerSGD of torch, rank 4, 32 bit", partial(_rival, "powersgd"), 1, ("powersgd32", 15.0)),
     "recommended": Method(f"`recommended`, {RATIO:g}x: PowerSGD of 4 bit", _recommended, 1, ("lowrank4", RATIO)),
     "nominate": Method(f"nominated, 4 bit, into LagAdamW, {RATIO:g}x", _nominated, 1, ("nominate4-lag", RATIO)),
+    "ahead": Method(
+        f"nominated, 4 bit, into LagAdamW, with StepAhead, {RATIO:g}x", _ahead, 1, ("nominate4-lag-ahead", RATIO)
+    ),
     "random": Method(f"random, 4 bit, into SignSGD, {RATIO:g}x", _random, 1, ("random4-sign", RATIO)),
     "rounds": Method(
         f"`LocalSteps`, every {EVERY} steps, {ROUNDS_RATIO:g}x", _rounds, EVERY, ("lowrank4-rounds", _OF_ROUNDS)

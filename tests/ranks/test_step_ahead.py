@@ -20,8 +20,9 @@ from hvd_sketch.config import Compression
 from hvd_sketch.kernels.step_ahead import Move, by_torch_, step_ahead_
 from hvd_sketch.model.step_ahead import MOST, Ahead
 from hvd_sketch.optim import LagAdamW
+from hvd_sketch.simulate import train
 from hvd_sketch.transport import LocalTransport, run_local
-from tests.support.rounds import backward, flat, network
+from tests.support.rounds import backward, flat, loss_of, network
 from tests.support.toy import LIMIT_S
 
 RATE = 0.01
@@ -140,15 +141,8 @@ def test_ranks_stay_equal_and_simulated_ones_are_the_same(name: str, ranks: int)
     model = network()
     simulation = Simulation(model.named_parameters(), COMPRESSIONS[name], ranks)
     optimizer = LagAdamW(model.parameters(), lr=RATE)
-    simulation.prepare(optimizer)
-    for step in range(12):
-        for rank in range(ranks):
-            optimizer.zero_grad()
-            with simulation.ahead(rank, optimizer):
-                backward(model, rank, step)
-            simulation.accumulate(rank)
-        simulation.agree()
-        optimizer.step()
+    batches = [(rank, step) for step in range(12) for rank in range(ranks)]
+    assert len(list(train(model, optimizer, simulation, loss_of, batches, step_ahead=True))) == 12
     assert torch.equal(flat(model.parameters()), ours[0])
 
 

@@ -31,9 +31,14 @@ def network() -> nn.Module:
     return model
 
 
-def backward(model: nn.Module, rank: int, step: int, scale: float = 1.0) -> None:
+def loss_of(model: nn.Module, rank_and_step: tuple[int, int]) -> Tensor:
+    rank, step = rank_and_step
     generator = torch.Generator().manual_seed(1000 * rank + step)
-    (model(torch.randn(8, 30, generator=generator)).square().mean() * scale).backward()
+    return model(torch.randn(8, 30, generator=generator)).square().mean()
+
+
+def backward(model: nn.Module, rank: int, step: int, scale: float = 1.0) -> None:
+    (loss_of(model, (rank, step)) * scale).backward()
 
 
 def flat(tensors: Any) -> Tensor:
