@@ -340,7 +340,11 @@ class DistributedOptimizer(LoggedOptimizer):
 
         Whether these are averaged already is not for one rank to decide: it says so, and all ranks learn it.
         """
-        self._prepare()
+        refusal: RuntimeError | None = None
+        try:
+            self._prepare()
+        except RuntimeError as error:  # no other rank shall wait for this one
+            refusal = error
         progress = self._progress
         is_held = progress.holds_averaged
         if is_held:
@@ -354,7 +358,7 @@ class DistributedOptimizer(LoggedOptimizer):
             scaled=found_inf is not None,
             forgives=progress.forgives,
             held=is_held,
-            refusal=self._unregistered(),
+            refusal=refusal or self._unregistered(),
         )
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
         observer = self.ledger.observer
