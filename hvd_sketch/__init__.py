@@ -14,7 +14,6 @@ from hvd_sketch.model.optimizer import DistributedOptimizer
 from hvd_sketch.model.parameters import sketched_dim
 from hvd_sketch.model.recommended import recommended
 from hvd_sketch.model.saved_gradient import save_gradient
-from hvd_sketch.model.step_ahead import StepAhead
 from hvd_sketch.simulate import Simulation
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport import HorovodTransport, MPITransport, TorchTransport, Transport, local_transports
@@ -37,7 +36,6 @@ __all__ = [
     "SketchConfig",
     "SketchedAllreduce",
     "SparseUpdate",
-    "StepAhead",
     "TorchTransport",
     "Transport",
     "__version__",

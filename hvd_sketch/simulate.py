@@ -31,7 +31,7 @@ from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of, unsent_of
-from hvd_sketch.model.step_ahead import SHARE, Ahead
+from hvd_sketch.model.step_ahead import Ahead
 from hvd_sketch.transport.grid import in_grid
 from hvd_sketch.transport.local import LocalRanks, LocalTransport
 
@@ -137,14 +137,14 @@ class Simulation:
 
     @contextmanager
     def ahead(self, rank: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside, the parameters are where :class:`~hvd_sketch.StepAhead` has them on a rank, for its backward pass.
+        """Inside, the parameters are where :meth:`DistributedOptimizer.ahead` has them on a rank, for its passes.
 
         Args:
             rank: whose.
             optimizer: the one that is stepped after :meth:`agree`.
         """
         if self._ahead is None:
-            self._ahead = Ahead(optimizer, SHARE)
+            self._ahead = Ahead(optimizer)
         self._ahead.go_(unsent_of(self._routes, self._exchanges[rank]))
         try:
             yield
@@ -202,7 +202,7 @@ def train(
         simulation: of the exchange.
         loss_of: the loss of a batch, a mean over its examples.
         batches: a loader, for instance.
-        step_ahead: train as with :class:`~hvd_sketch.StepAhead`.
+        step_ahead: as with :meth:`~hvd_sketch.DistributedOptimizer.ahead`.
 
     Returns:
         For each step the loss of every rank, before the step.

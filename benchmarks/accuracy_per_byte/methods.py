@@ -59,7 +59,7 @@ class Method:
         every: 1: gradients are exchanged. More: the ranks take as many steps each by itself, and then exchange what has
             become of their parameters, by :class:`hvd_sketch.LocalSteps`.
         outer: makes the optimizer that ends a round; default: the library's own.
-        ahead: gradients are those of parameters that :class:`hvd_sketch.StepAhead` has moved.
+        ahead: gradients are those of parameters that ``optimizer.ahead()`` has moved.
         fixed_ratio: of a method whose bytes cannot be chosen.
         rate_factor: of the task's learning rate at which the search begins.
         trial: the part of a run, from its start, in which its bytes are measured beforehand, to be set right; at least
@@ -171,7 +171,7 @@ def _into(method: Method, title: str, inner: Inner, rate_factor: float = 1.0) ->
 
 
 def _ahead(method: Method) -> Method:
-    return replace(method, title=f"{method.title}, step ahead", ahead=True)
+    return replace(method, title=f"{method.title}, ahead", ahead=True)
 
 
 def _with_sgd(method: Method) -> Method:

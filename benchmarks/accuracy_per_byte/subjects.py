@@ -57,7 +57,7 @@ Adam steps after every exchange, or what the method says: LagAdamW; a sign step 
 SGD, with Nesterov momentum of 0.9 after dense, nominated and low rank; Muon for the matrices inside the blocks, with
 AdamW for all else; Lion. AdamW decays the matrices by 0.1 where the title says AdamW.
 On WikiText-2 its validation part (1.1 MB) trains and its test part judges: losses are not those of other reports.
-"Step ahead": gradients are those of parameters that `StepAhead` has moved by what a rank has not sent yet.
+"Ahead": gradients are those of parameters that `optimizer.ahead()` has moved by what a rank has not sent yet.
 "Every 16 steps": each rank trains by itself, and what has become of the parameters is exchanged (`LocalSteps`).
 DeMo has the same residual and sign step as ours (0.95), after a block cosine transform. DeMo and the SparseLoCo-like
 exchange send as many coordinates per rank to all others with 16 and 64 ranks as with 4, as their authors do: their

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -42,12 +43,14 @@ class Method:
         every: steps from one exchange to the next; as many are timed, or a multiple.
         trained: what it is among the records of :mod:`benchmarks.language_model`: method, and ratio of bytes. None:
             it trains no one model.
+        ahead: forward and backward passes are in ``optimizer.ahead()``.
     """
 
     title: str
     wrap: Callable[[torch.optim.Optimizer, nn.Module, Transport], Any]
     every: int = 1
     trained: tuple[str, float] | None = None
+    ahead: bool = False
 
 
 def _alone(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
@@ -77,12 +80,6 @@ def _nominated(inner: torch.optim.Optimizer, model: nn.Module, transport: Transp
     return hvd_sketch.DistributedOptimizer(lag_aware, model.named_parameters(), config, transport)
 
 
-def _ahead(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
-    optimizer = _nominated(inner, model, transport)
-    hvd_sketch.StepAhead(model, optimizer)
-    return optimizer
-
-
 def _random(inner: torch.optim.Optimizer, model: nn.Module, transport: Transport) -> Any:
     compression = hvd_sketch.recommended(model.parameters(), RATIO, transport.size, optimizer="signsgd")
     signs = SignSGD(model.parameters(), RATE)
@@ -103,7 +100,7 @@ METHODS = {
     "recommended": Method(f"`recommended`, {RATIO:g}x: PowerSGD of 4 bit", _recommended, 1, ("lowrank4", RATIO)),
     "nominate": Method(f"nominated, 4 bit, into LagAdamW, {RATIO:g}x", _nominated, 1, ("nominate4-lag", RATIO)),
     "ahead": Method(
-        f"nominated, 4 bit, into LagAdamW, with StepAhead, {RATIO:g}x", _ahead, 1, ("nominate4-lag-ahead", RATIO)
+        f"nominated, 4 bit, into LagAdamW, ahead, {RATIO:g}x", _nominated, 1, ("nominate4-lag-ahead", RATIO), True
     ),
     "random": Method(f"random, 4 bit, into SignSGD, {RATIO:g}x", _random, 1, ("random4-sign", RATIO)),
     "rounds": Method(
@@ -146,7 +143,8 @@ class Training:
         start_s = time.perf_counter()
         for _ in range(steps):
             self._optimizer.zero_grad()
-            self._data.loss(self._model, next(self._batches)[0]).backward()
+            with self._optimizer.ahead() if self._method.ahead else nullcontext():
+                self._data.loss(self._model, next(self._batches)[0]).backward()
             self._optimizer.step()
         self._transport.barrier()
         return slowest(self._transport, time.perf_counter() - start_s)[0]

@@ -20,9 +20,9 @@ from hvd_sketch.wire_bytes import COUNTER_BITS, counter_words
 
 # A rank's word in the first collective of a step: flags in the lowest bits, then which exchange, the step, the digest.
 FLAG_BITS = 10
-SERIAL_BITS = 4
+SERIAL_BITS = 8
 STEP_BITS = 27
-DIGEST_BITS = 22
+DIGEST_BITS = 18
 LOADED_SHIFT = 8  # of a flag
 _serials = count()  # of the exchanges of this process
 
@@ -279,8 +279,8 @@ def _check_joined(comm: Transport, every: _Words) -> None:
 def _check_same_exchange(every: _Words) -> None:
     if len(set(every.serials.tolist())) > 1:
         raise RuntimeError(
-            "the ranks step different optimizers, whose gradients would be added up: in rank order those that rank 0 "
-            f"made as number {every.serials.tolist()}. Step several optimizers in the same order on every rank"
+            "the ranks step different optimizers, whose gradients would be added up: in rank order their exchanges are "
+            f"number {every.serials.tolist()} of those made. Step several optimizers in the same order on every rank"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from hvd_sketch.checks import check_choice
+from hvd_sketch.checks import check_choice, check_number
 from hvd_sketch.config import ALL_DENSE, Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.saved import SavedState
@@ -26,6 +26,7 @@ from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name
 from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.routes import mark_sparse
 from hvd_sketch.model.settings import require_equal_optimizers
+from hvd_sketch.model.step_ahead import SHARE, Ahead
 from hvd_sketch.model.wrapping import (
     HorovodArguments,
     check_arguments,
@@ -162,7 +163,7 @@ class DistributedOptimizer(LoggedOptimizer):
         )
         mark_sparse(optimizer, named, self._gradients.config)
         self._progress = Progress(self._parameters)
-        self._before_change: list[Callable[[], None]] = []
+        self._ahead: Ahead | None = None
         self._write_to(outputs)
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
@@ -240,24 +241,59 @@ class DistributedOptimizer(LoggedOptimizer):
         gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
-    def before_change(self, prepare: Callable[[], None]) -> None:
-        """Have something called before an exchange and before a step, as :class:`~hvd_sketch.StepAhead` does.
+    @contextmanager
+    def ahead(self, share: float = SHARE) -> Iterator[None]:
+        """Inside, this rank's parameters are ahead by its own part of what is still to be sent::
 
-        Communication: none.
+            with optimizer.ahead():
+                loss_of(model, batch).backward()
+            optimizer.step()
+
+        Error feedback sends a part of every gradient late, and meanwhile gradients are those of parameters that lack
+        it. But a rank knows its own part, and what the wrapped optimizer will make of it: its residual over the root of
+        the second moment, times the learning rate. Forward and backward passes in this block, also several, are those
+        of parameters that are moved a quarter of that way. At its end, or where a step is taken inside, they are put
+        back to the bit, and are what all ranks share. No byte more is sent, and checkpoints need nothing of it. What it
+        gains is in docs/language_models.md.
+
+        Memory: a copy of the parameters that are compressed, from the first time on.
+
+        Args:
+            share: of the way, from 0 to 1.
+
+        Raises:
+            ValueError: another share; what is wrapped is not Adam, AdamW or LagAdamW; nothing is compressed, or with
+                two levels.
+            RuntimeError: at the end: parameters were changed in place inside.
+
+        Communication: none; ranks may differ in whether they use it.
+
+        Source: after Xu, Huo and Huang, Step-Ahead Error Feedback for Distributed Training with Compressed Gradient,
+        2020, arXiv:2008.05823, which moves all of the way, with SGD.
         """
-        self._before_change.append(prepare)
+        check_number("share", share, most=1.0)
+        gradients = self._gradients
+        if isinstance(gradients, TwoLevels):
+            raise ValueError("ahead() is for levels=1: with two, one rank of a host has the residuals of all of them")
+        if not gradients.unsent:
+            raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
+        if self._ahead is None:
+            self._ahead = Ahead(self.inner, gradients.scale)
+        if self._ahead.is_there:  # a block inside of another one
+            yield
+            return
+        self._ahead.go_(gradients.unsent, share)
+        try:
+            yield
+        finally:
+            self._ahead.back_()
 
-    def _prepare(self) -> None:
-        for prepare in self._before_change:
-            prepare()
-
-    def step_without_data(self) -> bool:
-        """See :meth:`ExchangingOptimizer.step_without_data`. Communication: collective, all ranks."""
-        self._prepare()
-        return super().step_without_data()
+    def _put_back(self) -> None:
+        if self._ahead is not None:
+            self._ahead.back_()
 
     def _step_inner(self, has_closure: bool) -> None:
-        self._prepare()  # a forward pass may have come since the exchange
+        self._put_back()
         try:
             self.inner.step()
         except Exception as error:
@@ -342,7 +378,7 @@ class DistributedOptimizer(LoggedOptimizer):
         """
         refusal: RuntimeError | None = None
         try:
-            self._prepare()
+            self._put_back()
         except RuntimeError as error:  # no other rank shall wait for this one
             refusal = error
         progress = self._progress

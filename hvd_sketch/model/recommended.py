@@ -30,11 +30,11 @@ def recommended(
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
     no rank of 1, nominated coordinates with 4-bit values for SGD, and an error for the others. For a
-    :class:`~hvd_sketch.optim.LagAdamW`, which goes with :class:`~hvd_sketch.StepAhead`, nominated coordinates. For a
+    :class:`~hvd_sketch.optim.LagAdamW`, which goes with ``optimizer.ahead()``, nominated coordinates. For a
     :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
     fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
 
-    Closest to a dense AdamW come nominated coordinates, LagAdamW and StepAhead together, ``"lagadamw"``.
+    Closest to a dense AdamW come nominated coordinates, LagAdamW and ``ahead()`` together, ``"lagadamw"``.
 
     Learning rates, in times of the best dense one (of Adam for SignSGD), in the tables of
     benchmarks/results/accuracy_per_byte and benchmarks/results/language_model:
@@ -57,9 +57,9 @@ def recommended(
 
     With Adam at a ratio of 60 (beside coordinates 36 of the whole model), losses of a character transformer of 240 k
     after 300 and 1,500 steps: low rank 2.39 and 1.78, dense 2.27 and 1.73. Nominated coordinates into LagAdamW with
-    StepAhead reach 2.33 and 1.74, random ones into SignSGD 2.28 and 1.77. Low rank into Muon, with AdamW for what is no
-    matrix inside a block, reaches 1.71 after 1,500 steps, dense Muon 1.66. On bytes of WikiText-2's validation part, in
-    300 steps with a cosine and weight decay: dense 2.21, low rank 2.29 (2.26 at 37), random into SignSGD 2.19; on
+    ``ahead()`` reach 2.33 and 1.74, random ones into SignSGD 2.28 and 1.77. Low rank into Muon, with AdamW for what is
+    no matrix inside a block, reaches 1.71 after 1,500 steps, dense Muon 1.66. On bytes of WikiText-2's validation part,
+    in 300 steps with a cosine and weight decay: dense 2.21, low rank 2.29 (2.26 at 37), random into SignSGD 2.19; on
     another text after that dense 2.15, low rank 2.19 (2.17 at 37), random into SignSGD 2.14. Three seeds each.
 
     Args:

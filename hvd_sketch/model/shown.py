@@ -44,13 +44,13 @@ DENSE_LOSS = 2.27  # of Adam; of others:
 DENSE_LOSSES: Mapping[str, float] = {"Muon": 2.0, "Lion": 2.42}
 WAYS_OUT: Mapping[str, str] = {
     "SGD": "set residual_decay=1",
-    "LagAdamW": "take candidates='nominate' (2.41, with StepAhead 2.33), or SignSGD with residual_decay=0.95 (random: "
+    "LagAdamW": "take candidates='nominate' (2.41, with ahead() 2.33), or SignSGD with residual_decay=0.95 (random: "
     "2.28)",
     "SignSGD": "take hvd_sketch.recommended(..., optimizer='signsgd'), which sets residual_decay=0.95 (2.28)",
 }  # by the name of an optimizer; of all others:
 WAY_OUT = (
     "take AdamW or Muon with hvd_sketch.recommended(..., optimizer='adamw') (2.39, 2.13), or "
-    "hvd_sketch.optim.LagAdamW with candidates='nominate' and hvd_sketch.StepAhead (2.33)"
+    "hvd_sketch.optim.LagAdamW with candidates='nominate' and optimizer.ahead() (2.33)"
 )
 TOLERATED = 1.5  # times the ratio shown
 logger = logging.getLogger(__name__)

@@ -85,11 +85,11 @@ def test_a_checkpoint_goes_to_another_number_of_replicas() -> None:
         )
 
 
-@pytest.mark.parametrize("optimizer", ["LagAdamW", "SignSGD", "AdamW", "LocalSteps", "StepAhead"])
+@pytest.mark.parametrize("optimizer", ["LagAdamW", "SignSGD", "AdamW", "LocalSteps", "ahead"])
 def test_other_optimizers_keep_replicas_equal(optimizer: str) -> None:
     results = OPTIMIZERS.results()
     assert_replicas_equal([result[optimizer] for result in results])
-    assert not torch.equal(results[0]["StepAhead"], results[0]["LagAdamW"])
+    assert not torch.equal(results[0]["ahead"], results[0]["LagAdamW"])
 
 
 def test_averaged_gradients_are_clipped_by_the_norm_of_all_shards() -> None:

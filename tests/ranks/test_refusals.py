@@ -248,7 +248,7 @@ NOMINATED = {"candidates": "nominate"}
         (
             lambda p: LagAdamW(p),
             {},
-            "dense 2.27): take candidates='nominate' (2.41, with StepAhead 2.33)",
+            "dense 2.27): take candidates='nominate' (2.41, with ahead() 2.33)",
         ),
         (lambda p: LagAdamW(p), NOMINATED, None),
         (lambda p: LagAdamW(p), RANK_1, None),

@@ -1,11 +1,8 @@
-"""StepAhead: gradients are of parameters that a rank's own residual has moved; all else is as without it."""
+"""optimizer.ahead(): gradients are of parameters that a rank's own residual has moved; all else is as without it."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import pickle
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
-from hvd_sketch import DistributedOptimizer, LocalSteps, LowRankConfig, Simulation, SketchConfig, StepAhead
+from hvd_sketch import DistributedOptimizer, LowRankConfig, Simulation, SketchConfig
 from hvd_sketch.config import Compression
 from hvd_sketch.kernels.step_ahead import Move, by_torch_, step_ahead_
 from hvd_sketch.model.step_ahead import MOST, Ahead
@@ -39,29 +36,19 @@ def wrapped(model: nn.Module, compression: Compression, transport: LocalTranspor
     return DistributedOptimizer(inner, model.named_parameters(), compression, transport, check_every=1)
 
 
-def run(model: nn.Module, optimizer: Any, rank: int, steps: range) -> None:
+def run(model: nn.Module, optimizer: Any, rank: int, steps: range, is_ahead: bool = True) -> None:
     for step in steps:
         optimizer.zero_grad()
-        backward(model, rank, step)
+        with optimizer.ahead() if is_ahead else nullcontext():
+            backward(model, rank, step)
         optimizer.step()
 
 
-def trained(transport: LocalTransport, name: str, has_ahead: bool = True) -> Tensor:
+def trained(transport: LocalTransport, name: str, is_ahead: bool = True) -> Tensor:
     model = network()
     optimizer = wrapped(model, replace(COMPRESSIONS[name], deterministic=True), transport)
-    if has_ahead:
-        StepAhead(model, optimizer)
-    run(model, optimizer, transport.rank, range(12))
+    run(model, optimizer, transport.rank, range(12), is_ahead)
     return flat(model.parameters())
-
-
-def seen(model: nn.Module, call: Callable[[], Any]) -> Tensor:
-    """The parameters that a call has before it returns."""
-    found: list[Tensor] = []
-    handle = model[0].register_forward_hook(lambda *_: found.append(flat(model.parameters())))
-    call()
-    handle.remove()
-    return found[0]
 
 
 def assert_equal(of_ranks: list[Tensor]) -> None:
@@ -80,8 +67,8 @@ def test_it_is_where_the_optimizer_will_come_to(kind: type) -> None:
     optimizer.state[parameter]["exp_avg"].zero_()
     start = parameter.detach().clone()
     left = torch.randn(200, generator=draw, dtype=torch.float64) / 2
-    ahead = Ahead(optimizer, 1.0)
-    ahead.go_([(parameter, left)])
+    ahead = Ahead(optimizer)
+    ahead.go_([(parameter, left)], 1.0)
     predicted = parameter.detach() - start
     ahead.back_()
     assert torch.equal(parameter.detach(), start)
@@ -97,8 +84,8 @@ def test_a_move_is_limited_and_finite() -> None:
     parameter.grad = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 1.0])
     optimizer.step()
     parameter.data.zero_()
-    ahead = Ahead(optimizer, 0.5)
-    ahead.go_([(parameter, torch.tensor([1.0, 1.0, 1.0, -float("inf"), float("nan"), 0.0]))])
+    ahead = Ahead(optimizer)
+    ahead.go_([(parameter, torch.tensor([1.0, 1.0, 1.0, -float("inf"), float("nan"), 0.0]))], 0.5)
     expected = RATE / 2 * torch.tensor([0.0, -MOST, -1.0, MOST, 0.0, 0.0])
     torch.testing.assert_close(parameter.detach(), expected)
 
@@ -137,7 +124,7 @@ def test_parameters_of_16_bits_and_of_other_layouts() -> None:
 def test_ranks_stay_equal_and_simulated_ones_are_the_same(name: str, ranks: int) -> None:
     ours = run_local(ranks, partial(trained, name=name), LIMIT_S)
     assert_equal(ours)
-    assert not torch.equal(ours[0], run_local(ranks, partial(trained, name=name, has_ahead=False), LIMIT_S)[0])
+    assert not torch.equal(ours[0], run_local(ranks, partial(trained, name=name, is_ahead=False), LIMIT_S)[0])
     model = network()
     simulation = Simulation(model.named_parameters(), COMPRESSIONS[name], ranks)
     optimizer = LagAdamW(model.parameters(), lr=RATE)
@@ -147,52 +134,64 @@ def test_ranks_stay_equal_and_simulated_ones_are_the_same(name: str, ranks: int)
 
 
 def test_nothing_changes_where_nothing_is_left() -> None:
-    def job(transport: LocalTransport, has_ahead: bool) -> Tensor:
+    def job(transport: LocalTransport, is_ahead: bool) -> Tensor:
         model = network()
         config = SketchConfig(k=3500, candidates="random", value_bits=32, dense_below=8)
         optimizer = wrapped(model, config, transport, AdamW)
-        if has_ahead:
-            StepAhead(model, optimizer)
-        run(model, optimizer, transport.rank, range(6))
+        run(model, optimizer, transport.rank, range(6), is_ahead)
         assert not optimizer.exchange.residual.any()
         return flat(model.parameters())
 
-    (one, _), (other, _) = (run_local(2, partial(job, has_ahead=has), LIMIT_S) for has in (True, False))
+    (one, _), (other, _) = (run_local(2, partial(job, is_ahead=is_ahead), LIMIT_S) for is_ahead in (True, False))
     assert torch.equal(one, other)
 
 
-def test_only_a_training_step_sees_it() -> None:
+def test_only_what_is_inside_sees_it() -> None:
     def job(transport: LocalTransport) -> None:
-        model, inputs = network(), torch.ones(2, 30)
+        model = network()
         optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
-        StepAhead(model, optimizer)
+        with optimizer.ahead():
+            assert torch.equal(flat(model.parameters()), flat(network().parameters())), "nothing is left yet"
         run(model, optimizer, transport.rank, range(3))
         shared = flat(model.parameters())
-        with torch.no_grad():
-            assert torch.equal(seen(model, lambda: model(inputs)), shared)
-        model.eval()
-        assert torch.equal(seen(model, lambda: model(inputs)), shared)
-        model.train()
-        assert not torch.equal(ahead := seen(model, lambda: model(inputs)), shared)
-        assert torch.equal(seen(model, lambda: model(inputs)), ahead), "gradients that add up are of one place"
-        loss = model(inputs).sum()
-        model.eval()
-        assert torch.equal(seen(model, lambda: model(inputs)), shared)
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            model(torch.ones(2, 3))
-        model.train()
-        with torch.no_grad():
-            assert torch.equal(seen(model, lambda: model(inputs)), shared)
-        assert torch.equal(flat(model.parameters()), ahead)
-        loss.backward()  # as if no other forward pass had come
-        assert torch.equal(flat(model.state_dict().values()), shared)
-        model(inputs)
-        loaded = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-        model(inputs)
-        model.load_state_dict(loaded)
-        assert not flat(model.parameters()).any()
+        with optimizer.ahead():
+            ahead = flat(model.parameters())
+            with optimizer.ahead():
+                assert torch.equal(flat(model.parameters()), ahead)
+            assert torch.equal(flat(model.parameters()), ahead)
+        assert torch.equal(flat(model.parameters()), shared) and not torch.equal(ahead, shared)
+        with optimizer.ahead(share=1.0):
+            torch.testing.assert_close(flat(model.parameters()) - shared, 4 * (ahead - shared), rtol=1e-3, atol=1e-6)
+        with pytest.raises(KeyError), optimizer.ahead():
+            raise KeyError
+        assert torch.equal(flat(model.parameters()), shared)
+        model[0].weight.requires_grad_(False)
+        frozen = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        with optimizer.ahead():
+            assert torch.equal(model[0].weight, frozen)
+            backward(model, 0, 3)
+            optimizer.step()  # puts back what is ahead
+        assert torch.equal(model[0].weight, frozen) and not torch.equal(flat(model.parameters()), shared)
 
     run_local(1, job, LIMIT_S)
+
+
+def test_parameters_that_share_memory_come_back() -> None:
+    def job(transport: LocalTransport) -> Tensor:
+        model = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 40, bias=False))
+        torch.nn.init.orthogonal_(model[0].weight, generator=torch.Generator().manual_seed(0))
+        model[1].weight.data = model[0].weight.data.t()
+        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport, AdamW)
+        for step in range(4):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 40, generator=torch.Generator().manual_seed(9 * step + transport.rank))
+            with optimizer.ahead():
+                (model(inputs) - inputs).square().mean().backward()
+            optimizer.step()
+        return flat(model.parameters())
+
+    assert_equal(run_local(2, job, LIMIT_S))
 
 
 def test_clipping_skips_and_early_leavers() -> None:
@@ -201,92 +200,81 @@ def test_clipping_skips_and_early_leavers() -> None:
     def job(transport: LocalTransport) -> Tensor:
         model = network()
         optimizer = wrapped(model, COMPRESSIONS["low rank"], transport, AdamW)
-        StepAhead(model, optimizer)
         with optimizer.join():
             for step in range(6 + 2 * transport.rank):
                 optimizer.zero_grad()
-                backward(model, transport.rank, step)
-                if step == 3 and transport.rank == 1:
-                    model[0].weight.grad[0, 0] = float("nan")
-                if optimizer.synchronize():
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                model(torch.ones(1, 30))  # goes ahead again
-                with optimizer.skip_synchronize():
+                with optimizer.ahead():
+                    backward(model, transport.rank, step)
+                    if step == 3 and transport.rank == 1:
+                        model[0].weight.grad[0, 0] = float("nan")
+                    if optimizer.synchronize():
+                        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                with optimizer.ahead(), optimizer.skip_synchronize():
                     optimizer.step()
-            model(torch.ones(1, 30))
         assert optimizer.skipped_steps == 1
         return flat(model.parameters())
 
     assert_equal(run_local(2, job, LIMIT_S))
 
 
-def test_a_change_that_would_be_lost_is_refused_on_all_ranks() -> None:
-    def job(transport: LocalTransport) -> tuple[str, bool]:
-        model = network()
-        optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
-        StepAhead(model, optimizer)
-        run(model, optimizer, transport.rank, range(2))
-        shared = flat(model.parameters())
-        backward(model, 0, 2)
-        if transport.rank == 1:
-            with torch.no_grad():
-                model[0].weight.clamp_(-0.1, 0.1)
-        with pytest.raises(RuntimeError) as raised:
-            optimizer.step()
-        return str(raised.value), torch.equal(flat(model.parameters()), shared)
-
-    (others, is_back), (own, was_put_back) = run_local(2, job, LIMIT_S)
-    assert own.startswith("1 of 2 parameters were changed in place between a forward pass") and was_put_back
-    assert others.startswith("rank 1 of 2 cannot take this step, so no rank does: 1 of 2 parameters") and is_back
-
-
-def test_copies_of_the_model_have_no_part_in_it() -> None:
+def test_a_change_that_would_be_lost_is_an_error() -> None:
     def job(transport: LocalTransport) -> None:
         model = network()
         optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
-        StepAhead(model, optimizer)
         run(model, optimizer, transport.rank, range(2))
         shared = flat(model.parameters())
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            other(torch.ones(1, 30))
-            assert torch.equal(flat(other.parameters()), shared)
-            assert torch.equal(flat(model.parameters()), shared)
-        del optimizer
-        model(torch.ones(1, 30))
-        assert torch.equal(flat(model.parameters()), shared), "it goes with its optimizer"
+        with pytest.raises(RuntimeError, match=r"1 of 2 parameters were changed inside ahead\(\)"), optimizer.ahead():
+            backward(model, 0, 2)
+            with torch.no_grad():
+                model[0].weight.clamp_(-0.1, 0.1)
+        assert torch.equal(flat(model.parameters()), shared)
 
     run_local(1, job, LIMIT_S)
 
 
-def test_a_model_that_is_never_called_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    def job(transport: LocalTransport) -> None:
+def test_a_change_before_a_step_inside_is_refused_on_all_ranks() -> None:
+    def job(transport: LocalTransport) -> str:
         model = network()
         optimizer = wrapped(model, COMPRESSIONS["nominate"], transport)
-        StepAhead(nn.Sequential(model), optimizer)
-        run(model, optimizer, transport.rank, range(30))
+        run(model, optimizer, transport.rank, range(2))
+        with pytest.raises(RuntimeError) as raised, optimizer.ahead():
+            backward(model, 0, 2)
+            if transport.rank == 1:
+                with torch.no_grad():
+                    model[0].weight.clamp_(-0.1, 0.1)
+            optimizer.step()
+        return str(raised.value)
 
-    with caplog.at_level(logging.WARNING):
-        run_local(1, job, LIMIT_S)
-    told = [record.getMessage() for record in caplog.records if "StepAhead" in record.getMessage()]
-    assert len(told) == 1 and "in 10 steps the Sequential was not called in training mode" in told[0]
+    others, own = run_local(2, job, LIMIT_S)
+    assert own.startswith("1 of 2 parameters were changed inside ahead()")
+    assert others.startswith("rank 1 of 2 cannot take this step, so no rank does: 1 of 2 parameters")
+
+
+def test_a_state_before_its_first_step() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], lr=RATE)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    for value in optimizer.state[parameter].values():
+        value.zero_()
+    before = parameter.detach().clone()
+    ahead = Ahead(optimizer)
+    ahead.go_([(parameter, torch.ones(3))])
+    assert torch.equal(parameter.detach(), before)
 
 
 def test_refusals() -> None:
+    def refused(optimizer: Any, message: str, share: Any = 0.25) -> None:
+        with pytest.raises(ValueError, match=message), optimizer.ahead(share):
+            pass
+
     def job(transport: LocalTransport) -> None:
-        model = network()
-        compression = COMPRESSIONS["nominate"]
-        with pytest.raises(ValueError, match="a DistributedOptimizer, got LocalSteps"):
-            inner = AdamW(model.parameters())
-            StepAhead(model, LocalSteps(inner, model.named_parameters(), compression, transport, every=2))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="knows what these will make of a gradient that arrives late, got SGD"):
-            StepAhead(model, wrapped(model, compression, transport, torch.optim.SGD))
-        with pytest.raises(ValueError, match="compresses nothing"):
-            StepAhead(model, wrapped(model, None, transport, AdamW))
-        with pytest.raises(ValueError, match="none of the parameters"):
-            StepAhead(network(), wrapped(model, compression, transport, AdamW))
-        levels = DistributedOptimizer(AdamW(model.parameters()), None, compression, transport, levels=2)
-        with pytest.raises(ValueError, match="is for levels=1"):
-            StepAhead(model, levels)
+        model, compression = network(), COMPRESSIONS["nominate"]
+        refused(wrapped(model, compression, transport, torch.optim.SGD), "that arrives late is known, got SGD")
+        refused(wrapped(model, None, transport, AdamW), "nothing is compressed")
+        refused(wrapped(model, compression, transport, AdamW), r"share must be in \[0, 1\], got 2", share=2)
+        inner = AdamW(model.parameters())
+        refused(DistributedOptimizer(inner, None, compression, transport, levels=2), "is for levels=1")
 
     run_local(1, job, LIMIT_S)
 
@@ -299,10 +287,10 @@ def test_compiled_models_and_steps_train_as_others(compiled: str) -> None:
         optimizer = wrapped(model, COMPRESSIONS["nominate"], transport, AdamW)
         forward = torch.compile(model, backend="eager") if of in ("model", "both") else model
         step = torch.compile(optimizer.step, backend="eager") if of in ("step", "both") else optimizer.step
-        StepAhead(forward, optimizer)
         for number in range(6):
             optimizer.zero_grad()
-            backward(forward, 0, number)
+            with optimizer.ahead():
+                backward(forward, 0, number)
             step()
         return flat(model.parameters())
 
