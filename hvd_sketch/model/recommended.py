@@ -44,7 +44,7 @@ def recommended(
     nominated into SGD with Nesterov momentum    0.7 to 2
     low rank into Adam, AdamW                    1 to 2
     low rank into Muon                           1
-    nominated into LagAdamW                      0.5 to 2
+    nominated into LagAdamW, ``ahead()``         1 to 2
     random into SignSGD                          2 to 4
     ===========================================  ==========
 

@@ -44,6 +44,7 @@ RULES = {
     "random | SGD without momentum": "random4",
     "low rank | Adam, AdamW": "lowrank4",
     "low rank | Muon": "lowrank4-muon",
+    "nominated, with `ahead()` | `LagAdamW`": "nominate4-lag-ahead",
     "nominated | `LagAdamW`": "nominate4-lag",
     "sketched, `residual_decay=0.95` | `SignSGD`": "sketch4-sign",
     "random, `residual_decay=0.95` | `SignSGD`": "random4-sign",
