@@ -242,7 +242,7 @@ METHODS |= {
     ),
 }
 METHODS |= {f"{name}-rounds": _in_rounds(METHODS[name]) for name in ("dense", "nominate4", "lowrank4")}
-AHEAD = tuple(f"{name}-ahead" for name in ("lowrank4", "nominate4", "nominate4-lag", "random4-lag"))
+AHEAD = tuple(f"{name}-ahead" for name in ("lowrank4", "nominate4", "nominate4-lag", "sketch4-lag", "random4-lag"))
 METHODS |= {name: _ahead(METHODS[name.removesuffix("-ahead")]) for name in AHEAD}
 CROSSED = ("dense", "lowrank4", "nominate4", "sketch4", "random4")  # with every inner optimizer
 METHODS |= {f"{name}-sgd": _with_sgd(METHODS[name]) for name in CROSSED}
