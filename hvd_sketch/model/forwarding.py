@@ -117,11 +117,6 @@ class ExchangingOptimizer(ForwardingOptimizer):
         )
 
     @property
-    def gradients(self) -> GradientExchange | TwoLevels:
-        """What exchanges them."""
-        return self._gradients
-
-    @property
     def exchange(self) -> ResidualExchange | None:
         """The exchange that compresses, with ``residual`` and ``velocity``; None where all goes dense."""
         return self._gradients.compressed

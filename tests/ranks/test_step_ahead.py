@@ -98,8 +98,8 @@ def test_the_kernel_is_its_reference(size: int) -> None:
     tensors[1][::3] = float("nan")
     others = [tensor.clone() for tensor in tensors]
     move = Move(2.0, 1.25, 1e-8, MOST, 0.01)
-    step_ahead_(*tensors, move)  # type: ignore[arg-type, call-arg]
-    by_torch_(*others, move)  # type: ignore[arg-type, call-arg]
+    for function, (parameter, left, squares, kept) in ((step_ahead_, tensors), (by_torch_, others)):
+        function(parameter, left, squares, kept, move)
     torch.testing.assert_close(tensors[0], others[0])
     assert torch.equal(tensors[3], others[3])
 
