@@ -12,7 +12,8 @@ signs and offsets and touches no data. On a GPU "L2 read" and "L2 add" are probe
 
 "quantise + pack" makes 4-bit codes of P k values, "unpack + add" sums those of 4 ranks; "few-bit codes" is both.
 "nominated step" is a step of one of 4 ranks with nominated candidates at a wire ratio of 150. The other ranks' messages
-are made up. Its unit is "copy beside it", timed in turn with it.
+are made up. "low-rank step" is one of a rank that is alone, with factors of as few bytes. The unit of both is "copy
+beside it", timed in turn with them.
 
 Times are medians of interleaved rounds: on a shared machine a disturbance meets all operations alike. Exits with 1 and
 times nothing when a result is wrong.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.kernels.checks import hash_only, recover, wrong_checksum, wrong_results, wrong_step
 from benchmarks.kernels.few_bits import NominatedSteps, few_bit_operations, wrong_few_bits, wrong_nominated_step
+from benchmarks.kernels.low_rank import LowRankSteps, wrong_low_rank_step
 from benchmarks.kernels.report import COPY_BESIDE, L2_BUFFER_BYTES, L2_PASSES, Setting, lines
 from benchmarks.kernels.torch_style import TorchStyle
 from benchmarks.machine import peak_memory_of
@@ -124,7 +125,7 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     operations |= few_bit_operations(gradients[0][: setting.candidates])
     elapsed = time_ms(operations, rounds, device)
     elapsed |= time_ms({"step": Steps(setting, gradients)}, rounds, device)
-    elapsed |= nominated_ms(gradients, rounds)
+    elapsed |= few_byte_steps_ms(gradients, rounds)
     if torch_style is not None:
         elapsed |= time_ms(torch_operations(torch_style, gradients[0], setting), min(rounds, TORCH_ROUNDS), device)
     extra_bytes = step_extra_bytes(setting, device)
@@ -133,13 +134,15 @@ def measure(setting: Setting, device: torch.device, rounds: int, with_torch: boo
     return {**asdict(setting), "elapsed_ms": elapsed, "step_extra_bytes": extra_bytes, "lines": records}
 
 
-def nominated_ms(gradients: list[Tensor], rounds: int) -> dict[str, list[float]]:
-    """Steps of nominated candidates, and copies of the vector between them."""
-    steps, buffer = NominatedSteps(gradients), torch.zeros_like(gradients[0])
+def few_byte_steps_ms(gradients: list[Tensor], rounds: int) -> dict[str, list[float]]:
+    """Steps of nominated candidates and of low rank, and copies of the vector between them."""
+    nominated, low_rank, buffer = NominatedSteps(gradients), LowRankSteps(gradients), torch.zeros_like(gradients[0])
     for _ in range(STEPS_BEFORE):
-        steps()
-    _exit_if(wrong_nominated_step(steps))
-    operations: Operations = {COPY_BESIDE: lambda: buffer.copy_(gradients[0]), "nominated step": steps}
+        nominated()
+        low_rank()
+    _exit_if(wrong_nominated_step(nominated) + wrong_low_rank_step(low_rank))
+    operations: Operations = {COPY_BESIDE: lambda: buffer.copy_(gradients[0])}
+    operations |= {"nominated step": nominated, "low-rank step": low_rank}
     return time_ms(operations, rounds, gradients[0].device)
 
 

@@ -25,8 +25,9 @@ class Setting:
         return min(self.dim, self.oversample * self.k)
 
 
-# Timed in turn with the nominated steps, which are measured in it: the other copy is timed before, in other company.
+# Timed in turn with steps that are measured in it: the other copy is timed before, in other company.
 COPY_BESIDE = "copy beside it"
+BESIDE_IT = ("nominated step", "low-rank step")
 # Bytes that must move through memory per coordinate; the table is taken to lie in the caches.
 # What the GPU kernels must move beyond that, and through which memory, stands in hvd_sketch/kernels/gpu.py.
 BYTES_PER_COORDINATE = {
@@ -64,7 +65,7 @@ def lines(elapsed: dict[str, list[float]], setting: Setting, l2_bytes: int = 0) 
                 "operation": name,
                 "median_ms": median_ms,
                 "min_ms": min(elapsed[name]),
-                "copies": median_ms / medians[COPY_BESIDE if name == "nominated step" else "copy"],
+                "copies": median_ms / medians[COPY_BESIDE if name in BESIDE_IT else "copy"],
                 "bytes": moved or None,
                 "bandwidth": moved / median_ms / copy_bytes_per_ms if moved else None,
                 "times_torch": torch_ms / median_ms if torch_ms else None,

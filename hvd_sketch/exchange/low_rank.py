@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_sketch.config import LowRankConfig
 from hvd_sketch.exchange.base import Options, SparseUpdate
-from hvd_sketch.exchange.feedback import LARGEST_SUM, largest_of
+from hvd_sketch.exchange.feedback import LARGEST_SUM, aligned_zeros, largest_of
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits
 from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.residual import ResidualExchange
@@ -181,7 +181,7 @@ class LowRankAllreduce(ResidualExchange):
         if self._device.type != "cpu":
             return torch.empty(self.dim, device=self._device)
         if len(self._memory) < self.dim or sys.getrefcount(self._memory) > 2:  # ours and the call's
-            self._memory = np.empty(self.dim, dtype=np.float32)
+            self._memory = aligned_zeros(self.dim)
         return torch.from_numpy(self._memory)
 
     def _limit_(self, update: Tensor) -> None:

@@ -165,7 +165,8 @@ def test_columns_that_depend_on_others_become_zeros(make: object, size: float) -
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    ("rank", "rows", "cols", "short"), [(1, 1, 1, 0), (3, 5, 7, 4), (4, 30, 1500, 0), (9, 4, 2049, 1100)]
+    ("rank", "rows", "cols", "short"),
+    [(1, 1, 1, 0), (3, 5, 7, 4), (4, 30, 1500, 0), (9, 4, 2049, 1100), (25, 20, 300, 7), (500, 13, 70, 69)],
 )
 def test_a_product_has_the_bits_of_plain_operations(rank: int, rows: int, cols: int, short: int, threads: int) -> None:
     left, right = torch.randn(rank, rows), torch.randn(rank, cols)
@@ -178,7 +179,7 @@ def test_a_product_has_the_bits_of_plain_operations(rank: int, rows: int, cols: 
         assert product_(out, left, right) is out
     assert torch.equal(out, torch.from_numpy(expected).view(-1)[:entries])
     by_torch = _product_by_torch_(torch.empty(entries), left, right)
-    assert torch.allclose(out, by_torch, atol=1e-5)
+    assert torch.allclose(out, by_torch, atol=1e-4)
 
 
 @pytest.mark.parametrize(("ranks", "most_bytes"), [(4, 300_000), (64, 300_000), (64, 1_070_000), (64, 2_000_000)])
