@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -134,7 +135,7 @@ class LocalSteps(LoggedOptimizer):
             self._named, compression, self._transport, check_every=check_every, max_skips=max_skips, make=self._make
         )
         self._write_to(outputs)
-        self.every, self._done = every, 0  # steps of this round
+        self.every, self._round = every, _Round()
         where = {"device": start_device, "dtype": start_dtype}
         self._start = [torch.empty_like(p, **where) for p in self._parameters]  # type: ignore[arg-type]
         self._elements = sum(local(p).numel() for p in self._parameters)
@@ -151,16 +152,16 @@ class LocalSteps(LoggedOptimizer):
         Communication: collective on every H-th call.
         """
         self.ledger.observer.begin_step()
-        if self._done == 0:
+        if self._round.done == 0:
             self._remember_start()
         loss = None
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if found_inf is None or not float(found_inf):
             self._unscale(scale)
             loss = self.inner.step() if closure is None else self.inner.step(closure)
-        self._done += 1
+        self._round.done += 1
         self.ledger.add_local_step(self._elements, self._dense_bytes)
-        if self._done == self.every:
+        if self._round.done == self.every:
             self.sync()
         return loss
 
@@ -179,7 +180,7 @@ class LocalSteps(LoggedOptimizer):
 
         Communication: collective, all ranks.
         """
-        idle = self._done == 0
+        idle = self._round.done == 0
         observer, report = self.ledger.observer, Report(idle=idle, refusal=self._unregistered())
         if not idle:
             self.ledger.reopen_local_step(self._elements, self._dense_bytes)
@@ -192,7 +193,7 @@ class LocalSteps(LoggedOptimizer):
         if not self._gradients.is_held:
             observer.end_step(self._gradients.step_number - 1, counts)
             self._step_outer(idle, is_finite, counts)
-        self._done = 0
+        self._round.done = 0
         for parameter in self._parameters:
             parameter.grad = None
         return counts
@@ -217,7 +218,7 @@ class LocalSteps(LoggedOptimizer):
 
     def end_round(self) -> None:
         """See :meth:`ExchangingOptimizer.end_round`: of a round that is under way. Communication: collective."""
-        if self._done:
+        if self._round.done:
             self.sync()
 
     @property
@@ -251,7 +252,7 @@ class LocalSteps(LoggedOptimizer):
         logger.warning(
             "rank %d: its parameters were NaN or infinite after %d steps. All ranks go back to where the round began, "
             "and %s begins with a new state on this rank. Lower the learning rate if it comes again.",
-            *(self._transport.rank, self._done, type(self.inner).__name__),
+            *(self._transport.rank, self._round.done, type(self.inner).__name__),
         )
 
     def take_over_state(self, root_rank: int) -> None:
@@ -263,10 +264,10 @@ class LocalSteps(LoggedOptimizer):
         Communication: collective, all ranks.
         """
         with refused_together(self._transport, "take over a state"):
-            if self._done:
+            if self._round.done:
                 raise ValueError(
-                    f"within a round, after {self._done} of {self.every} steps, every rank has parameters of its own: "
-                    "call sync() before, also before a state is saved that one rank loads for all"
+                    f"within a round, after {self._round.done} of {self.every} steps, every rank has parameters of its "
+                    "own: call sync() before, also before a state is saved that one rank loads for all"
                 )
         self._gradients.take_over_state(root_rank)
         broadcast_optimizer_state(self.outer, root_rank, self._transport)
@@ -283,13 +284,13 @@ class LocalSteps(LoggedOptimizer):
 
         Communication: none; with ``consolidated`` collective, all ranks.
         """
-        if consolidated and self._done:
+        if consolidated and self._round.done:
             raise RuntimeError(
-                f"rank {self._transport.rank}: a consolidated state is that of all ranks, and {self._done} of "
+                f"rank {self._transport.rank}: a consolidated state is that of all ranks, and {self._round.done} of "
                 f"{self.every} steps after an exchange they differ: call sync() on every rank before"
             )
-        start = [tensor.clone() for tensor in self._start] if self._done else []
-        a_round = {"outer": self.outer.state_dict(), "done": self._done, "start": start}
+        start = [tensor.clone() for tensor in self._start] if self._round.done else []
+        a_round = {"outer": self.outer.state_dict(), "done": self._round.done, "start": start}
         return {**self.inner.state_dict(), STATE_KEY: self._gradients.state_dict(consolidated), ROUND_KEY: a_round}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,13 +320,20 @@ class LocalSteps(LoggedOptimizer):
             self.outer.load_state_dict(outer)
             raise
         take_over()
-        self._done = done
+        self._round.done = done
         for start, value in zip(self._start, starts, strict=False):
             start.copy_(value)
 
     def __repr__(self) -> str:
         at = f"rank {self._transport.rank} of {self._transport.size}, every {self.every} steps"
         return f"{type(self).__name__}({at}, {self._gradients!r},\n{self.inner!r},\nouter {self.outer!r})"
+
+
+@dataclass
+class _Round:
+    """How many steps of it are done. An object of its own, for the reason that :class:`.progress.Progress` is one."""
+
+    done: int = 0
 
 
 def _check(

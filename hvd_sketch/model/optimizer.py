@@ -163,7 +163,6 @@ class DistributedOptimizer(LoggedOptimizer):
         )
         mark_sparse(optimizer, named, self._gradients.config)
         self._progress = Progress(self._parameters)
-        self._ahead: Ahead | None = None
         self._write_to(outputs)
         if isinstance(self._transport, HorovodTransport):
             # hvd.broadcast_optimizer_state knows Horovod's own optimizers by their module. On ranks without a state it
@@ -277,20 +276,19 @@ class DistributedOptimizer(LoggedOptimizer):
             raise ValueError("ahead() is for levels=1: with two, one rank of a host has the residuals of all of them")
         if not gradients.unsent:
             raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
-        if self._ahead is None:
-            self._ahead = Ahead(self.inner, gradients.scale)
-        if self._ahead.is_there:  # a block inside of another one
+        ahead = self._progress.ahead = self._progress.ahead or Ahead(self.inner, gradients.scale)
+        if ahead.is_there:  # a block inside of another one
             yield
             return
-        self._ahead.go_(gradients.unsent, share)
+        ahead.go_(gradients.unsent, share)
         try:
             yield
         finally:
-            self._ahead.back_()
+            ahead.back_()
 
     def _put_back(self) -> None:
-        if self._ahead is not None:
-            self._ahead.back_()
+        if self._progress.ahead is not None:
+            self._progress.ahead.back_()
 
     def _step_inner(self, has_closure: bool) -> None:
         self._put_back()

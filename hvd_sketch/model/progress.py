@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.model.drift import checksums
+from hvd_sketch.model.step_ahead import Ahead
 
 
 class Progress:
@@ -28,12 +29,14 @@ class Progress:
         skip_synchronize: inside of ``skip_synchronize()``.
         in_backward: a hook of DDP's exchanges at the end of backward passes. DDP may put other tensors into ``p.grad``.
         forgives: a ``GradScaler`` has judged the last step, too.
+        ahead: what moves the parameters for backward passes, once it was asked for.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self.exchanged: bool | None = None
         self.has_backward = self.skip_synchronize = self.in_backward = self.forgives = False
+        self.ahead: Ahead | None = None
         self._averaged: list[weakref.ref[Tensor] | None] = []  # p.grad as the last exchange left it
         self._readers: set[str] = set()  # methods that were seen to change no parameter
         progress = weakref.ref(self)  # hooks must not keep an optimizer alive
