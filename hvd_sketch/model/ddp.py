@@ -46,7 +46,7 @@ class DDPState:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         with refused_together(optimizer.transport):
-            _check(model, optimizer)
+            _check(getattr(model, "_orig_mod", model), optimizer)  # torch.compile's wrapper has the model there
         self.optimizer = optimizer
         self._scaler = scaler
         self._places: list[tuple[Tensor, Tensor]] = []  # parameters of this pass, and their gradients in DDP's buckets

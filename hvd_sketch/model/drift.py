@@ -50,6 +50,14 @@ def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tenso
     return "\n  ".join(["", *told, *more])
 
 
+def are_equal_everywhere(comm: Transport, vectors: Sequence[Tensor]) -> bool:
+    """Whether all ranks have the same vectors, to the bit, and not only zeros. Communication: collective, all ranks."""
+    sums = checksums(vectors)
+    with watched(comm, "compare gradients"):
+        every = comm.allgather(torch.tensor([digest(sums) if bool(sums.any()) else 0]))
+    return bool(every.all()) and bool((every == every[0]).all())
+
+
 def _checksum(parameter: Tensor) -> Tensor:
     """int64 [], on the parameter's device."""
     data = parameter.detach().contiguous().view(-1)

@@ -17,7 +17,7 @@ from hvd_sketch.exchange.base import Exchange, Options
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.model.drift import checksums, describe_drift, digest
+from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_drift, digest
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
@@ -100,6 +100,7 @@ class GradientExchange:
         self._begun = 0  # steps since construction or since a state was loaded
         self._were_equal = False  # the parameters, when they were last compared
         self._has_told = False  # that they never were
+        self._has_told_gradients = False  # that the ranks' are equal
         self.is_over = self.is_held = False
         options = shared_options(self._named, max_skips, 2 if makes_sparse else 1)
         self.ledger = options["ledger"]
@@ -197,6 +198,8 @@ class GradientExchange:
         if agreed.compared:
             assert sums is not None, "all ranks have made a digest, this one too"
             self._judge_drift(agreed.drifted, sums)
+            if agreed.goes_on:
+                self._judge_gradients([values for slices in packed for values in slices])
         if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
         return agreed.goes_on or agreed.held
@@ -264,6 +267,19 @@ class GradientExchange:
                 differ,
             )
         self._has_told = True
+
+    def _judge_gradients(self, gradient: Sequence[Tensor]) -> None:
+        """Gradients that are equal before they are averaged are a mistake. Communication: collective, all ranks."""
+        if not are_equal_everywhere(self._transport, gradient) or self._transport.rank > 0 or self._has_told_gradients:
+            return
+        self._has_told_gradients = True
+        logger.warning(
+            "in step %d the gradients of all %d ranks are equal, before they are averaged. Either the ranks read the "
+            "same data: give each its share. Or they were averaged already, dense and not in the ledger, as by "
+            "DistributedDataParallel, which Accelerate, Trainer and Lightning put around a model under torchrun: take "
+            "hvd_sketch.ddp_hook, or run backward passes inside model.no_sync(). check_every=0 turns this check off",
+            *(self._lead.step_number, self._transport.size),
+        )
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""

@@ -180,6 +180,13 @@ class DistributedOptimizer(LoggedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets backward passes since the last step. Communication: none."""
         self.inner.zero_grad(set_to_none=set_to_none)
+        if self._progress.throws_away and self._transport.rank == 0:
+            self._progress.has_told = True
+            logger.warning(
+                "zero_grad() throws gradients away that DDP's hook has exchanged already. What of them was not sent stays in "
+                "the residuals and is sent later. Run backward passes whose gradients are not wanted, as of a GAN's "
+                "generator through its discriminator, inside the no_sync() of that DDP model."
+            )
         self._progress.start_over()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

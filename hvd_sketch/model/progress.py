@@ -29,13 +29,14 @@ class Progress:
         skip_synchronize: inside of ``skip_synchronize()``.
         in_backward: a hook of DDP's exchanges at the end of backward passes. DDP may put other tensors into ``p.grad``.
         forgives: a ``GradScaler`` has judged the last step, too.
+        has_told: that gradients were exchanged in vain.
         ahead: what moves the parameters for backward passes, once it was asked for.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self.exchanged: bool | None = None
-        self.has_backward = self.skip_synchronize = self.in_backward = self.forgives = False
+        self.has_backward = self.skip_synchronize = self.in_backward = self.forgives = self.has_told = False
         self.ahead: Ahead | None = None
         self._averaged: list[weakref.ref[Tensor] | None] = []  # p.grad as the last exchange left it
         self._readers: set[str] = set()  # methods that were seen to change no parameter
@@ -53,6 +54,11 @@ class Progress:
     def awaits_step(self) -> bool:
         """An exchange has been made, and no backward pass has come since."""
         return self.exchanged is not None and not self.has_backward
+
+    @property
+    def throws_away(self) -> bool:
+        """Gradients that were exchanged in a backward pass wait for a step; False where that was told before."""
+        return self.in_backward and self.awaits_step and not self.has_told
 
     @property
     def takes_averaged(self) -> bool:

@@ -16,6 +16,7 @@ SKIPS = register("torch", 2, f"{TARGETS}:skips")
 GOES_ON = register("torch", 2, f"{TARGETS}:goes_on_from_its_state")
 SCALER = register("torch", 2, f"{TARGETS}:with_a_scaler")
 JOINS = register("torch", 2, f"{TARGETS}:joins")
+WARNED = register("torch", 2, f"{TARGETS}:warned")
 REFUSED = register("torch", 2, f"{TARGETS}:refused")
 
 
@@ -56,6 +57,15 @@ def test_a_rank_without_data_is_stood_in_for_by_ddps_join() -> None:
     for result in results:
         assert torch.equal(result["hook"], results[0]["hook"])
         torch.testing.assert_close(result["hook"], result["plain"], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_were_averaged_before_or_in_vain_are_told_once() -> None:
+    first, second = WARNED.results()
+    for case in ("averaged before", "equal data"):
+        assert first[case].startswith("in step 0 the gradients of all 2 ranks are equal, before they are averaged")
+        assert first[case].count("are equal") == 1
+    assert first["in vain"].startswith("zero_grad() throws gradients away") and first["in vain"].count("throws") == 1
+    assert first["hook"] == "" and set(second.values()) == {""}
 
 
 def test_models_that_do_not_fit_are_refused_on_every_rank() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -20,6 +22,19 @@ from tests.support.toy import flat
 STEPS = 20
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}  # one for each matrix
 NOMINATED = SketchConfig(k=300, candidates="nominate")
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What this package warns of inside."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hvd_sketch").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("hvd_sketch").removeHandler(handler)
 
 
 class Branching(nn.Module):
@@ -196,6 +211,30 @@ def joins(transport: TorchTransport) -> dict[str, Any]:
             loss_of(plain, transport.rank, step).backward()
             beside.step()
     return {"hook": flat(model), "plain": flat(plain)}
+
+
+def warned(transport: TorchTransport) -> dict[str, str]:
+    """What is logged of gradients that were averaged before, of equal data, and of an exchange in vain."""
+
+    def said_of(model: nn.Module, optimizer: DistributedOptimizer, data_of: int, in_vain: bool = False) -> str:
+        with logged() as lines:
+            for step in range(3):
+                optimizer.zero_grad()
+                loss_of(model, data_of, step).backward()
+                if not in_vain:
+                    optimizer.step()
+        return "\n".join(lines)
+
+    settings: dict[str, Any] = {"find_unused_parameters": True}
+    averaging, plain = DistributedDataParallel(Branching(), **settings), Branching()
+    compiled, optimizer = hooked(NOMINATED, **settings)
+    DDPState(torch.compile(compiled), optimizer)  # type: ignore[arg-type]
+    return {
+        "averaged before": said_of(averaging, wrapped(averaging, NOMINATED), transport.rank),
+        "equal data": said_of(plain, wrapped(plain, NOMINATED), 0),
+        "hook": said_of(*hooked(NOMINATED, **settings), transport.rank),
+        "in vain": said_of(*hooked(NOMINATED, **settings), transport.rank, in_vain=True),
+    }
 
 
 def refused(transport: TorchTransport) -> dict[str, str]:
