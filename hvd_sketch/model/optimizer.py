@@ -183,9 +183,9 @@ class DistributedOptimizer(LoggedOptimizer):
         if self._progress.throws_away and self._transport.rank == 0:
             self._progress.has_told = True
             logger.warning(
-                "zero_grad() throws gradients away that DDP's hook has exchanged already. What of them was not sent stays in "
-                "the residuals and is sent later. Run backward passes whose gradients are not wanted, as of a GAN's "
-                "generator through its discriminator, inside the no_sync() of that DDP model."
+                "zero_grad() throws gradients away that DDP's hook has exchanged already: what of them was not sent "
+                "comes later, from the residuals. Run backward passes whose gradients are not wanted, as a GAN's "
+                "generator has them for its discriminator, inside the no_sync() of that DDP model."
             )
         self._progress.start_over()
 

@@ -23,11 +23,19 @@ def needs(*modules: str) -> pytest.MarkDecorator:
 
 
 def job(name: str, steps: int, *modules: str) -> Any:
-    """A job and how many steps its optimizer counts."""
+    """A job whose ranks are alone to the framework, and how many steps its optimizer counts."""
     marks, job = needs(*modules, "horovod"), None
     if not marks.args[0]:
         job = register("horovod-gloo", 2, "tests.support.integrations:in_own_folder", is_last=True, job=name)
     return pytest.param(job, steps, marks=marks, id=name)
+
+
+def ddp_job(name: str, steps: int, *modules: str) -> Any:
+    """The same where the framework wraps the model in DDP."""
+    marks, job = needs(*modules), None
+    if not marks.args[0]:
+        job = register("torch", 2, f"tests.support.integrations_ddp:{name}", is_last=True)
+    return pytest.param(job, steps, marks=marks, id=f"{name} in DDP")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,9 @@ def job(name: str, steps: int, *modules: str) -> Any:
         job("accelerate_job", STEPS, "accelerate"),
         job("trainer_job", STEPS, "transformers", "accelerate"),
         job("lightning_job", 2 * STEPS, "lightning"),
+        ddp_job("accelerate_job", STEPS, "accelerate"),
+        ddp_job("trainer_job", STEPS, "transformers", "accelerate"),
+        ddp_job("lightning_job", 2 * STEPS, "lightning"),
     ],
 )
 def test_trains_saves_and_resumes(job: Job, steps: int) -> None:
