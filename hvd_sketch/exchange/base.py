@@ -316,8 +316,8 @@ class Exchange(ABC):
         if saved.entry("rank") is not None and (saved.count("rank"), saved.count("size")) != (rank, size):
             raise ValueError(
                 f"the saved state is of rank {state['rank']} of {state['size']}, this is rank {rank} of {size}: load "
-                "each rank's own, or save with state_dict(consolidated=True) to change the world size. For frameworks that "
-                "save rank 0's optimizer alone see docs/integrations.md"
+                "each rank's own, or save with state_dict(consolidated=True) to change the world size. For frameworks "
+                "that save rank 0's alone: docs/integrations.md"
             )
         saved.count("step"), saved.count("skipped_steps")
         return saved
