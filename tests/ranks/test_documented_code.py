@@ -49,4 +49,5 @@ def test_what_is_not_run_compiles_and_names_what_there_is(block: Block) -> None:
 
 
 def test_most_blocks_run() -> None:
-    assert sum(bool(block.launcher) for block in ALL) > 20 and SCRIPTS and sum(not block.launcher for block in ALL) < 10
+    run = sum(bool(block.launcher) for block in ALL)
+    assert run > 20 and SCRIPTS and len(ALL) - run < run / 2
