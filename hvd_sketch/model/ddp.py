@@ -127,7 +127,7 @@ def _check(model: object, optimizer: DistributedOptimizer) -> None:
     if sparse:
         raise ValueError(
             f"{', '.join(sparse[:5])} has sparse gradients, which DDP's hook cannot hand on as dense ones: build it "
-            "with sparse=False, or leave the hook out and run backward passes inside model.no_sync()"
+            "with sparse=False, or leave the hook out and run forward and backward passes inside model.no_sync()"
         )
 
 
@@ -141,8 +141,8 @@ def _check_same_parameters(model: DistributedDataParallel, optimizer: Distribute
         raise ValueError(
             f"the model and the optimizer must have the same parameters: {', '.join(left_out[:5]) or 'none'} of the "
             f"model are not in the optimizer, {', '.join(others[:5]) or 'none'} of the optimizer are not averaged by "
-            "this DDP. Give one optimizer all of them, or leave the hook out and run backward passes inside "
-            "model.no_sync()"
+            "this DDP. Give one optimizer all of them, or leave the hook out and run forward and backward passes "
+            "inside model.no_sync()"
         )
 
 

@@ -50,11 +50,13 @@ def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tenso
     return "\n  ".join(["", *told, *more])
 
 
-def are_equal_everywhere(comm: Transport, vectors: Sequence[Tensor]) -> bool:
-    """Whether all ranks have the same vectors, to the bit, and not only zeros. Communication: collective, all ranks."""
-    sums = checksums(vectors)
+def are_equal_everywhere(comm: Transport, vectors: Sequence[Tensor], counts: bool = True) -> bool:
+    """Whether all ranks have the same vectors, to the bit, and all of them count.
+
+    Communication: collective, all ranks; not in the ledger.
+    """
     with watched(comm, "compare gradients"):
-        every = comm.allgather(torch.tensor([digest(sums) if bool(sums.any()) else 0]))
+        every = comm.allgather(torch.tensor([digest(checksums(vectors)) if counts else 0]))
     return bool(every.all()) and bool((every == every[0]).all())
 
 

@@ -199,7 +199,7 @@ class GradientExchange:
             assert sums is not None, "all ranks have made a digest, this one too"
             self._judge_drift(agreed.drifted, sums)
             if agreed.goes_on:
-                self._judge_gradients([values for slices in packed for values in slices])
+                self._judge_gradients(self._has_gradient(), [values for slices in packed for values in slices])
         if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
         return agreed.goes_on or agreed.held
@@ -268,18 +268,24 @@ class GradientExchange:
             )
         self._has_told = True
 
-    def _judge_gradients(self, gradient: Sequence[Tensor]) -> None:
+    def _judge_gradients(self, has_gradient: bool, gradient: Sequence[Tensor]) -> None:
         """Gradients that are equal before they are averaged are a mistake. Communication: collective, all ranks."""
-        if not are_equal_everywhere(self._transport, gradient) or self._transport.rank > 0 or self._has_told_gradients:
+        are_equal = are_equal_everywhere(self._transport, gradient, has_gradient)
+        if not are_equal or self._transport.rank > 0 or self._has_told_gradients:
             return
         self._has_told_gradients = True
         logger.warning(
-            "in step %d the gradients of all %d ranks are equal, before they are averaged. Either the ranks read the "
-            "same data: give each its share. Or they were averaged already, dense and not in the ledger, as by "
-            "DistributedDataParallel, which Accelerate, Trainer and Lightning put around a model under torchrun: take "
-            "hvd_sketch.ddp_hook, or run backward passes inside model.no_sync(). check_every=0 turns this check off",
+            "in step %d the gradients of %d ranks are equal before they are averaged. Either the ranks read the same "
+            "data: give each its share. Or DistributedDataParallel has averaged them already, dense, which the ledger "
+            "does not see. Accelerate, Trainer and Lightning use it under torchrun. Then register hvd_sketch.ddp_hook, "
+            "or run forward and backward passes inside model.no_sync(). check_every=0 turns this check off",
             *(self._lead.step_number, self._transport.size),
         )
+
+    def _has_gradient(self) -> bool:
+        """Whether any number of this rank's gradients is not 0. What is packed may hold a weight decay, too."""
+        gradients = [local(p.grad) for _, p in self._named if p.grad is not None]
+        return any(bool((g._values() if g.is_sparse else g).any()) for g in gradients)
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""

@@ -184,8 +184,8 @@ class DistributedOptimizer(LoggedOptimizer):
             self._progress.has_told = True
             logger.warning(
                 "zero_grad() throws gradients away that DDP's hook has exchanged already: what of them was not sent "
-                "comes later, from the residuals. Run backward passes whose gradients are not wanted, as a GAN's "
-                "generator has them for its discriminator, inside the no_sync() of that DDP model."
+                "comes later, from the residuals. Where a model's gradients are not wanted, as a discriminator's in a "
+                "GAN's step of the generator, run its forward and backward pass inside its no_sync()."
             )
         self._progress.start_over()
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -216,23 +217,27 @@ def joins(transport: TorchTransport) -> dict[str, Any]:
 def warned(transport: TorchTransport) -> dict[str, str]:
     """What is logged of gradients that were averaged before, of equal data, and of an exchange in vain."""
 
-    def said_of(model: nn.Module, optimizer: DistributedOptimizer, data_of: int, in_vain: bool = False) -> str:
+    def said_of(
+        model: nn.Module, optimizer: DistributedOptimizer, data_of: int, in_vain: bool = False, factor: float = 1
+    ) -> str:
         with logged() as lines:
             for step in range(3):
                 optimizer.zero_grad()
-                loss_of(model, data_of, step).backward()
+                (factor * loss_of(model, data_of, step)).backward()
                 if not in_vain:
                     optimizer.step()
         return "\n".join(lines)
 
     settings: dict[str, Any] = {"find_unused_parameters": True}
-    averaging, plain = DistributedDataParallel(Branching(), **settings), Branching()
+    averaging, plain, idle = DistributedDataParallel(Branching(), **settings), Branching(), Branching()
     compiled, optimizer = hooked(NOMINATED, **settings)
     DDPState(torch.compile(compiled), optimizer)  # type: ignore[arg-type]
     return {
         "averaged before": said_of(averaging, wrapped(averaging, NOMINATED), transport.rank),
         "equal data": said_of(plain, wrapped(plain, NOMINATED), 0),
         "hook": said_of(*hooked(NOMINATED, **settings), transport.rank),
+        "skipped": said_of(*hooked(NOMINATED, **settings), transport.rank, in_vain=True, factor=float("nan")),
+        "only weight decay": said_of(idle, wrapped(idle, replace(NOMINATED, weight_decay=0.1)), 0, factor=0),
         "in vain": said_of(*hooked(NOMINATED, **settings), transport.rank, in_vain=True),
     }
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from hvd_sketch import (
     DDPState,
     DistributedOptimizer,
-    broadcast_parameters,
     ddp_hook,
     load_checkpoint,
     save_checkpoint,
@@ -49,7 +48,6 @@ def accelerate_job(transport: Transport) -> dict[str, Any]:
 
     def new_model() -> tuple[nn.Module, DistributedOptimizer, Any, Any]:
         model = classifier(seed=transport.rank)
-        broadcast_parameters(model.state_dict())
         optimizer = sketched(model, 1.0, transport)
         data = DataLoader(Questions(STEPS * 2 * BATCH * transport.size), BATCH)
         model, stepped, loader = accelerator.prepare(model, optimizer, data)
@@ -104,8 +102,9 @@ def trainer_job(transport: Transport) -> dict[str, Any]:
             model = self.trainer.model_wrapped
             hook(model, self.optimizer)
             if self.goes_on:
-                done = load_checkpoint(f"{folder}/exchange", model, self.optimizer)
-                assert done is not None
+                step = self.trainer.state.global_step
+                done = load_checkpoint(f"{folder}/exchange", model, self.optimizer, step=step)
+                assert done is not None and step == HALF
                 self.trainer.lr_scheduler.load_state_dict(done.extra)
 
         def on_save(self, *_: Any, **__: Any) -> None:
@@ -118,7 +117,6 @@ def trainer_job(transport: Transport) -> dict[str, Any]:
         sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 2}
         without_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # its states are not in the checkpoint
         model = GPT2LMHeadModel(GPT2Config(**sizes, **without_dropout))
-        broadcast_parameters(model.state_dict())
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
@@ -157,14 +155,14 @@ def lightning_job(transport: Transport) -> dict[str, Any]:
             self.losses: list[float] = []
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            broadcast_parameters(self.state_dict())
             return sketched(self, 1.0, transport)
 
         def on_train_start(self) -> None:
             hook(self.trainer.strategy.model, self.trainer.optimizers[0])
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["optimizer_states"] = [self.trainer.optimizers[0].state_dict(consolidated=True)]
+            if "optimizer_states" in checkpoint:
+                checkpoint["optimizer_states"] = [self.trainer.optimizers[0].state_dict(consolidated=True)]
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
