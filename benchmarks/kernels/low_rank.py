@@ -46,7 +46,7 @@ class LowRankSteps:
 
 
 def wrong_low_rank_step(steps: LowRankSteps) -> list[str]:
-    """One step: what was sent and what is kept are what was produced, and of the whole rank."""
+    """One step: what was sent and what is kept are what was produced, and something was sent."""
     produced = steps.exchange.residual + steps.next_gradient
     steps()
     sent = torch.cat([p.grad for p in steps.parameters if p.grad is not None])

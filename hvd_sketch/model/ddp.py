@@ -26,7 +26,7 @@ class DDPState:
     ranks throughout.
 
     Args:
-        model: on every rank.
+        model: a ``DistributedDataParallel`` on every rank, also as ``torch.compile`` wraps it.
         optimizer: holds the parameters that the model's DDP averages, all of them and no others, and exchanges over the
             ranks of its process group: ``transport=TorchTransport(model.process_group)``.
         scaler: the ``GradScaler`` of the losses, so that residuals do not carry its scale. Call
@@ -41,7 +41,7 @@ class DDPState:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: nn.Module,
         optimizer: DistributedOptimizer,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:

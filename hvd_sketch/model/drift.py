@@ -50,13 +50,13 @@ def describe_drift(comm: Transport, named: Sequence[NamedParameter], sums: Tenso
     return "\n  ".join(["", *told, *more])
 
 
-def are_equal_everywhere(comm: Transport, vectors: Sequence[Tensor], counts: bool = True) -> bool:
-    """Whether all ranks have the same vectors, to the bit, and all of them count.
+def are_equal_everywhere(comm: Transport, gradient: Sequence[Tensor], is_zero: bool) -> bool:
+    """Whether all ranks have the same vectors, to the bit, and none of them has a gradient of zeros.
 
     Communication: collective, all ranks; not in the ledger.
     """
     with watched(comm, "compare gradients"):
-        every = comm.allgather(torch.tensor([digest(checksums(vectors)) if counts else 0]))
+        every = comm.allgather(torch.tensor([0 if is_zero else digest(checksums(gradient))]))
     return bool(every.all()) and bool((every == every[0]).all())
 
 

@@ -199,7 +199,7 @@ class GradientExchange:
             assert sums is not None, "all ranks have made a digest, this one too"
             self._judge_drift(agreed.drifted, sums)
             if agreed.goes_on:
-                self._judge_gradients(self._has_gradient(), [values for slices in packed for values in slices])
+                self._judge_gradients([values for slices in packed for values in slices])
         if agreed.active and not agreed.held:
             self._take_step(agreed, packed)
         return agreed.goes_on or agreed.held
@@ -268,9 +268,12 @@ class GradientExchange:
             )
         self._has_told = True
 
-    def _judge_gradients(self, has_gradient: bool, gradient: Sequence[Tensor]) -> None:
+    def _judge_gradients(self, packed: Sequence[Tensor]) -> None:
         """Gradients that are equal before they are averaged are a mistake. Communication: collective, all ranks."""
-        are_equal = are_equal_everywhere(self._transport, gradient, has_gradient)
+        # What is packed may hold a weight decay, which is equal on all ranks, where there is no gradient.
+        gradients = [local(p.grad) for _, p in self._named if p.grad is not None]
+        is_zero = not any(bool((g._values() if g.is_sparse else g).any()) for g in gradients)
+        are_equal = are_equal_everywhere(self._transport, packed, is_zero)
         if not are_equal or self._transport.rank > 0 or self._has_told_gradients:
             return
         self._has_told_gradients = True
@@ -281,11 +284,6 @@ class GradientExchange:
             "or run forward and backward passes inside model.no_sync(). check_every=0 turns this check off",
             *(self._lead.step_number, self._transport.size),
         )
-
-    def _has_gradient(self) -> bool:
-        """Whether any number of this rank's gradients is not 0. What is packed may hold a weight decay, too."""
-        gradients = [local(p.grad) for _, p in self._named if p.grad is not None]
-        return any(bool((g._values() if g.is_sparse else g).any()) for g in gradients)
 
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""

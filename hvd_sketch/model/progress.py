@@ -58,7 +58,7 @@ class Progress:
     @property
     def throws_away(self) -> bool:
         """Gradients that were exchanged in a backward pass wait for a step; False where that was told before."""
-        return self.in_backward and self.awaits_step and bool(self.exchanged) and not self.has_told
+        return bool(self.exchanged) and self.in_backward and not self.has_backward and not self.has_told
 
     @property
     def takes_averaged(self) -> bool:

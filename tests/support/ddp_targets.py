@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from logging.handlers import QueueHandler
+from queue import Queue
 from typing import Any
 
 import torch
@@ -27,15 +29,17 @@ NOMINATED = SketchConfig(k=300, candidates="nominate")
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What this package warns of inside."""
+    """What this package warns of inside; to be read afterwards."""
+    records: Queue[logging.LogRecord] = Queue()
+    handler = QueueHandler(records)
     lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("hvd_sketch").addHandler(handler)
     try:
         yield lines
     finally:
         logging.getLogger("hvd_sketch").removeHandler(handler)
+        while not records.empty():
+            lines.append(records.get().getMessage())
 
 
 class Branching(nn.Module):
@@ -231,7 +235,7 @@ def warned(transport: TorchTransport) -> dict[str, str]:
     settings: dict[str, Any] = {"find_unused_parameters": True}
     averaging, plain, idle = DistributedDataParallel(Branching(), **settings), Branching(), Branching()
     compiled, optimizer = hooked(NOMINATED, **settings)
-    DDPState(torch.compile(compiled), optimizer)  # type: ignore[arg-type]
+    DDPState(torch.compile(compiled), optimizer)
     return {
         "averaged before": said_of(averaging, wrapped(averaging, NOMINATED), transport.rank),
         "equal data": said_of(plain, wrapped(plain, NOMINATED), 0),

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hvd_sketch import (
-    DDPState,
-    DistributedOptimizer,
-    ddp_hook,
-    load_checkpoint,
-    save_checkpoint,
-)
+from hvd_sketch import DDPState, DistributedOptimizer, ddp_hook, load_checkpoint, save_checkpoint
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
 from tests.support.integrations import BATCH, QUIET, STEPS, Counting, Questions, classifier, result, sketched
