@@ -36,8 +36,10 @@ def local_steps(model: nn.Module, transport: LocalTransport) -> LocalSteps:
 
 def train(build: Any, wrap: Any, transport: LocalTransport) -> tuple[list[Tensor], int]:
     """Steps by the optimizer, as Lightning's strategy makes them; all else by the user's object."""
-    torch.manual_seed(0)
     model = nn.Linear(WIDTH, WIDTH)
+    of_all = torch.Generator().manual_seed(0)  # torch's own is one for all threads
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=of_all) / WIDTH)
     optimizer = build(model, transport)
     users = wrap(optimizer)
     generator = torch.Generator().manual_seed(transport.rank)
