@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from itertools import count
@@ -19,10 +19,10 @@ from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.wire_bytes import COUNTER_BITS, counter_words
 
 # A rank's word in the first collective of a step: flags in the lowest bits, then which exchange, the step, the digest.
-FLAG_BITS = 10
+FLAG_BITS = 11
 SERIAL_BITS = 8
 STEP_BITS = 27
-DIGEST_BITS = 18
+DIGEST_BITS = 17
 LOADED_SHIFT = 8  # of a flag
 _serials = count()  # of the exchanges of this process
 
@@ -42,6 +42,7 @@ class Flag(IntFlag):
     HELD = 64  # its gradients are averaged already
     FORGIVES = 128  # a GradScaler has judged the skipped step before
     LOADED = 768  # two bits: what kind of state it has loaded since its last step
+    PARAMETERS = 1024  # the digest is of its parameters; without: of its optimizer's settings
 
 
 class Loaded(IntEnum):
@@ -67,7 +68,9 @@ class Report:
     forgives: bool = False  # a GradScaler has judged the skipped step before
     loaded: Loaded = Loaded.NOTHING  # what kind of state it has loaded since its last step
     used: Sequence[bool] = ()  # for each parameter whether it has a gradient here
-    digest: int = 0  # of its parameters' bits, DIGEST_BITS wide and not 0; 0: not made
+    groups: Sequence[Mapping[str, object]] = ()  # of its optimizer, for their settings; none: these are not compared
+    digest: int = 0  # of its parameters' bits, or else of its settings, DIGEST_BITS wide and not 0; 0: not made
+    of_parameters: bool = False  # what the digest is of
 
     def flags(self) -> Flag:
         flags = Flag.ARRIVED | Flag(self.loaded << LOADED_SHIFT)
@@ -80,6 +83,7 @@ class Report:
             (self.refusal is not None, Flag.REFUSED),
             (self.held, Flag.HELD),
             (self.forgives, Flag.FORGIVES),
+            (self.of_parameters, Flag.PARAMETERS),
         ):
             flags |= flag if is_set else Flag(0)
         return flags
@@ -95,6 +99,7 @@ class Agreed:
     used: tuple[bool, ...]  # for each parameter whether any rank has a gradient of it
     compared: bool  # every rank has made a digest of its parameters
     drifted: bool  # the digests differ
+    settings_differ: bool  # every rank has made a digest of its optimizer's settings, and they differ
     root: int | None  # a rank with a loaded state for the fresh ranks to take over; None: none is fresh, or all are
 
 
@@ -149,14 +154,17 @@ class StepAgreement:
         root = _state_root(every)
         if every.saying(Flag.FORGIVES):
             self._in_a_row = 0
-        compared = bool(every.digests.all())
+        of_parameters = len(every.saying(Flag.PARAMETERS))
+        have_digests = bool(every.digests.all())
+        differ = have_digests and bool((every.digests != every.digests[0]).any())
         return Agreed(
             goes_on=self._judge(every),
             held=held,
             active=tuple(every.having_data()),
             used=self._counters.read(counters),
-            compared=compared,
-            drifted=compared and bool((every.digests != every.digests[0]).any()),
+            compared=have_digests and of_parameters == comm.size,
+            drifted=differ and of_parameters == comm.size,
+            settings_differ=differ and not of_parameters,
             root=root,
         )
 

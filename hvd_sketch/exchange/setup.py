@@ -35,18 +35,29 @@ def require_equal(comm: Transport, fields: Mapping[str, object], doing: str = "c
         digests = comm.allgather(digest).view(comm.size, -1)
     if bool((digests == digests[0]).all()):
         return
-    every_rank = [json.loads(text) for text in gather_texts(comm, text)]
+    raise ValueError(
+        f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): {tell_differences(comm, text)}"
+        "\nBuild it from the same configuration, model, optimizer, learning rate and software on every rank."
+    )
+
+
+def tell_differences(comm: Transport, fields: str) -> str:
+    """Which fields differ, and what they are on which ranks: a line for each of the first five.
+
+    Args:
+        comm: all ranks.
+        fields: this rank's by name, a dict in JSON.
+
+    Communication: collective, all ranks.
+    """
+    every_rank = [json.loads(text) for text in gather_texts(comm, fields)]
     differences = []
-    for name in dict.fromkeys(name for fields in every_rank for name in fields):
-        values = [fields.get(name, "missing") for fields in every_rank]
+    for name in dict.fromkeys(name for fields_of_rank in every_rank for name in fields_of_rank):
+        values = [fields_of_rank.get(name, "missing") for fields_of_rank in every_rank]
         if len(set(values)) > 1:
             differences.append(f"{name}: {tell_values(values)}")
     shown = differences[:5] + [f"and {len(differences) - 5} more"] * (len(differences) > 5)
-    raise ValueError(
-        f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): "
-        + "\n  ".join(["", *shown])
-        + "\nBuild it from the same configuration, model, optimizer, learning rate and software on every rank."
-    )
+    return "\n  ".join(["", *shown])
 
 
 @contextmanager

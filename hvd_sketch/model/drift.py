@@ -31,9 +31,14 @@ def checksums(parameters: Sequence[Tensor]) -> Tensor:
     return torch.stack([_checksum(local(parameter)) for parameter in parameters]).cpu()
 
 
-def digest(sums: Tensor) -> int:
+def digest_of_checksums(sums: Tensor) -> int:
     """One number of ``DIGEST_BITS`` bits, not 0, for all checksums."""
-    hashed = blake2b(sums.numpy().tobytes(), digest_size=8).digest()
+    return digest(sums.numpy().tobytes())
+
+
+def digest(content: bytes) -> int:
+    """One number of ``DIGEST_BITS`` bits, not 0."""
+    hashed = blake2b(content, digest_size=8).digest()
     return int.from_bytes(hashed, "little") % (1 << DIGEST_BITS) or 1
 
 
@@ -56,7 +61,7 @@ def are_equal_everywhere(comm: Transport, gradient: Sequence[Tensor], is_zero: b
     Communication: collective, all ranks; not in the ledger.
     """
     with watched(comm, "compare gradients"):
-        every = comm.allgather(torch.tensor([0 if is_zero else digest(checksums(gradient))]))
+        every = comm.allgather(torch.tensor([0 if is_zero else digest_of_checksums(checksums(gradient))]))
     return bool(every.all()) and bool((every == every[0]).all())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +17,13 @@ from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
 from hvd_sketch.exchange.base import Exchange, Options
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
+from hvd_sketch.exchange.setup import tell_differences
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_drift, digest
+from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_drift, digest, digest_of_checksums
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
+from hvd_sketch.model.settings import scheduled_numbers, scheduled_settings
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
@@ -56,7 +59,8 @@ class GradientExchange:
         wire_dtype: what the dense exchange sends; None: see :meth:`Route.build`.
         is_sum: the gradients become sums over the ranks, not means.
         makes_sparse: where a rank's gradient is sparse, ``p.grad`` becomes a sparse tensor of rows on all ranks.
-        check_every: steps after which the ranks compare their parameters; also after the first step. 0: never.
+        check_every: steps after which the ranks compare their parameters; also after the first step. In the others they
+            compare the settings of the groups that a report has. 0: neither.
         max_skips: see :class:`~hvd_sketch.exchange.base.Options`.
         make: builds the exchange of the large tensors; default: the one that ``config`` is of.
 
@@ -166,8 +170,8 @@ class GradientExchange:
             is_behind: this rank's parameters are not those of the others, because it has run out of data.
 
         Raises:
-            RuntimeError: on every rank: see ``StepAgreement.agree``; or the ranks' parameters have drifted apart. Where
-                they never were equal, rank 0 warns.
+            RuntimeError: on every rank: see ``StepAgreement.agree``; the settings of the ranks' optimizers differ; or
+                their parameters have drifted apart. Where these never were equal, rank 0 warns.
         """
         has_nothing = report.done or report.idle
         if has_nothing:
@@ -180,9 +184,8 @@ class GradientExchange:
                 packed = [] if report.held else self._pack(inverse_scale, has_nothing or is_behind)
             finite = report.finite and all_finite([values for slices in packed for values in slices])
             report = replace(report, finite=finite)
-            if self._check_is_due() and not (has_nothing or report.held or is_behind):
-                sums = checksums([parameter for _, parameter in self._named])
-                report = replace(report, digest=digest(sums))
+            if not (has_nothing or report.held or is_behind):
+                report, sums = self._with_digest(report)
         except (RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
         report = self.shard_ranks.agree(replace(report, used=self._flags()))
@@ -191,6 +194,8 @@ class GradientExchange:
         for exchange, gradient in zip(self._exchanges[1:], packed[1:], strict=False):
             exchange.accumulate(gradient)  # a dense one: it may travel with the agreement, and nothing depends on it
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
+        if agreed.settings_differ:
+            self._refuse_settings(report.groups)
         self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
@@ -241,11 +246,28 @@ class GradientExchange:
             if is_sparse and parameter.grad is not None:
                 parameter.grad = parameter.grad.to_sparse(1)
 
-    def _check_is_due(self) -> bool:
-        """Whether to compare parameters: around the first step since a start, then every ``check_every`` steps."""
+    def _with_digest(self, report: Report) -> tuple[Report, Tensor | None]:
+        """The report with what the ranks compare in this step, and the checksums, if these are what they compare.
+
+        Parameters are compared around the first step since a start, then every ``check_every`` steps; the optimizer's
+        settings in all others.
+        """
         if not self._check_every or self._transport.size == 1:
-            return False
-        return self._begun <= 1 or self._lead.step_number % self._check_every == 0
+            return report, None
+        if self._begun <= 1 or self._lead.step_number % self._check_every == 0:
+            sums = checksums([parameter for _, parameter in self._named])
+            return replace(report, digest=digest_of_checksums(sums), of_parameters=True), sums
+        return replace(report, digest=digest(scheduled_numbers(report.groups)) if report.groups else 0), None
+
+    def _refuse_settings(self, groups: Sequence[Mapping[str, object]]) -> None:
+        """Raise on every rank, before any uses settings of its own. Communication: collective, all ranks."""
+        told = tell_differences(self._transport, json.dumps(scheduled_settings(groups)))
+        rank, step = self._transport.rank, self._lead.step_number
+        raise RuntimeError(
+            f"the optimizers' settings differ between the ranks (seen from rank {rank}, before step {step}):{told}\n"
+            "The parameters would drift apart. Step schedulers equally often on every rank, and give those that follow "
+            "a metric, as ReduceLROnPlateau, its mean over the ranks. check_every=0 turns this check off."
+        )
 
     def _judge_drift(self, drifted: bool, sums: Tensor) -> None:
         """Parameters that differ are an error where they were equal before, and a warning where they never were."""

@@ -172,6 +172,7 @@ class TwoLevels:
             done=inside.is_over,
             held=inside.is_held,
             refusal=refusal,
+            groups=report.groups,
         )
         try:
             if between.average(own, self._share, is_behind=report.done):

@@ -181,7 +181,8 @@ class LocalSteps(LoggedOptimizer):
         Communication: collective, all ranks.
         """
         idle = self._round.done == 0
-        observer, report = self.ledger.observer, Report(idle=idle, refusal=self._unregistered())
+        observer = self.ledger.observer
+        report = Report(idle=idle, refusal=self._unregistered(), groups=self.outer.param_groups)
         if not idle:
             self.ledger.reopen_local_step(self._elements, self._dense_bytes)
         with observer.span(Kind.EXCHANGE, "exchange"):

@@ -82,7 +82,7 @@ class DistributedOptimizer(LoggedOptimizer):
             always.
         process_set: an ``hvd.ProcessSet`` to average over; a rank outside of it steps alone, and writes no log.
         check_every: steps after which the ranks compare a checksum of their parameters; also after the first step since
-            a start. 0: never.
+            a start. In all other steps they compare learning rates, momentum, betas and weight decays. 0: neither.
         max_skips: more skipped steps in a row, for which no ``GradScaler`` looks, are an error; 0: no limit.
         levels: 2: a dense mean inside of every host first, then the compressed exchange between one rank of each, which
             keeps the residuals; see :class:`~hvd_sketch.model.levels.TwoLevels`. 1: between all ranks.
@@ -400,6 +400,7 @@ class DistributedOptimizer(LoggedOptimizer):
             forgives=progress.forgives,
             held=is_held,
             refusal=refusal or self._unregistered(),
+            groups=self.inner.param_groups,
         )
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
         observer = self.ledger.observer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.transport import Transport
 
 ROLE = "wrapped optimizer"
+NUMBERS = (int, float)
+SCHEDULED = ("lr", "momentum", "betas", "weight_decay")
 
 
 def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, role: str = ROLE) -> None:
@@ -35,6 +38,31 @@ def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, 
         for number, group in enumerate(optimizer.param_groups):
             fields |= {f"{name} of group {number} of the {role}": value for name, value in _settings(group).items()}
     require_equal(comm, fields)
+
+
+def scheduled_numbers(groups: Sequence[Mapping[str, object]]) -> bytes:
+    """What schedulers change: learning rates, momentum, betas and weight decays of an optimizer's groups, as float64.
+
+    Those that are kept on a device are left out: to read them waits for it. Of one group 2 microseconds, of 100 groups
+    100. Communication: none.
+    """
+    numbers = array("d")
+    for group in groups:
+        for value in map(group.get, SCHEDULED):
+            for each in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(each, NUMBERS) or (isinstance(each, Tensor) and each.device.type == "cpu"):
+                    numbers.append(float(each))
+    return numbers.tobytes()
+
+
+def scheduled_settings(groups: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """The same by name, in words; of those on a device, too. Communication: none."""
+    return {
+        f"{name} of group {number}": told
+        for number, group in enumerate(groups)
+        for name, told in _settings(group).items()
+        if name in SCHEDULED
+    }
 
 
 def _settings(group: Mapping[str, object]) -> dict[str, str]:

@@ -66,9 +66,18 @@ def test_the_step_of_another_exchange_is_refused_everywhere(ranks: int) -> None:
 
 
 def test_digests_are_compared_where_all_ranks_made_one() -> None:
-    assert all(a.drifted for a in agree(3, lambda rank: Report(digest=5 + (rank == 1))))
-    assert not any(a.drifted for a in agree(3, lambda rank: Report(digest=5)))
-    assert not any(a.drifted for a in agree(3, lambda rank: Report(digest=0 if rank == 1 else 5 + rank)))
+    def told(report: Callable[[int], Report]) -> tuple[bool, bool, bool]:
+        (each,) = {(a.compared, a.drifted, a.settings_differ) for a in agree(3, report)}
+        return each
+
+    assert told(lambda rank: Report(digest=5 + (rank == 1), of_parameters=True)) == (True, True, False)
+    assert told(lambda rank: Report(digest=5, of_parameters=True)) == (True, False, False)
+    assert told(lambda rank: Report(digest=5 + (rank == 1))) == (False, False, True)
+    assert told(lambda rank: Report(digest=5)) == (False, False, False)
+    assert told(lambda rank: Report(digest=5 + rank, of_parameters=rank == 1)) == (False, False, False)
+    assert told(lambda rank: Report(digest=0 if rank == 1 else 5 + rank)) == (False, False, False)
+    of_some = [Report(), *(Report(digest=digest, of_parameters=True) for digest in (5, 6))]
+    assert told(lambda rank: of_some[rank]) == (False, False, False)
 
 
 def test_who_is_done_is_no_longer_active_and_when_all_are_nobody_steps() -> None:

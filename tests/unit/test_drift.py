@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hvd_sketch.exchange.agreement import DIGEST_BITS
-from hvd_sketch.model.drift import checksums, digest
+from hvd_sketch.model.drift import checksums, digest_of_checksums
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SIZES = [0, 1, 2, 3, 255, 511, 512, 513, 5000]
@@ -52,12 +52,12 @@ def test_any_memory_layout() -> None:
 
 def test_digests_differ_with_every_checksum_and_fit() -> None:
     sums = checksums([values(size, torch.float32) for size in (10, 20, 30)])
-    digests = {digest(sums)}
+    digests = {digest_of_checksums(sums)}
     for number in range(3):
         changed = sums.clone()
         changed[number] += 1
-        digests.add(digest(changed))
-    digests |= {digest(sums.flip(0)), digest(torch.zeros(3, dtype=torch.int64))}
+        digests.add(digest_of_checksums(changed))
+    digests |= {digest_of_checksums(sums.flip(0)), digest_of_checksums(torch.zeros(3, dtype=torch.int64))}
     assert len(digests) == 6 and all(0 < d < 1 << DIGEST_BITS for d in digests)
 
 

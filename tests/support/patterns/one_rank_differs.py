@@ -115,10 +115,32 @@ def check_drift_of_any_cause_is_refused(t: Transport) -> None:
     for step in range(5):  # the first comparison, after the first step, finds nothing
         optimizer.zero_grad()
         loss(model, t.rank, step).backward()
-        optimizer.param_groups[0]["lr"] = 0.05 if step < 4 or t.rank else 0.06  # in the last step
         optimizer.step()
+    if t.rank == 0:
+        with torch.no_grad():
+            model[0].weight[0, 0] += 1e-6
     with pytest.raises(RuntimeError, match=r"(?s)parameters differ.*step 5.*'0\.weight': checksum .* on rank 0; "):
         optimizer.step()
+
+
+def check_schedules_that_drift_apart_are_refused_before_the_step(t: Transport) -> None:
+    """One rank alone lowers its rate, as ReduceLROnPlateau does after a metric of its own."""
+    for sketch in sketches():
+        for name, value, own in (("lr", 0.05, 0.025), ("momentum", 0.0, 0.9), ("lr", torch.tensor(0.5), 0.25)):
+            model = network()
+            optimizer = wrap(t, model, sketch)
+            optimizer.param_groups[0][name] = value
+            for step in range(5):
+                optimizer.zero_grad()
+                loss(model, t.rank, step).backward()
+                if step == 4 and t.rank == t.size - 1:
+                    optimizer.param_groups[0][name] = own
+                if step < 4:
+                    optimizer.step()
+            differ = rf"{name} of group 0: {float(value)} on rank.*; {own} on"
+            with pytest.raises(RuntimeError, match=rf"(?s)between the ranks .*before step 4.*{differ}"):
+                optimizer.step()
+            assert_equal_everywhere(t, model)
 
 
 def check_a_forgotten_broadcast_is_told_once(t: Transport) -> None:
