@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass, replace
+from math import floor
 from typing import Any, ClassVar
 
 from hvd_sketch.checks import check_choice, check_flag, check_integer, check_number, check_positive
@@ -176,9 +177,10 @@ class SketchConfig:
             fits = step_bytes(replace(config, k=middle), dim, ranks) <= budget
             least, most = (middle, most) if fits else (least, middle)
         if least == 0:
+            needed = step_bytes(replace(config, k=1), dim, ranks)
             raise ValueError(
-                f"a ratio of {ratio:g} at dim {dim} leaves {budget:.0f} bytes per step, too few to update one "
-                "coordinate: lower the ratio"
+                f"a ratio of {ratio:g} at dim {dim} leaves {budget:.0f} bytes per step, but to update one coordinate "
+                f"takes {needed:.0f}: lower the ratio, to {floor(DENSE_BYTES * dim / needed)} or less"
             )
         return replace(config, k=least)
 

@@ -34,7 +34,7 @@ def localized(state: Any) -> Any:
     """A state of dicts, lists and tuples with local shards in place of DTensors, for :func:`globalized`.
 
     Raises:
-        ValueError: a DTensor is partial: a sum over ranks that has not been made.
+        ValueError: a DTensor is partial, a sum over ranks that has not been made, or placed in a way that is not known.
     """
     if type(state) in (dict, OrderedDict):
         return type(state)((key, localized(value)) for key, value in state.items())
@@ -45,8 +45,19 @@ def localized(state: Any) -> Any:
     partial = [str(placement) for placement in state.placements if placement.is_partial()]
     if partial:
         raise ValueError(f"a DTensor of shape {tuple(state.shape)} is {partial[0]}: redistribute it before it is saved")
-    dims = [placement.dim if placement.is_shard() else REPLICATED for placement in state.placements]
+    dims = [_described(placement) for placement in state.placements]
     return {SHARD: local(state), "shape": tuple(state.shape), "dims": dims, "mesh": _describe_mesh(state)}
+
+
+def _described(placement: Any) -> int | list[int]:
+    """A placement in numbers: the dimension that is sharded; with two numbers, FSDP2's over tensor parallelism."""
+    if hasattr(placement, "split_factor"):  # torch's _StridedShard, which in some versions says that it is no shard
+        return [placement.dim, placement.split_factor]
+    if placement.is_shard():
+        return int(placement.dim)
+    if placement.is_replicate():
+        return REPLICATED
+    raise ValueError(f"a DTensor is placed as {placement}, which a state cannot hold: redistribute it to Shard")
 
 
 def globalized(state: Any, like: Iterable[Tensor]) -> Any:
@@ -80,14 +91,24 @@ def _dtensor(saved: Mapping[str, Any], meshes: Mapping[str, Any]) -> Tensor:
             f"the state holds a shard of a mesh of {saved['mesh']}, and the model's parameters are on {known}: shard "
             "the model as it was when the state was saved"
         )
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor
 
     mesh = meshes[saved["mesh"]]
-    placements = [Replicate() if dim == REPLICATED else Shard(dim) for dim in saved["dims"]]
+    placements = [_placement(dim) for dim in saved["dims"]]
     shape = torch.Size(saved["shape"])
     stride = torch.empty(shape, device="meta").stride()
     shard = saved[SHARD].to(mesh.device_type)
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _placement(described: int | list[int]) -> Any:
+    """The placement of :func:`_described`."""
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
+    if isinstance(described, list):
+        dim, split_factor = described
+        return _StridedShard(dim, split_factor=split_factor)
+    return Replicate() if described == REPLICATED else Shard(described)
 
 
 def _describe_mesh(tensor: Any) -> str:

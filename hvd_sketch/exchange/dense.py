@@ -51,8 +51,6 @@ class DenseAllreduce(Exchange):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(config, dim, transport, device, **options)
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}: there is nothing to exchange")
         self.config = config
         self.dtype, self._wire_dtype = dtype, wire_dtype
         self._momentum = config.momentum if config is not None else 0.0
@@ -106,8 +104,10 @@ class DenseAllreduce(Exchange):
 
     def agree(self) -> SparseUpdate:
         """The mean over ranks with momentum, ``dtype`` [dim], finite; ``indices`` are None."""
-        with self._comm.phase("dense"):
-            mean = self._mean(self._gradient)
+        mean = self._gradient
+        if self.dim:  # otherwise only the agreement travels, as for a rank of which FSDP2 has sharded nothing
+            with self._comm.phase("dense"):
+                mean = self._mean(mean)
         self._gradient, self._sum = torch.empty(0), None
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.dim)
         if self._momentum:
@@ -176,7 +176,7 @@ class DenseAllreduce(Exchange):
         return take_over
 
     def _take_over(self, root: int, consolidated: bool, at_same_step: bool, predictions: list[int]) -> None:
-        if self._momentum:
+        if self._u.numel():
             self._transport.broadcast_(self._u, root)
 
 

@@ -26,7 +26,7 @@ from hvd_sketch.model.checkpoint_files import (
 )
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
-from hvd_sketch.shards import globalized, is_sharded, localized
+from hvd_sketch.shards import globalized, is_sharded, local, localized
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
 from hvd_sketch.transport.stall import watched
@@ -244,7 +244,7 @@ def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
 
 
 def _check_model(path: Path, model: nn.Module, saved: dict[str, Any]) -> None:
-    """Refuse a model of other names, shapes or dtypes."""
+    """Refuse a model of other names, shapes, dtypes or shards."""
     ours, theirs = ({name: _describe(value) for name, value in state.items()} for state in (model.state_dict(), saved))
     differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if differing:
@@ -265,4 +265,7 @@ def _check_optimizer(path: Path, optimizer: DistributedOptimizer | LocalSteps, s
 def _describe(value: object) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{' sharded' * is_sharded(value)}"
+    told = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if is_sharded(value):
+        told += f" sharded as {value.placements}, {tuple(local(value).shape)} of it"  # type: ignore[attr-defined]
+    return told

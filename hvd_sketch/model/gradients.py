@@ -90,11 +90,11 @@ class GradientExchange:
         make: MakeExchange = make_exchange,
     ) -> None:
         require_equal_shards(transport, named)
+        self.shard_ranks = ShardRanks(named)
         transport = in_grid(transport)
         self.active: tuple[int, ...] = tuple(range(transport.size))
         self._transport = transport
         self._named = list(named)
-        self.shard_ranks = ShardRanks(self._named)
         self.config = config
         self._weight_decay = config.weight_decay if config is not None else 0.0
         self._scale = transport.size if is_sum else 1
@@ -109,9 +109,10 @@ class GradientExchange:
         options = shared_options(self._named, max_skips, 2 if makes_sparse else 1)
         self.ledger = options["ledger"]
         self._routes = routes_of(self._named, config)
-        self._exchanges = build_exchanges(
-            self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype, make=make
-        )
+        with self.shard_ranks.refused_together():
+            self._exchanges = build_exchanges(
+                self._routes, config, transport, options, scale=self._scale, wire_dtype=wire_dtype, make=make
+            )
         self._lead = self._exchanges[0]  # agrees on every step for both
         # No decorator: it imports Dynamo, which changes the filters of warnings. Every torch optimizer has imported it.
         self.average = torch.compiler.disable(self.average)  # type: ignore[method-assign]

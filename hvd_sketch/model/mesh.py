@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange.agreement import Report
-from hvd_sketch.exchange.setup import tell_values
+from hvd_sketch.exchange.setup import refused_together, tell_values
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import is_sharded
 from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
@@ -73,7 +74,7 @@ class ShardRanks:
     Attributes:
         number: see :func:`shard_number`.
 
-    Communication: the constructor and :meth:`agree` are collective, all ranks of the parameters' meshes.
+    Communication: all but :meth:`with_replicas` is collective, all ranks of the parameters' meshes.
     """
 
     def __init__(self, named: Sequence[NamedParameter]) -> None:
@@ -104,6 +105,20 @@ class ShardRanks:
             is_world = len(everyone) == dist.get_world_size()
             self._job = TorchTransport(None if is_world else dist.new_group(everyone, use_local_synchronization=True))
         return self._job
+
+    @contextmanager
+    def refused_together(self) -> Iterator[None]:
+        """What the ranks of one shard refuse inside, those of all shards refuse.
+
+        Communication: collective at the end, all ranks of the parameters' meshes.
+
+        Raises:
+            ValueError: as :func:`~hvd_sketch.exchange.setup.refused_together`.
+        """
+        with ExitStack() as stack:
+            for comm in self._comms:
+                stack.enter_context(refused_together(comm))
+            yield
 
     def agree(self, report: Report) -> Report:
         """A report of all shards together: not finite, or refused, if it is so on any of their ranks."""

@@ -282,7 +282,10 @@ class DistributedOptimizer(LoggedOptimizer):
         if isinstance(gradients, TwoLevels):
             raise ValueError("ahead() is for levels=1: with two, one rank of a host has the residuals of all of them")
         if not gradients.unsent:
-            raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
+            if any(local(parameter).numel() for parameter in self._parameters):
+                raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
+            yield  # this rank holds no element of a sharded model
+            return
         ahead = self._progress.ahead = self._progress.ahead or Ahead(self.inner, gradients.scale)
         if ahead.is_there:  # a block inside of another one
             yield

@@ -96,8 +96,8 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
     """Refuse parameters that do not fit into one float32 vector on one device.
 
     Raises:
-        ValueError: no parameters, some without memory, partial sums, some sharded and some not, a dtype that is not
-            real floating point, or more than one device.
+        ValueError: no parameters, some without memory, FSDP1's, partial sums, some sharded and some not, a dtype that
+            is not real floating point, or more than one device.
     """
     if not named:
         raise ValueError(
@@ -113,6 +113,12 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
             raise ValueError(
                 f"parameter {name!r} is on the meta device and has no memory: make the model on a device, or call "
                 "model.to_empty(device=...) and initialise it, before wrapping its optimizer"
+            )
+        if getattr(parameter, "_fsdp_flattened", False):  # also where it is a view of a flat parameter
+            raise ValueError(
+                f"parameter {name!r} is a shard of FullyShardedDataParallel's, of which every rank holds another one "
+                "under the same name: shard the model by fully_shard (FSDP2) along one dimension of a mesh, and "
+                "exchange along the other, transport=TorchTransport(mesh['replicate'])"
             )
         if not parameter.is_floating_point():
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import floor
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from hvd_sketch.exchange.matrices import factor_bytes, within_bytes
 from hvd_sketch.ledger import RING_PASSES
 from hvd_sketch.model.parameters import FLAT_FACTOR, NamedParameter, is_dense
 from hvd_sketch.shards import local
-from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes
+from hvd_sketch.wire_bytes import DENSE_BYTES, agreement_bytes, step_bytes
 
 DENSE_BELOW = 512  # elements, for single coordinates: a last matrix of 960 takes 7,680 bytes dense
 RESIDUAL_DECAY = 0.95  # before a sign step
@@ -29,7 +29,8 @@ def recommended(
     """The compression that trained best at equal bytes on models like this one.
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
-    no rank of 1, nominated coordinates with 4-bit values for SGD, and an error for the others. For a
+    no rank of 1, an error; but for SGD nominated coordinates with 4-bit values, if the whole model then sends fewer
+    bytes than with ranks of 1. For a
     :class:`~hvd_sketch.optim.LagAdamW`, which goes with ``optimizer.ahead()``, nominated coordinates. For a
     :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
     fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
@@ -73,7 +74,8 @@ def recommended(
             those of :mod:`hvd_sketch.optim`.
 
     Raises:
-        ValueError: no tensor is large enough to be compressed; the ratio is too high; an optimizer of another name.
+        ValueError: nothing can be compressed; the ratio is too high, with the highest one possible; an optimizer of
+            another name.
 
     Communication: none.
     """
@@ -82,41 +84,83 @@ def recommended(
     check_integer("ranks", ranks, 1)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
-    large = [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
-    if not large:
+    if not tensors:
         raise ValueError(
-            f"none of {len(tensors)} tensors that require a gradient has {DENSE_BELOW} elements, or "
-            f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
-            "(compression=None)"
+            "no tensor requires a gradient: there is nothing to compress, exchange dense (compression=None)"
         )
     if optimizer == "lagadamw":
-        return _coordinates(ratio, large, ranks, "nominate")
+        return _coordinates(ratio, tensors, ranks, "nominate")
     if optimizer == "signsgd":
-        return _coordinates(ratio, large, ranks, "random", residual_decay=RESIDUAL_DECAY)
+        return _coordinates(ratio, tensors, ranks, "random", residual_decay=RESIDUAL_DECAY)
+    if _holds_nothing(tensors):
+        return LowRankConfig(rank=1)
     shapes = [tuple(local(tensor).shape) for tensor in tensors]
     agreement, bits = agreement_bytes(ranks, len(tensors)), LowRankConfig.value_bits
     dense = _dense_bytes(tensors)
     low_rank = within_bytes(shapes, dense / ratio - agreement, ranks, bits)
     if low_rank is not None:
         return low_rank
-    if optimizer == "sgd":
-        return _coordinates(ratio, large, ranks, "nominate")
     least = factor_bytes(shapes, LowRankConfig(rank=1), ranks) + agreement
     highest = floor(1000 * dense / least) / 1000
+    coordinates, beyond = _beyond_rank_1(ratio, tensors, ranks)
+    if optimizer == "sgd" and coordinates is not None and beyond >= highest:
+        return coordinates
     raise ValueError(
-        f"a ratio of {ratio:g} leaves no rank of 1 to every matrix, and {optimizer!r} trains worse with single "
-        f"coordinates: the highest ratio possible is {highest}. Lower the ratio, or wrap SignSGD "
-        "(optimizer='signsgd') or LagAdamW (optimizer='lagadamw')"
+        f"a ratio of {ratio:g} leaves no rank of 1 to every matrix: lower it, the highest ratio possible is {highest}"
+        f"{_tell_of_coordinates(optimizer, beyond, highest)}"
     )
+
+
+def _tell_of_coordinates(optimizer: str, ratio: float, highest: float) -> str:
+    """What they are in place of low rank: ``ratio`` of the whole model, 0 for none, where that reaches ``highest``."""
+    if not ratio:
+        return ""
+    if ratio < highest:
+        return (
+            f". With single coordinates small tensors go dense, and the whole model would send {ratio:.3g} times less"
+        )
+    return (
+        f". Or wrap SignSGD (optimizer='signsgd') or LagAdamW (optimizer='lagadamw'): {optimizer!r} trains worse with "
+        "single coordinates"
+    )
+
+
+def _beyond_rank_1(ratio: float, tensors: Sequence[Tensor], ranks: int) -> tuple[SketchConfig | None, float]:
+    """Nominated coordinates at a ratio, and what it is of the whole model then; None where they reach less."""
+    try:
+        coordinates = _coordinates(ratio, tensors, ranks, "nominate")
+    except ValueError:
+        return None, 0.0
+    large = _large(tensors)
+    dense, dim = _dense_bytes(tensors), sum(local(tensor).numel() for tensor in large)
+    return coordinates, dense / (step_bytes(coordinates, dim, ranks) + dense - _dense_bytes(large))
 
 
 def _coordinates(
     ratio: float, tensors: Sequence[Tensor], ranks: int, candidates: str, residual_decay: float = 1.0
 ) -> SketchConfig:
-    dim = sum(local(tensor).numel() for tensor in tensors)
-    options = {"candidates": candidates, "residual_decay": residual_decay, "dense_below": DENSE_BELOW}
-    in_float32 = ratio * DENSE_BYTES * dim / max(_dense_bytes(tensors), 1)
+    options: Any = {"candidates": candidates, "residual_decay": residual_decay, "dense_below": DENSE_BELOW}
+    if _holds_nothing(tensors):
+        return SketchConfig(k=1, **options)
+    large = _large(tensors)
+    if not large:
+        raise ValueError(
+            f"none of {len(tensors)} tensors that require a gradient has {DENSE_BELOW} elements, or "
+            f"{DENSE_BELOW * FLAT_FACTOR} and one dimension: there is nothing to compress, exchange dense "
+            "(compression=None)"
+        )
+    dim = sum(local(tensor).numel() for tensor in large)
+    in_float32 = ratio * DENSE_BYTES * dim / max(_dense_bytes(large), 1)
     return SketchConfig.for_wire_ratio(in_float32, dim, ranks, **options)
+
+
+def _large(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if not is_dense(tensor, DENSE_BELOW)]
+
+
+def _holds_nothing(tensors: Sequence[Tensor]) -> bool:
+    """Whether this rank holds no element, as of a small model that FSDP2 has sharded: then it sends nothing."""
+    return not any(local(tensor).numel() for tensor in tensors)
 
 
 def _dense_bytes(tensors: Sequence[Tensor]) -> int:

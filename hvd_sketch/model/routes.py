@@ -139,8 +139,8 @@ def routes_of(named: Sequence[NamedParameter], config: Compression | None) -> li
     goes_dense = [config is None or is_dense(p, config.dense_below) for _, p in named]
     is_empty = [local(p).numel() == 0 for _, p in named]  # such as a shard of a small matrix
     kinds = {dense for dense, empty in zip(goes_dense, is_empty, strict=True) if not empty}
-    if len(kinds) == 1:  # no route for what is empty alone
-        goes_dense = [kinds.pop()] * len(named)
+    if len(kinds) < 2:  # no route for what is empty alone; where all is empty a dense one, of the agreement alone
+        goes_dense = [kinds.pop() if kinds else True] * len(named)
     sketched = [i for i, dense in enumerate(goes_dense) if not dense]
     dense = [i for i, dense in enumerate(goes_dense) if dense]
     routes = []

@@ -77,11 +77,12 @@ def warn_unless_shown(
     highest, ratio = shown.get(exchange), every * ratio_of(compression, named)
     if highest is None:
         loss, dense = LOSSES.get((known, exchange)), DENSE_LOSSES.get(known, DENSE_LOSS)
+        is_measured = loss is not None and every == 1
         logger.warning(
-            "%s has not been shown to train as well as dense after this exchange (%s; %s): %s. What goes with what: "
-            "docs/choosing.md",
-            *(name, exchange, f"a loss of {loss:g}, dense {dense:g}" if loss and every == 1 else "not measured"),
-            way_out,
+            "%s has not been shown to train as well as dense after this exchange (%s; %s): %s%s. Numbers are losses "
+            "of a character transformer. What goes with what: docs/choosing.md",
+            *(name, exchange, f"a loss of {loss:g}, dense {dense:g}" if is_measured else "not measured"),
+            *("" if is_measured else "compare with a dense training (compression=None), or ", way_out),
         )
     elif ratio > TOLERATED * highest:
         logger.warning(

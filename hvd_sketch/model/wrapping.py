@@ -13,8 +13,8 @@ import torch
 from hvd_sketch.checks import check_flag, check_integer, check_positive
 from hvd_sketch.config import ALL_DENSE, Compression, SketchConfig
 from hvd_sketch.model.forwarding import ForwardingOptimizer
-from hvd_sketch.model.parameters import NamedParameter, is_dense
-from hvd_sketch.model.shown import warn_unless_shown
+from hvd_sketch.model.parameters import NamedParameter, is_dense, sketched_dim
+from hvd_sketch.model.shown import ratio_of, warn_unless_shown
 from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport, local_transports, resolve_transport
 
@@ -231,6 +231,7 @@ def warn_about_settings(
         )
     if sketched:
         warn_unless_shown(optimizer, named, sketch, every)
+        _warn_of_small_tensors(named, sketch)
     groups = optimizer.param_groups
     if any(float(g.get("momentum") or 0) > 0 for g in groups) and _fights_momentum(sketch):
         logger.warning(
@@ -243,6 +244,19 @@ def warn_about_settings(
         logger.warning(
             "weight decay is applied twice: %s has %g and the sketch %g. Set one of them to 0.",
             *(type(optimizer).__name__, decay, sketch.weight_decay),
+        )
+
+
+def _warn_of_small_tensors(named: Sequence[NamedParameter], sketch: Compression) -> None:
+    """Tell where the tensors that go dense take most of the bytes."""
+    compressed, ratio = sketched_dim(named, sketch.dense_below), ratio_of(sketch, named)
+    elements = sum(local(parameter).numel() for _, parameter in named)
+    dense = elements - compressed
+    if ratio and dense * ratio > compressed:
+        logger.warning(
+            "%d of %d elements are in small tensors, which go dense: the others are sent in %.3g times fewer bytes, "
+            "the whole model in %.3g. Lower dense_below=%d, or take a LowRankConfig, which compresses all.",
+            *(dense, elements, ratio, elements / (compressed / ratio + dense), sketch.dense_below),
         )
 
 

@@ -24,6 +24,9 @@ FEWER = register("torch", 4, f"{TARGETS}:goes_on_with_fewer_replicas", folder=FO
 OPTIMIZERS = register("torch", 4, f"{TARGETS}:other_optimizers")
 CLIPS = register("torch", 4, f"{TARGETS}:clips")
 JOINS = register("torch", 4, f"{TARGETS}:joins")
+TENSOR_PARALLEL = register("torch", 4, f"{TARGETS}:goes_on_with_tensor_parallelism", folder=FOLDER.name)
+HOLDS_NOTHING = register("torch", 4, f"{TARGETS}:holds_nothing", folder=FOLDER.name)
+REFUSED_BY_ONE = register("torch", 4, f"{TARGETS}:refused_by_one_shard")
 REFUSED = register("torch", 4, f"{TARGETS}:refused")
 
 
@@ -99,6 +102,33 @@ def test_averaged_gradients_are_clipped_by_the_norm_of_all_shards() -> None:
 
 def test_a_replica_that_runs_out_of_data_is_waited_for() -> None:
     assert_replicas_equal(JOINS.results())
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "checkpoint"])
+def test_states_of_tensor_parallel_layers_go_on_to_the_bit(kind: str) -> None:
+    for result in TENSOR_PARALLEL.results():
+        assert torch.equal(*result[kind])
+
+
+def test_a_rank_that_holds_no_element_takes_part() -> None:
+    results = HOLDS_NOTHING.results()
+    assert [result["plain"].numel() for result in results] == [64, 64, 0, 0]
+    for result in results:
+        assert torch.equal(result["dense"], result["plain"]), "of one replica the mean is its own gradient"
+        assert result["loaded"] == 4
+    assert not torch.equal(results[0]["low rank"], results[0]["plain"]), "the others go dense: they are small"
+
+
+def test_what_the_ranks_of_one_shard_refuse_at_set_up_all_refuse() -> None:
+    for said in REFUSED_BY_ONE.results():
+        assert "k must be" in said and said.startswith("ValueError")
+
+
+@pytest.mark.parametrize("keeps_parameters", [False, True])
+def test_fsdp1_is_refused(keeps_parameters: bool) -> None:
+    for result in REFUSED.results():
+        said = result[f"FSDP1, {keeps_parameters}"]
+        assert "is a shard of FullyShardedDataParallel's" in said and "fully_shard (FSDP2)" in said
 
 
 @pytest.mark.parametrize("case", ["everywhere", "by FSDP", "along the shards", "by default", "broadcast"])

@@ -289,6 +289,19 @@ def test_warns_of_ratios_that_were_not_tried(
     assert told is None or told in caplog.text
 
 
+def test_warns_where_small_tensors_take_most_of_the_bytes(caplog: Any) -> None:
+    """Not where they take less than the others."""
+    for biases, is_told in ((100, False), (3_000, True)):
+        parameters = [nn.Parameter(torch.zeros(400, 400)), nn.Parameter(torch.zeros(biases))]
+        config = SketchConfig.for_wire_ratio(100, 160_000, 2, candidates="nominate")
+        DistributedOptimizer(SGD(parameters, lr=0.1), None, config, alone())
+        assert len(caplog.messages) == is_told
+    told = (
+        "3000 of 163000 elements are in small tensors, which go dense: the others are sent in 107 times fewer bytes, "
+    )
+    assert f"{told}the whole model in 36.3." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("ratio", "candidates", "every", "told"),
     [

@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import SGD
 
 from hvd_sketch import (
@@ -24,7 +25,7 @@ from hvd_sketch import (
     load_checkpoint,
     save_checkpoint,
 )
-from hvd_sketch.config import Compression
+from hvd_sketch.config import Compression, SketchConfig
 from hvd_sketch.optim import LagAdamW, SignSGD
 from hvd_sketch.shards import local
 from hvd_sketch.transport import TorchTransport
@@ -274,6 +275,82 @@ def joins(transport: TorchTransport) -> Tensor:
     return shards(model)
 
 
+def tensor_parallel() -> tuple[DeviceMesh, nn.Module, DistributedOptimizer]:
+    """Two layers over the mesh's last dimension, sharded along the one before."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 16, bias=False))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["shard"])
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return mesh, model, DistributedOptimizer(inner, model.named_parameters(), None, TorchTransport(mesh["replicate"]))
+
+
+def goes_on_with_tensor_parallelism(transport: TorchTransport, folder: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameters of a whole training, and of one whose state was broadcast or loaded on the way."""
+
+    def train_on(model: nn.Module, optimizer: DistributedOptimizer, place: int, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + place))
+            optimizer.zero_grad()
+            (model(x) - x.roll(1, 1)).square().mean().backward()
+            optimizer.step()
+
+    mesh, model, optimizer = tensor_parallel()
+    along, place = TorchTransport(mesh["replicate"]), mesh.get_coordinate()[1]
+    train_on(model, optimizer, place, range(3))
+    save_checkpoint(f"{folder}/tensor parallel", model, optimizer)
+    train_on(model, optimizer, place, range(3, 6))
+    _, told, its = tensor_parallel()
+    train_on(told, its, place, range(3))
+    broadcast_optimizer_state(its, 0, along)  # of the one replica
+    train_on(told, its, place, range(3, 6))
+    _, loaded, its = tensor_parallel()
+    load_checkpoint(f"{folder}/tensor parallel", loaded, its)
+    train_on(loaded, its, place, range(3, 6))
+    return {"broadcast": (shards(model), shards(told)), "checkpoint": (shards(model), shards(loaded))}
+
+
+def holds_nothing(transport: TorchTransport, folder: str) -> dict[str, Any]:
+    """A head of two classes, trained over four shards: ranks 2 and 3 have no element of it."""
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+    along = TorchTransport(mesh["replicate"])
+    results: dict[str, Any] = {}
+    for name in ("plain", *COMPRESSIONS):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 2))
+        model[0].requires_grad_(False)
+        fully_shard(model[0], mesh=mesh["shard"])
+        fully_shard(model, mesh=mesh["shard"])
+        optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        if name != "plain":
+            optimizer = DistributedOptimizer(optimizer, model.named_parameters(), COMPRESSIONS[name], along)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 * step + transport.rank))
+            model(x).square().mean().backward()
+            optimizer.step()
+        results[name] = local(model[2].weight).detach().clone()
+        if name == "low rank":
+            save_checkpoint(f"{folder}/nothing", model, optimizer)
+            done = load_checkpoint(f"{folder}/nothing", model, optimizer)
+            results["loaded"] = done is not None and done.step
+    return results
+
+
+def by_fsdp1(keeps_parameters: bool) -> nn.Module:
+    return FullyShardedDataParallel(build(), use_orig_params=keeps_parameters, device_id=torch.device("cpu"))
+
+
+def refused_by_one_shard(transport: TorchTransport) -> str:
+    """Of three rows two are on the first rank of a replica: more coordinates than the other holds."""
+    mesh = mesh_of()
+    model = nn.Linear(64, 3, bias=False)
+    fully_shard(model, mesh=mesh["shard"])
+    compression = SketchConfig(k=100, candidates="nominate", dense_below=1)
+    return error_of(lambda: wrapped(model, compression, TorchTransport(mesh["replicate"])))
+
+
 def refused(transport: TorchTransport) -> dict[str, str]:
     """What is said to parameters that are sharded another way."""
     mesh = mesh_of()
@@ -294,4 +371,6 @@ def refused(transport: TorchTransport) -> dict[str, str]:
         "in part": error_of(lambda: wrapped(in_part, None, along)),
         "partial": error_of(lambda: wrapped(partial[0], None, along)),
         "broadcast": error_of(lambda: broadcast_parameters(model.state_dict(), 0, transport)),
+        "FSDP1, False": error_of(lambda: wrapped(by_fsdp1(False), None, transport)),
+        "FSDP1, True": error_of(lambda: wrapped(by_fsdp1(True), None, transport)),
     }

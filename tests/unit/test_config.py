@@ -105,7 +105,7 @@ def test_recommended_beyond_rank_1_is_nominations_for_sgd_alone() -> None:
     beyond = recommended(parameters, 1450, 4)
     assert isinstance(beyond, SketchConfig) and beyond.candidates == "nominate"
     for optimizer in ("adam", "adamw", "muon"):
-        with pytest.raises(ValueError, match=f"{optimizer}.* trains worse .* SignSGD") as raised:
+        with pytest.raises(ValueError, match=f"SignSGD .*'{optimizer}' trains worse") as raised:
             recommended(parameters, 1450, 4, optimizer)  # type: ignore[arg-type]
         highest = re.search(r"the highest ratio possible is ([\d.]+\d)", str(raised.value))
         assert highest is not None and 1000 < float(highest[1]) < 1450
@@ -117,11 +117,27 @@ def test_recommended_counts_all_where_low_rank_compresses_all() -> None:
     matrix, biases = torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(4_000))
     config = recommended([matrix, biases], 150, 4)
     assert isinstance(config, LowRankConfig) and config.dense_below == 0
-    beyond = recommended([matrix, biases], 350, 4)  # the biases alone take a 328th of all bytes
-    assert isinstance(beyond, SketchConfig) and beyond.dense_below == 512
-    for nothing in ([biases], [], [torch.zeros(400, 400)]):
+    assert isinstance(recommended([biases], 7, 4), LowRankConfig)
+    nothing: list[list[torch.Tensor]] = [[], [torch.zeros(400, 400)]]
+    for tensors in nothing:
         with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
-            recommended(nothing, 500, 4)
+            recommended(tensors, 500, 4)
+    for optimizer in ("lagadamw", "signsgd"):
+        with pytest.raises(ValueError, match=r"none of 1 tensors .* has 512 elements.* nothing to compress"):
+            recommended([biases], 7, 4, optimizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ratio", [16, 350, 60_000])
+def test_recommended_never_sends_more_than_rank_1(ratio: float) -> None:
+    """Beside single coordinates biases go dense: of 400 bytes for each there is no coordinate to win back."""
+    shapes = [(128, 4), (128,), (2, 128), (2,)] if ratio == 16 else [(400, 400), (4_000,)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    with pytest.raises(ValueError, match=r"the highest ratio possible is ([\d.]+\d)") as raised:
+        recommended(parameters, ratio, 4)
+    told = str(raised.value)
+    assert "SignSGD" not in told and ("With single coordinates" in told) == (ratio < 60_000)
+    highest = float(re.findall(r"possible is ([\d.]+\d)", told)[0])
+    assert highest < ratio and isinstance(recommended(parameters, highest, 4), LowRankConfig)
 
 
 def test_recommended_for_a_sign_step_is_random_and_forgets() -> None:
