@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.torch.elastic.state import TorchState
 
-from hvd_sketch.config import Compression
+from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.setup import require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import at_step, step_of
@@ -21,8 +23,10 @@ from hvd_sketch.model.local_steps import ROUND_KEY, LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport import HorovodTransport, Transport
+from hvd_sketch.transport.base import gather_texts
 from hvd_sketch.transport.stall import watched
 
+CONFIGURATIONS: dict[str, type[Compression]] = {each.__name__: each for each in (SketchConfig, LowRankConfig)}
 logger = logging.getLogger(__name__)
 
 
@@ -38,12 +42,12 @@ class SketchState(TorchState):
                 state.optimizer.step()
                 state.commit()
 
-    After a reset parameters, the wrapped optimizer's state and the objects are rank 0's. Every rank that was there
-    before keeps its momentum and its residual, multiplied by the new number of ranks over the old one: the averaged
-    update that is still to come stays the same. A new rank begins with zeros. What a lost rank had not sent is lost,
-    and rank 0 says how much it was at the last commit. With ``shares_residuals`` every commit also exchanges the mean
-    of all residuals, in as many bytes as a dense step, and that of momenta. After a loss all ranks go on from it, and
-    only what was made since the commit is lost.
+    After a reset parameters, the wrapped optimizer's state, the compression and the objects are rank 0's. Every rank
+    that was there before keeps its momentum and its residual, multiplied by the new number of ranks over the old one:
+    the averaged update that is still to come stays the same. A new rank begins with zeros. What a lost rank had not
+    sent is lost, and rank 0 says how much it was at the last commit. With ``shares_residuals`` every commit also
+    exchanges the mean of all residuals, in as many bytes as a dense step, and that of momenta. After a loss all ranks
+    go on from it, and only what was made since the commit is lost.
 
     With ``every`` the optimizer is wrapped by :class:`~hvd_sketch.LocalSteps`. A commit ends the round first, and after
     a reset every rank goes on with rank 0's state of the wrapped optimizer, too.
@@ -89,10 +93,11 @@ class SketchState(TorchState):
         named = list(named_parameters if named_parameters is not None else model.named_parameters())
         self._inner = optimizer
         self._wrap: Callable[..., DistributedOptimizer | LocalSteps]
+        self._compression = compression
         if every is None:
-            self._wrap = partial(DistributedOptimizer, optimizer, named, compression, **arguments or {})
+            self._wrap = partial(DistributedOptimizer, optimizer, named, **arguments or {})
         else:
-            self._wrap = partial(LocalSteps, optimizer, named, compression, every=every, **arguments or {})
+            self._wrap = partial(LocalSteps, optimizer, named, every=every, **arguments or {})
         self._committed: dict[str, Any] | None = None  # state of the optimizer
         self._kept: dict[str, Any] | None = None  # with which it goes on after a reset
         self._shares_residuals = shares_residuals
@@ -171,7 +176,8 @@ class SketchState(TorchState):
         transport.can_split = False  # after a loss all must notice, not only the lost rank's row and column
         require_equal(transport, {"shares_residuals": self._shares_residuals})
         broadcast_optimizer_state(self._inner, 0, transport)
-        self.optimizer = self._wrap(transport=transport)
+        self._compression = _of_rank_0(self._compression, transport)
+        self.optimizer = self._wrap(compression=self._compression, transport=transport)
         with _lost_ranks_as_horovods():
             self._go_on(transport)
         self._kept, self._mean, self._squares = None, None, []
@@ -219,6 +225,14 @@ class SketchState(TorchState):
                 "all together was %.3g. The others go on from step %d.",
                 *(told, gone**0.5, all_of_it**0.5, step),
             )
+
+
+def _of_rank_0(compression: Compression | None, transport: Transport) -> Compression | None:
+    """A new rank may have made another one, from the number of ranks that there are now. Communication: collective."""
+    own = None if compression is None else [type(compression).__name__, asdict(compression)]
+    with watched(transport, "compare compressions"):
+        told = json.loads(gather_texts(transport, json.dumps(own))[0])
+    return None if told is None else CONFIGURATIONS[told[0]](**told[1])
 
 
 @contextmanager

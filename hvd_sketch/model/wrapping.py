@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -112,7 +113,10 @@ def transport_of(
     Communication: see :func:`~hvd_sketch.transport.resolve_transport`.
     """
     if process_set is None:
-        return resolve_transport(transport), sketch
+        resolved = resolve_transport(transport)
+        if isinstance(resolved, HorovodTransport) and isinstance(transport, str):
+            _warn_where_ranks_come_and_go(resolved.rank)
+        return resolved, sketch
     if transport not in ("auto", "horovod"):
         raise ValueError(
             f"process_set is Horovod's and needs transport='horovod', got {transport!r}: give MPITransport(comm) of a "
@@ -122,6 +126,15 @@ def transport_of(
         return HorovodTransport(process_set), sketch
     alone = replace(sketch, dense_below=ALL_DENSE) if isinstance(sketch, Compression) else sketch
     return local_transports(1)[0], alone
+
+
+def _warn_where_ranks_come_and_go(rank: int) -> None:
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and rank == 0:
+        logger.warning(
+            "this job of horovodrun is elastic, but nobody wraps this optimizer again when ranks come and go: those "
+            "that come would wait for ever. Give the plain optimizer to hvd_sketch.elastic.SketchState, in place of "
+            "Horovod's TorchState"
+        )
 
 
 def is_outside(process_set: Any) -> bool:

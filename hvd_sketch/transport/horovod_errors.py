@@ -31,6 +31,7 @@ class FailingAsHorovod(ForwardingTransport):
 
         super().__init__(inner)
         self._hvd, self._error = hvd, HorovodInternalError
+        self._place = (hvd.rank(), hvd.size())
         self.can_split = isinstance(inner, Splitting)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
         if self.attendance is not None:
@@ -85,9 +86,21 @@ class FailingAsHorovod(ForwardingTransport):
 
     @contextmanager
     def _as_horovods(self) -> Iterator[None]:
+        if self._hvd.is_initialized():
+            self._check_place()
         try:
             yield
         except self._error:
             raise
         except RuntimeError as error:
             raise self._error(str(error)) from error
+
+    def _check_place(self) -> None:
+        """Refuse to go on alone where Horovod has begun anew with other ranks: those wait for this one elsewhere."""
+        place = (self._hvd.rank(), self._hvd.size())
+        if place != self._place:
+            raise ValueError(
+                f"this transport was built as Horovod's rank {self._place[0]} of {self._place[1]}, which is rank "
+                f"{place[0]} of {place[1]} now: wrap the plain optimizer again after hvd.init(), or in an elastic job "
+                "take hvd_sketch.elastic.SketchState in place of TorchState, around the plain optimizer"
+            )

@@ -7,10 +7,13 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hvd_sketch.transport.horovod_addresses import INTERFACE_VARIABLES, addresses_towards, own_addresses
+from hvd_sketch.transport.local import local_transports
 from hvd_sketch.transport.stall import ABORT_VARIABLE, STALL_VARIABLE
 from tests.support.harness import LAUNCHERS, run_command
 from tests.support.worlds import register
@@ -87,3 +90,19 @@ def test_addresses_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         port = server.getsockname()[1]
         assert list(addresses_towards(["127.0.0.2", LOOPBACK], port)) == ["-", LOOPBACK]
     assert list(addresses_towards([LOOPBACK], port)) == ["-"]
+
+
+def test_a_transport_does_not_outlive_its_horovod() -> None:
+    """After a reset the ranks may be others, which wait for this one elsewhere."""
+    from hvd_sketch.transport.horovod_errors import FailingAsHorovod
+
+    horovod = SimpleNamespace(rank=lambda: 0, size=lambda: 1, is_initialized=lambda: True)
+    transport = FailingAsHorovod(horovod, local_transports(1)[0])
+    assert transport.allreduce_(torch.ones(2)).tolist() == [1, 1]
+    horovod.size = lambda: 3
+    told = "built as Horovod's rank 0 of 1, which is rank 0 of 3 now: wrap .* hvd_sketch.elastic.SketchState"
+    for collective in (transport.allreduce_, transport.allgather, transport.broadcast_):
+        with pytest.raises(ValueError, match=told):
+            collective(torch.ones(2))
+    horovod.is_initialized = lambda: False
+    assert transport.allreduce_(torch.ones(2)).tolist() == [1, 1], "what carries the data needs no Horovod"

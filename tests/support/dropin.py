@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -169,6 +170,23 @@ def check_a_join_that_all_ranks_call(t: Transport) -> None:
         optimizer.step()
         hvd.join()
     assert_equal_everywhere(t, model)
+
+
+def check_an_elastic_job_is_told_of_its_own_state(t: Transport) -> None:
+    """horovodrun sets the variable; Horovod's TorchState would let ranks that come wait for ever."""
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hvd_sketch.model.wrapping")
+    model = network()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOROVOD_ELASTIC", "1")
+        logger.addHandler(listener)
+        for transport in ("auto", t):
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), transport=transport)
+        logger.removeHandler(listener)
+    assert len(told) == (t.rank == 0), told
+    assert all("hvd_sketch.elastic.SketchState, in place of Horovod's TorchState" in text for text in told)
 
 
 def check_what_is_refused_says_why(t: Transport) -> None:

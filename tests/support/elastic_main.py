@@ -46,6 +46,7 @@ class Watched(SketchState):
             self.before = self._kept["hvd_sketch"]["sketched"]["v"].clone(), self._ranks
         super().sync()
         residual = self.optimizer.exchange.residual
+        assert self.optimizer.exchange.config.k == 20, "of the first ranks"
         if self.mean is not None and hvd.size() == 2:
             torch.testing.assert_close(residual, self.mean)
             print(f"rank {hvd.rank()} goes on with all residuals' mean of norm {residual.norm():.4g}", flush=True)
@@ -80,7 +81,8 @@ def main(hosts: Path, how: str = "") -> None:
     torch.manual_seed(os.getpid())
     model = torch.nn.Linear(40, 30)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, nesterov=True)
-    config = SketchConfig(k=20, candidates="nominate", dense_below=8)
+    k = 18 + hvd.size()  # another one on the rank that joins, as of recommended(..., ranks=hvd.size())
+    config = SketchConfig(k=k, candidates="nominate", dense_below=8)
     options = {"shares_residuals": how == "shared", "every": 3 if how == "rounds" else None}
     state = Watched(model, inner, compression=config, **options, batch=0, seen=[])
 
