@@ -22,8 +22,10 @@ class DDPState:
     ledger and skipped steps are those of the optimizer. Backward passes under ``model.no_sync()`` exchange nothing, and
     their gradients go along with the next one that does.
 
+    Every backward pass outside of ``no_sync()`` is an exchange of its own, also where several come before a step.
+
     In ``with model.join():`` a rank without data contributes what is left in its residual, and the mean is over all
-    ranks throughout.
+    ranks throughout. The optimizer's own ``join()`` is refused: DDP has collectives of its own.
 
     Args:
         model: a ``DistributedDataParallel`` on every rank, also as ``torch.compile`` wraps it.
@@ -33,8 +35,8 @@ class DDPState:
             ``scaler.unscale_(optimizer)`` before ``scaler.step(optimizer)``.
 
     Raises:
-        ValueError: on every rank: ``model`` is no DDP model, holds other parameters than the optimizer or sparse
-            gradients, or has another process group.
+        ValueError: on every rank: ``model`` is no DDP model, has a hook already, holds other parameters than the
+            optimizer or sparse gradients, or has another process group.
 
     Communication: the constructor is collective, all ranks of the optimizer's transport.
     """
@@ -46,7 +48,11 @@ class DDPState:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         with refused_together(optimizer.transport):
-            _check(getattr(model, "_orig_mod", model), optimizer)  # torch.compile's wrapper has the model there
+            plain = getattr(model, "_orig_mod", model)  # in torch.compile's wrapper
+            _check(plain, optimizer)
+        optimizer.expect_hook()
+        if plain is model:  # a compiled model would take the hook into its graphs
+            plain.register_forward_pre_hook(lambda *_: optimizer.begin_pass())
         self.optimizer = optimizer
         self._scaler = scaler
         self._places: list[tuple[Tensor, Tensor]] = []  # parameters of this pass, and their gradients in DDP's buckets
@@ -114,6 +120,11 @@ def _check(model: object, optimizer: DistributedOptimizer) -> None:
         raise ValueError(
             f"optimizer must be a DistributedOptimizer, got {type(optimizer).__name__}: only that exchanges gradients, "
             "as DDP's hook does"
+        )
+    if getattr(model, "_comm_hooks", None):
+        raise ValueError(
+            "the model's DDP has a hook already, and takes one only: after wrapping another optimizer make a new "
+            "DistributedDataParallel(model.module), too, and register the hook with that"
         )
     comm, group = optimizer.transport, model.process_group
     here, there = (comm.rank, comm.size), (dist.get_rank(group), dist.get_world_size(group))

@@ -166,6 +166,11 @@ class ExchangingOptimizer(ForwardingOptimizer):
         """When it began its last one, counted over those of all optimizers of this process; 0: none yet."""
         return self._gradients.last_begun
 
+    @property
+    def exchanges_in_backward(self) -> bool:
+        """Whether DDP's hook exchanges, at the end of backward passes."""
+        return False
+
     def end_round(self) -> None:
         """What :func:`hvd_sketch.join` calls first: exchange what has not been yet.
 

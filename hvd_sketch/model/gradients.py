@@ -302,9 +302,10 @@ class GradientExchange:
         self._has_told_gradients = True
         logger.warning(
             "in step %d the gradients of %d ranks are equal before they are averaged. Either the ranks read the same "
-            "data: give each its share. Or DistributedDataParallel has averaged them already, dense, which the ledger "
-            "does not see. Accelerate, Trainer and Lightning use it under torchrun. Then register hvd_sketch.ddp_hook, "
-            "or run forward and backward passes inside model.no_sync(). check_every=0 turns this check off",
+            "data: give each its share. Or something has averaged them already, which the ledger does not see: another "
+            "optimizer's hook, or DistributedDataParallel, dense, which Accelerate, Trainer and Lightning use under "
+            "torchrun. Then register hvd_sketch.ddp_hook, or run forward and backward passes inside model.no_sync(). "
+            "check_every=0 turns this check off",
             *(self._lead.step_number, self._transport.size),
         )
 

@@ -38,7 +38,7 @@ def join(*optimizers: ExchangingOptimizer) -> Iterator[None]:
 
     Raises:
         TypeError: one of them is neither.
-        ValueError: none is given, one twice, or ``every`` differs.
+        ValueError: none is given, one twice, ``every`` differs, or DDP's hook exchanges.
         RuntimeError: at the end, on this rank: the optimizer of a block around this one was stepped inside, or the loop
             has stepped those that are given not once each, in this order.
 
@@ -71,6 +71,11 @@ def _check(optimizers: Sequence[object]) -> None:
             raise TypeError(
                 f"join() takes DistributedOptimizer and LocalSteps, got {type(optimizer).__name__}: an optimizer that "
                 "exchanges nothing needs no join()"
+            )
+        if optimizer.exchanges_in_backward:
+            raise ValueError(
+                "join() cannot take part in what DistributedDataParallel sends beside its hook: use the model's own, "
+                "'with model.join():', in which a rank without data sends what is left in its residual"
             )
     paces = sorted({optimizer.every for optimizer in optimizers if isinstance(optimizer, ExchangingOptimizer)})
     if len(set(map(id, optimizers))) < max(len(optimizers), 1) or len(paces) > 1:

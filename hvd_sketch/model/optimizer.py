@@ -180,14 +180,35 @@ class DistributedOptimizer(LoggedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets backward passes since the last step. Communication: none."""
         self.inner.zero_grad(set_to_none=set_to_none)
-        if self._progress.throws_away and self._transport.rank == 0:
-            self._progress.has_told = True
+        if self._progress.throws_away:
+            self._tell_of_waste()
+        self._progress.start_over()
+
+    def begin_pass(self) -> None:
+        """What :class:`hvd_sketch.DDPState` calls before a forward pass: ``model.zero_grad()`` may have come before.
+
+        Communication: none.
+        """
+        if self._progress.throws_away and self._progress.is_cleared:
+            self._tell_of_waste()
+
+    def _tell_of_waste(self) -> None:
+        self._progress.has_told = True
+        if self._transport.rank == 0:
             logger.warning(
                 "zero_grad() throws gradients away that DDP's hook has exchanged already: what of them was not sent "
                 "comes later, from the residuals. Where a model's gradients are not wanted, as a discriminator's in a "
                 "GAN's step of the generator, run its forward and backward pass inside its no_sync()."
             )
-        self._progress.start_over()
+
+    @property
+    def exchanges_in_backward(self) -> bool:
+        """See :class:`~hvd_sketch.model.forwarding.ExchangingOptimizer`."""
+        return self._progress.in_backward
+
+    def expect_hook(self) -> None:
+        """What :class:`hvd_sketch.DDPState` calls: DDP's hook will exchange. Communication: none."""
+        self._progress.in_backward = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients over all ranks, then step the wrapped optimizer, unless all ranks skip.
@@ -339,7 +360,6 @@ class DistributedOptimizer(LoggedOptimizer):
 
         Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
         """
-        self._progress.in_backward = True
         if not self._progress.has_backward:  # called by DDP's join(): this rank has run out of data
             self._gradients.average(Report(done=True))
             return
@@ -374,6 +394,9 @@ class DistributedOptimizer(LoggedOptimizer):
         stepped after every one are not made up for: step it once an epoch, or equally often on every rank.
 
         Where the loop steps several optimizers, :func:`hvd_sketch.join` takes them together.
+
+        Raises:
+            ValueError: DDP's hook exchanges: ``model.join()`` is the one to use.
 
         Communication: collective at the end, all ranks. An exception inside leaves the other ranks to their launcher.
         """

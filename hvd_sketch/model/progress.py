@@ -27,7 +27,8 @@ class Progress:
         exchanged: of ``p.grad``: None not yet, True averaged, False skipped.
         has_backward: a backward pass has reached a parameter since the last exchange.
         skip_synchronize: inside of ``skip_synchronize()``.
-        in_backward: a hook of DDP's exchanges at the end of backward passes. DDP may put other tensors into ``p.grad``.
+        in_backward: a hook of DDP's will exchange at the end of backward passes. DDP may put other tensors into
+            ``p.grad``.
         forgives: a ``GradScaler`` has judged the last step, too.
         has_told: that gradients were exchanged in vain.
         ahead: what moves the parameters for backward passes, once it was asked for.
@@ -59,6 +60,11 @@ class Progress:
     def throws_away(self) -> bool:
         """Gradients that were exchanged in a backward pass wait for a step; False where that was told before."""
         return bool(self.exchanged) and self.in_backward and not self.has_backward and not self.has_told
+
+    @property
+    def is_cleared(self) -> bool:
+        """No parameter has a gradient that is not zero."""
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
 
     @property
     def takes_averaged(self) -> bool:

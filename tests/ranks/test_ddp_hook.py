@@ -64,8 +64,9 @@ def test_gradients_that_were_averaged_before_or_in_vain_are_told_once() -> None:
     for case in ("averaged before", "equal data"):
         assert first[case].startswith("in step 0 the gradients of 2 ranks are equal before they are averaged")
         assert first[case].count("are equal") == 1
-    assert first["in vain"].startswith("zero_grad() throws gradients away") and first["in vain"].count("throws") == 1
-    assert [first[case] for case in ("hook", "skipped", "only weight decay")] == [""] * 3
+    for case in ("in vain", "cleared by the model", "filled with zeros"):
+        assert first[case].startswith("zero_grad() throws gradients away") and first[case].count("throws") == 1
+    assert [first[case] for case in ("hook", "skipped", "only weight decay", "added up")] == [""] * 4
     assert set(second.values()) == {""}
 
 
@@ -76,4 +77,6 @@ def test_models_that_do_not_fit_are_refused_on_every_rank() -> None:
         assert said["sparse"].startswith("ValueError: module.0 has sparse gradients")
         assert f"exchanges as rank {rank} of 2, and the model's DDP is rank 0 of 1" in said["group"]
         assert "got Branching" in said["one rank"]
+        assert "has a hook already, and takes one only: after wrapping another optimizer make a new" in said["again"]
+        assert "use the model's own, 'with model.join():'" in said["join"]
         assert "optimizer must be a DistributedOptimizer, got LocalSteps" in said["rounds"]

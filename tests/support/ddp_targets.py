@@ -234,8 +234,8 @@ def warned(transport: TorchTransport) -> dict[str, str]:
 
     settings: dict[str, Any] = {"find_unused_parameters": True}
     averaging, plain, idle = DistributedDataParallel(Branching(), **settings), Branching(), Branching()
-    compiled, optimizer = hooked(NOMINATED, **settings)
-    DDPState(torch.compile(compiled), optimizer)
+    compiled = DistributedDataParallel(Branching(), **settings)
+    DDPState(torch.compile(compiled), wrapped(compiled, NOMINATED))
     return {
         "averaged before": said_of(averaging, wrapped(averaging, NOMINATED), transport.rank),
         "equal data": said_of(plain, wrapped(plain, NOMINATED), 0),
@@ -243,7 +243,23 @@ def warned(transport: TorchTransport) -> dict[str, str]:
         "skipped": said_of(*hooked(NOMINATED, **settings), transport.rank, in_vain=True, factor=float("nan")),
         "only weight decay": said_of(idle, wrapped(idle, replace(NOMINATED, weight_decay=0.1)), 0, factor=0),
         "in vain": said_of(*hooked(NOMINATED, **settings), transport.rank, in_vain=True),
+        "cleared by the model": said_of_a_gan(transport.rank, lambda model: model.zero_grad()),
+        "filled with zeros": said_of_a_gan(transport.rank, lambda model: model.zero_grad(set_to_none=False)),
+        "added up": said_of_a_gan(transport.rank, lambda model: None),
     }
+
+
+def said_of_a_gan(rank: int, clear: Callable[[nn.Module], None]) -> str:
+    """A pass whose gradients are cleared by the model, or added to those of the next one, before each that is used."""
+    model, optimizer = hooked(NOMINATED, find_unused_parameters=True)
+    with logged() as lines:
+        for step in range(3):
+            loss_of(model, rank, 2 * step).backward()
+            clear(model)
+            loss_of(model, rank, 2 * step + 1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return "\n".join(lines)
 
 
 def refused(transport: TorchTransport) -> dict[str, str]:
@@ -261,6 +277,8 @@ def refused(transport: TorchTransport) -> dict[str, str]:
         "sparse": lambda: DDPState(embedding, wrapped(embedding, None)),
         "rounds": lambda: DDPState(model, LocalSteps(SGD(model.parameters(), 0.1), None, None, transport, every=2)),
         "group": lambda: DDPState(in_group, wrapped(in_group, None)),
+        "again": lambda: DDPState(hooked(None)[0], of_plain),
+        "join": lambda: hooked(None)[1].join().__enter__(),
         "one rank": lambda: DDPState([plain, model][transport.rank > 0], wrapped(model, None)),
     }
     return {name: message_of(case) for name, case in cases.items()}
