@@ -15,6 +15,7 @@ from hvd_sketch.checks import check_integer
 from hvd_sketch.exchange.setup import refused_together, require_equal, tell_values
 from hvd_sketch.model.checkpoint_files import (
     Folder,
+    digests_of,
     folders,
     own_file,
     prune,
@@ -71,7 +72,7 @@ def save_checkpoint(
 
     Args:
         directory: on a file system that all ranks share; one for each group of ranks (process set). Made if missing.
-        model: rank 0's is saved, also its buffers.
+        model: rank 0's is saved; of the others what they have otherwise: buffers, as batch norm's statistics.
         optimizer: every rank's own.
         extra: rank 0's, for all ranks: ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. Dense tensors, numbers,
             strings, lists and dicts.
@@ -90,8 +91,11 @@ def save_checkpoint(
     Communication: collective, all ranks.
     """
     comm, root = _job_of(optimizer), Path(directory)
+    buffers: dict[str, Any] = {}
     with refused_together(comm, "save a checkpoint"):
         check_integer("keep", keep, 1)
+        buffers = _buffers_of(model)
+        digests = {name: digests_of(localized(value)) for name, value in buffers.items()}
     everyone = optimizer.state_dict(consolidated=True)
     shared = None
     if optimizer.transport.rank == 0:
@@ -99,6 +103,9 @@ def save_checkpoint(
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = step_of(everyone)
     require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint")
+    with watched(comm, "save a checkpoint"):
+        texts = gather_texts(optimizer.transport, json.dumps(digests) if optimizer.transport.rank == 0 else "")
+        of_rank_0 = json.loads(texts[0])
     folder = _make_folder(root, step, comm)
     try:
         with refused_together(comm, "save a checkpoint"):
@@ -106,7 +113,8 @@ def save_checkpoint(
             if shared is not None:
                 name = shared_file(optimizer.shard_ranks.number)
                 files[name] = write_state(folder.path / name, localized(shared))
-            state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own}
+            own_buffers = {name: value for name, value in buffers.items() if digests[name] != of_rank_0.get(name)}
+            state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own, "buffers": own_buffers}
             if isinstance(optimizer, LocalSteps):
                 state["inner"] = optimizer.inner.state_dict()
             files[own_file(comm.rank)] = write_state(folder.path / own_file(comm.rank), localized(state))
@@ -139,7 +147,8 @@ def load_checkpoint(
 
     Args:
         directory: as for :func:`save_checkpoint`.
-        model: of the same names, shapes and dtypes as the one that was saved. Modified.
+        model: of the same names, shapes and dtypes as the one that was saved. Modified. Another number of ranks gets
+            rank 0's buffers.
         optimizer: around the same parameters, with the same compression. Modified.
         step: of the checkpoint to load; None: the newest.
         residuals: False: load the model and the wrapped optimizer alone, to go on with another compression. The
@@ -178,7 +187,7 @@ def load_checkpoint(
             optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{folder.path} does not fit this optimizer: {error}") from error
-        model.load_state_dict(shared["model"])
+        model.load_state_dict({**shared["model"], **(own.get("buffers", {}) if own is not None else {})})
     own_extra = own["own"] if own is not None else None
     return Checkpoint(folder.path, folder.step, manifest["ranks"], shared["extra"], own_extra)
 
@@ -193,6 +202,12 @@ def _read(folder: Folder, name: str, manifest: dict[str, Any], model: nn.Module)
     if name not in manifest["files"]:
         raise ValueError(f"{folder.path} has no {name}: its model had fewer shards. Shard the model as it was")
     return globalized(read_state(folder, name, manifest), like=model.parameters())
+
+
+def _buffers_of(model: nn.Module) -> dict[str, Any]:
+    """What a model's state holds beside its parameters: ranks may have their own."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
 def step_of(state: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ from hvd_sketch.model.gradients import NOTHING_TO_REPORT, GradientExchange
 from hvd_sketch.model.mesh import ShardRanks
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.shards import is_sharded
-from hvd_sketch.transport.base import Splitting, Transport, gather_texts
+from hvd_sketch.transport.base import Splitting, Transport, gather_texts, name_ranks
 from hvd_sketch.transport.stall import watched
 
 HOST_VARIABLE = "HVD_SKETCH_HOST"
@@ -91,6 +91,7 @@ class TwoLevels:
         hosts = gather_texts(transport, host if host is not None else host_name())
         firsts = [hosts.index(each) for each in hosts]  # for each rank the leader of its host
         self._leader, self._leaders = firsts[transport.rank], sorted(set(firsts))
+        self._on_host = [rank for rank, first in enumerate(firsts) if first == self._leader]
         with watched(transport, "form groups of hosts"):
             self._host = splitting.split(self._leader)
             among_leaders = splitting.split(int(transport.rank in self._leaders))
@@ -146,7 +147,7 @@ class TwoLevels:
         try:
             has_mean = self._inside.average(report, inverse_scale)
         except (RuntimeError, TypeError, ValueError) as error:  # on all ranks of this host, the leader among them
-            refusal = error
+            refusal = _placed(error, "inside of one host", self._on_host)
         if self._between is not None:
             outcome = self._lead(report, has_mean, refusal)
         elif refusal is not None:
@@ -181,6 +182,7 @@ class TwoLevels:
                 outcome = Outcome.OVER if between.is_over else Outcome.SKIPPED
         except (RuntimeError, TypeError, ValueError) as error:
             if refusal is None:
+                _placed(error, "between the first ranks of the hosts", self._leaders)
                 self._tell(Outcome.REFUSED)
                 gather_texts(self._host, str(error))
             raise
@@ -278,6 +280,12 @@ class TwoLevels:
     def __repr__(self) -> str:
         hosts = f"{len(self._leaders)} hosts, rank {self._host.rank} of {self._host.size} on its own"
         return f"{hosts}, {self._inside!r} inside of them, {self._between!r} between them"
+
+
+def _placed(error: Exception, where: str, ranks: list[int]) -> Exception:
+    """The error, which also says which ranks of the job it means: their groups count them from 0."""
+    error.args = (f"{error}\nThis was {where}, whose ranks 0, 1, … are {name_ranks(ranks)} of the job.",)
+    return error
 
 
 def _all_dense(config: Compression, rank: int) -> Compression:

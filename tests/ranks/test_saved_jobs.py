@@ -91,6 +91,7 @@ def test_another_number_of_ranks_goes_on_from_the_mean(after: int, tmp_path: Pat
 
     saved = run_local(4, save, LIMIT_S)
     expected = [sum(tensors) / 4 for tensors in zip(*saved, strict=True)]
+    expected[3] = saved[0][3]  # of the buffers rank 0's
     for tensors in run_local(after, load, LIMIT_S):
         assert all(map(torch.equal, tensors, expected))
 

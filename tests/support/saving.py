@@ -33,6 +33,8 @@ class Job:
 
     def __init__(self, transport: Transport, compression: Compression | None) -> None:
         self.transport, self.model = transport, Toy()
+        self.model.register_buffer("seen", torch.zeros(2))  # each rank's own, as batch norm's statistics
+        self.model.register_buffer("common", torch.ones(3))
         inner = torch.optim.Adam(self.model.parameters(), lr=0.1, betas=(0.0, 0.9))
         self.optimizer = DistributedOptimizer(inner, self.model.named_parameters(), compression, transport)
         self.save = partial(save_checkpoint, model=self.model, optimizer=self.optimizer)
@@ -42,13 +44,14 @@ class Job:
         for step in steps:
             self.optimizer.zero_grad()
             self.model.backward(self.transport.rank, step)
+            self.model.seen += self.transport.rank * step
             self.optimizer.step()
 
     def tensors(self) -> list[Tensor]:
         """All that a step depends on or changes."""
         exchange = self.optimizer.exchange
         kept = [exchange.residual, exchange.velocity] if exchange is not None else []
-        return [each.detach().clone() for each in (*self.model.parameters(), *kept)]
+        return [each.detach().clone() for each in (*self.model.state_dict().values(), *kept)]
 
 
 def resume(transport: Transport, folder: str, compression: str) -> list[bool]:
