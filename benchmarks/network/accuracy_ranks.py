@@ -16,7 +16,7 @@ from benchmarks.models import MODELS
 from benchmarks.network.clock import over_hosts, quantiles, slowest
 from benchmarks.network.lab import UNSHAPED, shape_together, transport_on_host
 from benchmarks.network.records import Record, Records, environment
-from benchmarks.network.training import Rate, Task, train
+from benchmarks.network.training import Course, Rate, Task, train
 from hvd_sketch.transport import Transport
 
 # method, its learning rate and momentum or None to search for them, and rates of the network without a record
@@ -33,18 +33,22 @@ def main(
     data = load_images(Path(data_dir) if data_dir else None)
     make_model = partial(MODELS[common["model"]], data.train_images.shape[1], common["hidden"])
     task = Task(data, make_model, *(common[name] for name in ("target", "batch", "most_steps", "steps_between")))
-    for method, known, rates in pending:
-        about = {"method": method, "transport": transport_name} | common
+    found: dict[str, Rate] = {}
+    for method, known, _ in pending:
         if known is None:
             shape_together(transport, lab, UNSHAPED)
             grid = [Rate(*each) for each in product(common["learning_rates"], common["momenta"])]
-            found = search(task, method, grid, transport)
-            known = {name: found[name] for name in ("learning_rate", "momentum")}
-            keep(kept, transport, about | {"search": True} | found)
-        for rate in rates:
-            shape_together(transport, lab, rate)
-            measured = measure(task, method, Rate(**known), common["seeds"], transport)
-            keep(kept, transport, about | {"rate": rate} | known | measured)
+            searched = search(task, method, grid, transport)
+            known = {name: searched[name] for name in ("learning_rate", "momentum")}
+            about = {"method": method, "transport": transport_name} | common
+            keep(kept, transport, about | {"search": True} | searched)
+        found[method] = Rate(**known)
+    for rate in dict.fromkeys(rate for _, _, rates in pending for rate in rates):
+        shape_together(transport, lab, rate)
+        methods = {method: found[method] for method, _, rates in pending if rate in rates}
+        for method, measured in measure(task, methods, common["seeds"], transport).items():
+            about = {"method": method, "transport": transport_name} | common
+            keep(kept, transport, about | {"rate": rate} | asdict(found[method]) | measured)
 
 
 def search(task: Task, method: str, grid: list[Rate], transport: Transport) -> Record:
@@ -66,11 +70,22 @@ def search(task: Task, method: str, grid: list[Rate], transport: Transport) -> R
     return asdict(best) | {"tried": tried}
 
 
-def measure(task: Task, method: str, rate: Rate, seeds: int, transport: Transport) -> Record:
-    """Training runs on the whole training set: wall time, steps, bytes."""
-    courses = [train(replace(task, seed=seed), method, rate, transport) for seed in range(seeds)]
+def measure(task: Task, methods: dict[str, Rate], seeds: int, transport: Transport) -> dict[str, Record]:
+    """Training runs of each method on the whole training set: wall time, steps, bytes.
+
+    The methods take turns, a seed each: so all of them see the machine in the same moods.
+    """
+    courses: dict[str, list[Course]] = {method: [] for method in methods}
+    for seed in range(seeds):
+        for method, rate in methods.items():
+            courses[method].append(train(replace(task, seed=seed), method, rate, transport))
+    return {method: summary(each, transport) for method, each in courses.items()}
+
+
+def summary(courses: list[Course], transport: Transport) -> Record:
+    """What a record says of a method's runs, one for each seed. Communication: collective."""
+    seeds, last = len(courses), courses[-1]
     seconds = [slowest(transport, sum(course.step_s))[0] for course in courses]
-    last = courses[-1]
     return {
         "reached": all(course.reached for course in courses),
         "seconds": quantiles(seconds) | {"repeats": seeds},

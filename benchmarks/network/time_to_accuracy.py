@@ -3,8 +3,8 @@
     sudo -E python -m benchmarks.network.time_to_accuracy --data-dir MNIST --rates 1gbit 100mbit --json accuracy.json
 
 Every method gets the learning rate and momentum of one small grid that reach the target in the fewest steps, or come
-nearest to it, judged on held-out training images over an unshaped network. Then it trains at each rate, and the clock
-stands still while accuracy is measured. A setting that has its record in the JSON file is not run again.
+nearest to it, judged on held-out training images over an unshaped network. Then they train at each rate, in turns, and
+the clock stands still while accuracy is measured. A setting that has its record in the JSON file is not run again.
 """
 
 from __future__ import annotations
