@@ -29,10 +29,10 @@ from hvd_sketch.model.optimizer import STATE_KEY
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.routes import MakeExchange, make_exchange
 from hvd_sketch.model.settings import require_equal_optimizers
-from hvd_sketch.model.wrapping import describe, describe_optimizer, warn_about_settings
+from hvd_sketch.model.wrapping import describe, describe_optimizer, resolve_to_wrap, warn_about_settings
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import Transport
 
 ROUND_KEY = "hvd_sketch_round"
 MakeOuter = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -115,7 +115,7 @@ class LocalSteps(LoggedOptimizer):
         trace: str | PathLike[str] | None = None,
         tensorboard: str | PathLike[str] | None = None,
     ) -> None:
-        self._transport = resolve_transport(transport)
+        self._transport = resolve_to_wrap(transport)
         counts = {"every": (every, 1), "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
         with refused_together(self._transport):
             _check(optimizer, compression, counts, start_dtype)

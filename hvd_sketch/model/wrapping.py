@@ -113,10 +113,7 @@ def transport_of(
     Communication: see :func:`~hvd_sketch.transport.resolve_transport`.
     """
     if process_set is None:
-        resolved = resolve_transport(transport)
-        if isinstance(resolved, HorovodTransport) and isinstance(transport, str):
-            _warn_where_ranks_come_and_go(resolved.rank)
-        return resolved, sketch
+        return resolve_to_wrap(transport), sketch
     if transport not in ("auto", "horovod"):
         raise ValueError(
             f"process_set is Horovod's and needs transport='horovod', got {transport!r}: give MPITransport(comm) of a "
@@ -128,13 +125,20 @@ def transport_of(
     return local_transports(1)[0], alone
 
 
-def _warn_where_ranks_come_and_go(rank: int) -> None:
-    if os.environ.get("HOROVOD_ELASTIC") == "1" and rank == 0:
+def resolve_to_wrap(transport: str | Transport) -> Transport:
+    """The transport of an optimizer; rank 0 warns of one that would not go along when ranks come and go.
+
+    Communication: see :func:`~hvd_sketch.transport.resolve_transport`.
+    """
+    resolved = resolve_transport(transport)
+    is_of_now = isinstance(transport, str) and isinstance(resolved, HorovodTransport)
+    if is_of_now and resolved.rank == 0 and os.environ.get("HOROVOD_ELASTIC") == "1":
         logger.warning(
             "this job of horovodrun is elastic, but nobody wraps this optimizer again when ranks come and go: those "
             "that come would wait for ever. Give the plain optimizer to hvd_sketch.elastic.SketchState, in place of "
             "Horovod's TorchState"
         )
+    return resolved
 
 
 def is_outside(process_set: Any) -> bool:

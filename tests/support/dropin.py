@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch import DistributedOptimizer, LowRankConfig, SketchConfig, broadcast_optimizer_state
+from hvd_sketch import DistributedOptimizer, LocalSteps, LowRankConfig, SketchConfig, broadcast_optimizer_state
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
 from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, wrap
@@ -184,8 +184,9 @@ def check_an_elastic_job_is_told_of_its_own_state(t: Transport) -> None:
         logger.addHandler(listener)
         for transport in ("auto", t):
             DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), transport=transport)
+            LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), every=2, transport=transport)
         logger.removeHandler(listener)
-    assert len(told) == (t.rank == 0), told
+    assert len(told) == 2 * (t.rank == 0), told
     assert all("hvd_sketch.elastic.SketchState, in place of Horovod's TorchState" in text for text in told)
 
 
