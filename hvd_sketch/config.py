@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass, replace
-from math import floor
 from typing import Any, ClassVar
 
 from hvd_sketch.checks import check_choice, check_flag, check_integer, check_number, check_positive
@@ -180,7 +179,7 @@ class SketchConfig:
             needed = step_bytes(replace(config, k=1), dim, ranks)
             raise ValueError(
                 f"a ratio of {ratio:g} at dim {dim} leaves {budget:.0f} bytes per step, but to update one coordinate "
-                f"takes {needed:.0f}: lower the ratio, to {floor(DENSE_BYTES * dim / needed)} or less"
+                f"takes {needed:.0f}: lower the ratio, or exchange dense"
             )
         return replace(config, k=least)
 

@@ -16,7 +16,7 @@ from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrup
 from horovod.torch.elastic.state import TorchState
 
 from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
-from hvd_sketch.exchange.setup import require_equal
+from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import at_step, step_of
 from hvd_sketch.model.local_steps import ROUND_KEY, LocalSteps
@@ -177,7 +177,7 @@ class SketchState(TorchState):
         require_equal(transport, {"shares_residuals": self._shares_residuals})
         broadcast_optimizer_state(self._inner, 0, transport)
         self._compression = _of_rank_0(self._compression, transport)
-        self.optimizer = self._wrap(compression=self._compression, transport=transport)
+        self.optimizer = self._wrap(self._compression, transport=transport)
         with _lost_ranks_as_horovods():
             self._go_on(transport)
         self._kept, self._mean, self._squares = None, None, []
@@ -228,11 +228,21 @@ class SketchState(TorchState):
 
 
 def _of_rank_0(compression: Compression | None, transport: Transport) -> Compression | None:
-    """A new rank may have made another one, from the number of ranks that there are now. Communication: collective."""
+    """A new rank may have made another one, from the number of ranks that there are now. Communication: collective.
+
+    Raises:
+        ValueError: on every rank: one has something else.
+    """
+    with refused_together(transport):
+        if compression is not None and not isinstance(compression, Compression):
+            raise ValueError(f"compression must be a SketchConfig, a LowRankConfig, or None, got {compression!r:.100}")
     own = None if compression is None else [type(compression).__name__, asdict(compression)]
     with watched(transport, "compare compressions"):
         told = json.loads(gather_texts(transport, json.dumps(own))[0])
-    return None if told is None else CONFIGURATIONS[told[0]](**told[1])
+    taken = None if told is None else CONFIGURATIONS[told[0]](**told[1])
+    if taken != compression:
+        logger.warning("rank %d takes rank 0's compression, %r, for its own, %r", transport.rank, taken, compression)
+    return taken
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None
         comm: all ranks.
         doing: what a rank that refuses could not do, for messages.
 
-    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective.
+    Communication: collective at the end, all ranks: one tiny allgather. Nothing inside may be collective over these
+    ranks.
 
     Raises:
         ValueError: on ranks that had nothing to refuse, naming those that did; they raise their own error.

@@ -17,7 +17,7 @@ from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.progress import Progress
 from hvd_sketch.model.step_ahead import SHARE, Ahead
 from hvd_sketch.observer import Kind
-from hvd_sketch.shards import local
+from hvd_sketch.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ class AveragingOptimizer(LoggedOptimizer):
         if isinstance(gradients, TwoLevels):
             raise ValueError("ahead() is for levels=1: with two, one rank of a host has the residuals of all of them")
         if not gradients.unsent:
-            if any(local(parameter).numel() for parameter in self._parameters):
+            if not any(map(is_sharded, self._parameters)):
                 raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
-            yield  # this rank holds no element of a sharded model
+            yield  # other ranks may hold shards that are compressed
             return
         ahead = self._progress.ahead = self._progress.ahead or Ahead(self.inner, gradients.scale)
         if ahead.is_there:  # a block inside of another one

@@ -72,7 +72,7 @@ def save_checkpoint(
 
     Args:
         directory: on a file system that all ranks share; one for each group of ranks (process set). Made if missing.
-        model: rank 0's is saved; of the others what they have otherwise: buffers, as batch norm's statistics.
+        model: rank 0's is saved, and of each other rank the buffers that differ, as batch norm's statistics.
         optimizer: every rank's own.
         extra: rank 0's, for all ranks: ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. Dense tensors, numbers,
             strings, lists and dicts.
@@ -95,7 +95,7 @@ def save_checkpoint(
     with refused_together(comm, "save a checkpoint"):
         check_integer("keep", keep, 1)
         buffers = _buffers_of(model)
-        digests = {name: digests_of(localized(value)) for name, value in buffers.items()}
+        digests = {name: digests_of(localized({name: value})) for name, value in buffers.items()}
     everyone = optimizer.state_dict(consolidated=True)
     shared = None
     if optimizer.transport.rank == 0:

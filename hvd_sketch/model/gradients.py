@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +16,12 @@ from hvd_sketch.exchange.agreement import Agreed, Report, all_finite
 from hvd_sketch.exchange.base import Exchange, Options
 from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
-from hvd_sketch.exchange.setup import tell_differences
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_drift, digest, digest_of_checksums
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
-from hvd_sketch.model.settings import scheduled_numbers, scheduled_settings
+from hvd_sketch.model.settings import error_of_settings, scheduled_numbers
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
@@ -187,7 +185,7 @@ class GradientExchange:
             report = replace(report, finite=finite)
             if not (has_nothing or report.held or is_behind):
                 report, sums = self._with_digest(report)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             report = replace(report, refusal=report.refusal or error)
         report = self.shard_ranks.agree(replace(report, used=self._flags()))
         # A rank without data uses nothing, but offers what is left in its residual.
@@ -196,7 +194,7 @@ class GradientExchange:
             exchange.accumulate(gradient)  # a dense one: it may travel with the agreement, and nothing depends on it
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         if agreed.settings_differ:
-            self._refuse_settings(report.groups)
+            raise error_of_settings(self._transport, report.groups)
         self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
@@ -258,17 +256,8 @@ class GradientExchange:
         if self._begun <= 1 or self._lead.step_number % self._check_every == 0:
             sums = checksums([parameter for _, parameter in self._named])
             return replace(report, digest=digest_of_checksums(sums), of_parameters=True), sums
-        return replace(report, digest=digest(scheduled_numbers(report.groups)) if report.groups else 0), None
-
-    def _refuse_settings(self, groups: Sequence[Mapping[str, object]]) -> None:
-        """Raise on every rank, before any uses settings of its own. Communication: collective, all ranks."""
-        told = tell_differences(self._transport, json.dumps(scheduled_settings(groups)))
-        rank, step = self._transport.rank, self._lead.step_number
-        raise RuntimeError(
-            f"the optimizers' settings differ between the ranks (seen from rank {rank}, before step {step}):{told}\n"
-            "The parameters would drift apart. Step schedulers equally often on every rank, and give those that follow "
-            "a metric, as ReduceLROnPlateau, its mean over the ranks. check_every=0 turns this check off."
-        )
+        is_told = report.groups and self._were_equal  # where they never were, training goes on
+        return replace(report, digest=digest(scheduled_numbers(report.groups)) if is_told else 0), None
 
     def _judge_drift(self, drifted: bool, sums: Tensor) -> None:
         """Parameters that differ are an error where they were equal before, and a warning where they never were."""

@@ -147,7 +147,7 @@ class TwoLevels:
         try:
             has_mean = self._inside.average(report, inverse_scale)
         except (RuntimeError, TypeError, ValueError) as error:  # on all ranks of this host, the leader among them
-            refusal = _placed(error, "inside of one host", self._on_host)
+            refusal = _placed(error, "within one host", self._on_host)
         if self._between is not None:
             outcome = self._lead(report, has_mean, refusal)
         elif refusal is not None:
@@ -182,7 +182,7 @@ class TwoLevels:
                 outcome = Outcome.OVER if between.is_over else Outcome.SKIPPED
         except (RuntimeError, TypeError, ValueError) as error:
             if refusal is None:
-                _placed(error, "between the first ranks of the hosts", self._leaders)
+                _placed(error, "among the first ranks of the hosts", self._leaders)
                 self._tell(Outcome.REFUSED)
                 gather_texts(self._host, str(error))
             raise
@@ -284,7 +284,7 @@ class TwoLevels:
 
 def _placed(error: Exception, where: str, ranks: list[int]) -> Exception:
     """The error, which also says which ranks of the job it means: their groups count them from 0."""
-    error.args = (f"{error}\nThis was {where}, whose ranks 0, 1, … are {name_ranks(ranks)} of the job.",)
+    error.args = (f"{error}\nHere ranks are counted {where}: they are {name_ranks(ranks)} of the job.",)
     return error
 
 

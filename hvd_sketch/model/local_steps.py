@@ -77,7 +77,8 @@ class LocalSteps(LoggedOptimizer):
         start_device: where ``start`` is kept; default: beside the parameters.
         start_dtype: in which ``start`` is kept; default: the parameters'. With ``torch.bfloat16`` it takes half the
             memory, and every round begins with parameters that are rounded to it, alike on all ranks.
-        check_every: exchanges after which the ranks compare a checksum of their parameters; 0: never.
+        check_every: exchanges after which the ranks compare a checksum of their parameters; in the others they compare
+            the outer optimizer's learning rate and momentum. 0: neither.
         max_skips: more exchanges in a row that are not finite are an error; 0: no limit.
         log, trace, tensorboard: as for :class:`~hvd_sketch.DistributedOptimizer`. A step of these is an exchange, with
             the rank's own steps before it: their time, the means of what they logged, and the bytes of as many dense

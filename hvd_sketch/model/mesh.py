@@ -14,6 +14,7 @@ from torch import Tensor
 from hvd_sketch.exchange.agreement import Report
 from hvd_sketch.exchange.setup import refused_together, tell_values
 from hvd_sketch.model.parameters import NamedParameter
+from hvd_sketch.model.settings import error_of_settings
 from hvd_sketch.shards import is_sharded
 from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
 from hvd_sketch.transport.stall import watched
@@ -121,22 +122,29 @@ class ShardRanks:
             yield
 
     def agree(self, report: Report) -> Report:
-        """A report of all shards together: not finite, or refused, if it is so on any of their ranks."""
+        """A report of all shards together: not finite, or refused, if it is so on any of their ranks.
+
+        Refused also where their optimizers' settings differ.
+        """
         for comm in self._comms:
             report = _agree(comm, report)
         return report
 
 
 def _agree(comm: TorchTransport, report: Report) -> Report:
-    own = torch.tensor([[not report.finite, report.refusal is not None]], dtype=torch.uint8)
+    settings = 0 if report.of_parameters else report.digest  # parameters differ between shards, settings must not
+    own = torch.tensor([[not report.finite, report.refusal is not None, settings]], dtype=torch.int64)
     with watched(comm, "agree with the other shards"):
         every: Tensor = comm.allgather(own)
-    is_bad, is_refused = every.any(0).tolist()
-    if is_bad:
+    bad, refused, digests = every.unbind(1)
+    if bool(bad.any()):
         report = replace(report, finite=False)
-    if is_refused:
+    if bool(digests.all()) and bool((digests != digests[0]).any()):
+        error = error_of_settings(comm, report.groups)
+        return replace(report, refusal=report.refusal or error)
+    if bool(refused.any()):
         reasons = gather_texts(comm, str(report.refusal or ""))
-        refusing = every[:, 1].nonzero().flatten().tolist()
+        refusing = refused.nonzero().flatten().tolist()
         told = f"{name_ranks(refusing)} of {comm.size} that hold shards of one replica cannot take this step: "
         report = replace(report, refusal=report.refusal or RuntimeError(told + reasons[refusing[0]]))
     return report

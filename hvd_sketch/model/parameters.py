@@ -116,9 +116,9 @@ def check_exchangeable(named: Sequence[NamedParameter]) -> None:
             )
         if getattr(parameter, "_fsdp_flattened", False):  # also where it is a view of a flat parameter
             raise ValueError(
-                f"parameter {name!r} is a shard of FullyShardedDataParallel's, of which every rank holds another one "
-                "under the same name: shard the model by fully_shard (FSDP2) along one dimension of a mesh, and "
-                "exchange along the other, transport=TorchTransport(mesh['replicate'])"
+                f"parameter {name!r} belongs to FullyShardedDataParallel (FSDP1), whose ranks hold different shards "
+                "under one name: shard the model by fully_shard (FSDP2) along one dimension of a mesh, and exchange "
+                "along the other, transport=TorchTransport(mesh['replicate'])"
             )
         if not parameter.is_floating_point():
             raise ValueError(

@@ -29,8 +29,8 @@ def recommended(
     """The compression that trained best at equal bytes on models like this one.
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
-    no rank of 1, an error; but for SGD nominated coordinates with 4-bit values, if the whole model then sends fewer
-    bytes than with ranks of 1. For a
+    no rank of 1: for SGD nominated coordinates with 4-bit values, if the whole model then sends fewer bytes than at
+    ranks of 1; otherwise an error. For a
     :class:`~hvd_sketch.optim.LagAdamW`, which goes with ``optimizer.ahead()``, nominated coordinates. For a
     :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
     fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
@@ -105,6 +105,11 @@ def recommended(
     coordinates, beyond = _beyond_rank_1(ratio, tensors, ranks)
     if optimizer == "sgd" and coordinates is not None and beyond >= highest:
         return coordinates
+    if highest <= 1:
+        raise ValueError(
+            f"low rank would send more of these {len(tensors)} small tensors than they have: there is nothing to "
+            "compress, exchange dense (compression=None)"
+        )
     raise ValueError(
         f"a ratio of {ratio:g} leaves no rank of 1 to every matrix: lower it, the highest ratio possible is {highest}"
         f"{_tell_of_coordinates(optimizer, beyond, highest)}"
@@ -117,7 +122,7 @@ def _tell_of_coordinates(optimizer: str, ratio: float, highest: float) -> str:
         return ""
     if ratio < highest:
         return (
-            f". With single coordinates small tensors go dense, and the whole model would send {ratio:.3g} times less"
+            f". With single coordinates small tensors go dense: the whole model would send only {ratio:.3g} times less"
         )
     return (
         f". Or wrap SignSGD (optimizer='signsgd') or LagAdamW (optimizer='lagadamw'): {optimizer!r} trains worse with "
@@ -151,7 +156,13 @@ def _coordinates(
         )
     dim = sum(local(tensor).numel() for tensor in large)
     in_float32 = ratio * DENSE_BYTES * dim / max(_dense_bytes(large), 1)
-    return SketchConfig.for_wire_ratio(in_float32, dim, ranks, **options)
+    try:
+        return SketchConfig.for_wire_ratio(in_float32, dim, ranks, **options)
+    except ValueError:
+        raise ValueError(
+            f"a ratio of {ratio:g} leaves too few bytes to update one of {dim} coordinates: lower the ratio, or "
+            "exchange dense (compression=None)"
+        ) from None
 
 
 def _large(tensors: Sequence[Tensor]) -> list[Tensor]:

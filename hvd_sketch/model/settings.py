@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.setup import require_equal
+from hvd_sketch.exchange.setup import require_equal, tell_differences
 from hvd_sketch.transport import Transport
 
 ROLE = "wrapped optimizer"
@@ -50,8 +51,10 @@ def scheduled_numbers(groups: Sequence[Mapping[str, object]]) -> bytes:
     for group in groups:
         for value in map(group.get, SCHEDULED):
             for each in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(each, NUMBERS) or (isinstance(each, Tensor) and each.device.type == "cpu"):
-                    numbers.append(float(each))
+                if isinstance(each, NUMBERS):
+                    numbers.append(each)
+                elif isinstance(each, Tensor) and each.device.type == "cpu" and each.numel() == 1:
+                    numbers.append(each.item())
     return numbers.tobytes()
 
 
@@ -63,6 +66,20 @@ def scheduled_settings(groups: Sequence[Mapping[str, object]]) -> dict[str, str]
         for name, told in _settings(group).items()
         if name in SCHEDULED
     }
+
+
+def error_of_settings(comm: Transport, groups: Sequence[Mapping[str, object]]) -> RuntimeError:
+    """What all ranks raise where their schedules differ, before any steps with its own.
+
+    Communication: collective, all ranks.
+    """
+    told = tell_differences(comm, json.dumps(scheduled_settings(groups)))
+    return RuntimeError(
+        f"the optimizers' settings differ between the ranks (seen from rank {comm.rank} of {comm.size}):"
+        f"{told or ' they are kept on different devices'}\nThe parameters would drift apart. Step schedulers equally "
+        "often on every rank, also where a GradScaler has skipped a step, and give those that follow a metric, as "
+        "ReduceLROnPlateau, its mean over the ranks. check_every=0 turns this check off."
+    )
 
 
 def _settings(group: Mapping[str, object]) -> dict[str, str]:

@@ -233,7 +233,7 @@ def warn_about_settings(
 ) -> None:
     """Tell of settings that work, but hardly as they are meant; arguments as for :func:`warn_unless_shown`."""
     sketched = [(name, p) for name, p in named if not is_dense(p, sketch.dense_below)]
-    if not sketched:
+    if not sketched and any(local(p).numel() for _, p in named):  # otherwise it is a rank with empty shards
         logger.warning(
             "all tensors have fewer than dense_below=%d elements, or 64 times as many and one dimension: nothing is "
             "sketched, gradients are exchanged dense. Lower dense_below to sketch them.",

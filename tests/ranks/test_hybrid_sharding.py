@@ -17,6 +17,7 @@ FOLDER = TemporaryDirectory()  # of the checkpoints; until the tests end
 TRAINS = register("torch", 4, f"{TARGETS}:trains")
 SKIPS = register("torch", 4, f"{TARGETS}:skips_together")
 ONE_REFUSES = register("torch", 4, f"{TARGETS}:one_refuses")
+SCHEDULES = register("torch", 4, f"{TARGETS}:schedules_drift")
 DRIFTS = register("torch", 4, f"{TARGETS}:drifts")
 TAKES_OVER = register("torch", 4, f"{TARGETS}:takes_over")
 GOES_ON = register("torch", 4, f"{TARGETS}:goes_on", folder=FOLDER.name)
@@ -57,6 +58,12 @@ def test_all_shards_skip_a_step_together() -> None:
 def test_what_one_shard_refuses_all_ranks_refuse() -> None:
     for said in ONE_REFUSES.results():
         assert "parameter '0.weight' is placed" in said and "p.grad.redistribute(placements=p.placements)" in said
+
+
+def test_a_schedule_of_one_shard_stops_all_ranks() -> None:
+    for rank, said in enumerate(SCHEDULES.results()):
+        assert "the optimizers' settings differ between the ranks" in said, rank
+        assert "lr of group 0: 0.3 on rank 0; 0.15 on rank 1" in said
 
 
 def test_a_shard_that_has_drifted_is_named() -> None:
@@ -128,7 +135,7 @@ def test_what_the_ranks_of_one_shard_refuse_at_set_up_all_refuse() -> None:
 def test_fsdp1_is_refused(keeps_parameters: bool) -> None:
     for result in REFUSED.results():
         said = result[f"FSDP1, {keeps_parameters}"]
-        assert "is a shard of FullyShardedDataParallel's" in said and "fully_shard (FSDP2)" in said
+        assert "belongs to FullyShardedDataParallel (FSDP1)" in said and "fully_shard (FSDP2)" in said
 
 
 @pytest.mark.parametrize("case", ["everywhere", "by FSDP", "along the shards", "by default", "broadcast"])

@@ -140,8 +140,8 @@ def test_what_one_rank_refuses_all_hosts_refuse() -> None:
     for first, nothing, last in REFUSES.results():
         assert "cannot take this step, so no rank does: parameter 'weight'" in first or first.startswith("ValueError")
         assert nothing == "" and "all ranks skipped 2 steps in a row" in last
-        assert "This was inside of one host, whose ranks 0, 1, … are ranks 2, 3 of the job." in first
-        assert "This was between the first ranks of the hosts, whose ranks 0, 1, … are ranks 0, 2 of the job." in last
+        assert "Here ranks are counted within one host: they are ranks 2, 3 of the job." in first
+        assert "Here ranks are counted among the first ranks of the hosts: they are ranks 0, 2 of the job." in last
 
 
 def test_averages_can_be_clipped_and_are_not_exchanged_twice() -> None:

@@ -113,6 +113,16 @@ def one_refuses(transport: TorchTransport) -> str:
     return error_of(optimizer.step)
 
 
+def schedules_drift(transport: TorchTransport) -> str:
+    """What is said where the rate of one shard of one replica has been lowered."""
+    model, optimizer = sharded(mesh_of(), None)
+    train(model, optimizer, transport.rank, range(3))
+    if transport.rank == 3:
+        optimizer.param_groups[0]["lr"] /= 2
+    loss_of(model, transport.rank, 3).backward()
+    return error_of(optimizer.step)
+
+
 def drifts(transport: TorchTransport) -> str:
     """What is said after one rank has changed its shard."""
     model, optimizer = sharded(mesh_of(), None, check_every=1)

@@ -118,6 +118,8 @@ def test_recommended_counts_all_where_low_rank_compresses_all() -> None:
     config = recommended([matrix, biases], 150, 4)
     assert isinstance(config, LowRankConfig) and config.dense_below == 0
     assert isinstance(recommended([biases], 7, 4), LowRankConfig)
+    with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
+        recommended([torch.nn.Parameter(torch.zeros(2, 4))], 1, 4)
     nothing: list[list[torch.Tensor]] = [[], [torch.zeros(400, 400)]]
     for tensors in nothing:
         with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
