@@ -27,7 +27,7 @@ from hvd_sketch.model.checkpoint_files import (
 )
 from hvd_sketch.model.local_steps import LocalSteps
 from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
-from hvd_sketch.shards import globalized, is_sharded, local, localized
+from hvd_sketch.shards import globalized, local, localized
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
 from hvd_sketch.transport.stall import watched
@@ -103,9 +103,9 @@ def save_checkpoint(
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = step_of(everyone)
     require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint")
-    with watched(comm, "save a checkpoint"):
-        texts = gather_texts(optimizer.transport, json.dumps(digests) if optimizer.transport.rank == 0 else "")
-        of_rank_0 = json.loads(texts[0])
+    with watched(optimizer.transport, "save a checkpoint"):  # whose rank 0 saves the model of these shards
+        of_model = gather_texts(optimizer.transport, json.dumps(digests) if shared is not None else "")[0]
+    common = json.loads(of_model)
     folder = _make_folder(root, step, comm)
     try:
         with refused_together(comm, "save a checkpoint"):
@@ -113,7 +113,7 @@ def save_checkpoint(
             if shared is not None:
                 name = shared_file(optimizer.shard_ranks.number)
                 files[name] = write_state(folder.path / name, localized(shared))
-            own_buffers = {name: value for name, value in buffers.items() if digests[name] != of_rank_0.get(name)}
+            own_buffers = {name: value for name, value in buffers.items() if digests[name] != common.get(name)}
             state = {"exchange": optimizer.state_dict()[STATE_KEY], "own": own, "buffers": own_buffers}
             if isinstance(optimizer, LocalSteps):
                 state["inner"] = optimizer.inner.state_dict()
@@ -281,6 +281,5 @@ def _describe(value: object) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     told = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if is_sharded(value):
-        told += f" sharded as {value.placements}, {tuple(local(value).shape)} of it"  # type: ignore[attr-defined]
-    return told
+    placements = getattr(value, "placements", None)  # of a DTensor
+    return told if placements is None else f"{told} sharded as {placements}, {tuple(local(value).shape)} of it"

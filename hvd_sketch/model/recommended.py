@@ -30,10 +30,10 @@ def recommended(
 
     Low rank with 4-bit factors, for SGD with Nesterov momentum, Adam, AdamW and Muon. Where the ratio leaves a matrix
     no rank of 1: for SGD nominated coordinates with 4-bit values, if the whole model then sends fewer bytes than at
-    ranks of 1; otherwise an error. For a
-    :class:`~hvd_sketch.optim.LagAdamW`, which goes with ``optimizer.ahead()``, nominated coordinates. For a
-    :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets. Beside coordinates tensors of
-    fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low rank compresses all.
+    ranks of 1; otherwise an error. For a :class:`~hvd_sketch.optim.LagAdamW`, which goes with ``optimizer.ahead()``,
+    nominated coordinates. For a :class:`~hvd_sketch.optim.SignSGD` random coordinates of a residual that forgets.
+    Beside coordinates tensors of fewer than 512 elements, and of fewer than 32,768 with one dimension, go dense; low
+    rank compresses all.
 
     Closest to a dense AdamW come nominated coordinates, LagAdamW and ``ahead()`` together, ``"lagadamw"``.
 

@@ -96,7 +96,10 @@ class FailingAsHorovod(ForwardingTransport):
             raise self._error(str(error)) from error
 
     def _check_place(self) -> None:
-        """Refuse to go on alone where Horovod has begun anew with other ranks: those wait for this one elsewhere."""
+        """Refuse collectives after Horovod has given this rank another number, or the job another size.
+
+        This transport still connects the ranks of before, and those of now wait in another one.
+        """
         place = (self._hvd.rank(), self._hvd.size())
         if place != self._place:
             raise ValueError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from hvd_sketch import DistributedOptimizer, LocalSteps, LowRankConfig, SketchConfig, broadcast_optimizer_state
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import Transport
+from tests.support.ddp_targets import logged
 from tests.support.patterns.training import assert_equal_everywhere, loss, network, saved_and_loaded, wrap
 
 SKETCH = SketchConfig.paper(cols=200, k=40, momentum=0.0, dense_below=100)
@@ -174,18 +174,12 @@ def check_a_join_that_all_ranks_call(t: Transport) -> None:
 
 def check_an_elastic_job_is_told_of_its_own_state(t: Transport) -> None:
     """horovodrun sets the variable; Horovod's TorchState would let ranks that come wait for ever."""
-    told: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("hvd_sketch.model.wrapping")
     model = network()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, logged() as told:
         patch.setenv("HOROVOD_ELASTIC", "1")
-        logger.addHandler(listener)
         for transport in ("auto", t):
             DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), transport=transport)
             LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), every=2, transport=transport)
-        logger.removeHandler(listener)
     assert len(told) == 2 * (t.rank == 0), told
     assert all("hvd_sketch.elastic.SketchState, in place of Horovod's TorchState" in text for text in told)
 

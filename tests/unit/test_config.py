@@ -124,9 +124,10 @@ def test_recommended_counts_all_where_low_rank_compresses_all() -> None:
     for tensors in nothing:
         with pytest.raises(ValueError, match="there is nothing to compress, exchange dense"):
             recommended(tensors, 500, 4)
-    for optimizer in ("lagadamw", "signsgd"):
+    of_coordinates: list[Any] = ["lagadamw", "signsgd"]
+    for optimizer in of_coordinates:
         with pytest.raises(ValueError, match=r"none of 1 tensors .* has 512 elements.* nothing to compress"):
-            recommended([biases], 7, 4, optimizer)  # type: ignore[arg-type]
+            recommended([biases], 7, 4, optimizer)
 
 
 @pytest.mark.parametrize("ratio", [16, 350, 60_000])
