@@ -93,6 +93,7 @@ def refused_process_sets(transport: HorovodTransport) -> dict[str, str]:
     hvd.init(process_sets=[only_first])
     if hvd.rank() > 0:
         said["not in it"] = message_of(lambda: HorovodTransport(only_first))
+    hvd.barrier()  # one rank's shutdown ends Horovod on all
     hvd.shutdown()
     said["used after a shutdown"] = message_of(lambda: transport.rank)
     hvd.init()
