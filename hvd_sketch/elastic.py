@@ -141,7 +141,8 @@ class SketchState(TorchState):
         if self.optimizer is None or self._committed is None:
             return
         sketched = self._committed[STATE_KEY]["sketched"]
-        square = sketched["v"].double().square().sum().cpu() if sketched is not None else torch.zeros(())
+        kept = sketched["v"] if sketched is not None else torch.zeros(1)
+        square = kept.double().square().sum().cpu()
         transport: Transport = self.optimizer.transport
         with watched(transport, "commit"):
             self._squares = transport.allgather(square.double().view(1)).tolist()

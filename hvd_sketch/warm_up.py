@@ -13,7 +13,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from inspect import getfile
 from pathlib import Path
 
@@ -99,13 +99,14 @@ def cached_kernels() -> list:
 def _calls_of_every_kernel() -> list[Callable[[], object]]:
     """Calls of each kernel with each combination of types in an exchange; the cheapest to compile comes first."""
     hash = BlockHash(DIM, 3, 40, 2)
-    v, u, table = torch.ones(DIM), torch.ones(DIM), torch.zeros(hash.table_shape)
+    ones = partial(torch.ones, dtype=torch.float32)
+    v, u, table = ones(DIM), ones(DIM), ones(hash.table_shape)
     shard_table = table[:, 0].contiguous()
     some = torch.arange(0, DIM, 3)
     some_int32 = some.int()  # as owned_above returns positions
     return [
         lambda: cpu.clear_(u, some),
-        lambda: cpu.gather(v, some, out=torch.empty(len(some))),
+        lambda: cpu.gather(v, some, out=ones(len(some))),
         lambda: cpu.feedback_(u, v, v.clone(), 0.5),
         lambda: cpu.feedback_accumulate_(hash, table, u, v, v.clone(), 0.5, 0),
         lambda: cpu.accumulate_(hash, table, v, 0, range(1)),  # row by row, as over MPI
@@ -131,7 +132,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
 
 
 def _call_every_code(positions: torch.Tensor) -> None:
-    values = torch.ones(len(positions))
+    values = torch.ones(len(positions), dtype=torch.float32)
     code = host.encode_positions(positions, DIM)
     host.decode_owned(BlockHash(DIM, 3, 40), code, torch.device("cpu"))
     host.decode_union(torch.cat([code, code]), DIM, torch.device("cpu"))
@@ -173,7 +174,13 @@ def _open_lock(folder: Path) -> int | None:
 
 @cache
 def _marker() -> Path:
-    """The file that exists where the cache holds every kernel for this processor, this software and these sources."""
+    """The file that exists where the cache holds every kernel for this processor, this software and these sources.
+
+    Raises:
+        ValueError: NUMBA_DISABLE_JIT is set.
+    """
+    if numba.config.DISABLE_JIT:
+        raise ValueError("the kernels for CPUs are compiled, but NUMBA_DISABLE_JIT is set: unset it on every rank")
     sources = [Path(getfile(module)).stat() for module in MODULES]
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     described = [

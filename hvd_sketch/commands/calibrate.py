@@ -52,7 +52,7 @@ def seconds_of_step(config: Compression, shapes: Shapes, device: str = "cpu") ->
     """
     (alone,), dim = local_transports(1), sum(map(math.prod, shapes))
     exchange = make_exchange(config, dim, alone, torch.device(device), shapes=shapes)
-    gradient, own = _gradient(dim, device), torch.empty(dim, device=device)
+    gradient, own = _gradient(dim, device), torch.empty(dim, dtype=torch.float32, device=device)
     return seconds_of(lambda: exchange.step(own), device, lambda: own.copy_(gradient))
 
 
@@ -63,7 +63,7 @@ def seconds_of_other(name: str, shapes: Shapes, device: str = "cpu") -> float:
 
 def _gradient(dim: int, device: str) -> Tensor:
     """Heavy-tailed, as gradients are: float32 [dim]."""
-    return torch.randn(dim, generator=torch.Generator().manual_seed(0)).pow_(3).to(device)
+    return torch.randn(dim, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).pow_(3).to(device)
 
 
 def waiting_for(device: str) -> Callable[[], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -16,17 +15,13 @@ from pathlib import Path
 
 from hvd_sketch.commands.finding import Finding, finished, output, telling_line
 from hvd_sketch.commands.libraries import backends, gpu, horovod, mpi
+from hvd_sketch.local_ranks import local_ranks
 from hvd_sketch.version import __version__
 
 PACKAGES = ("torch", "numpy", "numba", "mpi4py", "horovod", "triton")
 INTERFACES = Path("/sys/class/net")
 LEAST_FREE_BYTES = 1 << 30
 LOOPBACK = "lo"
-# How many ranks a launcher has put on this host: torchrun, Open MPI, horovodrun, MPICH and Intel MPI, srun ("4(x2)").
-LOCAL_SIZES = (
-    *("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
-    "SLURM_STEP_TASKS_PER_NODE",
-)
 BINDERS = (
     *("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "OMPI_MCA_hwloc_base_binding_policy"),
     *("PRTE_MCA_hwloc_default_binding_policy", "I_MPI_PIN_DOMAIN", "HYDRA_BINDING"),
@@ -95,14 +90,6 @@ def threads() -> Finding:
     return Finding("threads", "wrong", told + ": more threads than cores", mend)
 
 
-def local_ranks() -> int | None:
-    """How many ranks the launcher of this process has put on this host; None without a launcher."""
-    for name in LOCAL_SIZES:
-        if number := re.match(r"\d+", os.environ.get(name, "")):
-            return int(number[0])
-    return None
-
-
 def binding() -> Finding:
     """The cores on which this process may run, and the variables that can have bound it or its threads."""
     told = f"may run on {ranges(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
@@ -151,6 +138,10 @@ def network(root: Path = INTERFACES) -> Finding:
 
 def kernel_cache() -> Finding:
     """Whether compiled kernels can be kept, and are there."""
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        return Finding("kernel cache", "wrong", "NUMBA_DISABLE_JIT is set: no kernel is compiled", "unset it")
     mend = "set NUMBA_CACHE_DIR to a folder that every rank can write, then run hvd-sketch warm-up"
     try:
         from hvd_sketch.warm_up import cached_kernels, is_warm

@@ -132,9 +132,9 @@ def probed(transport: Transport, device: str = "cpu") -> Probe:
 
     Communication: collective, all ranks; some seconds.
     """
-    small = torch.zeros(SMALL_FLOATS, device=device)
-    shares = torch.zeros(transport.size, SMALL_FLOATS, device=device)
-    large = torch.zeros(transport.size, PROBE_FLOATS // transport.size, device=device)
+    small = torch.zeros(SMALL_FLOATS, dtype=torch.float32, device=device)
+    shares = torch.zeros(transport.size, SMALL_FLOATS, dtype=torch.float32, device=device)
+    large = torch.zeros(transport.size, PROBE_FLOATS // transport.size, dtype=torch.float32, device=device)
     kinds: list[Callable[[], object]] = [
         lambda: transport.allreduce_(small),
         lambda: transport.allgather(small),
@@ -185,7 +185,8 @@ def _link(among: Any, pairs: Sequence[tuple[int, int]], firsts: Sequence[int]) -
     pair = among.split(pairs.index(own) if own else len(pairs))
     if own is None:
         return []
-    small, large = torch.zeros(2, SMALL_FLOATS), torch.zeros(2, PROBE_FLOATS // 2)
+    small = torch.zeros(2, SMALL_FLOATS, dtype=torch.float32)
+    large = torch.zeros(2, PROBE_FLOATS // 2, dtype=torch.float32)
     latency_s = _slowest(pair, lambda: pair.alltoall(small), REPEATS)
     whole_s = _slowest(pair, lambda: pair.alltoall(large), REPEATS_OF_LINK)
     rate = large[0].nbytes / max(whole_s - latency_s, 1e-9)

@@ -15,7 +15,10 @@ from hvd_sketch.logs.trace import PERIOD_NS
 START_OF_HOROVOD = "start_time_since_epoch_in_micros"
 Event = dict[str, Any]
 # What it raises to read a file of another kind, or a damaged one.
-NOT_A_TRACE = (AttributeError, EOFError, KeyError, RecursionError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
+NOT_A_TRACE = (
+    *(AttributeError, EOFError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
+    *(gzip.BadGzipFile, zlib.error),
+)
 
 
 def merge_traces(paths: Sequence[Path], output: Path) -> dict[str, Any]:

@@ -52,13 +52,14 @@ def tensors_of_model(factory: str) -> Tensors:
 
     module, _, name = factory.partition(":")
     sys.path.insert(0, str(Path.cwd()))
+    expected = "package.module:function"
     try:
-        model = getattr(importlib.import_module(module), name)()
-        tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        make = getattr(importlib.import_module(module), name)
+        expected = "a function of no arguments that returns an nn.Module whose shapes are known"
+        tensors = [parameter for parameter in make().parameters() if parameter.requires_grad]
     except (Exception, SystemExit) as error:  # the user's own code raises whatever it likes
-        raise ValueError(
-            f"--model {factory} made no model ({type(error).__name__}: {error}): expected package.module:function"
-        ) from error
+        told = f"--model {factory} made no model ({type(error).__name__}: {error}): expected {expected}"
+        raise ValueError(told) from error
     finally:
         sys.path.pop(0)
     shapes: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}  # by whether they go dense

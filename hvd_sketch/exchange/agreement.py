@@ -69,6 +69,7 @@ class Report:
     loaded: Loaded = Loaded.NOTHING  # what kind of state it has loaded since its last step
     used: Sequence[bool] = ()  # for each parameter whether it has a gradient here
     groups: Sequence[Mapping[str, object]] = ()  # of its optimizer, for their settings; none: these are not compared
+    was_unused: bool = False  # it made no step with what the last exchange has averaged; compared with the settings
     digest: int = 0  # of its parameters' bits, or else of its settings, DIGEST_BITS wide and not 0; 0: not made
     of_parameters: bool = False  # what the digest is of
 

@@ -109,7 +109,7 @@ class EarlyMessages:
         source.begin(step)
         candidates = source.draw()
         if parts is None:
-            offered, is_finite = torch.zeros(candidates.numel(), device=candidates.device), True
+            offered, is_finite = torch.zeros(candidates.numel(), dtype=torch.float32, device=candidates.device), True
         else:
             offered, is_finite = self._feedback.offer_early(candidates, parts)
         shares = rounded_shares(self._kernels, offered, self._comm.size, self._bits)

@@ -38,7 +38,7 @@ class Limits:
 def no_limits(dim: int, device: torch.device | str) -> Limits:
     """What float32 itself can hold."""
     largest = torch.finfo(torch.float32).max
-    return Limits(torch.tensor([dim], device=device), torch.tensor([largest], device=device))
+    return Limits(torch.tensor([dim], device=device), torch.tensor([largest], dtype=torch.float32, device=device))
 
 
 class Feedback:
@@ -103,7 +103,9 @@ class Feedback:
         Returns:
             float32 [n], with 0 where v will not be finite and has to be reset; whether it will be finite everywhere.
         """
-        values = self._kernels.gather(self.v, indices, out=torch.empty(indices.numel(), device=self.v.device))
+        values = self._kernels.gather(
+            self.v, indices, out=torch.empty(indices.numel(), dtype=torch.float32, device=self.v.device)
+        )
         for start, stop, gradient in parts:
             if gradient is not None:
                 first, last = torch.searchsorted(indices, torch.tensor([start, stop], device=values.device)).tolist()

@@ -83,7 +83,9 @@ class LowRankAllreduce(ResidualExchange):
         # Means are far below what float32 and bfloat16 hold: of others, where they begin and end, and their limit.
         self._limited = [run for run in runs if run[2] < LARGEST_SUM / transport.size / 2]
         factored = {n: matrix for n, matrix in enumerate(self._matrices) if not matrix.is_whole}
-        self._right = torch.empty(sum(each.rank * each.cols for each in factored.values()), device=self._device)
+        self._right = torch.empty(
+            sum(each.rank * each.cols for each in factored.values()), dtype=torch.float32, device=self._device
+        )
         # Q of every matrix by its number: parts of that memory.
         self._rights = dict(zip(factored, _by_matrix(self._right, list(factored.values())), strict=True))
         self._memory = np.empty(0, dtype=np.float32)
@@ -117,7 +119,9 @@ class LowRankAllreduce(ResidualExchange):
         """Orthonormal columns of the sum over ranks of ``M Q``: float32 [rank, rows] each, equal on all ranks."""
         factored = [number for number in numbers if number in self._rights]
         matrices = [self._matrices[number] for number in factored]
-        own = torch.empty(sum(matrix.rank * matrix.rows for matrix in matrices), device=self._device)
+        own = torch.empty(
+            sum(matrix.rank * matrix.rows for matrix in matrices), dtype=torch.float32, device=self._device
+        )
 
         def multiply() -> None:
             for number, matrix, out in zip(factored, matrices, _by_matrix(own, matrices, of_rows=True), strict=True):
@@ -126,13 +130,15 @@ class LowRankAllreduce(ResidualExchange):
         total = self._sum(own, multiply, ("left", "left sums")).total if factored else own
         lefts = _by_matrix(total, matrices, of_rows=True)
         orthonormalize_(lefts)
-        one = torch.ones(1, 1, device=self._device)
+        one = torch.ones(1, 1, dtype=torch.float32, device=self._device)
         by_number = dict(zip(factored, lefts, strict=True))
         return [by_number.get(number, one) for number in numbers]
 
     def _agree_on_rights(self, matrices: Sequence[Matrix], lefts: Sequence[Tensor]) -> RoundedSum:
         """The sum over ranks of ``M^T P``, all matrices' one after the other."""
-        own = torch.empty(sum(matrix.rank * matrix.cols for matrix in matrices), device=self._device)
+        own = torch.empty(
+            sum(matrix.rank * matrix.cols for matrix in matrices), dtype=torch.float32, device=self._device
+        )
 
         def multiply() -> None:
             for matrix, left, out in zip(matrices, lefts, _by_matrix(own, matrices), strict=True):
@@ -179,7 +185,7 @@ class LowRankAllreduce(ResidualExchange):
         On a CPU the first write to fresh memory took between 0.4 and 50 ms for 5 million coordinates, the product 2 ms.
         """
         if self._device.type != "cpu":
-            return torch.empty(self.dim, device=self._device)
+            return torch.empty(self.dim, dtype=torch.float32, device=self._device)
         if len(self._memory) < self.dim or sys.getrefcount(self._memory) > 2:  # ours and the call's
             self._memory = aligned_zeros(self.dim)
         return torch.from_numpy(self._memory)

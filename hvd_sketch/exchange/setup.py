@@ -14,14 +14,19 @@ from hvd_sketch.transport.base import Transport, gather_texts, name_ranks
 from hvd_sketch.transport.stall import process_watch
 from hvd_sketch.version import __version__
 
+SET_UP = "Build it from the same configuration, model, optimizer, learning rate and software on every rank."
 
-def require_equal(comm: Transport, fields: Mapping[str, object], doing: str = "compare set-ups") -> None:
+
+def require_equal(
+    comm: Transport, fields: Mapping[str, object], doing: str = "compare set-ups", mend: str = SET_UP
+) -> None:
     """Compare named values and the version of this package over all ranks; while they are equal a digest travels.
 
     Args:
         comm: all ranks.
         fields: by name.
         doing: what the ranks are about to do together.
+        mend: how to make the values equal, a sentence.
 
     Communication: collective, all ranks, also when they then raise.
 
@@ -37,7 +42,7 @@ def require_equal(comm: Transport, fields: Mapping[str, object], doing: str = "c
         return
     raise ValueError(
         f"the ranks were set up differently (seen from rank {comm.rank} of {comm.size}): {tell_differences(comm, text)}"
-        "\nBuild it from the same configuration, model, optimizer, learning rate and software on every rank."
+        f"\n{mend}"
     )
 
 

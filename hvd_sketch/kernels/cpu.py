@@ -23,12 +23,11 @@ from hvd_sketch.kernels import reference
 from hvd_sketch.kernels.numba_exit import keep_exit_silent
 from hvd_sketch.kernels.reference import CHUNKS, LARGEST_CODES, LARGEST_SCALES, packed_bytes
 from hvd_sketch.kernels.threads import run_on_threads
+from hvd_sketch.local_ranks import local_ranks
 
 ON_HOST = True
 MIN_PER_THREAD = 1 << 17  # fewer coordinates do not pay for waking a thread (20 us; their estimates take 40)
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
-# How many ranks the launchers say there are on this node: torchrun, Open MPI, MPICH and Intel MPI, horovodrun.
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
 keep_exit_silent()
 
 
@@ -297,8 +296,7 @@ def _share_of_cores() -> int:
     """This rank's share of the node's cores, or as many as OMP_NUM_THREADS or NUMBA_NUM_THREADS asks for."""
     if any(os.environ.get(name) for name in THREAD_SETTINGS):
         return numba.config.NUMBA_NUM_THREADS
-    ranks = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
-    return max(1, (os.cpu_count() or 1) // ranks)
+    return max(1, (os.cpu_count() or 1) // (local_ranks() or 1))
 
 
 def threads_for(size: int) -> int:

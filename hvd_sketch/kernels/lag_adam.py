@@ -6,7 +6,7 @@ On CPUs and GPUs every bit is that of the reference, :func:`by_torch_`.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -146,5 +146,6 @@ def _weights(beta2: float, longest: int, device: torch.device) -> Tensor:
 
 def warm_up() -> None:
     """Compile the kernel for CPUs where Numba's cache does not hold it. Communication: none."""
-    state = State(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int32))
-    lag_adam_(torch.zeros(1), torch.ones(1), state, Settings(1, 0.1, 0.9, 0.999, 1e-8, 0.0))
+    zeros = partial(torch.zeros, dtype=torch.float32)
+    state = State(zeros(1), zeros(1), torch.zeros(1, dtype=torch.int32))
+    lag_adam_(zeros(1), zeros(1), state, Settings(1, 0.1, 0.9, 0.999, 1e-8, 0.0))

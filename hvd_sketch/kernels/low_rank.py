@@ -137,4 +137,5 @@ def _product_by_torch_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def warm_up() -> None:
     """Compile both for CPUs where Numba's cache does not hold them, so that no step does. Communication: none."""
     loops.orthonormalize(np.ones((1, 1), dtype=np.float32))
-    product_(torch.empty(1), torch.ones(1, 1), torch.ones(1, 1))
+    one = torch.ones(1, 1, dtype=torch.float32)
+    product_(torch.empty(1, dtype=torch.float32), one, one)

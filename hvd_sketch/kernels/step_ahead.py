@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,4 +61,5 @@ def by_torch_(parameter: Tensor, left: Tensor, exp_avg_sq: Tensor, kept: Tensor,
 
 def warm_up() -> None:
     """Compile the kernel for CPUs where Numba's cache does not hold it. Communication: none."""
-    step_ahead_(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), Move(1.0, 1.0, 1e-8, 1.0, 1.0))
+    ones = partial(torch.ones, 1, dtype=torch.float32)
+    step_ahead_(ones(), ones(), ones(), ones(), Move(1.0, 1.0, 1e-8, 1.0, 1.0))

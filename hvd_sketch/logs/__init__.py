@@ -42,7 +42,11 @@ def outputs_of(
     """
     rank, size = transport.rank, transport.size
     outputs: list[Output] = []
-    places = [Path(place).absolute() for place in (log, trace, tensorboard) if place is not None]
+    # A file is opened with its first lines, and by then the program may be in another folder.
+    log, trace, tensorboard = (
+        place if place is None else Path(place).absolute() for place in (log, trace, tensorboard)
+    )
+    places = [place for place in (log, trace, tensorboard) if place is not None]
     if len(set(places)) < len(places):
         raise ValueError(
             f"log, trace and tensorboard must be different places, got {log!s}, {trace!s}, {tensorboard!s}"

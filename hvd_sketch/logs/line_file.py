@@ -36,7 +36,8 @@ class LineFile:
     """Lines in a file, only whole ones, whatever happens while they are written.
 
     Where the disk is full, or the file cannot be written for another reason, an error is logged once, lines are lost
-    until it can be written again, and the program goes on.
+    until it can be written again, and the program goes on. A file that is removed is not made again: it would lack its
+    first lines.
 
     Args:
         path: the file to be; its folder exists. One that is there already is kept as ``<path>.old``.
@@ -49,7 +50,7 @@ class LineFile:
         self._goes_on, self._most_bytes = goes_on, most_bytes
         self._file: int | None = None
         self._size = 0  # bytes of whole lines
-        self._is_failing = self._is_full = False
+        self._is_failing = self._is_over = False
 
     def write(self, lines: Iterable[str]) -> bool:
         """Hand lines, without their ends, to the operating system; they survive the process.
@@ -58,11 +59,15 @@ class LineFile:
             Whether the file has them; False: they are lost.
         """
         data = "".join(line + "\n" for line in lines).encode()
-        if not data or self._is_full:
+        if not data or self._is_over:
             return not data
         if self._size + len(data) > self._most_bytes:
-            self._is_full = True
+            self._is_over = True
             logger.warning("%s has %d bytes: no more is written to it", self.path, self._size)
+            return False
+        if self._file is not None and os.fstat(self._file).st_nlink == 0:
+            self._is_over = True
+            logger.error("%s was removed: no more is written to it. The training goes on.", self.path)
             return False
         try:
             self._append(data)

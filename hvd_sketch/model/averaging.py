@@ -145,7 +145,7 @@ class AveragingOptimizer(LoggedOptimizer):
         if loss_scale is None:
             self._exchange(None, None)
             return
-        self._exchange(torch.tensor(loss_scale), 0.0)
+        self._exchange(torch.tensor(loss_scale, dtype=torch.float32), 0.0)
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(loss_scale)
@@ -184,6 +184,7 @@ class AveragingOptimizer(LoggedOptimizer):
             held=is_held,
             refusal=refusal or self._unregistered(),
             groups=self.inner.param_groups,
+            was_unused=progress.was_unused and not is_held,
         )
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
         observer = self.ledger.observer

@@ -63,7 +63,7 @@ def broadcast_parameters(
     _check_tensors(entries)
     if any(is_sharded(tensor) for _, tensor in entries):
         require_equal_shards(comm, entries)
-    broadcast_tensors([local(tensor) for _, tensor in entries], root_rank, comm)
+    broadcast_tensors([_once(local(tensor)) for _, tensor in entries], root_rank, comm)
 
 
 def broadcast_tensors(tensors: list[Tensor], root_rank: int, comm: Transport) -> None:
@@ -153,7 +153,17 @@ def _describe(entry: Any) -> str:
     if not isinstance(tensor, Tensor):
         return f"{name} {type(tensor).__name__}"
     sharded = " of a DTensor" if is_sharded(tensor) else ""
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout}{sharded}"
+    repeated = f", repeated from {tuple(_once(tensor).shape)}" if _once(tensor) is not tensor else ""
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout}{sharded}{repeated}"
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Without the dimensions that ``expand()`` has made: their elements are the same memory."""
+    if is_sharded(tensor) or tensor.layout != torch.strided:
+        return tensor
+    for dim, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        tensor = tensor.narrow(dim, 0, 1) if stride == 0 and size > 1 else tensor
+    return tensor
 
 
 def _check_tensors(entries: list[Any]) -> None:
@@ -164,7 +174,10 @@ def _check_tensors(entries: list[Any]) -> None:
                 "model.state_dict() or model.named_parameters()"
             )
         if not isinstance(entry[1], Tensor) or entry[1].layout != torch.strided:
-            raise ValueError(f"every value must be a dense tensor, got {_describe(entry)}: leave it out")
+            raise ValueError(
+                f"every value must be a dense tensor, got {_describe(entry)}: leave it out, as by "
+                "{name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}"
+            )
 
 
 def _optimizer_fields(optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -206,7 +219,7 @@ def _broadcast_bucket(tensors: list[Tensor], root_rank: int, comm: Transport) ->
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _serialized(state: dict[str, Any]) -> Tensor | None:

@@ -32,6 +32,8 @@ from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
 from hvd_sketch.transport.stall import watched
 
+SAME_CALL = "Give it the same arguments, and use the same software, on every rank."
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -102,7 +104,7 @@ def save_checkpoint(
         kind = type(optimizer.inner).__name__
         shared = {"model": model.state_dict(), "optimizer": everyone, "class of optimizer": kind, "extra": extra}
     step = step_of(everyone)
-    require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint")
+    require_equal(comm, {"keep": keep, "step": step}, "save a checkpoint", SAME_CALL)
     with watched(optimizer.transport, "save a checkpoint"):  # whose rank 0 saves the model of these shards
         of_model = gather_texts(optimizer.transport, json.dumps(digests) if shared is not None else "")[0]
     common = json.loads(of_model)
@@ -164,7 +166,7 @@ def load_checkpoint(
     Communication: collective, all ranks.
     """
     comm = _job_of(optimizer)
-    require_equal(comm, {"residuals": residuals}, "load a checkpoint")
+    require_equal(comm, {"residuals": residuals, "step": step}, "load a checkpoint", SAME_CALL)
     folder = _find(Path(directory), step, comm)
     if folder is None:
         return None

@@ -56,7 +56,15 @@ class Folder:
 
 
 def folders(directory: Path) -> list[Folder]:
-    """All checkpoints of a directory, complete or not, the oldest first; none where there is no directory."""
+    """All checkpoints of a directory, complete or not, the oldest first; none where there is no directory.
+
+    Raises:
+        NotADirectoryError: there is something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            f"{directory} is a file: expected a directory of checkpoints, or the name of a new one"
+        )
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
     matches = [match for match in map(FOLDER.fullmatch, names) if match]
     found = [Folder(directory / match[0], int(match[1]), int(match[2])) for match in matches]

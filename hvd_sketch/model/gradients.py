@@ -21,7 +21,7 @@ from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_dri
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
-from hvd_sketch.model.settings import error_of_settings, scheduled_numbers
+from hvd_sketch.model.settings import error_of_settings, settings_of
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
@@ -194,7 +194,7 @@ class GradientExchange:
             exchange.accumulate(gradient)  # a dense one: it may travel with the agreement, and nothing depends on it
         agreed = self._lead.begin_step(report, packed[0] if packed else (), own_unused)
         if agreed.settings_differ:
-            raise error_of_settings(self._transport, report.groups)
+            raise error_of_settings(self._transport, report)
         self.is_over, self.is_held = not agreed.active, agreed.held
         if agreed.root is not None:
             for exchange in self._exchanges[1:]:
@@ -257,7 +257,7 @@ class GradientExchange:
             sums = checksums([parameter for _, parameter in self._named])
             return replace(report, digest=digest_of_checksums(sums), of_parameters=True), sums
         is_told = report.groups and self._were_equal  # where they never were, training goes on
-        return replace(report, digest=digest(scheduled_numbers(report.groups)) if is_told else 0), None
+        return replace(report, digest=digest(settings_of(report)) if is_told else 0), None
 
     def _judge_drift(self, drifted: bool, sums: Tensor) -> None:
         """Parameters that differ are an error where they were equal before, and a warning where they never were."""

@@ -235,10 +235,15 @@ class LocalSteps(LoggedOptimizer):
                     parameter.copy_(start)  # all ranks go on from what they will come back to
 
     def _go_back(self) -> None:
-        """To where the round began; ``p.grad`` is what has become of the parameters since."""
+        """To where the round began; ``p.grad`` is what has become of the parameters since.
+
+        Parameters that are frozen have no gradient, like those of which a backward pass makes none: neither what is
+        left in residuals nor an outer momentum moves them.
+        """
         for parameter, start in zip(self._parameters, self._start, strict=True):
             here = start.to(parameter.device, parameter.dtype)
-            parameter.grad = here - parameter
+            is_frozen = not parameter.requires_grad and torch.equal(local(here), local(parameter))
+            parameter.grad = None if is_frozen else here - parameter
             parameter.copy_(here)
 
     def _unscale(self, scale: Any) -> None:

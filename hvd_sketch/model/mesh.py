@@ -140,7 +140,7 @@ def _agree(comm: TorchTransport, report: Report) -> Report:
     if bool(bad.any()):
         report = replace(report, finite=False)
     if bool(digests.all()) and bool((digests != digests[0]).any()):
-        error = error_of_settings(comm, report.groups)
+        error = error_of_settings(comm, report)
         return replace(report, refusal=report.refusal or error)
     if bool(refused.any()):
         reasons = gather_texts(comm, str(report.refusal or ""))

@@ -207,7 +207,7 @@ class DistributedOptimizer(AveragingOptimizer):
             is_taken = self._take_averaged(found_inf)
         else:
             is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
-        self._progress.start_over()
+        self._progress.note_step()
         self._progress.forgives = found_inf is not None
         if is_taken:
             self._step_inner(closure is not None)
@@ -300,7 +300,7 @@ class DistributedOptimizer(AveragingOptimizer):
         take_over = self._gradients.read_state(state_dict[STATE_KEY]) if has_ours else self._forget_residuals
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         take_over()
-        self._progress.start_over()
+        self._progress.note_step()
 
     def _forget_residuals(self) -> None:
         self._gradients.forget()

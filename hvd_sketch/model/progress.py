@@ -31,6 +31,7 @@ class Progress:
             ``p.grad``.
         forgives: a ``GradScaler`` has judged the last step, too.
         has_told: that gradients were exchanged in vain.
+        was_unused: no step was made with what the last exchange has averaged.
         ahead: what moves the parameters for backward passes, once it was asked for.
     """
 
@@ -38,6 +39,7 @@ class Progress:
         self._parameters = parameters
         self.exchanged: bool | None = None
         self.has_backward = self.skip_synchronize = self.in_backward = self.forgives = self.has_told = False
+        self.was_unused = False
         self.ahead: Ahead | None = None
         self._averaged: list[weakref.ref[Tensor] | None] = []  # p.grad as the last exchange left it
         self._readers: set[str] = set()  # methods that were seen to change no parameter
@@ -84,8 +86,13 @@ class Progress:
 
     def note_exchange(self, averaged: bool) -> None:
         """The gradients are averaged, or all ranks skipped. They are not kept alive."""
-        self.exchanged, self.has_backward = averaged, False
+        self.exchanged, self.has_backward, self.was_unused = averaged, False, averaged
         self._averaged = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
+
+    def note_step(self) -> None:
+        """The gradients have been used, or belong to a state that is no longer there."""
+        self.was_unused = False
+        self.start_over()
 
     def start_over(self) -> None:
         """The gradients have been used, or thrown away."""
@@ -126,7 +133,7 @@ class Progress:
                 versions = [parameter._version for parameter in self._parameters]
                 result = method(*arguments, **options)
                 if versions != [parameter._version for parameter in self._parameters]:
-                    self.start_over()
+                    self.note_step()
                 return result
             before = checksums(self._parameters)
             result = method(*arguments, **options)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.exchange.agreement import Report
 from hvd_sketch.exchange.setup import require_equal, tell_differences
 from hvd_sketch.transport import Transport
 
@@ -41,14 +42,14 @@ def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, 
     require_equal(comm, fields)
 
 
-def scheduled_numbers(groups: Sequence[Mapping[str, object]]) -> bytes:
-    """What schedulers change: learning rates, momentum, betas and weight decays of an optimizer's groups, as float64.
+def settings_of(report: Report) -> bytes:
+    """What schedulers change, learning rates, momentum, betas and weight decays, and whether the last step was made.
 
-    Those that are kept on a device are left out: to read them waits for it. Of one group 2 microseconds, of 100 groups
-    100. Communication: none.
+    As float64. Numbers that are kept on a device are left out: to read them waits for it. Of one group 2 microseconds,
+    of 100 groups 100. Communication: none.
     """
-    numbers = array("d")
-    for group in groups:
+    numbers = array("d", [report.was_unused])
+    for group in report.groups:
         for value in map(group.get, SCHEDULED):
             for each in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(each, NUMBERS):
@@ -58,27 +59,29 @@ def scheduled_numbers(groups: Sequence[Mapping[str, object]]) -> bytes:
     return numbers.tobytes()
 
 
-def scheduled_settings(groups: Sequence[Mapping[str, object]]) -> dict[str, str]:
-    """The same by name, in words; of those on a device, too. Communication: none."""
-    return {
+def _settings_in_words(report: Report) -> dict[str, str]:
+    """The same by name; of numbers on a device, too."""
+    used = "a step with what the last exchange averaged", "not made" if report.was_unused else "made"
+    return dict([used]) | {
         f"{name} of group {number}": told
-        for number, group in enumerate(groups)
+        for number, group in enumerate(report.groups)
         for name, told in _settings(group).items()
         if name in SCHEDULED
     }
 
 
-def error_of_settings(comm: Transport, groups: Sequence[Mapping[str, object]]) -> RuntimeError:
-    """What all ranks raise where their schedules differ, before any steps with its own.
+def error_of_settings(comm: Transport, report: Report) -> RuntimeError:
+    """What all ranks raise where :func:`settings_of` differ, before any steps with its own.
 
     Communication: collective, all ranks.
     """
-    told = tell_differences(comm, json.dumps(scheduled_settings(groups)))
+    told = tell_differences(comm, json.dumps(_settings_in_words(report)))
     return RuntimeError(
-        f"the optimizers' settings differ between the ranks (seen from rank {comm.rank} of {comm.size}):"
-        f"{told or ' they are kept on different devices'}\nThe parameters would drift apart. Step schedulers equally "
-        "often on every rank, also where a GradScaler has skipped a step, and give those that follow a metric, as "
-        "ReduceLROnPlateau, its mean over the ranks. check_every=0 turns this check off."
+        "the optimizers' settings, or their steps, differ between the ranks (seen from rank "
+        f"{comm.rank} of {comm.size}):{told or ' they are kept on different devices'}\nThe parameters would drift "
+        "apart. Step optimizers and schedulers equally often on every rank, also where a GradScaler has skipped a step "
+        "or a rank has caught an error, and give those that follow a metric, as ReduceLROnPlateau, its mean over the "
+        "ranks. check_every=0 turns this check off."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -200,7 +200,7 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
 def _is_as_written(record: Mapping[str, Any]) -> bool:
     """Whether a line has what is read of its kind."""
     if "run" in record:
-        return record["run"] != FORMAT or type(record.get("size")) is int
+        return record["run"] != FORMAT or (type(record.get("size")) is int and _is_number(record.get("started", 0)))
     values, phases = record.get("values", {}), record.get("phases", {})
     if not isinstance(values, dict) or not all(value is None or _is_number(value) for value in values.values()):
         return False
@@ -217,7 +217,7 @@ def _is_as_written(record: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < math.inf
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _put_together(name: str, about: Mapping[str, Any], logs: Mapping[int, Lines]) -> Run:

@@ -54,11 +54,11 @@ class Attendance(ABC):
         self._fates: dict[int, Fate] = {}  # of ranks of this host
         self._lock = threading.Lock()
         self._is_over = False
-        mine = weakref.ref(self)  # the hook must not keep a communicator alive
+        mine, process = weakref.ref(self), os.getpid()  # the hook must not keep a communicator alive
 
         def end() -> None:
             alive = mine()
-            if alive is not None:
+            if alive is not None and os.getpid() == process:  # not that of a forked one
                 alive.say(Says.ENDED)
 
         self._end = end

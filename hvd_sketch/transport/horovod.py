@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-from hvd_sketch.transport.base import gather_texts
-from hvd_sketch.transport.horovod_carriers import carrier_for
+from hvd_sketch.transport.base import Transport, gather_texts
+from hvd_sketch.transport.horovod_carriers import carrier_for, has_nccl
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
 from hvd_sketch.transport.horovod_errors import FailingAsHorovod
+from hvd_sketch.transport.horovod_mpi import connect_over_mpi
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 
-CARRIERS = ("auto", "horovod")
+CARRIERS = ("auto", "mpi", "torch", "horovod")
 
 
 class HorovodTransport(FailingAsHorovod):
     """One rank of a Horovod job, or of one of its process sets.
 
     Ranks, sizes, process sets and the life of the job are Horovod's. Data travel without its background thread, which
-    takes milliseconds for a collective however small: over Gloo and, for CUDA tensors, NCCL, by groups of torch's that
-    the ranks form through Horovod, whether it runs over Gloo or MPI. With ``carrier="horovod"``, and where the ranks
-    reach no common address over TCP, they are left to Horovod's own collectives.
+    takes milliseconds for a collective however small:
 
-    Gloo uses the interfaces that GLOO_SOCKET_IFNAME or horovodrun's ``--network-interfaces`` name. A fabric that only
-    MPI can use is used with ``carrier="horovod"``, or with ``transport="mpi"``.
+    - ``"mpi"``: by a communicator of our own, where Horovod runs over MPI and there is mpi4py for the same library.
+    - ``"torch"``: over Gloo and, for CUDA tensors, NCCL, by groups of torch's that the ranks form through Horovod. Gloo
+      uses the interfaces that GLOO_SOCKET_IFNAME or horovodrun's ``--network-interfaces`` name.
+    - ``"horovod"``: by Horovod's own collectives, also where the ranks reach no common address over TCP.
+    - ``"auto"``: by the first of these that can be had; where a rank has NCCL, not by MPI.
 
     Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it.
 
@@ -30,15 +33,15 @@ class HorovodTransport(FailingAsHorovod):
 
     Args:
         process_set: an ``hvd.ProcessSet`` that holds this rank; declared at ``hvd.init``. Default: all ranks.
-        carrier: ``"auto"`` or ``"horovod"``; equal on all ranks.
+        carrier: of the data; equal on all ranks.
 
     Raises:
         TypeError: ``process_set`` is no ``hvd.ProcessSet``.
         ValueError: ``process_set`` is not registered with Horovod, or does not hold this rank; there is no such
-            carrier; on every rank: the ranks were given different ones.
+            carrier; on every rank: the ranks were given different ones, or MPI, which they cannot use.
     """
 
-    def __init__(self, process_set: Any = None, carrier: Literal["auto", "horovod"] = "auto") -> None:
+    def __init__(self, process_set: Any = None, carrier: Literal["auto", "mpi", "torch", "horovod"] = "auto") -> None:
         locate_open_mpi()  # for a Horovod built with MPI
         try:
             import horovod.torch as hvd
@@ -55,7 +58,7 @@ class HorovodTransport(FailingAsHorovod):
         _check_process_set(hvd, self._set)
         own = HorovodCollectives(hvd, self._set)
         _check_carriers(own, carrier)
-        super().__init__(hvd, own if carrier == "horovod" else carrier_for(own))
+        super().__init__(hvd, *_carrier(hvd, own, carrier))
 
     @property
     def rank(self) -> int:
@@ -64,6 +67,26 @@ class HorovodTransport(FailingAsHorovod):
     @property
     def size(self) -> int:
         return self._set.size()
+
+
+def _carrier(hvd: Any, own: HorovodCollectives, carrier: str) -> tuple[Transport, AbstractContextManager[None]]:
+    """What carries the data, and what holds every use of it. Communication: collective, by Horovod's own collectives.
+
+    Raises: see :class:`HorovodTransport`.
+    """
+    if carrier == "horovod":
+        return own, nullcontext()
+    if carrier in ("auto", "mpi"):
+        over_mpi = connect_over_mpi(hvd, own, is_wanted=carrier == "mpi" or not has_nccl())
+        if over_mpi is not None:
+            return over_mpi
+        if carrier == "mpi":
+            raise ValueError(
+                f"carrier='mpi' expected Horovod to run over MPI with MPI_THREAD_MULTIPLE, and mpi4py built for the "
+                f"same MPI library on all ranks (seen from rank {own.rank}): start the job by mpirun or "
+                "`horovodrun --mpi`, or leave out the carrier"
+            )
+    return carrier_for(own), nullcontext()
 
 
 def _check_carriers(own: HorovodCollectives, carrier: str) -> None:

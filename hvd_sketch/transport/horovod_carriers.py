@@ -45,9 +45,6 @@ class _Meeting:
 def carrier_for(own: HorovodCollectives) -> Transport:
     """Groups of torch's (Gloo, and NCCL where every rank has it), or Horovod's own where they cannot be formed.
 
-    MPI is left to Horovod: where Horovod ends on one rank it ends MPI on all, also under a rank that waits in MPI,
-    which then crashes.
-
     Communication: collective, by Horovod's own collectives.
 
     Args:
@@ -73,7 +70,7 @@ def _meetings() -> WeakKeyDictionary[Any, _Meeting]:
 
 def _meet(own: HorovodCollectives) -> _Meeting:
     from torch.distributed import PrefixStore, TCPStore
-    from torch.distributed.distributed_c10d import default_pg_timeout, is_nccl_available
+    from torch.distributed.distributed_c10d import default_pg_timeout
 
     offers, store = own_addresses(), None
     if own.rank == 0:
@@ -87,11 +84,17 @@ def _meet(own: HorovodCollectives) -> _Meeting:
         return _Meeting(name, own.rank, own.size, store, None)
     if store is None:
         store = TCPStore(offers[usable[0]], int(port), is_master=False)
-    has_nccl = torch.cuda.is_available() and is_nccl_available()
-    every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl)])).all())
+    every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl())])).all())
     where = PrefixStore("hvd_sketch", store), own.rank, own.size, default_pg_timeout
     channel = connect(*where, with_nccl=every_has_nccl, host=places[own.rank][usable[0]])
     return _Meeting(name, own.rank, own.size, store, channel)
+
+
+def has_nccl() -> bool:
+    """Whether this rank has a GPU, and torch NCCL for it. Communication: none."""
+    from torch.distributed.distributed_c10d import is_nccl_available
+
+    return torch.cuda.is_available() and is_nccl_available()
 
 
 def _warn(own: HorovodCollectives, offers: list[str], places: list[list[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -20,17 +20,19 @@ class FailingAsHorovod(ForwardingTransport):
     Args:
         hvd: ``horovod.torch``. Its ``join()`` tells the ranks of ``inner``.
         inner: carries the data.
+        usable: entered around every use of ``inner``.
 
     Attributes:
         attendance: of the inner transport, where it has one.
         can_split: whether :meth:`split` is possible.
     """
 
-    def __init__(self, hvd: Any, inner: Transport) -> None:
+    def __init__(self, hvd: Any, inner: Transport, usable: AbstractContextManager[None] | None = None) -> None:
         from horovod.common.exceptions import HorovodInternalError
 
         super().__init__(inner)
         self._hvd, self._error = hvd, HorovodInternalError
+        self._usable = usable if usable is not None else nullcontext()
         self._place = (hvd.rank(), hvd.size())
         self.can_split = isinstance(inner, Splitting)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
@@ -78,7 +80,7 @@ class FailingAsHorovod(ForwardingTransport):
                 "out carrier='horovod' and mend what was warned of when the job began, or leave out levels=2"
             )
         with self._as_horovods():
-            return FailingAsHorovod(self._hvd, self._inner.split(color))
+            return FailingAsHorovod(self._hvd, self._inner.split(color), self._usable)
 
     def _finish(self, wait: Callable[[], Tensor]) -> Tensor:
         with self._as_horovods():
@@ -89,7 +91,8 @@ class FailingAsHorovod(ForwardingTransport):
         if self._hvd.is_initialized():
             self._check_place()
         try:
-            yield
+            with self._usable:
+                yield
         except self._error:
             raise
         except RuntimeError as error:

@@ -58,17 +58,10 @@ class MPITransport:
         check_communicator(self._mpi, users)
         self._channel = channel_on(self._mpi, users)
         self._comm, self._progress = self._channel.comm, self._channel.progress
+        self.rank, self.size = self._comm.rank, self._comm.size
         self.attendance = self._channel.attendance
         self._max_count = max_count
         self._takes_cuda = _takes_cuda(self._mpi)
-
-    @property
-    def rank(self) -> int:
-        return self._comm.rank
-
-    @property
-    def size(self) -> int:
-        return self._comm.size
 
     @property
     def overlaps(self) -> bool:

@@ -1,7 +1,8 @@
 """A small training in which one rank fails at one point; what test_table.py runs on every rank.
 
-Arguments: transport; ``<act>@<point>``, see ACTS and POINTS, a key of EXTRA_STEPS, or "survive"; folder for checkpoints
-and the time of the failure, or of a normal end. It is rank 1 that fails, or with ``<act>@<point> of rank 0`` that one.
+Arguments: transport, or "horovod-own" for Horovod's own collectives; ``<act>@<point>``, see ACTS and POINTS, a key of
+EXTRA_STEPS, or "survive"; folder for checkpoints and the time of the failure, or of a normal end. It is rank 1 that
+fails, or with ``<act>@<point> of rank 0`` that one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import hvd_sketch.model.checkpoint as checkpoint
 from hvd_sketch import DistributedOptimizer, SketchConfig, broadcast_parameters, save_checkpoint
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import HorovodTransport, Transport, resolve_transport
 from hvd_sketch.transport.base import Handle
 from hvd_sketch.transport.forwarding import ForwardingTransport
 
@@ -110,7 +111,8 @@ class Job:
     def __init__(self, name: str, fault: Fault, folder: Path) -> None:
         fault.reach("start")
         self._fault, self._folder = fault, folder
-        self._transport = Fatal(resolve_transport(name), fault)
+        own = name == "horovod-own"
+        self._transport = Fatal(HorovodTransport(carrier="horovod") if own else resolve_transport(name), fault)
         self.rank = self._transport.rank
         fault.reach("connected")
         self._transport.before = partial(fault.reach, "set-up")

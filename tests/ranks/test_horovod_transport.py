@@ -24,18 +24,20 @@ pytestmark = pytest.mark.skipif(
 
 TARGETS = "tests.support.horovod_targets"
 CARRIERS = {kind: register(kind, 2, f"{TARGETS}:carriers") for kind in ("horovod-gloo", "horovod-mpi")}
-LOST = {kind: register(kind, 2, f"{TARGETS}:part_of_a_lost_rank") for kind in ("horovod-gloo", "horovod-mpi")}
+LOST = register("horovod-gloo", 2, f"{TARGETS}:part_of_a_lost_rank")
 SLOTS = register("horovod-mpi", 2, f"{TARGETS}:slots_left")
 LOOPBACK = "127.0.0.1"
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("kind", CARRIERS)
-def test_torch_carries_the_data_under_either_controller(kind: str) -> None:
+def test_what_carries_the_data_under_either_controller(kind: str) -> None:
+    is_mpi = kind == "horovod-mpi"
     for rank, used in enumerate(CARRIERS[kind].results()):
-        assert (used["auto"], used["again"], used["horovod"]) == (
-            *("TorchTransport", "TorchTransport", "HorovodCollectives"),
-        )
+        assert used["auto"] == ("MPITransport" if is_mpi else "TorchTransport")
+        assert (used["torch"], used["horovod"]) == ("TorchTransport", "HorovodCollectives")
+        refusal = "" if is_mpi else f"on all ranks (seen from rank {rank})"
+        assert refusal in used["mpi"] and bool(used["mpi"]) == bool(refusal)
         assert used["nowhere"] == "HorovodCollectives"
         told = f"of rank 0's IPv4 addresses ({LOOPBACK}) rank 1 of 2 cannot connect. Name an interface that all hosts"
         assert [told in said for said in used["said"]] == [True] * (rank == 0), used["said"]
@@ -43,18 +45,33 @@ def test_torch_carries_the_data_under_either_controller(kind: str) -> None:
 
 @pytest.mark.multiprocess
 def test_ranks_say_that_they_wait_in_horovods_own_collectives(tmp_path: Path) -> None:
-    job = [sys.executable, "-m", "tests.faults.job", "horovod", "hang@data", str(tmp_path)]
-    settings = {INTERFACE_VARIABLES[0]: "nowhere0", STALL_VARIABLE: "2", ABORT_VARIABLE: "5"}
+    job = [sys.executable, "-m", "tests.faults.job", "horovod-own", "hang@data", str(tmp_path)]
+    settings = {STALL_VARIABLE: "2", ABORT_VARIABLE: "5"}
     status, output = run_command([*LAUNCHERS["horovod-mpi"], "-n", "2", "--", *job], timeout_s=120, **settings)
     assert status != 0, output
-    assert "Data travel by Horovod's own collectives" in output and "addresses (none)" in output, output
     assert re.search("rank 0 of 2 has waited for .* in step 3, phase 'agree'", output), output
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", LOST)
-def test_a_part_fails_as_horovod_does(kind: str) -> None:
-    assert LOST[kind].results()[0].startswith("rank 0 of 2 waited in vain for ")
+def test_a_part_fails_as_horovod_does() -> None:
+    assert LOST.results()[0].startswith("rank 0 of 2 waited in vain for ")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("computes", "rank 1 is done"),
+        ("at once", "rank 1 of 2 ends, in phase 'a step': the program of rank 0 is over"),
+        ("later", "HorovodInternalError: MPI, which carries the data of this Horovod job, has ended on all ranks"),
+        ("shutdown", "rank 1 of 2 ends, in phase 'a step': the program of rank 0 is over"),
+    ],
+)
+def test_the_end_of_horovod_does_not_end_mpi_under_a_rank_that_waits(what: str, told: str) -> None:
+    job = [*LAUNCHERS["horovod-mpi"], "-n", "2", "--", sys.executable, "-m", "tests.support.horovod_end_main", what]
+    status, output = run_command(job, timeout_s=60, **{STALL_VARIABLE: "2"})
+    assert (status == 0) == (what == "computes"), output
+    assert told in output and "MPI_FINALIZE" not in output, output
 
 
 @pytest.mark.multiprocess

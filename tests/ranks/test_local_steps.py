@@ -115,6 +115,35 @@ def test_nothing_is_lost(name: str) -> None:
 MPI_JOBS = {name: register("mpi", 2, "tests.support.rounds:trained", name=name) for name in COMPRESSIONS}
 
 
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_frozen_layers_stand_still_and_lose_nothing(name: str) -> None:
+    """Neither residuals nor the outer momentum move them, and both are there when they are trained again."""
+
+    def main(transport: LocalTransport) -> Tensor:
+        model = network()
+        optimizer = wrap(transport, model, COMPRESSIONS[name], every=2)
+        frozen = list(model[0].parameters())
+        train(model, optimizer, transport.rank, range(4))
+        before, others = flat(frozen), flat(model[2].parameters())
+        kept = optimizer.state_dict()["hvd_sketch"]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        train(model, optimizer, transport.rank, range(4, 10))
+        assert torch.equal(flat(frozen), before) and not torch.equal(flat(model[2].parameters()), others)
+        if name != "dense":
+            size = frozen[0].numel()  # biases go dense
+            still = optimizer.state_dict()["hvd_sketch"]["sketched"]["v"]
+            assert torch.equal(kept["sketched"]["v"][:size], still[:size]) and bool(still[:size].any())
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        train(model, optimizer, transport.rank, range(10, 12))
+        assert not torch.equal(flat(frozen), before)
+        return flat(model.parameters())
+
+    for result in (results := run_local(2, main, LIMIT_S)):
+        assert torch.equal(result, results[0])
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["sketch", "nominate", "random", "low rank"])
 def test_processes_equal_threads(name: str) -> None:

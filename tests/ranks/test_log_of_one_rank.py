@@ -254,6 +254,29 @@ def test_a_file_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "trace.json has 1000 bytes: no more is written to it" in caplog.text
 
 
+def test_a_file_that_is_removed_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = LineFile(tmp_path / "run.jsonl")
+    file.write(["first"])
+    (tmp_path / "run.jsonl").unlink()
+    with caplog.at_level(logging.ERROR):
+        assert not any(file.write(["more"]) for _ in range(3))
+    file.close()
+    assert len(caplog.records) == 1 and "run.jsonl was removed: no more is written to it" in caplog.text
+
+
+def test_files_lie_where_the_program_was_when_it_named_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = wrapped(alone(), log="logs/run.jsonl", trace="logs/trace.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    optimizer.zero_grad()
+    model.backward(0, 0)
+    optimizer.step()
+    optimizer.close_logs()
+    assert read_run(tmp_path / "logs" / "run.jsonl", "run").step.tolist() == [0]
+    assert (tmp_path / "logs" / "trace.json").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_long_runs_have_fewer_lines() -> None:
     lines, step = 0, 0
     while step < 1_000_000:

@@ -120,14 +120,27 @@ def test_another_compression_goes_on_without_residuals(tmp_path: Path) -> None:
     assert all(run_local(2, load, LIMIT_S))
 
 
-def test_ranks_agree_on_residuals(tmp_path: Path) -> None:
+def test_ranks_agree_on_arguments(tmp_path: Path) -> None:
     saved_job(tmp_path)
 
     def load(transport: LocalTransport) -> None:
-        with pytest.raises(ValueError, match="residuals"):
-            Job(transport, little(momentum=0.5)).load(tmp_path, residuals=transport.rank == 0)
+        for name, given in (("residuals", transport.rank == 0), ("step", 2 * transport.rank)):
+            with pytest.raises(ValueError, match=rf"{name}: (.|\n)*Give it the same arguments"):
+                Job(transport, little(momentum=0.5)).load(tmp_path, **{name: given})
 
     run_local(2, load, LIMIT_S)
+
+
+def test_a_file_is_no_directory_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    def main(transport: LocalTransport) -> None:
+        job = Job(transport, little(momentum=0.5))
+        for call in (job.load, job.save):
+            with pytest.raises(OSError, match="file is a file: expected a directory of checkpoints"):
+                call(tmp_path / "file")
+
+    run_local(2, main, LIMIT_S)
 
 
 # --- complete or not there

@@ -31,6 +31,7 @@ WORLDS: list[tuple[str, int, dict[str, Any]]] = [
     ("horovod-gloo", 2, {"carrier": "horovod", "staged": True}),
     ("horovod-gloo", 3, {"carrier": "horovod"}),
     ("horovod-mpi", 2, {}),
+    ("horovod-mpi", 2, {"carrier": "torch"}),
     ("horovod-mpi", 2, {"carrier": "horovod"}),
     *((kind, 4, {"grid": True}) for kind in ("torch", "mpi", "horovod-gloo")),
 ]

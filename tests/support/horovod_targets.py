@@ -15,22 +15,27 @@ from horovod.common.exceptions import HorovodInternalError
 from hvd_sketch.transport import HorovodTransport, horovod_carriers, horovod_joins
 from hvd_sketch.transport.horovod_addresses import INTERFACE_VARIABLES
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
+from tests.support.setup_targets import error_of
 
 
 def carriers(transport: HorovodTransport) -> dict[str, Any]:
     """What carries data by default, by request, and where no rank has the interface that is asked for."""
-    used = {"auto": transport, "again": HorovodTransport(), "horovod": HorovodTransport(carrier="horovod")}
+    used = {"auto": transport, "torch": HorovodTransport(carrier="torch")}
+    used["horovod"] = HorovodTransport(carrier="horovod")
     said = BufferingHandler(100)
     logging.getLogger(horovod_carriers.__name__).addHandler(said)
     meeting = horovod_carriers._meetings().pop(hvd.global_process_set)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(INTERFACE_VARIABLES[0], "nowhere0" if transport.rank else "lo")
-        used["nowhere"] = HorovodTransport()
+        used["nowhere"] = HorovodTransport(carrier="torch")
     assert used["nowhere"].allreduce_(torch.ones(1)).item() == transport.size
     horovod_carriers._meetings()[hvd.global_process_set] = meeting
     logging.getLogger(horovod_carriers.__name__).removeHandler(said)
-    assert used["auto"]._inner._channel is used["again"]._inner._channel, "ranks that have met need not meet again"
+    for carrier in ("auto", "torch"):
+        again = HorovodTransport(carrier=carrier)
+        assert used[carrier]._inner._channel is again._inner._channel, "ranks that have met need not meet again"
     names = {name: type(each._inner).__name__ for name, each in used.items()}
+    names["mpi"] = error_of(lambda: HorovodTransport(carrier="mpi"))
     return {**names, "said": [record.getMessage() for record in said.buffer]}
 
 

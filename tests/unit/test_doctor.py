@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numba
 import pytest
 import torch
 from rich.console import Console
 
+from hvd_sketch import warm_up
 from hvd_sketch.commands import doctor, finding, findings, libraries
+from hvd_sketch.local_ranks import LOCAL_SIZES
 
 TIMEOUT_S = 240
 HOSTS = "good slots=2\n# a comment\n\nother slots=2\nbare\naway\n"
@@ -88,6 +91,15 @@ def test_what_is_broken_is_wrong(tmp_path: Path) -> None:
     assert "OMP_PROC_BIND=spread" in found["binding"]["told"] and "the first" in found["binding"]["mend"]
 
 
+def test_kernels_that_are_not_compiled_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    found = findings.kernel_cache()
+    assert (found.state, found.mend) == ("wrong", "unset it") and "NUMBA_DISABLE_JIT is set" in found.told
+    warm_up._marker.cache_clear()
+    with pytest.raises(ValueError, match="NUMBA_DISABLE_JIT is set: unset it on every rank"):
+        warm_up.warm_up()
+
+
 def test_what_is_not_installed_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, module in (("mpi4py", "mpi4py.MPI"), ("horovod", "horovod.torch"), ("triton", "triton")):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -157,7 +169,7 @@ def test_no_mpirun_is_a_note_where_srun_is(tmp_path: Path, monkeypatch: pytest.M
 def test_threads_and_cores(
     cores: int, each: int, variables: dict[str, str], state: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*findings.LOCAL_SIZES, "SLURM_NTASKS_PER_NODE"):
+    for name in (*LOCAL_SIZES, "SLURM_NTASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -19,6 +19,7 @@ from torch import Tensor
 from hvd_sketch.hashing import PRIME, BlockHash, evaluate_cubic
 from hvd_sketch.kernels import _cpu_loops as loops
 from hvd_sketch.kernels import cpu, reference
+from hvd_sketch.local_ranks import LOCAL_SIZES
 from tests.support.cpu_kernels import few_examples, poisoned, split_for
 from tests.support.vectors import (
     hashes,
@@ -224,13 +225,16 @@ def test_thread_count_changes_no_bit() -> None:
         ({"HOROVOD_LOCAL_SIZE": "3"}, 2),
         ({"LOCAL_WORLD_SIZE": "16"}, 1),
         ({"MPI_LOCALNRANKS": "16"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 2),
+        ({"LOCAL_WORLD_SIZE": "", "OMPI_COMM_WORLD_LOCAL_SIZE": "x", "HOROVOD_LOCAL_SIZE": "0"}, 8),
+        ({"LOCAL_WORLD_SIZE": "0", "MPI_LOCALNRANKS": "4"}, 2),
         ({"MPI_LOCALNRANKS": "4", "OMP_NUM_THREADS": "8"}, numba.config.NUMBA_NUM_THREADS),
     ],
 )
 def test_each_rank_takes_its_share_of_the_cores(
     environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*cpu.LOCAL_SIZES, *cpu.THREAD_SETTINGS):
+    for name in (*LOCAL_SIZES, *cpu.THREAD_SETTINGS):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -332,6 +332,7 @@ def test_a_figure_without_matplotlib_says_what_to_install(tmp_path: Path, monkey
         (["--params", "1e6", "--ratio", "0"], "--ratio"),
         (["--params", "1e6", "--ranks", "1"], "--ranks"),
         (["--model", "tests.unit.test_plan:nothing"], "package.module:function"),
+        (["--model", "tests.unit.test_plan:run"], "a function of no arguments that returns an nn.Module"),
         (["--params", "1e6", "--measure"], "torchrun"),
         (["--params", "1e6", "--measure", "--ranks", "8", "--launcher", "mpi"], "--ranks, --launcher"),
         (["--params", "1e6", "--per-host", "3"], "two hosts of --per-host 3"),

@@ -232,6 +232,7 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
         {"values": [1]},
         {"values": {"loss": "abc"}},
         {"captured": "much"},
+        {"time_s": 10**400},
     ],
 )
 def test_a_line_that_nobody_wrote_is_refused_with_its_file(change: dict[str, Any], tmp_path: Path) -> None:
@@ -242,6 +243,16 @@ def test_a_line_that_nobody_wrote_is_refused_with_its_file(change: dict[str, Any
     path.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]))
     status, output = report(path, "--output", tmp_path / "report.html")
     assert status == 2 and "has a line that" in output and "run.jsonl" in output, output
+
+
+def test_a_start_that_nobody_wrote_is_refused_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    write_long_run(path, 5, 2)
+    for started in (None, "today", [1], 10**400):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "started": started}), *lines[1:]]))
+        status, output = report(path, "--output", tmp_path / "report.html")
+        assert status == 2 and "has a line that" in output and "run.jsonl" in output, output
 
 
 def test_a_log_is_not_written_over(tmp_path: Path) -> None:

@@ -180,8 +180,28 @@ def check_schedules_with_two_levels_and_rounds_are_compared(t: Transport) -> Non
                 optimizer.step()
         groups = getattr(optimizer, "outer", optimizer).param_groups
         groups[0]["lr"] = 0.1 + t.rank
-        with pytest.raises(RuntimeError, match="the optimizers' settings differ between the ranks"):
+        with pytest.raises(RuntimeError, match="the optimizers' settings, or their steps, differ between the ranks"):
             optimizer.step()
+
+
+def check_a_step_that_one_rank_leaves_out_is_told_in_the_next(t: Transport) -> None:
+    """An error between averaging and the step that a script catches, to go on with the next batch."""
+    if t.size == 1:
+        return
+    model = network()
+    optimizer = wrap(t, model, None)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(model, t.rank, step).backward()
+        if step == 4:
+            with pytest.raises(RuntimeError, match="averaged: not made on rank 0; made on") as caught:
+                optimizer.synchronize()
+            assert "settings, or their steps, differ" in str(caught.value)
+            return
+        optimizer.synchronize()
+        if step < 3 or t.rank:
+            with optimizer.skip_synchronize():
+                optimizer.step()
 
 
 def check_ranks_that_have_left_compare_no_schedules(t: Transport) -> None:
