@@ -16,7 +16,7 @@ from hvd_sketch.commands.calibrate import waiting_for
 from hvd_sketch.cost import Network
 from hvd_sketch.measured_costs import CARRIERS, Carrier
 from hvd_sketch.model.levels import host_name
-from hvd_sketch.transport import Transport, resolve_transport
+from hvd_sketch.transport import HorovodTransport, Transport, resolve_transport
 from hvd_sketch.transport.base import Splitting, gather_texts
 from hvd_sketch.transport.choice import choose
 from hvd_sketch.units import told_rate, told_seconds
@@ -120,8 +120,9 @@ def job_here(device: str = "cpu") -> Job:
     if transport.size < 2:
         raise ValueError("--measure needs the ranks of a job: torchrun --nproc-per-node 2 -m hvd_sketch plan …")
     name, _ = choose()
-    is_own = name == "horovod" and getattr(transport, "attendance", None) is None  # Horovod's own collectives keep none
-    known, probe = CARRIERS["horovod-own" if is_own else name], probed(transport, device)
+    if isinstance(transport, HorovodTransport):
+        name = {"mpi": "horovod-mpi", "torch": "horovod", "horovod": "horovod-own"}[transport.carrier]
+    known, probe = CARRIERS[name], probed(transport, device)
     carrier = replace(probe.carrier(known, transport.size), bytes_per_s=max(known.bytes_per_s, probe.bytes_per_s))
     network = Network(transport.size, probe.bytes_per_s, 0.0, carrier)
     return Job(network, links_of(transport, host_name()), transport.rank == 0)

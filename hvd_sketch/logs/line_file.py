@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterable
@@ -36,8 +37,8 @@ class LineFile:
     """Lines in a file, only whole ones, whatever happens while they are written.
 
     Where the disk is full, or the file cannot be written for another reason, an error is logged once, lines are lost
-    until it can be written again, and the program goes on. A file that is removed is not made again: it would lack its
-    first lines.
+    until it can be written again, and the program goes on. A file that is removed while it is open is not made again:
+    it would lack its first lines.
 
     Args:
         path: the file to be; its folder exists. One that is there already is kept as ``<path>.old``.
@@ -65,11 +66,11 @@ class LineFile:
             self._is_over = True
             logger.warning("%s has %d bytes: no more is written to it", self.path, self._size)
             return False
-        if self._file is not None and os.fstat(self._file).st_nlink == 0:
-            self._is_over = True
-            logger.error("%s was removed: no more is written to it. The training goes on.", self.path)
-            return False
         try:
+            if self._is_removed():
+                self._is_over = True
+                logger.error("%s was removed: no more is written to it. The training goes on.", self.path)
+                return False
             self._append(data)
         except OSError as error:
             self._tell(error)
@@ -83,6 +84,14 @@ class LineFile:
             os.close(self._file)
             self._file = None
             self._goes_on = True
+
+    def _is_removed(self) -> bool:
+        try:
+            return self._file is not None and os.fstat(self._file).st_nlink == 0
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # on a file system of another host
+                return True
+            raise
 
     def _append(self, data: bytes) -> None:
         if self._file is None:

@@ -161,8 +161,8 @@ def _once(tensor: Tensor) -> Tensor:
     """Without the dimensions that ``expand()`` has made: their elements are the same memory."""
     if is_sharded(tensor) or tensor.layout != torch.strided:
         return tensor
-    for dim, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
-        tensor = tensor.narrow(dim, 0, 1) if stride == 0 and size > 1 else tensor
+    for dim in reversed(range(tensor.dim())):
+        tensor = tensor.select(dim, 0) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1 else tensor
     return tensor
 
 

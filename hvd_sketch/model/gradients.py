@@ -21,7 +21,7 @@ from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_dri
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
-from hvd_sketch.model.settings import error_of_settings, settings_of
+from hvd_sketch.model.settings import compared_numbers, error_of_settings
 from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport.base import Transport
@@ -257,7 +257,7 @@ class GradientExchange:
             sums = checksums([parameter for _, parameter in self._named])
             return replace(report, digest=digest_of_checksums(sums), of_parameters=True), sums
         is_told = report.groups and self._were_equal  # where they never were, training goes on
-        return replace(report, digest=digest(settings_of(report)) if is_told else 0), None
+        return replace(report, digest=digest(compared_numbers(report)) if is_told else 0), None
 
     def _judge_drift(self, drifted: bool, sums: Tensor) -> None:
         """Parameters that differ are an error where they were equal before, and a warning where they never were."""

@@ -106,9 +106,8 @@ class TwoLevels:
             if self._host.rank == LEADER:
                 self._between = GradientExchange(named, config, among_leaders, **settings)
         share = self._host.size if settings["is_sum"] else self._host.size * len(self._leaders) / transport.size
-        self._share = (
-            torch.tensor(float(share), dtype=torch.float32) if share != 1 else None
-        )  # of a host's mean in the mean of all
+        # Of a host's mean in the mean of all.
+        self._share = torch.tensor(float(share), dtype=torch.float32) if share != 1 else None
         self.ledger = self._between.ledger if self._between is not None else CommLedger()
         self.shard_ranks = ShardRanks(())
         self.skipped_steps = 0

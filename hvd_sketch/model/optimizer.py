@@ -207,10 +207,11 @@ class DistributedOptimizer(AveragingOptimizer):
             is_taken = self._take_averaged(found_inf)
         else:
             is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
-        self._progress.note_step()
+        self._progress.start_over()
         self._progress.forgives = found_inf is not None
         if is_taken:
             self._step_inner(closure is not None)
+        self._progress.note_step()
         return loss
 
     def _take_averaged(self, found_inf: Any) -> bool:

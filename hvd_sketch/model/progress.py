@@ -133,7 +133,7 @@ class Progress:
                 versions = [parameter._version for parameter in self._parameters]
                 result = method(*arguments, **options)
                 if versions != [parameter._version for parameter in self._parameters]:
-                    self.note_step()
+                    self.note_step() if self.exchanged else self.start_over()
                 return result
             before = checksums(self._parameters)
             result = method(*arguments, **options)

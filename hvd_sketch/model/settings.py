@@ -42,7 +42,7 @@ def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, 
     require_equal(comm, fields)
 
 
-def settings_of(report: Report) -> bytes:
+def compared_numbers(report: Report) -> bytes:
     """What schedulers change, learning rates, momentum, betas and weight decays, and whether the last step was made.
 
     As float64. Numbers that are kept on a device are left out: to read them waits for it. Of one group 2 microseconds,
@@ -61,8 +61,7 @@ def settings_of(report: Report) -> bytes:
 
 def _settings_in_words(report: Report) -> dict[str, str]:
     """The same by name; of numbers on a device, too."""
-    used = "a step with what the last exchange averaged", "not made" if report.was_unused else "made"
-    return dict([used]) | {
+    return {"a step with what the last exchange averaged": "not made" if report.was_unused else "made"} | {
         f"{name} of group {number}": told
         for number, group in enumerate(report.groups)
         for name, told in _settings(group).items()
@@ -71,7 +70,7 @@ def _settings_in_words(report: Report) -> dict[str, str]:
 
 
 def error_of_settings(comm: Transport, report: Report) -> RuntimeError:
-    """What all ranks raise where :func:`settings_of` differ, before any steps with its own.
+    """What all ranks raise where :func:`compared_numbers` differ, before any steps with its own.
 
     Communication: collective, all ranks.
     """

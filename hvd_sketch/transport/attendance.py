@@ -227,6 +227,7 @@ class Attendance(ABC):
         atexit.unregister(self._end)
         with self._lock:
             self._is_over = True
+            self.failure = self.failure or "it was closed"
 
     @abstractmethod
     def _tell(self, word: Word) -> None: ...

@@ -27,13 +27,17 @@ class HorovodTransport(FailingAsHorovod):
     - ``"horovod"``: by Horovod's own collectives, also where the ranks reach no common address over TCP.
     - ``"auto"``: by the first of these that can be had; where a rank has NCCL, not by MPI.
 
-    Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it.
+    Where a carrier fails the error is ``HorovodInternalError``, as Horovod's own: an elastic job goes on after it. With
+    MPI an exception that nobody catches aborts the whole job, as with :class:`MPITransport`.
 
     Communication: the constructor is collective, for the ranks of the set; it calls ``hvd.init()`` the first time.
 
     Args:
         process_set: an ``hvd.ProcessSet`` that holds this rank; declared at ``hvd.init``. Default: all ranks.
         carrier: of the data; equal on all ranks.
+
+    Attributes:
+        carrier: what it is: ``"mpi"``, ``"torch"`` or ``"horovod"``.
 
     Raises:
         TypeError: ``process_set`` is no ``hvd.ProcessSet``.
@@ -58,7 +62,8 @@ class HorovodTransport(FailingAsHorovod):
         _check_process_set(hvd, self._set)
         own = HorovodCollectives(hvd, self._set)
         _check_carriers(own, carrier)
-        super().__init__(hvd, *_carrier(hvd, own, carrier))
+        self.carrier, inner, usable = _carrier(hvd, own, carrier)
+        super().__init__(hvd, inner, usable)
 
     @property
     def rank(self) -> int:
@@ -69,24 +74,27 @@ class HorovodTransport(FailingAsHorovod):
         return self._set.size()
 
 
-def _carrier(hvd: Any, own: HorovodCollectives, carrier: str) -> tuple[Transport, AbstractContextManager[None]]:
-    """What carries the data, and what holds every use of it. Communication: collective, by Horovod's own collectives.
+def _carrier(hvd: Any, own: HorovodCollectives, carrier: str) -> tuple[str, Transport, AbstractContextManager[None]]:
+    """What carries the data, by name, too, and what holds every collective.
+
+    Communication: collective, by Horovod's own collectives.
 
     Raises: see :class:`HorovodTransport`.
     """
     if carrier == "horovod":
-        return own, nullcontext()
+        return "horovod", own, nullcontext()
     if carrier in ("auto", "mpi"):
         over_mpi = connect_over_mpi(hvd, own, is_wanted=carrier == "mpi" or not has_nccl())
         if over_mpi is not None:
-            return over_mpi
+            return "mpi", *over_mpi
         if carrier == "mpi":
             raise ValueError(
                 f"carrier='mpi' expected Horovod to run over MPI with MPI_THREAD_MULTIPLE, and mpi4py built for the "
                 f"same MPI library on all ranks (seen from rank {own.rank}): start the job by mpirun or "
                 "`horovodrun --mpi`, or leave out the carrier"
             )
-    return carrier_for(own), nullcontext()
+    inner = carrier_for(own)
+    return "horovod" if inner is own else "torch", inner, nullcontext()
 
 
 def _check_carriers(own: HorovodCollectives, carrier: str) -> None:

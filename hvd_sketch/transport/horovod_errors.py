@@ -20,11 +20,12 @@ class FailingAsHorovod(ForwardingTransport):
     Args:
         hvd: ``horovod.torch``. Its ``join()`` tells the ranks of ``inner``.
         inner: carries the data.
-        usable: entered around every use of ``inner``.
+        usable: entered around every collective of ``inner``.
 
     Attributes:
         attendance: of the inner transport, where it has one.
         can_split: whether :meth:`split` is possible.
+        allreduces_by_tree: as of the inner transport.
     """
 
     def __init__(self, hvd: Any, inner: Transport, usable: AbstractContextManager[None] | None = None) -> None:
@@ -35,6 +36,7 @@ class FailingAsHorovod(ForwardingTransport):
         self._usable = usable if usable is not None else nullcontext()
         self._place = (hvd.rank(), hvd.size())
         self.can_split = isinstance(inner, Splitting)
+        self.allreduces_by_tree: bool = getattr(inner, "allreduces_by_tree", False)
         self.attendance: Attendance | None = getattr(inner, "attendance", None)
         if self.attendance is not None:
             watch_joins(hvd, self.attendance)

@@ -7,19 +7,29 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvd_sketch.transport.horovod_collectives import HorovodCollectives
 from hvd_sketch.transport.mpi import MPITransport
 from hvd_sketch.transport.mpi_setup import import_mpi
-from hvd_sketch.transport.words import Says
+
+
+class MPIUnderHorovod(MPITransport):
+    """MPI that ends on all ranks with the program of one: no rank may leave a collective before all have come."""
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        result = super().broadcast_(tensor, root)
+        self.barrier()
+        return result
 
 
 class MPILife:
-    """Holds back the end of MPI inside of the ``with`` block, which must hold every use of MPI.
+    """Holds back the end of MPI inside of the ``with`` block, which must hold every collective.
 
     A Horovod that has initialised MPI calls ``MPI_Finalize`` in its background thread, on all ranks as soon as Horovod
     ends on one of them. Under a rank that waits in MPI, that would end the process. ``MPI_Finalize`` deletes the
-    attributes of ``MPI_COMM_SELF`` before anything else (MPI 3.1, 8.7.1); there it waits for this rank.
+    attributes of ``MPI_COMM_SELF`` before anything else (MPI 3.1, 8.7.1); there it waits for this rank. Then it frees
+    our communicators, which ends what else uses them: the threads that move and watch messages.
 
     Raises:
         RuntimeError: on entering: MPI is over.
@@ -27,42 +37,44 @@ class MPILife:
 
     def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
-        self._lock = threading.Lock()
-        self._connected: dict[tuple[int, ...], tuple[Any, MPITransport]] = {}
-        self._is_over = False
+        self._connected: dict[tuple[int, ...], tuple[Any, MPIUnderHorovod]] = {}
+        self._condition = threading.Condition()
+        self._inside, self._is_over = 0, False
         mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=lambda *_: self._end()), self)
 
     def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._is_over:
-            self._lock.release()
-            raise RuntimeError(
-                "MPI, which carries the data of this Horovod job, has ended on all ranks: one of them has called "
-                "hvd.shutdown(), or its program is over. Make as many steps on every rank, and before hvd.shutdown()"
-            )
+        with self._condition:
+            if self._is_over:
+                raise RuntimeError(
+                    "MPI, which carries the data of this Horovod job, has ended on all ranks: one of them has called "
+                    "hvd.shutdown(), or its program is over. Make as many steps on every rank, and before "
+                    "hvd.shutdown()"
+                )
+            self._inside += 1
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        with self._condition:
+            self._inside -= 1
+            self._condition.notify_all()
 
-    def connect(self, world_ranks: tuple[int, ...]) -> MPITransport:
+    def connect(self, world_ranks: tuple[int, ...]) -> MPIUnderHorovod:
         """These ranks of MPI_COMM_WORLD, in this order.
 
         Communication: collective for them the first time, then none.
         """
-        if world_ranks not in self._connected:
-            with self:
+        with self:
+            if world_ranks not in self._connected:
                 world = self._mpi.COMM_WORLD
                 comm = world.Create_group(world.group.Incl(world_ranks))
-                self._connected[world_ranks] = comm, MPITransport(comm)
-        return self._connected[world_ranks][1]
+                self._connected[world_ranks] = comm, MPIUnderHorovod(comm)
+            return self._connected[world_ranks][1]
 
     def _end(self) -> None:
-        with self._lock:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._inside)
             self._is_over = True
-            for comm, transport in self._connected.values():
-                if transport.attendance is not None:
-                    transport.attendance.say(Says.ENDED)  # to ranks that wait for this one
-                comm.Free()  # which ends the threads that use it
+        for comm, _ in self._connected.values():
+            comm.Free()
 
 
 @cache
@@ -71,7 +83,7 @@ def mpi_life(mpi: Any) -> MPILife:
     return MPILife(mpi)
 
 
-def connect_over_mpi(hvd: Any, own: HorovodCollectives, is_wanted: bool) -> tuple[MPITransport, MPILife] | None:
+def connect_over_mpi(hvd: Any, own: HorovodCollectives, is_wanted: bool) -> tuple[MPIUnderHorovod, MPILife] | None:
     """The ranks by MPI, in the same order; None: not every rank wants it, or can use the MPI that Horovod runs over.
 
     Communication: collective, by Horovod's own collectives and MPI.

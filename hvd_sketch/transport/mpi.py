@@ -151,7 +151,7 @@ class MPITransport:
         Parts of the same ranks share a communicator, as transports on one communicator do. Communication: collective.
         """
         colors = self.allgather(torch.tensor([color])).tolist()
-        return MPITransport(self._channel.part(colors), self._max_count)
+        return type(self)(self._channel.part(colors), self._max_count)
 
     def _start_sum(self, tensor: Tensor) -> Handle:
         # Each share goes directly to the rank that adds it: the bytes of a ring without its rounds. Three sums of

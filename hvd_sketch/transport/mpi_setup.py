@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hvd_sketch.transport.attendance import MPIAttendance
 from hvd_sketch.transport.open_mpi import locate_open_mpi
 from hvd_sketch.transport.progress import Progress
+from hvd_sketch.transport.words import Says
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -48,6 +49,8 @@ class Channel:
         if self.progress is not None:
             self.progress.stop()
         if self.attendance is not None:
+            self.attendance.listen()  # to the last words
+            self.attendance.say(Says.ENDED)  # to those who wait for this rank
             self.attendance.close()
         if not self._mpi.Is_finalized():  # MPI_Finalize has freed the duplicate of COMM_WORLD
             for part in self._parts.values():  # made in one order on all ranks, and so freed

@@ -86,7 +86,7 @@ def test_ledger_is_what_the_interfaces_sent(monkeypatch, hosts: str, kind: str, 
         "grid": grid,
     }
     results = launch(kind, ranks, "tests.support.wire:weigh_exchanges", 240, hosts, **how)
-    carrier = "MPITransport" if kind in ("mpi", "horovod-mpi") else "TorchTransport"
+    carrier = {"mpi": "MPITransport", "horovod-mpi": "MPIUnderHorovod"}.get(kind, "TorchTransport")
     assert {(result["size"], result["carrier"]) for result in results} == {(ranks, carrier)}
     phases = sum_over_hosts(results)
     large = [phase for phase in phases if phase.modelled >= LARGE_BYTES]

@@ -36,6 +36,8 @@ def filled(rank: int) -> OrderedDict[str, Tensor]:
     tensors["channels last"] = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     tensors["strided"] = torch.arange(20.0).add(rank)[::3]
     tensors["expanded"] = torch.arange(4).add(rank).expand(3, 2, -1)
+    tensors["one element"] = torch.tensor(float(rank)).expand(3)
+    tensors["expanded at the end"] = torch.arange(4).add(rank).view(2, 2, 1).expand(2, 2, 3)
     tensors["conjugate"] = torch.view_as_complex(torch.arange(8.0).add(rank).view(4, 2)).conj()
     tensors["negative"] = tensors["conjugate"].imag
     tensors["parameter"] = nn.Parameter(torch.full((2, 2), float(rank)))

@@ -34,7 +34,8 @@ def carriers(transport: HorovodTransport) -> dict[str, Any]:
     for carrier in ("auto", "torch"):
         again = HorovodTransport(carrier=carrier)
         assert used[carrier]._inner._channel is again._inner._channel, "ranks that have met need not meet again"
-    names = {name: type(each._inner).__name__ for name, each in used.items()}
+    names = {name: each.carrier for name, each in used.items()}
+    assert transport.allreduces_by_tree == (names["auto"] == "mpi"), "which the ledger of many ranks looks at"
     names["mpi"] = error_of(lambda: HorovodTransport(carrier="mpi"))
     return {**names, "said": [record.getMessage() for record in said.buffer]}
 

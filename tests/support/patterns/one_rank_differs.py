@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -185,23 +186,60 @@ def check_schedules_with_two_levels_and_rounds_are_compared(t: Transport) -> Non
 
 
 def check_a_step_that_one_rank_leaves_out_is_told_in_the_next(t: Transport) -> None:
-    """An error between averaging and the step that a script catches, to go on with the next batch."""
+    """An error after averaging that a script catches, to go on with the next batch."""
     if t.size == 1:
         return
+    for fails_inside in (False, True):
+        model = network()
+        optimizer = wrap(t, model, None, FailingOnce if fails_inside else torch.optim.SGD)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss(model, t.rank, step).backward()
+            if step < 3:
+                optimizer.synchronize()
+            if step == 2 and t.rank == 0 and not fails_inside:
+                continue
+            if step < 3:
+                optimizer.inner.is_due = step == 2 and t.rank == 0
+                with optimizer.skip_synchronize(), suppress(MemoryError):
+                    optimizer.step()
+        with pytest.raises(RuntimeError, match="averaged: not made on rank 0; made on") as caught:
+            optimizer.synchronize()
+        assert "settings, or their steps, differ" in str(caught.value)
+
+
+class FailingOnce(torch.optim.SGD):
+    def step(self, closure=None):
+        if self.is_due:
+            raise MemoryError
+        return super().step(closure)
+
+
+def check_steps_that_all_ranks_leave_out_are_no_error(t: Transport) -> None:
+    """Also where one rank then evaluates with averaged weights, as a schedule-free optimizer does."""
     model = network()
-    optimizer = wrap(t, model, None)
-    for step in range(5):
+    optimizer = wrap(t, model, None, Averaging)
+    for step in range(6):
         optimizer.zero_grad()
         loss(model, t.rank, step).backward()
-        if step == 4:
-            with pytest.raises(RuntimeError, match="averaged: not made on rank 0; made on") as caught:
-                optimizer.synchronize()
-            assert "settings, or their steps, differ" in str(caught.value)
-            return
         optimizer.synchronize()
-        if step < 3 or t.rank:
-            with optimizer.skip_synchronize():
-                optimizer.step()
+        if step == 3:
+            optimizer.zero_grad()
+            if t.rank == 0:
+                optimizer.look()
+            continue
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert_equal_everywhere(t, model)
+
+
+class Averaging(torch.optim.SGD):
+    @torch.no_grad()
+    def look(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            kept = parameter.clone()
+            parameter.zero_()
+            parameter.copy_(kept)
 
 
 def check_ranks_that_have_left_compare_no_schedules(t: Transport) -> None:
