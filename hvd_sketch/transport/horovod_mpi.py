@@ -22,6 +22,10 @@ class MPIUnderHorovod(MPITransport):
         self.barrier()
         return result
 
+    def say_ended(self) -> None:
+        """Tell ranks that wait for this one that MPI ends. Communication: no collective."""
+        self._channel.say_ended()
+
 
 class MPILife:
     """Holds back the end of MPI inside of the ``with`` block, which must hold every collective.
@@ -73,7 +77,8 @@ class MPILife:
         with self._condition:
             self._condition.wait_for(lambda: not self._inside)
             self._is_over = True
-        for comm, _ in self._connected.values():
+        for comm, transport in self._connected.values():
+            transport.say_ended()
             comm.Free()
 
 

@@ -44,13 +44,23 @@ class Channel:
             self._parts[firsts] = self._mpi.Intracomm(self.comm.Split(firsts[self.comm.rank], self.comm.rank))
         return self._parts[firsts]
 
+    def say_ended(self) -> None:
+        """Tell ranks that wait for this one, here or in a part, that MPI ends; hear theirs.
+
+        Not before the duplicate is freed and MPI goes on: a word that nobody has received may reach the communicator
+        that gets its number.
+        """
+        if self.attendance is not None:
+            self.attendance.listen()
+            self.attendance.say(Says.ENDED)
+        for part in self._parts.values():
+            channel_on(self._mpi, part).say_ended()
+
     def close(self) -> None:
         """Free the duplicate and its parts, and end their threads. Communication: collective, as ``Comm.Free`` is."""
         if self.progress is not None:
             self.progress.stop()
         if self.attendance is not None:
-            self.attendance.listen()  # to the last words
-            self.attendance.say(Says.ENDED)  # to those who wait for this rank
             self.attendance.close()
         if not self._mpi.Is_finalized():  # MPI_Finalize has freed the duplicate of COMM_WORLD
             for part in self._parts.values():  # made in one order on all ranks, and so freed
