@@ -145,7 +145,7 @@ class SketchState(TorchState):
         square = kept.double().square().sum().cpu()
         transport: Transport = self.optimizer.transport
         with watched(transport, "commit"):
-            self._squares = transport.allgather(square.double().view(1)).tolist()
+            self._squares = transport.allgather(square.view(1)).tolist()
 
     def restore(self) -> None:
         """Go back to what was saved last. Communication: none."""

@@ -184,7 +184,7 @@ class AveragingOptimizer(LoggedOptimizer):
             held=is_held,
             refusal=refusal or self._unregistered(),
             groups=self.inner.param_groups,
-            was_unused=progress.was_unused and not is_held,
+            was_unused=progress.was_unused,
         )
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
         observer = self.ledger.observer

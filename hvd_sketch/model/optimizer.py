@@ -301,6 +301,7 @@ class DistributedOptimizer(AveragingOptimizer):
         take_over = self._gradients.read_state(state_dict[STATE_KEY]) if has_ours else self._forget_residuals
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         take_over()
+        self._progress.start_over()
         self._progress.note_step()
 
     def _forget_residuals(self) -> None:

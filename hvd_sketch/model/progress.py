@@ -90,9 +90,8 @@ class Progress:
         self._averaged = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
 
     def note_step(self) -> None:
-        """The gradients have been used, or belong to a state that is no longer there."""
+        """A step was made with what the last exchange averaged, or that belongs to a state that is no longer there."""
         self.was_unused = False
-        self.start_over()
 
     def start_over(self) -> None:
         """The gradients have been used, or thrown away."""
@@ -133,7 +132,9 @@ class Progress:
                 versions = [parameter._version for parameter in self._parameters]
                 result = method(*arguments, **options)
                 if versions != [parameter._version for parameter in self._parameters]:
-                    self.note_step() if self.exchanged else self.start_over()
+                    if self.exchanged:  # otherwise zero_grad() has thrown away what was averaged
+                        self.note_step()
+                    self.start_over()
                 return result
             before = checksums(self._parameters)
             result = method(*arguments, **options)

@@ -47,8 +47,8 @@ class Channel:
     def say_ended(self) -> None:
         """Tell ranks that wait for this one, here or in a part, that MPI ends; hear theirs.
 
-        Not before the duplicate is freed and MPI goes on: a word that nobody has received may reach the communicator
-        that gets its number.
+        Only then: on a duplicate that is freed while MPI goes on, a word that nobody has received could reach the
+        communicator that gets its number.
         """
         if self.attendance is not None:
             self.attendance.listen()

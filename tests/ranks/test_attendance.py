@@ -72,6 +72,16 @@ def test_all_meet_as_often_as_they_like(size: int) -> None:
     assert on_ranks(size, program) == ["met"] * size
 
 
+def test_a_forked_process_does_not_end_for_its_parent() -> None:
+    attendance = StoreAttendance(HashStore(), 0, 1)
+    child = os.fork()
+    if child == 0:
+        attendance._end()
+        os._exit(int(attendance._is_over))
+    assert os.waitpid(child, 0)[1] == 0
+    attendance.close()
+
+
 def test_those_who_wait_elsewhere_are_named() -> None:
     def program(attendance: Attendance) -> str:
         if attendance.rank == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -262,6 +263,22 @@ def test_a_file_that_is_removed_is_told_once(tmp_path: Path, caplog: pytest.LogC
         assert not any(file.write(["more"]) for _ in range(3))
     file.close()
     assert len(caplog.records) == 1 and "run.jsonl was removed: no more is written to it" in caplog.text
+
+
+def test_a_file_that_another_host_has_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = LineFile(tmp_path / "run.jsonl")
+    file.write(["first"])
+
+    def stale(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)  # as NFS does
+        is_written = file.write(["more"])
+    assert not is_written and not file.write(["yet more"])
+    assert "run.jsonl was removed: no more is written to it" in caplog.text
 
 
 def test_files_lie_where_the_program_was_when_it_named_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ def carriers(transport: HorovodTransport) -> dict[str, Any]:
     for carrier in ("auto", "torch"):
         again = HorovodTransport(carrier=carrier)
         assert used[carrier]._inner._channel is again._inner._channel, "ranks that have met need not meet again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hvd_sketch.transport.horovod.has_nccl", lambda: transport.rank == 1)
+        assert HorovodTransport().carrier == "torch", "one rank's GPU decides for all"
     names = {name: each.carrier for name, each in used.items()}
     assert transport.allreduces_by_tree == (names["auto"] == "mpi"), "which the ledger of many ranks looks at"
     names["mpi"] = error_of(lambda: HorovodTransport(carrier="mpi"))
