@@ -38,7 +38,7 @@ def test_what_grows_is_named(tmp_path: Path) -> None:
     memory, descriptors = faults_of(samples, limit_mb=1.0, limit_percent=float("inf"))
     grown = re.fullmatch(r"resident memory grew by (\S+) MB between steps 10 and 20", memory)
     assert grown and 3.9 < float(grown[1]) < 8  # MB: ten times 0.4, and what else this process allocates
-    assert re.fullmatch(r"(\d+) to (\d+) descriptors between steps 10 and 20", descriptors)
+    assert re.fullmatch(r"(\d+) and then (\d+) descriptors between steps 10 and 20", descriptors)
     assert any("test_soak.py" in line for line in traced)
     assert row(samples, 3).startswith("| 3 | 20 | ") and re.search(r" \+\d", row(samples, 3))
 
@@ -49,9 +49,10 @@ def test_what_stays_is_no_fault() -> None:
 
 
 def test_fewer_descriptors_and_slower_steps_are_faults_of_the_last_half_only() -> None:
-    samples = [Sample(step, {}, 20 - (step == 15), 4, 0.0100 + 0.0006 * (step >= 15)) for step in range(SAMPLES)]
+    samples = [Sample(step, {}, 20 - (step >= 15), 4, 0.0100 + 0.0006 * (step >= 15)) for step in range(SAMPLES)]
     descriptors, slower = faults_of(samples, 1.0, 5.0)
-    assert descriptors == "19 to 20 descriptors between steps 9 and 19"
+    assert descriptors == "20 and then 19 descriptors between steps 9 and 19"
     assert slower == "a step took 10.000 ms and then 10.600 ms, between steps 9 and 19: +6.0%"
-    once = [Sample(step, {}, 20 - (step == 3), 4, 0.01 * (1 + 9 * (step in (2, 12)))) for step in range(SAMPLES)]
+    descriptors = [20 - (step == 3) + (step == 17) for step in range(SAMPLES)]
+    once = [Sample(step, {}, descriptors[step], 4, 0.01 * (1 + 9 * (step in (2, 12)))) for step in range(SAMPLES)]
     assert faults_of(once, 1.0, 5.0) == []

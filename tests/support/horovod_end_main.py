@@ -30,6 +30,8 @@ def main(what: str) -> None:
     for _ in range(STEPS):
         step(transport)
     is_first = transport.rank == 0
+    if is_first and what in ("a step", "a meeting", "a shutdown"):
+        time.sleep(LATE_S)  # until rank 1 waits
     if what == "a broadcast":
         time.sleep(0 if is_first else LATE_S)
         assert transport.broadcast_(torch.full((2,), transport.rank)).tolist() == [0, 0]
