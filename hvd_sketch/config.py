@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import InitVar, dataclass, replace
+from math import ceil
 from typing import Any, ClassVar
 
 from hvd_sketch.checks import check_choice, check_flag, check_integer, check_number, check_positive
@@ -105,11 +106,11 @@ class SketchConfig:
     def for_compression(cls, ratio: float, dim: int, **overrides: Any) -> SketchConfig:
         """The paper's settings at the paper's ratio, ``2 * dim / (rows * cols + oversample * k + k)``.
 
-        Half the floats go to the table, half to the candidates and the update.
+        Half the floats go to the table, where there is one, the others to the candidates and the update.
 
         Args:
-            ratio: the paper's compression ratio, above 0; indices are not counted in it. HEAVYMIX counts with
-                ``oversample`` 1.
+            ratio: the paper's compression ratio, above 0; indices are not counted in it, and of values in fewer bits
+                the floats that have as many. HEAVYMIX counts with ``oversample`` 1.
             dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
             **overrides: any other field. With ``cols``, k gets the rest of the floats; with ``k``, cols does.
 
@@ -120,23 +121,24 @@ class SketchConfig:
         _check_ratio(ratio, dim)
         given = cls.paper(**{"cols": 1, "k": 1, **overrides})  # refuses what is out of range
         rows = given.rows
-        per_choice = (given.oversample if given.chooses else 1) + 1
+        per_column = rows * given.table_bits / 32 if given.has_table else 0
+        per_choice = ((given.oversample if given.chooses else 1) + 1) * given.value_bits / 32
         floats = 2 * dim / ratio
-        if "cols" in overrides and "k" in overrides:
+        if "k" in overrides and ("cols" in overrides or not per_column):
             raise ValueError("give at most one of cols and k to for_compression: both fix the ratio already")
-        if "cols" in overrides:
-            cols = overrides["cols"]
-            k = int((floats - rows * cols) / per_choice)
+        if "cols" in overrides or not per_column:
+            cols = given.cols
+            k = int((floats - per_column * cols) / per_choice)
         elif "k" in overrides:
-            k = overrides["k"]
-            cols = int((floats - per_choice * k) / rows)
+            k = given.k
+            cols = int((floats - per_choice * k) / per_column)
         else:
-            cols, k = int(floats / 2 / rows), int(floats / 2 / per_choice)
+            cols, k = int(floats / 2 / per_column), int(floats / 2 / per_choice)
         k = min(k, dim)
         if cols < 1 or k < 1:
             raise ValueError(
                 f"a ratio of {ratio:g} at dim {dim} leaves {floats:.0f} floats per step, not enough for {rows} "
-                f"rows of at least one column and {per_choice} floats per updated coordinate: lower the ratio, "
+                f"rows of at least one column and {per_choice:g} floats per updated coordinate: lower the ratio, "
                 f"rows or oversample"
             )
         return cls.paper(**{**overrides, "cols": cols, "k": k})
@@ -209,10 +211,10 @@ class SketchConfig:
     def paper_floats(self, dim: int) -> int:
         """``|S| + Pk + k``: floats per rank and step as the paper counts them, indices left out.
 
-        Of a table and of values with fewer bits, the floats that have as many bits.
+        Of a table and of values with fewer bits, the floats that have as many bits, rounded up.
         """
         table = self.rows * self.cols if self.has_table else 0
-        return (table * self.table_bits + (self.candidate_count(dim) + self.k) * self.value_bits) // 32
+        return ceil((table * self.table_bits + (self.candidate_count(dim) + self.k) * self.value_bits) / 32)
 
     def paper_compression_ratio(self, dim: int) -> float:
         """``2 * dim / (|S| + Pk + k)`` (paper, section 5), for ``dim`` sketched coordinates."""

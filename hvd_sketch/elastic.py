@@ -19,8 +19,8 @@ from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.model.broadcast import broadcast_optimizer_state, broadcast_state
 from hvd_sketch.model.checkpoint import at_step, step_of
-from hvd_sketch.model.local_steps import ROUND_KEY, LocalSteps
-from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
+from hvd_sketch.model.local_steps import LocalSteps
+from hvd_sketch.model.optimizer import ROUND_KEY, STATE_KEY, DistributedOptimizer
 from hvd_sketch.model.parameters import NamedParameter
 from hvd_sketch.transport import HorovodTransport, Transport
 from hvd_sketch.transport.base import gather_texts
@@ -141,7 +141,7 @@ class SketchState(TorchState):
         if self.optimizer is None or self._committed is None:
             return
         sketched = self._committed[STATE_KEY]["sketched"]
-        kept = sketched["v"] if sketched is not None else torch.zeros(1)
+        kept = sketched["v"] if sketched is not None else torch.zeros(1, device="cpu")
         square = kept.double().square().sum().cpu()
         transport: Transport = self.optimizer.transport
         with watched(transport, "commit"):
@@ -188,9 +188,9 @@ class SketchState(TorchState):
         """Load what this rank has kept, or zeros, at rank 0's step. Communication: collective."""
         own = self._kept if self._kept is not None else self.optimizer.state_dict()
         with watched(transport, "go on after a reset"):
-            own_places = torch.tensor([[self._ranks, self._place if self._kept is not None else -1]])
+            own_places = torch.tensor([[self._ranks, self._place if self._kept is not None else -1]], device="cpu")
             ranks, places = transport.allgather(own_places).unbind(1)
-            step = int(transport.broadcast_(torch.tensor([step_of(own)])))
+            step = int(transport.broadcast_(torch.tensor([step_of(own)], device="cpu")))
         if not bool((places >= 0).any()):
             return
         before = int(ranks.max())
@@ -210,7 +210,7 @@ class SketchState(TorchState):
 
         Communication: collective.
         """
-        has_mean = torch.tensor([self._mean is not None and step_of({STATE_KEY: self._mean}) == step])
+        has_mean = torch.tensor([self._mean is not None and step_of({STATE_KEY: self._mean}) == step], device="cpu")
         if not bool(transport.broadcast_(has_mean)):
             return None
         return broadcast_state(self._mean, 0, transport)

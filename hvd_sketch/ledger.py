@@ -19,6 +19,7 @@ from hvd_sketch.observer import Observer
 # histograms, double recursively and send log2(W) times the payload; large ones at 3 ranks send 1.125 times the ring.
 # Over Gloo small ones, up to 16 KiB on all ranks together, send W - 1 times the payload.
 RING_PASSES = {"reduce_scatter": 1, "alltoall": 1, "allgather": 1, "broadcast": 1, "allreduce": 2}
+COUNTS = 4  # of a phase: collectives, payload, wire and staged bytes
 RECENT = 1000  # records kept where no others are asked for: those of 100 to 300 steps, in a quarter of a megabyte
 
 
@@ -76,7 +77,7 @@ class CommLedger:
         self.records: deque[Record] = deque(maxlen=max_records)
         self.observer = Observer()
         self.ring_share = 0.0
-        self._by_phase: dict[str, list[int]] = {}  # collectives, payload, wire, staged bytes
+        self._by_phase: dict[str, list[int]] = {}  # COUNTS each
         self._step = -1
         self._collectives = 0
         self._payload_bytes = 0
@@ -134,7 +135,7 @@ class CommLedger:
         self._wire_bytes += wire_bytes
         self._staged_bytes += staged_bytes
         self._ring_bytes += ring_bytes
-        counts = self._by_phase.setdefault(phase, [0, 0, 0, 0])
+        counts = self._by_phase.setdefault(phase, [0] * COUNTS)
         for number, count in enumerate((1, payload_bytes, wire_bytes, staged_bytes)):
             counts[number] += count
 
@@ -187,7 +188,10 @@ class CommLedger:
         """Check a state as :meth:`load_state_dict` does; the function returned takes it over, and cannot fail."""
         counts = {name: state[name] for name in self.state_dict() if name in state}
         by_phase = counts.pop("by_phase", {})
-        every = [*counts.values(), *(count for of_phase in by_phase.values() for count in of_phase)]
+        fits = isinstance(by_phase, Mapping) and all(
+            isinstance(of_phase, list) and len(of_phase) == COUNTS for of_phase in by_phase.values()
+        )
+        every = [*counts.values(), *(count for of_phase in by_phase.values() for count in of_phase)] if fits else [None]
         if not all(type(count) is int for count in every):
             raise ValueError(f"the counts of a saved ledger must be integers, got {dict(state)!r:.300}")
 

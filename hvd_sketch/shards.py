@@ -37,7 +37,7 @@ def localized(state: Any) -> Any:
         ValueError: a DTensor is partial, a sum over ranks that has not been made, or placed in a way that is not known.
     """
     if type(state) in (dict, OrderedDict):
-        return type(state)((key, localized(value)) for key, value in state.items())
+        return _like(state, {key: localized(value) for key, value in state.items()})
     if type(state) in (list, tuple):
         return type(state)(map(localized, state))
     if not is_sharded(state):
@@ -47,6 +47,14 @@ def localized(state: Any) -> Any:
         raise ValueError(f"a DTensor of shape {tuple(state.shape)} is {partial[0]}: redistribute it before it is saved")
     dims = [_described(placement) for placement in state.placements]
     return {SHARD: local(state), "shape": tuple(state.shape), "dims": dims, "mesh": _describe_mesh(state)}
+
+
+def _like(state: dict[Any, Any], entries: dict[Any, Any]) -> Any:
+    """A mapping of the same class; a module's with the versions by which ``load_state_dict`` knows older states."""
+    made: Any = type(state)(entries)
+    if hasattr(state, "_metadata"):
+        made._metadata = state._metadata
+    return made
 
 
 def _described(placement: Any) -> int | list[int]:
@@ -78,7 +86,7 @@ def _globalized(state: Any, meshes: Mapping[str, Any]) -> Any:
     if type(state) in (dict, OrderedDict):
         if SHARD in state:
             return _dtensor(state, meshes)
-        return type(state)((key, _globalized(value, meshes)) for key, value in state.items())
+        return _like(state, {key: _globalized(value, meshes) for key, value in state.items()})
     if type(state) in (list, tuple):
         return type(state)(_globalized(value, meshes) for value in state)
     return state

@@ -80,7 +80,11 @@ class Simulation:
         ranks: int,
         make: MakeExchange = make_exchange,
     ) -> None:
-        self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        first_names: dict[Tensor, str] = {}
+        for name, parameter in named:
+            if parameter.requires_grad:
+                first_names.setdefault(parameter, name)  # tied weights come under several names
+        self._named = [(name, parameter) for parameter, name in first_names.items()]
         check_exchangeable(self._named)
         self.ranks, self.updated = ranks, 0
         self._config = replace(sketch, deterministic=True) if sketch is not None else None

@@ -102,7 +102,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
     ones = partial(torch.ones, dtype=torch.float32)
     v, u, table = ones(DIM), ones(DIM), ones(hash.table_shape)
     shard_table = table[:, 0].contiguous()
-    some = torch.arange(0, DIM, 3)
+    some = torch.arange(0, DIM, 3, device="cpu")
     some_int32 = some.int()  # as owned_above returns positions
     return [
         lambda: cpu.clear_(u, some),
@@ -121,7 +121,7 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
         lambda: _call_every_code(some_int32),
         lambda: cpu.merge_owned(hash, [some, some]),
         lambda: cpu.values_above(v, MAGNITUDE_OF_ONE, DIM),
-        lambda: cpu.scatter_([u], torch.tensor([0, DIM]), some, v[: len(some)]),
+        lambda: cpu.scatter_([u], torch.tensor([0, DIM], device="cpu"), some, v[: len(some)]),
         low_rank.warm_up,
         lag_adam.warm_up,
         step_ahead.warm_up,
@@ -132,11 +132,11 @@ def _calls_of_every_kernel() -> list[Callable[[], object]]:
 
 
 def _call_every_code(positions: torch.Tensor) -> None:
-    values = torch.ones(len(positions), dtype=torch.float32)
+    values = torch.ones(len(positions), dtype=torch.float32, device="cpu")
     code = host.encode_positions(positions, DIM)
     host.decode_owned(BlockHash(DIM, 3, 40), code, torch.device("cpu"))
     host.decode_union(torch.cat([code, code]), DIM, torch.device("cpu"))
-    chosen = host.encode_choice(torch.arange(2), values)
+    chosen = host.encode_choice(torch.arange(2, device="cpu"), values)
     host.decode_choices(chosen, 1, len(values), torch.device("cpu"))
 
 

@@ -1,5 +1,5 @@
-"""Markers of whole folders; which cells of the table of faults run; and where there is no GPU, Triton's kernels run
-under its interpreter, on CPU tensors.
+"""Markers of whole folders; which cells of the table of faults and which daily tests run; and where there is no GPU,
+Triton's kernels run under its interpreter, on CPU tensors.
 
 Triton reads the variable when it is first imported, which may be by any test.
 """
@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+
+DAYS = 3  # in which every daily test has its turn
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,17 +28,38 @@ def cells_of_today(config: pytest.Config) -> tuple[list[str], bool]:
     return [cell.name for cell in sample(time.gmtime().tm_yday)], False
 
 
+def daily_group(item: pytest.Item) -> str | None:
+    """What runs on the same day: the name that the marker gives, or the test itself; None: it runs every day."""
+    marker = item.get_closest_marker("daily")
+    return None if marker is None else marker.args[0] if marker.args else item.nodeid
+
+
+def left_for_other_days(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    """Two thirds of the daily tests, in a run of all tests; whoever asks for some gets all of those."""
+    if config.option.markexpr or config.option.keyword or config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        return []
+    groups = {item: group for item in items if (group := daily_group(item))}
+    of_today = set(sorted(set(groups.values()))[time.gmtime().tm_yday % DAYS :: DAYS])
+    return [item for item, group in groups.items() if group not in of_today]
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     names, are_all = cells_of_today(config)
-    return f"faults: all {len(names)}" if are_all else f"faults of today: {', '.join(names)}; all of them: -m faults"
+    faults = f"all {len(names)}" if are_all else f"those of today: {', '.join(names)}; all of them: -m faults"
+    return f"faults: {faults}\ndaily tests: without paths, -m and -k a third of them; all of them: -m daily"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_folders(items)
     names, _ = cells_of_today(config)
-    left_out = [item for item in items if item.get_closest_marker("faults") and item.callspec.id not in names]
+    left_out = {item for item in items if item.get_closest_marker("faults") and item.callspec.id not in names}
+    left_out.update(left_for_other_days(config, items))
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def mark_folders(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name
         if folder == "gpu":
@@ -46,3 +69,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("multiprocess")
         if folder == "paper" and item.get_closest_marker("multiprocess"):  # a whole experiment, more than once
             item.add_marker("slow")
+            item.add_marker("daily")

@@ -70,7 +70,7 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
     streams = _streams(words)
     ends = streams[:, 1].cumsum()
     # Memory of torch's: for large arrays NumPy asks the system for huge pages, which then takes 3 ms to make them.
-    positions = torch.empty(int(ends[-1]), dtype=torch.int64)
+    positions = torch.empty(int(ends[-1]), dtype=torch.int64, device="cpu")
     threads = threads_for(len(positions))
     run_on_threads(min(threads, len(streams)), _decode_streams, positions.numpy(), ends, words, streams)
     if len(streams) == 1:
@@ -80,11 +80,11 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
         is_new = np.ones(len(ordered), dtype=np.bool_)
         is_new[1:] = ordered[1:] != ordered[:-1]
         return torch.from_numpy(ordered[is_new]).to(device)
-    bitmap = torch.empty(ceil_div(span, 64), dtype=torch.int64).numpy().view(np.uint64)
+    bitmap = torch.empty(ceil_div(span, 64), dtype=torch.int64, device="cpu").numpy().view(np.uint64)
     found = np.zeros(threads + 1, dtype=np.int64)
     run_on_threads(threads, _unite, bitmap, found[1:], positions.numpy(), ends)
     starts = found.cumsum()
-    union = torch.empty(int(starts[-1]), dtype=torch.int64)
+    union = torch.empty(int(starts[-1]), dtype=torch.int64, device="cpu")
     run_on_threads(threads, _find_bits_of_threads, union.numpy(), starts, bitmap)
     return union.to(device)
 

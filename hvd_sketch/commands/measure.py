@@ -164,7 +164,7 @@ def links_of(transport: Transport, host: str) -> list[Link]:
     except ValueError:  # on every rank: Horovod's own collectives
         return []
     found = [_link(among, pairs, firsts) for pairs in rounds_of(len(firsts))] if transport.rank in firsts else []
-    rows = torch.tensor([row for row in found if row], dtype=torch.float64).view(-1, 4)
+    rows = torch.tensor([row for row in found if row], dtype=torch.float64, device="cpu").view(-1, 4)
     links = [Link((int(a), int(b)), latency_s, rate) for a, b, latency_s, rate in transport.allgather(rows).tolist()]
     return sorted(links, key=lambda link: link.bytes_per_s)
 
@@ -186,8 +186,8 @@ def _link(among: Any, pairs: Sequence[tuple[int, int]], firsts: Sequence[int]) -
     pair = among.split(pairs.index(own) if own else len(pairs))
     if own is None:
         return []
-    small = torch.zeros(2, SMALL_FLOATS, dtype=torch.float32)
-    large = torch.zeros(2, PROBE_FLOATS // 2, dtype=torch.float32)
+    small = torch.zeros(2, SMALL_FLOATS, dtype=torch.float32, device="cpu")
+    large = torch.zeros(2, PROBE_FLOATS // 2, dtype=torch.float32, device="cpu")
     latency_s = _slowest(pair, lambda: pair.alltoall(small), REPEATS)
     whole_s = _slowest(pair, lambda: pair.alltoall(large), REPEATS_OF_LINK)
     rate = large[0].nbytes / max(whole_s - latency_s, 1e-9)
@@ -205,5 +205,5 @@ def _slowest(transport: Transport, collective: Callable[[], object], repeats: in
         collective()
         wait()
         spent.append(time.perf_counter() - start)
-    own = torch.tensor([statistics.median(spent)], dtype=torch.float64)
+    own = torch.tensor([statistics.median(spent)], dtype=torch.float64, device="cpu")
     return max(float(value) for value in transport.allgather(own))

@@ -22,9 +22,9 @@ def main(transport_name: str, ranks: int) -> None:
         )
     exchange = SketchedAllreduce(SketchConfig.for_wire_ratio(20, DIM, transport.size), DIM, transport)
     random = torch.Generator().manual_seed(transport.rank)
-    produced, sent = torch.zeros(DIM), torch.zeros(DIM)
+    produced, sent = torch.zeros(DIM, device="cpu"), torch.zeros(DIM, device="cpu")
     for _ in range(STEPS):
-        gradient = torch.randn(DIM, generator=random)
+        gradient = torch.randn(DIM, generator=random, device="cpu")
         produced += gradient
         update = exchange.step(gradient)
         sent[update.indices] += update.values

@@ -133,13 +133,13 @@ class StepAgreement:
                 ``hvd.join()``, takes the step of another exchange, or is at another step, whose hashes do not fit; too
                 many steps in a row were skipped.
         """
-        own = torch.zeros(1 + self._counters.words, dtype=torch.int64)
+        own = torch.zeros(1 + self._counters.words, dtype=torch.int64, device="cpu")
         # An int: of a Flag with a step in it, enum keeps every value for ever, 300 bytes a step.
         numbers = (report.digest << STEP_BITS | step) << SERIAL_BITS | self._serial
         own[0] = numbers << FLAG_BITS | int(report.flags())
         self._counters.fill(own[1:], report.used)
         if gather is None:
-            words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64)
+            words = torch.zeros(comm.size + self._counters.words, dtype=torch.int64, device="cpu")
             words[comm.rank], words[comm.size :] = own[0], own[1:]
             with comm.phase("agree"):
                 sums = comm.allreduce_(words)
@@ -200,9 +200,10 @@ class StepAgreement:
 
 
 def _users_level() -> int:
-    """The ``stacklevel`` of the first caller outside of this package, for a warning by the caller of this function."""
+    """The ``stacklevel`` of the first caller outside of this package and torch, for a warning by who calls this."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__ or ""):
+    ours = __name__.partition(".")[0], "torch"
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     return level
 
@@ -212,7 +213,7 @@ def agree_on_serial(comm: Transport) -> int:
 
     Communication: collective: a broadcast of 8 bytes.
     """
-    return int(comm.broadcast_(torch.tensor([next(_serials)]), 0))
+    return int(comm.broadcast_(torch.tensor([next(_serials)], device="cpu"), 0))
 
 
 class _Words:
@@ -249,14 +250,14 @@ class _Counters:
         self._parameters = parameters
         self._per_word = COUNTER_BITS // size.bit_length()
         self.words = counter_words(size, parameters)
-        self._shifts = torch.arange(self._per_word) * size.bit_length()
+        self._shifts = torch.arange(self._per_word, device="cpu") * size.bit_length()
         self._mask = (1 << size.bit_length()) - 1
 
     def fill(self, words: Tensor, used: Sequence[bool]) -> None:
         if not used:
             return
-        ones = torch.zeros(self.words * self._per_word, dtype=torch.int64)
-        ones[: self._parameters] = torch.tensor(used, dtype=torch.int64)
+        ones = torch.zeros(self.words * self._per_word, dtype=torch.int64, device="cpu")
+        ones[: self._parameters] = torch.tensor(used, dtype=torch.int64, device="cpu")
         words.copy_((ones.view(self.words, -1) << self._shifts).sum(1))
 
     def read(self, words: Tensor) -> tuple[bool, ...]:

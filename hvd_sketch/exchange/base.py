@@ -97,7 +97,8 @@ class Exchange(ABC):
         **options: Unpack[Options],
     ) -> None:
         parameters, max_skips = options.get("parameters", ()), options.get("max_skips", 25)
-        _require_equal_setup(transport, type(self).__name__, config, dim, parameters, max_skips)
+        shapes = options.get("shapes", ())
+        _require_equal_setup(transport, type(self).__name__, config, dim, parameters, shapes, max_skips)
         self.dim = dim
         self.dtype = torch.float32
         self.ledger = options.get("ledger", CommLedger())
@@ -213,7 +214,9 @@ class Exchange(ABC):
 
         Communication: collective, all ranks (not counted in the ledger).
         """
-        counters = torch.tensor([self._step, self.agreement.skipped_steps, self._loaded, *self._predictions()])
+        counters = torch.tensor(
+            [self._step, self.agreement.skipped_steps, self._loaded, *self._predictions()], device="cpu"
+        )
         own_step = self._step
         with watched(self._transport, "take over a state"):
             step, skipped, loaded, *predictions = self._transport.broadcast_(counters.to(torch.int64), root).tolist()
@@ -266,14 +269,18 @@ class Exchange(ABC):
 
     def _report_of(self, gradient: Sequence[Tensor], finite: bool) -> Report:
         """What this rank can say of consecutive slices of its gradient."""
-        fits = all(values.dtype == self.dtype and values.ndim == 1 for values in gradient)
+        kind = self.dtype, 1, torch.strided, self._device.type
+        fits = all((values.dtype, values.ndim, values.layout, values.device.type) == kind for values in gradient)
         if fits and sum(map(len, gradient)) == self.dim:
             return Report(finite=finite and all_finite(gradient))
-        arrived = ", ".join(f"{values.dtype} of {tuple(values.shape)}" for values in gradient[:5])
+        arrived = ", ".join(
+            f"{values.dtype} of {tuple(values.shape)}, {values.layout}, on {values.device}" for values in gradient[:5]
+        )
         expected = str(self.dtype).removeprefix("torch.")
         return Report(
             refusal=ValueError(
-                f"the gradient must be {expected} of shape ({self.dim},), or slices of it in order, got {arrived}"
+                f"the gradient must be {expected} of shape ({self.dim},), dense and on {self._device.type}, or slices "
+                f"of it in order, got {arrived}"
             )
         )
 
@@ -324,12 +331,18 @@ class Exchange(ABC):
 
 
 def _require_equal_setup(
-    transport: Transport, kind: str, config: Compression | None, dim: int, parameters: Parameters, max_skips: int
+    transport: Transport,
+    kind: str,
+    config: Compression | None,
+    dim: int,
+    parameters: Parameters,
+    shapes: Sequence[Sequence[int]],
+    max_skips: int,
 ) -> None:
     fields: dict[str, object] = {"exchange": kind, "hash version": HASH_VERSION}
     fields |= {"world size": transport.size, "dim": dim}
     settings = asdict(config) if config is not None else {"cols": "none: dense"}
     fields |= {f"config.{name}": value for name, value in settings.items()}
-    fields["max_skips"] = max_skips
+    fields |= {"max_skips": max_skips, "shapes": " ".join(str(tuple(shape)) for shape in shapes)}
     fields |= {f"parameter {i}": " ".join(map(str, parameter)) for i, parameter in enumerate(parameters)}
     require_equal(transport, fields)

@@ -55,7 +55,7 @@ class DenseAllreduce(Exchange):
         self.dtype, self._wire_dtype = dtype, wire_dtype
         self._momentum = config.momentum if config is not None else 0.0
         self._u = torch.zeros(dim if self._momentum else 0, dtype=dtype, device=device)
-        self._gradient: Tensor = torch.empty(0, dtype=torch.float32)
+        self._gradient: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
         self._sum: Tensor | None = None  # of the gradients, made by another exchange
         self._unused: Ranges = ()
         self._has_warned = False
@@ -108,7 +108,7 @@ class DenseAllreduce(Exchange):
         if self.dim:  # otherwise only the agreement travels, as for a rank of which FSDP2 has sharded nothing
             with self._comm.phase("dense"):
                 mean = self._mean(mean)
-        self._gradient, self._sum = torch.empty(0, dtype=torch.float32), None
+        self._gradient, self._sum = torch.empty(0, dtype=torch.float32, device="cpu"), None
         self.ledger.compare_with_dense(self.dim, self._dense_bytes, 2 * self.dim)
         if self._momentum:
             mean = self._with_momentum(mean)

@@ -18,7 +18,7 @@ from hvd_sketch.exchange.feedback import LARGEST_SUM, aligned_zeros, largest_of
 from hvd_sketch.exchange.few_bits import RoundedSum, sum_in_few_bits
 from hvd_sketch.exchange.matrices import Matrix, as_matrices
 from hvd_sketch.exchange.residual import ResidualExchange
-from hvd_sketch.hashing import Purpose, random_words
+from hvd_sketch.hashing import Purpose, ceil_div, random_words
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.low_rank import full_precision, load_linear_algebra, orthonormalize_, product_
 from hvd_sketch.transport.base import Transport
@@ -109,7 +109,7 @@ class LowRankAllreduce(ResidualExchange):
         update = self._take_off(used, lefts, _by_matrix(summed.sent, used), _by_matrix(mean, used))
         self._limit_(update)
         floats = 2 * sum(m.rank * (m.cols + (0 if m.is_whole else m.rows)) for m in used)  # there and back
-        self.ledger.compare_with_dense(self.dim, self._dense_bytes, floats * self.config.value_bits // 32)
+        self.ledger.compare_with_dense(self.dim, self._dense_bytes, ceil_div(floats * self.config.value_bits, 32))
         rights = zip(numbers, _by_matrix(mean, used), strict=True)
         self._keep_rights({number: right for number, right in rights if number in self._rights})
         self.count_step()

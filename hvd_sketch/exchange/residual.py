@@ -97,7 +97,8 @@ class ResidualExchange(Exchange):
         if self._feedback.momentum and saved.entry("config", Mapping).get("momentum"):
             kept["u"] = saved.tensor("u", self._feedback.u)
         thresholds = [(0, 0)] * len(self._predictors)
-        if saved.entry("rank") is not None:
+        if saved.entry("rank") is not None and saved.entry("config", Mapping) == asdict(self.config):
+            # Of another configuration they may be a rank's own, where here all must have the same.
             thresholds = saved.pairs("thresholds", len(self._predictors))
 
         def take_over() -> None:

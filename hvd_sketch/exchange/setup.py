@@ -35,7 +35,7 @@ def require_equal(
         RuntimeError: a rank has come here to do something else, waits in a step, or has ended.
     """
     text = json.dumps({"hvd_sketch": __version__} | {name: str(value) for name, value in fields.items()})
-    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device="cpu")
     with _met(comm, doing):
         digests = comm.allgather(digest).view(comm.size, -1)
     if bool((digests == digests[0]).all()):
@@ -86,7 +86,7 @@ def refused_together(comm: Transport, doing: str = "be set up") -> Iterator[None
         yield
     except (OSError, TypeError, ValueError) as error:
         refusal = error
-    own = torch.tensor([(refusal is not None) + isinstance(refusal, OSError)], dtype=torch.uint8)
+    own = torch.tensor([(refusal is not None) + isinstance(refusal, OSError)], dtype=torch.uint8, device="cpu")
     with _met(comm, doing):
         every = comm.allgather(own)
     refusing = every.nonzero().flatten().tolist()

@@ -56,11 +56,11 @@ class SketchedAllreduce(ResidualExchange):
         if config.k > dim:
             raise ValueError(f"k must be at most dim, got k={config.k} for dim={dim}: lower k, or exchange dense")
         if config.has_table and config.chooses and config.candidate_count(dim) == dim and transport.rank == 0:
-            warnings.warn(
-                f"oversample * k = {config.oversample * config.k} reaches dim {dim}: every coordinate whose estimate "
-                "is not zero is a candidate, and the sketch is sent for next to nothing. Lower oversample or k, or "
-                "exchange dense (sketch=None)",
-                stacklevel=2,
+            # No Python warning, of which a filter can make an error: on this rank alone, and the others would wait.
+            logger.warning(
+                "oversample * k = %d reaches dim %d: every coordinate whose estimate is not zero is a candidate, and "
+                "the sketch is sent for next to nothing. Lower oversample or k, or exchange dense (sketch=None)",
+                *(config.oversample * config.k, dim),
             )
         # No rank compiles inside the first step. Few positions are coded on the host for a device, too.
         warm_up(logger.warning if transport.rank == 0 else None)

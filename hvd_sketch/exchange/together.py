@@ -39,7 +39,7 @@ def allgather_with_code(comm: MeteredTransport, head: Tensor, code: Tensor) -> t
         head: [n] of this rank, of any dtype, on the CPU; equally long on all ranks.
         code: uint8 of this rank, on the CPU; the ranks' lengths may differ.
     """
-    length = torch.tensor([code.numel()])
+    length = torch.tensor([code.numel()], device="cpu")
     gathered = comm.allgather(_joined([length.view(torch.uint8), _bytes_of(head), code]))
     heads, codes = [], []
     at = 0
@@ -53,7 +53,7 @@ def allgather_with_code(comm: MeteredTransport, head: Tensor, code: Tensor) -> t
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Bytes on the CPU, one after the other. torch.cat wakes all of its threads for them, which can take 5 ms."""
-    joined = torch.empty(sum(part.numel() for part in parts), dtype=torch.uint8)
+    joined = torch.empty(sum(part.numel() for part in parts), dtype=torch.uint8, device="cpu")
     np.concatenate([part.numpy() for part in parts], out=joined.numpy())
     return joined
 

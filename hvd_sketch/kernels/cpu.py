@@ -164,8 +164,8 @@ def _found_above(
     threads = threads_for(size)
     room = min(limit, ceil_div(size, threads)) + 2
     # Memory of torch's, which is still there from the last step: NumPy's new huge pages took longer than the pass.
-    positions = torch.empty(threads * room, dtype=torch.int64)
-    kept = torch.empty(threads * room, dtype=torch.float32)
+    positions = torch.empty(threads * room, dtype=torch.int64, device="cpu")
+    kept = torch.empty(threads * room, dtype=torch.float32, device="cpu")
     spans = np.empty((2, threads), dtype=np.int64)
     found = positions.numpy(), _bits(kept)
     given = (values.numpy(), *addends) if addends else (_bits(values),)

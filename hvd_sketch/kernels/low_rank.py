@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +26,20 @@ from hvd_sketch.kernels.threads import run_on_threads
 SAFE_REST = 2.0**-18
 _lock = threading.Lock()
 _inside = 0  # threads inside of full_precision
-_users_precision = "highest"  # what torch was told before the first came in
+_precision = ExitStack()  # gives back what torch was told before the first came in
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Inside, torch's products of float32 matrices are float32's, whatever it was told.
 
-    TF32 or bfloat16 (``torch.set_float32_matmul_precision``, ``torch.autocast``) would round what is subtracted from a
-    residual, and a part of it would be lost. Communication: none.
+    TF32 or bfloat16 (``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision``, ``torch.autocast``)
+    would round what is subtracted from a residual, and a part of it would be lost. Communication: none.
     """
-    global _inside, _users_precision
+    global _inside
     with _lock:
         if not _inside:
-            _users_precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
+            _precision.enter_context(_highest_precision())
         _inside += 1
     try:
         with torch.autocast(device.type, enabled=False):
@@ -48,7 +48,27 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                torch.set_float32_matmul_precision(_users_precision)
+                _precision.close()
+
+
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    backends: list[Any] = [getattr(each, "matmul", None) for each in (torch.backends.cuda, torch.backends.mkldnn)]
+    each_told = [(each, each.fp32_precision) for each in backends if hasattr(each, "fp32_precision")]  # since torch 2.9
+    all_told: str | None = None
+    try:
+        all_told = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # backends were told one by one: torch then refuses to be asked about all
+        for each, _ in each_told:
+            each.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if all_told is not None:
+            torch.set_float32_matmul_precision(all_told)
+        for each, told in each_told:
+            each.fp32_precision = told
 
 
 def orthonormalize_(factors: Sequence[Tensor]) -> None:
@@ -137,5 +157,5 @@ def _product_by_torch_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def warm_up() -> None:
     """Compile both for CPUs where Numba's cache does not hold them, so that no step does. Communication: none."""
     loops.orthonormalize(np.ones((1, 1), dtype=np.float32))
-    one = torch.ones(1, 1, dtype=torch.float32)
-    product_(torch.empty(1, dtype=torch.float32), one, one)
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    product_(torch.empty(1, dtype=torch.float32, device="cpu"), one, one)

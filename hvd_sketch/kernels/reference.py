@@ -209,7 +209,7 @@ def dequantize_sum(packed: Tensor, length: int, bits: int) -> Tensor:
     """
     _, segments, _ = packed.shape
     scale_bytes = 2 * chunks_of(length, bits)
-    total = torch.zeros(segments, length, dtype=torch.float32)
+    total = torch.zeros(segments, length, dtype=torch.float32, device="cpu")
     for term in packed.numpy():
         scales = np.ascontiguousarray(term[:, :scale_bytes]).view("<u2").astype(np.uint32) << 16
         data = np.ascontiguousarray(term[:, scale_bytes:])

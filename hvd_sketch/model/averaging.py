@@ -12,6 +12,7 @@ import torch
 
 from hvd_sketch.checks import check_number
 from hvd_sketch.exchange.agreement import Report
+from hvd_sketch.model.broadcast import broadcast_optimizer_state
 from hvd_sketch.model.levels import TwoLevels
 from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.progress import Progress
@@ -139,16 +140,29 @@ class AveragingOptimizer(LoggedOptimizer):
 
         Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
         """
+        had_data = self._gradients.active
         if not self._progress.has_backward:  # called by DDP's join(): this rank has run out of data
-            self._gradients.average(Report(done=True))
-            return
-        if loss_scale is None:
+            self._gradients.average(Report(done=True, refusal=self._refused_in_join()))
+            for parameter in self._parameters:
+                parameter.grad = None  # no step of its own takes it
+        elif loss_scale is None:
             self._exchange(None, None)
-            return
-        self._exchange(torch.tensor(loss_scale, dtype=torch.float32), 0.0)
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(loss_scale)
+        else:
+            self._exchange(torch.tensor(loss_scale, dtype=torch.float32, device="cpu"), 0.0)
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(loss_scale)
+        if not set(self._gradients.active) <= set(had_data):
+            # Ranks are back that had left DDP's join() early, which gave them parameters alone.
+            broadcast_optimizer_state(self.inner, had_data[0], self._transport)
+
+    def _refused_in_join(self) -> RuntimeError | None:
+        if isinstance(self._gradients, TwoLevels):
+            return RuntimeError(
+                "DDP's join() expected levels=1, got levels=2: a host does not know which ranks of others left early. "
+                "Give every rank as many batches, or leave DDP out and take optimizer.join()"
+            )
+        return None
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

@@ -32,6 +32,9 @@ class Wrapped(Protocol):
     def place(self) -> tuple[int, int]:
         """Rank and size of its transport."""
 
+    def check_take_over(self, root_rank: int) -> None:
+        """Raise ValueError where this rank cannot :meth:`take_over_state` now. Communication: none."""
+
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone. Communication: collective, all ranks."""
 
@@ -105,6 +108,8 @@ def broadcast_optimizer_state(
                 f"the optimizer is rank {rank} of {size} of its own transport, and rank {comm.rank} of {comm.size} of "
                 "this one: pass the transport of its process set or communicator, and the root_rank there"
             )
+        if wrapped is not None:
+            wrapped.check_take_over(root_rank)
     _broadcast_state(optimizer if wrapped is None else wrapped.inner, root_rank, comm)
     if wrapped is not None:
         wrapped.take_over_state(root_rank)
@@ -127,7 +132,7 @@ def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transpor
     """
     data = _serialized(state) if state is not None else None
     with watched(comm, "broadcast a state"):
-        length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()]), root_rank))
+        length = int(comm.broadcast_(torch.tensor([UNSAFE if data is None else data.numel()], device="cpu"), root_rank))
     if length == UNSAFE:
         raise ValueError(
             f"the optimizer state of rank {root_rank} holds objects that torch.save or "
@@ -135,7 +140,7 @@ def broadcast_state(state: dict[str, Any] | None, root_rank: int, comm: Transpor
             "param_groups and state"
         )
     if data is None:
-        data = torch.empty(length, dtype=torch.uint8)
+        data = torch.empty(length, dtype=torch.uint8, device="cpu")
     with watched(comm, "broadcast a state"):
         comm.broadcast_(data, root_rank)
     return _deserialized(data)

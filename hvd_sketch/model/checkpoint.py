@@ -26,7 +26,7 @@ from hvd_sketch.model.checkpoint_files import (
     write_state,
 )
 from hvd_sketch.model.local_steps import LocalSteps
-from hvd_sketch.model.optimizer import STATE_KEY, DistributedOptimizer
+from hvd_sketch.model.optimizer import ROUND_KEY, STATE_KEY, DistributedOptimizer
 from hvd_sketch.shards import globalized, local, localized
 from hvd_sketch.transport import Transport
 from hvd_sketch.transport.base import gather_texts
@@ -153,8 +153,9 @@ def load_checkpoint(
             rank 0's buffers.
         optimizer: around the same parameters, with the same compression. Modified.
         step: of the checkpoint to load; None: the newest.
-        residuals: False: load the model and the wrapped optimizer alone, to go on with another compression. The
-            residuals, the momentum of the exchange and the ledger that were saved are left out.
+        residuals: False: load the model and the wrapped optimizer alone, to go on with another compression, or with
+            ``LocalSteps`` after a ``DistributedOptimizer`` and the other way round. The residuals, the momentum of the
+            exchange and the ledger that were saved are left out.
 
     Returns:
         What was loaded; None, with nothing modified, where the directory has no complete checkpoint yet.
@@ -180,16 +181,23 @@ def load_checkpoint(
         has_own = as_many and manifest.get("keepers", optimizer.keepers) == optimizer.keepers
         _check_model(path, model, shared["model"])
         _check_optimizer(path, optimizer, shared["class of optimizer"])
+        is_of_other_kind = _is_of_other_kind(path, optimizer, shared["optimizer"], residuals)
     with refused_together(comm, "load a checkpoint"):
         exchange = own["exchange"] if own is not None and has_own else shared["optimizer"][STATE_KEY]
         if not residuals:
             exchange = at_step(optimizer.state_dict()[STATE_KEY], step_of(shared["optimizer"]))
         try:
-            inner = own.get("inner", {}) if own is not None else {}
-            optimizer.load_state_dict({**shared["optimizer"], **inner, STATE_KEY: exchange})
+            inner = own.get("inner", {}) if own is not None and not is_of_other_kind else {}
+            state = {**shared["optimizer"], **inner, STATE_KEY: exchange}
+            if is_of_other_kind:
+                state |= {ROUND_KEY: {**optimizer.state_dict().get(ROUND_KEY, {}), "done": 0, "start": []}}
+            if isinstance(optimizer, DistributedOptimizer):
+                state.pop(ROUND_KEY, None)
+            optimizer.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{folder.path} does not fit this optimizer: {error}") from error
-        model.load_state_dict({**shared["model"], **(own.get("buffers", {}) if own is not None else {})})
+        shared["model"].update(own.get("buffers", {}) if own is not None else {})
+        model.load_state_dict(shared["model"])
     own_extra = own["own"] if own is not None else None
     return Checkpoint(folder.path, folder.step, manifest["ranks"], shared["extra"], own_extra)
 
@@ -235,7 +243,7 @@ def _make_folder(root: Path, step: int, comm: Transport) -> Folder:
             folder.path.mkdir(parents=True)
             number = folder.number
     with watched(comm, "make a folder for a checkpoint"):
-        number = int(comm.broadcast_(torch.tensor([number])))
+        number = int(comm.broadcast_(torch.tensor([number], device="cpu")))
     return Folder.of(root, number, step)
 
 
@@ -250,7 +258,7 @@ def _find(root: Path, step: int | None, comm: Transport) -> Folder | None:
             raise ValueError(f"{root} has no complete checkpoint of step {step!r}; those it has are of steps {steps}")
         found = fitting[-1] if fitting else None
     with watched(comm, "look for a checkpoint"):
-        numbers = comm.allgather(torch.tensor([found.number if found else 0])).tolist()
+        numbers = comm.allgather(torch.tensor([found.number if found else 0], device="cpu")).tolist()
     if len(set(numbers)) > 1:
         told = tell_values([f"number {number}" if number else "none" for number in numbers])
         raise ValueError(
@@ -277,6 +285,20 @@ def _check_optimizer(path: Path, optimizer: DistributedOptimizer | LocalSteps, s
     ours = type(optimizer.inner).__name__
     if ours != saved:
         raise ValueError(f"{path} is of another optimizer: {saved} there, {ours} here. Wrap a {saved}")
+
+
+def _is_of_other_kind(
+    path: Path, optimizer: DistributedOptimizer | LocalSteps, saved: dict[str, Any], residuals: bool
+) -> bool:
+    """Whether one of both is a ``LocalSteps``, which has no gradients in its residuals."""
+    kinds = "DistributedOptimizer", "LocalSteps"
+    ours, theirs = isinstance(optimizer, LocalSteps), ROUND_KEY in saved
+    if residuals and ours != theirs:
+        raise ValueError(
+            f"{path} is of a {kinds[theirs]}, and this is a {kinds[ours]}: residuals of the one are gradients, of the "
+            "other differences of parameters. Load with residuals=False"
+        )
+    return ours != theirs
 
 
 def _describe(value: object) -> str:

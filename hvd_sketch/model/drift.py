@@ -61,7 +61,7 @@ def are_equal_everywhere(comm: Transport, gradient: Sequence[Tensor], is_zero: b
     Communication: collective, all ranks; not in the ledger.
     """
     with watched(comm, "compare gradients"):
-        every = comm.allgather(torch.tensor([0 if is_zero else digest_of_checksums(checksums(gradient))]))
+        every = comm.allgather(torch.tensor([0 if is_zero else digest_of_checksums(checksums(gradient))], device="cpu"))
     return bool(every.all()) and bool((every == every[0]).all())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -161,6 +162,19 @@ class ExchangingOptimizer(ForwardingOptimizer):
         """How many it has begun."""
         return self._gradients.step_number
 
+    @contextmanager
+    def _told_by_scaler(self) -> Iterator[tuple[Any, Any]]:
+        """What a GradScaler has set for a step: its scale, and whether it found gradients that are not finite.
+
+        It takes them back only from a step that returns: what a step that fails would leave, the next would take, too.
+        """
+        # From our own attributes only: a fused inner optimizer may have such attributes for itself.
+        try:
+            yield self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        except BaseException:
+            self.__dict__.pop("grad_scale", None), self.__dict__.pop("found_inf", None)
+            raise
+
     @property
     def last_exchange(self) -> int:
         """When it began its last one, counted over those of all optimizers of this process; 0: none yet."""
@@ -183,6 +197,10 @@ class ExchangingOptimizer(ForwardingOptimizer):
         Communication: collective, all ranks.
         """
         return self._gradients.step_without_data()
+
+    def check_take_over(self, root_rank: int) -> None:
+        """Raise ValueError where this rank cannot take over the root's state now. Communication: none."""
+        self._gradients.check_root(root_rank)
 
     def catch_up(self) -> None:
         """What :func:`hvd_sketch.join` calls at last: ranks that left early get what those have that left last.

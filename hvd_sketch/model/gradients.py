@@ -298,6 +298,9 @@ class GradientExchange:
             *(self._lead.step_number, self._transport.size),
         )
 
+    def check_root(self, root: int) -> None:
+        """Every rank has a state that others can take over. Communication: none."""
+
     def take_over_state(self, root: int) -> None:
         """See :meth:`hvd_sketch.exchange.base.Exchange.take_over_state`. Communication: collective, all ranks."""
         for exchange in self._exchanges:

@@ -107,7 +107,7 @@ class TwoLevels:
                 self._between = GradientExchange(named, config, among_leaders, **settings)
         share = self._host.size if settings["is_sum"] else self._host.size * len(self._leaders) / transport.size
         # Of a host's mean in the mean of all.
-        self._share = torch.tensor(float(share), dtype=torch.float32) if share != 1 else None
+        self._share = torch.tensor(float(share), dtype=torch.float32, device="cpu") if share != 1 else None
         self.ledger = self._between.ledger if self._between is not None else CommLedger()
         self.shard_ranks = ShardRanks(())
         self.skipped_steps = 0
@@ -120,6 +120,11 @@ class TwoLevels:
     def compressed(self) -> ResidualExchange | None:
         """The exchange that compresses, on a leader; None on other ranks and where all goes dense."""
         return self._between.compressed if self._between is not None else None
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """All ranks: where some leave early, :meth:`had_data` says so."""
+        return tuple(range(self._transport.size))
 
     @property
     def keepers(self) -> list[int]:
@@ -199,12 +204,12 @@ class TwoLevels:
         gradients = [parameter.grad for parameter in self._flat.parameters]
         words = [outcome, self.skipped_steps, *(gradient is not None for gradient in gradients)]
         with watched(self._host, HAND_ON, self.step_number):
-            self._host.broadcast_(torch.tensor(words), LEADER)
+            self._host.broadcast_(torch.tensor(words, device="cpu"), LEADER)
         return [gradient for gradient in gradients if gradient is not None]
 
     def _follow(self) -> Outcome:
         """Take over from the leader what has come of the exchange, and the update."""
-        words = torch.zeros(2 + len(self._flat.parameters), dtype=torch.int64)
+        words = torch.zeros(2 + len(self._flat.parameters), dtype=torch.int64, device="cpu")
         with watched(self._host, HAND_ON, self.step_number):
             number, self.skipped_steps, *used = self._host.broadcast_(words, LEADER).tolist()
         outcome = Outcome(number)
@@ -228,19 +233,27 @@ class TwoLevels:
     def had_data(self) -> tuple[int, ...]:
         """See :meth:`GradientExchange.had_data`. Communication: collective, all ranks of all hosts."""
         with watched(self._transport, "end without data"):
-            had_data = self._transport.allgather(torch.tensor([int(self._had_data)]))
+            had_data = self._transport.allgather(torch.tensor([int(self._had_data)], device="cpu"))
         return tuple(had_data.nonzero().flatten().tolist())
 
-    def take_over_state(self, root: int) -> None:
-        """See :meth:`GradientExchange.take_over_state`. Communication: collective, all ranks.
+    def check_root(self, root: int) -> None:
+        """Refuse a root that keeps no state, because it is not the first rank of its host. Communication: none.
 
         Raises:
-            ValueError: on every rank: the root keeps no state, because it is not the first rank of its host.
+            ValueError: on every rank.
         """
         if root not in self._leaders:
             raise ValueError(
                 f"rank {root} keeps no state with levels=2, ranks {self._leaders} do: take one of them as the root"
             )
+
+    def take_over_state(self, root: int) -> None:
+        """See :meth:`GradientExchange.take_over_state`. Communication: collective, all ranks.
+
+        Raises:
+            ValueError: see :meth:`check_root`.
+        """
+        self.check_root(root)
         if self._between is not None:
             self._between.take_over_state(self._leaders.index(root))
         counts = self._inside.state_dict() if self._transport.rank == root else None

@@ -25,7 +25,7 @@ from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.joining import join
 from hvd_sketch.model.logged import LoggedOptimizer
 from hvd_sketch.model.mesh import shard_number
-from hvd_sketch.model.optimizer import STATE_KEY
+from hvd_sketch.model.optimizer import ROUND_KEY, STATE_KEY
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, name_parameters
 from hvd_sketch.model.routes import MakeExchange, make_exchange
 from hvd_sketch.model.settings import require_equal_optimizers
@@ -34,7 +34,6 @@ from hvd_sketch.observer import Kind
 from hvd_sketch.shards import local
 from hvd_sketch.transport import Transport
 
-ROUND_KEY = "hvd_sketch_round"
 MakeOuter = Callable[[list[Tensor]], torch.optim.Optimizer]
 logger = logging.getLogger(__name__)
 # Better than without momentum and with DiLoCo's in trials on a character model, of which no record is kept.
@@ -156,14 +155,14 @@ class LocalSteps(LoggedOptimizer):
         if self._round.done == 0:
             self._remember_start()
         loss = None
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if found_inf is None or not float(found_inf):
-            self._unscale(scale)
-            loss = self.inner.step() if closure is None else self.inner.step(closure)
-        self._round.done += 1
-        self.ledger.add_local_step(self._elements, self._dense_bytes)
-        if self._round.done == self.every:
-            self.sync()
+        with self._told_by_scaler() as (scale, found_inf):
+            if found_inf is None or not float(found_inf):
+                self._unscale(scale)
+                loss = self.inner.step() if closure is None else self.inner.step(closure)
+            self._round.done += 1
+            self.ledger.add_local_step(self._elements, self._dense_bytes)
+            if self._round.done >= self.every:
+                self.sync()
         return loss
 
     @torch.no_grad()
@@ -181,32 +180,36 @@ class LocalSteps(LoggedOptimizer):
 
         Communication: collective, all ranks.
         """
-        idle = self._round.done == 0
+        try:
+            return self._exchange_differences()
+        finally:  # also after an error: the ranks are back where the round began, and the next one begins
+            self._round.done = 0
+            for parameter in self._parameters:
+                parameter.grad = None
+
+    def _exchange_differences(self) -> bool:
+        idle, is_finite = self._round.done == 0, True
         observer = self.ledger.observer
         report = Report(idle=idle, refusal=self._unregistered(), groups=self.outer.param_groups)
         if not idle:
             self.ledger.reopen_local_step(self._elements, self._dense_bytes)
-        with observer.span(Kind.EXCHANGE, "exchange"):
-            if not idle:
-                with observer.span(Kind.LOCAL, "differences"):
-                    self._go_back()
-            is_finite = idle or all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
-            counts = self._gradients.average(report)
+        try:
+            with observer.span(Kind.EXCHANGE, "exchange"):
+                if not idle:
+                    with observer.span(Kind.LOCAL, "differences"):
+                        self._go_back()
+                is_finite = idle or all_finite([local(p.grad) for p in self._parameters if p.grad is not None])
+                counts = self._gradients.average(report)
+        finally:
+            if not is_finite:
+                self._begin_anew()
         if not self._gradients.is_held:
             observer.end_step(self._gradients.step_number - 1, counts)
-            self._step_outer(idle, is_finite, counts)
-        self._round.done = 0
-        for parameter in self._parameters:
-            parameter.grad = None
+            if idle:
+                self._remember_start()  # the others are back at theirs, in ``start_dtype``
+            if counts:
+                self.outer.step()
         return counts
-
-    def _step_outer(self, idle: bool, is_finite: bool, counts: bool) -> None:
-        if idle:
-            self._remember_start()  # the others are back at theirs, in ``start_dtype``
-        if counts:
-            self.outer.step()
-        elif not is_finite:
-            self._begin_anew()
 
     def join(self) -> AbstractContextManager[None]:
         """Ranks with different numbers of batches; see :meth:`hvd_sketch.DistributedOptimizer.join`.
@@ -262,6 +265,15 @@ class LocalSteps(LoggedOptimizer):
             *(self._transport.rank, self._round.done, type(self.inner).__name__),
         )
 
+    def check_take_over(self, root_rank: int) -> None:
+        """Raise ValueError within a round. Communication: none."""
+        super().check_take_over(root_rank)
+        if self._round.done:
+            raise ValueError(
+                f"within a round, after {self._round.done} of {self.every} steps, every rank has parameters of its "
+                "own: call sync() before, also before a state is saved that one rank loads for all"
+            )
+
     def take_over_state(self, root_rank: int) -> None:
         """Take over from the root what belongs to no rank alone: see :func:`hvd_sketch.broadcast_optimizer_state`.
 
@@ -271,11 +283,7 @@ class LocalSteps(LoggedOptimizer):
         Communication: collective, all ranks.
         """
         with refused_together(self._transport, "take over a state"):
-            if self._round.done:
-                raise ValueError(
-                    f"within a round, after {self._round.done} of {self.every} steps, every rank has parameters of its "
-                    "own: call sync() before, also before a state is saved that one rank loads for all"
-                )
+            self.check_take_over(root_rank)
         self._gradients.take_over_state(root_rank)
         broadcast_optimizer_state(self.outer, root_rank, self._transport)
 

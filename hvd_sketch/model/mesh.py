@@ -98,7 +98,7 @@ class ShardRanks:
         if self._job is None:
             import torch.distributed as dist
 
-            ranks = torch.tensor([dist.get_rank()])
+            ranks = torch.tensor([dist.get_rank()], device="cpu")
             for each in (*self._comms, comm):
                 with watched(each, "find the ranks of all shards"):
                     ranks = each.allgather(ranks)
@@ -133,7 +133,7 @@ class ShardRanks:
 
 def _agree(comm: TorchTransport, report: Report) -> Report:
     settings = 0 if report.of_parameters else report.digest  # parameters differ between shards, settings must not
-    own = torch.tensor([[not report.finite, report.refusal is not None, settings]], dtype=torch.int64)
+    own = torch.tensor([[not report.finite, report.refusal is not None, settings]], dtype=torch.int64, device="cpu")
     with watched(comm, "agree with the other shards"):
         every: Tensor = comm.allgather(own)
     bad, refused, digests = every.unbind(1)

@@ -38,6 +38,7 @@ from hvd_sketch.shards import local
 from hvd_sketch.transport import HorovodTransport, Transport
 
 STATE_KEY = "hvd_sketch"
+ROUND_KEY = "hvd_sketch_round"  # of LocalSteps
 logger = logging.getLogger(__name__)
 
 
@@ -195,23 +196,22 @@ class DistributedOptimizer(AveragingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # From our own attributes only: a fused inner optimizer may have such attributes for itself.
-        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if self._progress.awaits_step and grad_scale is not None:
-            before = "scaler.step(optimizer)" if self._progress.in_backward else "optimizer.synchronize()"
-            raise RuntimeError(
-                "the gradients that were averaged still carry the loss scale: call scaler.unscale_(optimizer) before "
-                f"{before}"
-            )
-        if self._progress.takes_averaged:
-            is_taken = self._take_averaged(found_inf)
-        else:
-            is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
-        self._progress.start_over()
-        self._progress.forgives = found_inf is not None
-        if is_taken:
-            self._step_inner(closure is not None)
-        self._progress.note_step()
+        with self._told_by_scaler() as (grad_scale, found_inf):
+            if self._progress.awaits_step and grad_scale is not None:
+                before = "scaler.step(optimizer)" if self._progress.in_backward else "optimizer.synchronize()"
+                raise RuntimeError(
+                    "the gradients that were averaged still carry the loss scale: call scaler.unscale_(optimizer) "
+                    f"before {before}"
+                )
+            if self._progress.takes_averaged:
+                is_taken = self._take_averaged(found_inf)
+            else:
+                is_taken = self._exchange(grad_scale, found_inf) and self._is_usable(found_inf)
+            self._progress.start_over()
+            self._progress.forgives = found_inf is not None
+            if is_taken:
+                self._step_inner(closure is not None)
+            self._progress.note_step()
         return loss
 
     def _take_averaged(self, found_inf: Any) -> bool:
@@ -297,6 +297,12 @@ class DistributedOptimizer(AveragingOptimizer):
         """
         saved = SavedState(state_dict, self._transport.rank)
         saved.entry("state", Mapping), saved.entry("param_groups", list)
+        if ROUND_KEY in state_dict:
+            raise ValueError(
+                f"rank {self._transport.rank}: the state is one of LocalSteps, whose residuals are differences of "
+                "parameters, not gradients: wrap the optimizer in LocalSteps, or go on from a checkpoint by "
+                "load_checkpoint(residuals=False)"
+            )
         has_ours = STATE_KEY in state_dict
         take_over = self._gradients.read_state(state_dict[STATE_KEY]) if has_ours else self._forget_residuals
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})

@@ -132,6 +132,8 @@ class Progress:
                 versions = [parameter._version for parameter in self._parameters]
                 result = method(*arguments, **options)
                 if versions != [parameter._version for parameter in self._parameters]:
+                    if self.has_backward:  # the method's own backward pass
+                        raise _drifted(name)
                     if self.exchanged:  # otherwise zero_grad() has thrown away what was averaged
                         self.note_step()
                     self.start_over()
@@ -139,11 +141,7 @@ class Progress:
             before = checksums(self._parameters)
             result = method(*arguments, **options)
             if not torch.equal(before, checksums(self._parameters)):
-                raise RuntimeError(
-                    f"{name}() changed parameters by gradients that were not exchanged, and the ranks have drifted "
-                    f"apart: call optimizer.synchronize() on every rank before {name.split('.')[-1]}(), or step by "
-                    "optimizer.step()"
-                )
+                raise _drifted(name)
             self._readers.add(name)
             return result
 
@@ -159,3 +157,10 @@ class Progress:
         finally:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+
+def _drifted(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}() changed parameters by gradients that were not exchanged, and the ranks have drifted apart: call "
+        f"optimizer.synchronize() on every rank before {name.split('.')[-1]}(), or step by optimizer.step()"
+    )

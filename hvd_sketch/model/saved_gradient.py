@@ -42,6 +42,6 @@ def save_gradient(parameters: Iterable[Tensor | NamedParameter], path: str | Pat
             "compressed, got none: call save_gradient after backward() and before zero_grad()"
         )
     pieces = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in own]
-    flat = torch.cat([piece.detach().flatten().to("cpu", torch.float32) for piece in pieces])
+    flat = torch.cat([piece.detach().to_dense().flatten().to("cpu", torch.float32) for piece in pieces])
     with replaced(path) as draft:
         torch.save(flat, draft)

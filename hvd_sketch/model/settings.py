@@ -34,7 +34,7 @@ def require_equal_optimizers(comm: Transport, optimizer: torch.optim.Optimizer, 
     Raises:
         ValueError: on every rank, naming what differs, the ranks and their values.
     """
-    has_state = comm.allgather(torch.tensor([bool(optimizer.state)], dtype=torch.uint8))
+    has_state = comm.allgather(torch.tensor([bool(optimizer.state)], dtype=torch.uint8, device="cpu"))
     fields: dict[str, object] = {role: type(optimizer).__name__}
     if not bool(has_state.any()):
         for number, group in enumerate(optimizer.param_groups):

@@ -118,7 +118,7 @@ def allgather_empty(transport: Transport, tensor: Tensor) -> Tensor:
 
     Communication: collective.
     """
-    rows = transport.allgather(torch.tensor([len(tensor)]))
+    rows = transport.allgather(torch.tensor([len(tensor)], device="cpu"))
     return tensor.new_empty(int(rows.sum()), *tensor.shape[1:])
 
 
@@ -138,7 +138,7 @@ def check_shares(tensor: Tensor, size: int, collective: str) -> None:
 
 def same_color(transport: Transport, color: int) -> list[int]:
     """The ranks that give the same colour, ascending. Communication: collective."""
-    colors = transport.allgather(torch.tensor([color])).tolist()
+    colors = transport.allgather(torch.tensor([color], device="cpu")).tolist()
     return [rank for rank, each in enumerate(colors) if each == color]
 
 
@@ -150,7 +150,7 @@ def name_ranks(ranks: list[int]) -> str:
 def gather_texts(comm: Transport, text: str) -> list[str]:
     """Every rank's text, in rank order. Communication: collective, all ranks."""
     data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
-    sizes = comm.allgather(torch.tensor([len(data)])).tolist()
+    sizes = comm.allgather(torch.tensor([len(data)], device="cpu")).tolist()
     gathered = comm.allgather(torch.from_numpy(data)).numpy().tobytes()
     ends = np.cumsum(sizes).tolist()
     return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]

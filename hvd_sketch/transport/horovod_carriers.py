@@ -84,7 +84,7 @@ def _meet(own: HorovodCollectives) -> _Meeting:
         return _Meeting(name, own.rank, own.size, store, None)
     if store is None:
         store = TCPStore(offers[usable[0]], int(port), is_master=False)
-    every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl())])).all())
+    every_has_nccl = bool(own.allgather(torch.tensor([int(has_nccl())], device="cpu")).all())
     where = PrefixStore("hvd_sketch", store), own.rank, own.size, default_pg_timeout
     channel = connect(*where, with_nccl=every_has_nccl, host=places[own.rank][usable[0]])
     return _Meeting(name, own.rank, own.size, store, channel)

@@ -99,7 +99,7 @@ def connect_over_mpi(hvd: Any, own: HorovodCollectives, is_wanted: bool) -> tupl
         is_wanted: by this rank.
     """
     mpi = _mpi_of(hvd) if is_wanted else None
-    world_ranks = own.allgather(torch.tensor([-1 if mpi is None else mpi.COMM_WORLD.rank])).tolist()
+    world_ranks = own.allgather(torch.tensor([-1 if mpi is None else mpi.COMM_WORLD.rank], device="cpu")).tolist()
     if mpi is None or -1 in world_ranks or len(set(world_ranks)) < own.size:
         return None
     life = mpi_life(mpi)

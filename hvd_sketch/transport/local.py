@@ -17,7 +17,7 @@ T = TypeVar("T")
 Combine = Callable[[list[Tensor]], Tensor]
 
 
-NOTHING = torch.empty(0, dtype=torch.float32)
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class _Room:

@@ -150,7 +150,7 @@ class MPITransport:
 
         Parts of the same ranks share a communicator, as transports on one communicator do. Communication: collective.
         """
-        colors = self.allgather(torch.tensor([color])).tolist()
+        colors = self.allgather(torch.tensor([color], device="cpu")).tolist()
         return type(self)(self._channel.part(colors), self._max_count)
 
     def _start_sum(self, tensor: Tensor) -> Handle:

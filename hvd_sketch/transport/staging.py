@@ -20,7 +20,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host memory that ``device`` copies from and to at full speed."""
-    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -76,7 +76,9 @@ class DirectMessages(Carrier):
 
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
-        first = torch.empty(self._size, FIRST_BYTES, dtype=torch.uint8)  # the messages of an allgather; its own, too
+        first = torch.empty(
+            self._size, FIRST_BYTES, dtype=torch.uint8, device="cpu"
+        )  # the messages of an allgather; its own, too
         self._first = list(first)
         self._lengths = first.view(torch.int64)[:, 0]
         self._arriving = self._await_first()
@@ -107,7 +109,7 @@ class DirectMessages(Carrier):
             leaving += self._send(REST, ((peer, tensor[room:]) for peer in self._peers()))
         self._finish_all(self._arriving)
         lengths = self._lengths.tolist()
-        whole = torch.empty(sum(lengths), dtype=torch.uint8)
+        whole = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu")
         slots = whole.split(lengths)
         long = [peer for peer in reversed(self._peers()) if lengths[peer] > room]
         arriving = self._receive(REST, ((peer, slots[peer][room:]) for peer in long))

@@ -100,7 +100,7 @@ class TorchTransport:
         return tensor if ours is tensor else tensor.copy_(ours)
 
     def barrier(self) -> None:
-        self._host.allreduce_(torch.zeros(1, dtype=torch.float32))
+        self._host.allreduce_(torch.zeros(1, dtype=torch.float32, device="cpu"))
 
     def split(self, color: int) -> TorchTransport:
         """The ranks that give the same colour, in rank order. Communication: collective."""

@@ -334,6 +334,7 @@ def test_subtraction_has_the_reference_bits(size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.daily
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """To machine code, by Triton and ptxas, with neither spilled registers nor sums rounded once instead of twice."""
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():

@@ -31,6 +31,7 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.daily
 def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     out = tmp_path / "out"

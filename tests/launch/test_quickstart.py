@@ -40,6 +40,8 @@ def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
     assert "compressed" in output and "bytes/rank/step" in output
 
 
+@pytest.mark.slow
+@pytest.mark.daily
 def test_compressed_is_within_a_point_of_dense_as_a_newcomer_runs_it(tmp_path) -> None:
     """Every default: 4 ranks, three seeds, over 1 M parameters, 150x. 70 s on two cores."""
     figures = tmp_path / "figures.json"

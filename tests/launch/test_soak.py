@@ -16,6 +16,8 @@ SOAK = [sys.executable, "-m", "benchmarks.soak"]
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.daily
 @pytest.mark.parametrize("kind", ["mpi", "torch", "horovod-gloo"])
 def test_memory_and_descriptors_stay(kind: str) -> None:
     """In so few steps one new piece of an allocator's memory looks like growth, and other jobs slow down."""

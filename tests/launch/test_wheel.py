@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.harness import ROOT
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.daily("wheel")]
 
 LIMIT_S = 600  # of each command: pip may have to download torch, and the kernels are compiled
 TRAIN = """

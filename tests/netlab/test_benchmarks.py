@@ -154,6 +154,8 @@ def benchmark(name: str, *arguments: str, timeout_s: float = 120) -> tuple[int, 
     return run_command([sys.executable, "-m", f"benchmarks.{name}", *arguments], timeout_s)
 
 
+@pytest.mark.slow
+@pytest.mark.daily
 def test_kernels_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     sizes = ["--dims", "2e4", "3e4", "--rows", "3", "--rounds", "1"]
@@ -206,6 +208,8 @@ def test_limits_take_the_slower_of_memory_and_l2() -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.daily
 @needs_lab
 def test_bandwidth_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
@@ -313,6 +317,8 @@ def test_other_settings_have_other_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.daily
 @needs_lab
 def test_bandwidth_over_torch(tmp_path) -> None:
     arguments = ["--dims", "1e5", "--hosts", "2", "--rates", "none", "--repeats", "2", "--methods", "fp16", "sketch20"]
@@ -324,6 +330,8 @@ def test_bandwidth_over_torch(tmp_path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.daily
 @needs_lab
 def test_time_to_accuracy_end_to_end(tmp_path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"

@@ -30,6 +30,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.daily
 @needs_lab
 def test_tokens_end_to_end(data_dir: Path, tmp_path: Path) -> None:
     """Bytes of an interface are those of the exchange: dense in 16 bits 2 (W - 1) / W times the model, and so on."""

@@ -76,6 +76,7 @@ WORLDS = [(kind, ranks, False) for kind in ("torch", "mpi", "horovod-gloo") for 
 GRIDS = [("mpi", 4, True), ("torch", 4, True)]  # with few bits: they travel in the alltoalls that a grid carries twice
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize(("kind", "ranks", "grid"), [*WORLDS, ("mpi", 3, False), ("horovod-mpi", 3, False), *GRIDS])
 def test_ledger_is_what_the_interfaces_sent(monkeypatch, hosts: str, kind: str, ranks: int, grid: bool) -> None:
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", QUIET_CYCLE_MS)

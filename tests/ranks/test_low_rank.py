@@ -192,20 +192,12 @@ def test_full_rank_in_32_bits_is_the_mean(ranks: int) -> None:
         assert torch.allclose(update, mean, atol=1e-4)
 
 
-def test_products_are_exact_whatever_torch_was_told() -> None:
-    """A user may train in bfloat16, and step the optimizer inside autocast."""
-    plain, told = (build(local_transports(1)[0]) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        for step in range(3):
-            expected = plain.step(gradient(0, step))
-            with torch.autocast("cpu", torch.bfloat16):
-                assert torch.equal(told.step(gradient(0, step)).values, expected.values)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(told.residual, plain.residual)
+def test_other_shapes_of_as_many_coordinates_are_another_exchange() -> None:
+    def main(transport: LocalTransport) -> None:
+        with pytest.raises(ValueError, match="shapes"):
+            build(transport, shapes=[(20, 30), (5,)][:: 1 - 2 * transport.rank])
+
+    run_local(2, main, LIMIT_S)
 
 
 def test_without_shapes_the_vector_is_one_tensor() -> None:

@@ -129,6 +129,15 @@ def test_goes_on_from_its_state_to_the_bit() -> None:
     assert second.ledger.totals() == whole.ledger.totals()
 
 
+def test_tied_weights_come_once() -> None:
+    """Under two names, as from ``named_parameters(remove_duplicate=False)``."""
+    model = Model(1013)
+    named = list(model.named_parameters())
+    once, twice = Simulation(named, CONFIG, 2), Simulation([*named, ("tied", named[0][1])], CONFIG, 2)
+    assert equal(simulate(once, model, range(3)), simulate(twice, model, range(3)))
+    assert once.ledger.totals() == twice.ledger.totals()
+
+
 def test_misuse_is_refused() -> None:
     model = Model(1013)
     simulation = Simulation(model.named_parameters(), CONFIG, 2)

@@ -142,3 +142,13 @@ def test_the_scale_is_undone_in_float32_before_momentum() -> None:
         scaler.step(optimizer)
     u = optimizer.exchange.velocity
     assert set(u.tolist()) == {0.0, 2.0**-30, 1.5 * 2.0**-30}  # sent now, sent before, never sent
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_warning_of_a_skipped_step_is_of_the_users_line() -> None:
+    model = Toy()
+    optimizer = wrap(alone(), model, little())
+    model.backward(0, 0, float("nan"))
+    with pytest.warns(RuntimeWarning, match="all ranks skip this step") as warned:
+        optimizer.step()
+    assert warned[0].filename == __file__

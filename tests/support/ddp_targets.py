@@ -200,21 +200,22 @@ def with_a_scaler(transport: TorchTransport) -> dict[str, Any]:
 
 
 def joins(transport: TorchTransport) -> dict[str, Any]:
-    """In DDP's join() rank 0 has fewer batches; equal to a plain model in the optimizer's own join()."""
-    batches = 2 + 2 * transport.rank
+    """In DDP's join() rank 0 has fewer batches in each epoch; equal to a plain model in the optimizer's own join()."""
+    batches = range(2 + 2 * transport.rank)
     plain = Branching()
     beside = wrapped(plain, NOMINATED)
     model, optimizer = hooked(NOMINATED, find_unused_parameters=True)
-    with model.join():
-        for step in range(batches):
-            optimizer.zero_grad()
-            loss_of(model, transport.rank, step).backward()
-            optimizer.step()
-    with beside.join():
-        for step in range(batches):
-            beside.zero_grad()
-            loss_of(plain, transport.rank, step).backward()
-            beside.step()
+    for epoch in range(2):
+        with model.join():
+            for step in batches:
+                loss_of(model, transport.rank, step + 10 * epoch).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+        with beside.join():
+            for step in batches:
+                loss_of(plain, transport.rank, step + 10 * epoch).backward()
+                beside.step()
+                beside.zero_grad(set_to_none=False)
     return {"hook": flat(model), "plain": flat(plain)}
 
 

@@ -106,7 +106,7 @@ def test_memory_is_bounded_and_totals_by_phase_are_not_lost() -> None:
     resumed = CommLedger()
     resumed.load_state_dict(ledger.state_dict())
     assert resumed.totals() == totals and resumed.by_phase() == ledger.by_phase()
-    for damaged in ({"_step": 1.5}, {"by_phase": {"sketch": [1, None]}}):
+    for damaged in ({"_step": 1.5}, {"by_phase": {"sketch": [1, None]}}, {"by_phase": []}, {"by_phase": {"a": [1]}}):
         with pytest.raises(ValueError, match="the counts of a saved ledger must be integers"):
             resumed.load_state_dict({**ledger.state_dict(), **damaged})
     assert resumed.totals() == totals
@@ -180,6 +180,7 @@ def test_bad_configurations(values: dict[str, Any], message: str) -> None:
         (10, 100, {"rows": 0}, "rows must be"), (10, 100, {"oversample": -1}, "oversample must be"),
         (10, 0, {}, "exchange dense"),
         (5, 1000, {"cols": 5, "k": 5}, "at most one of"),
+        (5, 1000, {"candidates": "random", "k": 5}, "at most one of"),
     ],
 )  # fmt: skip
 def test_ratios_that_cannot_be_met(ratio: float, dim: int, overrides: dict[str, Any], message: str) -> None:
@@ -187,8 +188,16 @@ def test_ratios_that_cannot_be_met(ratio: float, dim: int, overrides: dict[str, 
         SketchConfig.for_compression(ratio, dim, **overrides)
 
 
+WITHOUT_TABLE = ("nominate", "random")
+
+
 @pytest.mark.parametrize(
-    "overrides", [{}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}, {"candidates": "heavymix"}]
+    "overrides",
+    [
+        *({}, {"rows": 5}, {"oversample": 10}, {"k": 2000}, {"cols": 9000}, {"candidates": "heavymix"}),
+        *({"candidates": name, "oversample": 1, "value_bits": bits} for name in WITHOUT_TABLE for bits in (8, 32)),
+        {"oversample": 1, "value_bits": 4, "table_bits": 8},
+    ],
 )
 @pytest.mark.parametrize("ratio", [4, 20, 100])
 def test_for_compression_meets_the_ratio(ratio: float, overrides: dict[str, Any]) -> None:
@@ -196,3 +205,7 @@ def test_for_compression_meets_the_ratio(ratio: float, overrides: dict[str, Any]
     config = SketchConfig.for_compression(ratio, dim, **overrides)
     assert config.paper_compression_ratio(dim) == pytest.approx(ratio, rel=0.01)
     assert config.paper_compression_ratio(dim) >= ratio
+
+
+def test_a_single_value_in_few_bits_is_a_float_and_not_none() -> None:
+    assert SketchConfig(k=1, candidates="random").paper_compression_ratio(100) == 200

@@ -115,7 +115,7 @@ class NominatedCandidates:
 
     def _look_at(self, v: Tensor, spans: Parts) -> Look:
         def look(start: int, shift: int, bins: int) -> tuple[Tensor, Tensor]:
-            counts = torch.zeros(bins + 1, dtype=torch.int64)
+            counts = torch.zeros(bins + 1, dtype=torch.int64, device="cpu")
             for first, last, gradient in spans:
                 values = v[first:last] if gradient is None else v[first:last] + gradient
                 counts += self._kernels.magnitude_histogram(values, start, shift, bins).cpu()

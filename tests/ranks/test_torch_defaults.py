@@ -1,4 +1,4 @@
-"""torch.set_default_dtype() changes nothing of what is exchanged."""
+"""torch.set_default_dtype() and torch.set_default_device() change nothing of what is exchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_sketch import DistributedOptimizer, SketchConfig
 from hvd_sketch.config import Compression
@@ -31,14 +31,17 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def trained(name: str, dtype: torch.dtype, every: int) -> list[Tensor]:
-    """Parameters of float32 after some steps, and an end for which one rank has no data, under another default."""
+def trained(name: str, every: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    """Parameters of float32 on CPUs after some steps, and an end for which one rank has no data, under defaults."""
     models = [network() for _ in range(2)]
     random = torch.Generator().manual_seed(1)
     batches = torch.randn(2, 5, 8, 30, generator=random)
 
     def main(transport: LocalTransport) -> Tensor:
-        model = models[transport.rank]
+        with torch.device(device):  # of this thread
+            return train(transport, models[transport.rank])
+
+    def train(transport: LocalTransport, model: nn.Module) -> Tensor:
         if every:
             optimizer = wrap(transport, model, CONFIGS[name], every=every)
         else:
@@ -59,6 +62,13 @@ def trained(name: str, dtype: torch.dtype, every: int) -> list[Tensor]:
 @pytest.mark.parametrize("every", [0, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_updates_have_the_same_bits_under_any_default_dtype(name: str, every: int, dtype: torch.dtype) -> None:
-    expected = trained(name, torch.float32, every)
-    for ours, theirs in zip(trained(name, dtype, every), expected, strict=True):
+    for ours, theirs in zip(trained(name, every, dtype), trained(name, every), strict=True):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_updates_have_the_same_bits_on_any_default_device(name: str, every: int) -> None:
+    """Tensors of the device "meta" hold nothing: who makes one by default, and not where it is needed, fails."""
+    for ours, theirs in zip(trained(name, every, device="meta"), trained(name, every), strict=True):
+        assert torch.equal(ours, theirs)
