@@ -34,6 +34,7 @@ FIRST = {
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("transport", ["horovod", "mpi"])
 @pytest.mark.parametrize("first", FIRST)
+@pytest.mark.daily
 def test_one_rank_trains_without_any_variable(first: str, transport: str, tmp_path) -> None:
     job = tmp_path / "train.py"
     job.write_text(f"{FIRST[first]}\n{TRAIN.format(transport=transport)}")

@@ -21,6 +21,7 @@ def quickstart(*arguments: str, folder: Path = ROOT) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun", "horovodrun"])
+@pytest.mark.daily
 def test_trains_both_sides_and_reports(launcher: str, tmp_path) -> None:
     """From another folder, which has benchmarks of its own."""
     (tmp_path / "benchmarks").mkdir()

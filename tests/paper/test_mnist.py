@@ -122,7 +122,7 @@ def test_the_rate_satisfies_theorem_1() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_the_algorithm_of_the_paper(name: str, method: str) -> None:
     """The rates, the weights of the average, and Alg. 2 and 3 themselves, written out without the exchange."""
-    train, workers, steps, horizon = small_set(200, DIM), 2, 15, 500
+    train, workers, steps, horizon = small_set(200, DIM), 2, 6, 500
     task = Task(RECIPES[name], method, train, train, horizon, 8, seed=3)
     training = simulated_training(task, workers)
     exact = method == "vanilla"

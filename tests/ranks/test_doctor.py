@@ -30,6 +30,7 @@ def command(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.daily
 def test_a_healthy_machine_looked_at_by_all_ranks_of_a_job(tmp_path: Path) -> None:
     """Both ranks of a job under torchrun, mpirun and what looks like Slurm run it: one looks, prints and writes."""
     file, bundle = tmp_path / "found.json", tmp_path / "bundle.txt"

@@ -24,6 +24,7 @@ JOINABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("how", ["", "shared", "rounds"])
+@pytest.mark.daily
 def test_a_rank_joins_and_is_lost_over_horovod(tmp_path: Path, how: str) -> None:
     """2, 3, 2 ranks: residuals are kept and rescaled, a new rank begins with zeros, all ranks stay equal.
 

@@ -26,6 +26,7 @@ def test_all_checks_under_horovodrun() -> None:
     assert ran[0] == ran[1] > 10, "so many checks"
 
 
+@pytest.mark.daily
 def test_a_rank_outside_of_the_process_set_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     first, outside, last = launch("horovod-gloo", 3, "tests.support.dropin:process_sets", timeout_s=180)
@@ -39,6 +40,7 @@ def test_a_rank_outside_of_the_process_set_steps_alone(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.daily
 def test_horovods_join_ends_the_job_and_names_ours(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
     monkeypatch.setenv(STALL_VARIABLE, "3")  # so that ranks that wait look soon at what the others do
     told = r"(?s)ended with status [1-9].*rank 0 of 2 left this step.*hvd.join\(\).*with optimizer.join\(\)"

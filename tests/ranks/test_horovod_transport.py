@@ -68,6 +68,7 @@ def test_a_part_fails_as_horovod_does() -> None:
         ("a shutdown", "rank 1 of 2 ends, in phase 'a step': the program of rank 0 is over"),
     ],
 )
+@pytest.mark.daily
 def test_the_end_of_horovod_does_not_end_mpi_under_a_rank_that_waits(what: str, told: str) -> None:
     job = [*LAUNCHERS["horovod-mpi"], "-n", "2", "--", sys.executable, "-m", "tests.support.horovod_end_main", what]
     status, output = run_command(job, timeout_s=60, **{STALL_VARIABLE: "2"})
