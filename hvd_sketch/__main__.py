@@ -72,7 +72,8 @@ def doctor(
     from hvd_sketch.commands import doctor as examining
     from hvd_sketch.commands.bundle import write_bundle
 
-    if not examining.is_first_rank():
+    if told := examining.other_rank():
+        typer.echo(f"doctor: {told}, so that rank 0 alone looks and prints", err=True)
         return
     try:
         names_of_hosts = examining.host_names(hosts)

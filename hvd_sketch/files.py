@@ -36,10 +36,10 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
     Communication: none.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        yield target
+    if Path(path).exists() and not Path(path).is_file():  # asked of the path as given: a pipe's real path is no file's
+        yield Path(path)
         return
+    target = Path(os.path.realpath(path))
     unique = f"{os.getpid()}.{threading.get_native_id()}"
     draft = target.with_name(f".{target.name}.{unique}.draft{target.suffix}")
     try:

@@ -162,9 +162,9 @@ def _one_process(folder: Path, report: Report) -> Iterator[None]:
 
 def _open_lock(folder: Path) -> int | None:
     """A lock file in Numba's cache, otherwise in the folder for temporary files; None where neither can be written."""
-    fallback = Path(tempfile.gettempdir()) / f"hvd_sketch_{os.getuid()}"
-    for place in (folder, fallback):
+    for find in (lambda: folder, lambda: Path(tempfile.gettempdir()) / f"hvd_sketch_{os.getuid()}"):
         try:
+            place = find()  # which fails where no folder for temporary files can be written
             place.mkdir(parents=True, exist_ok=True)
             return os.open(place / "hvd_sketch_warm_up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:

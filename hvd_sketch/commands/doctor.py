@@ -17,12 +17,17 @@ from hvd_sketch.commands.findings import all_findings, hosts
 from hvd_sketch.commands.jobs import self_tests
 
 COLOURS = {"ok": "green", "note": "yellow", "wrong": "red"}
+# The innermost launcher first: srun starts torchrun and mpirun, and not the other way round.
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
-def is_first_rank() -> bool:
-    """Whether this process is no rank of a job, or its first: one is enough to look and to write."""
-    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+def other_rank() -> str:
+    """Why this process need not look and write, "RANK is 1"; "": it is no rank of a job, or its first.
+
+    The launcher that started it counts, where that runs under another one.
+    """
+    name = next((name for name in RANKS if os.environ.get(name)), None)
+    return "" if name is None or os.environ[name] == "0" else f"{name} is {os.environ[name]}"
 
 
 def host_names(file: Path | None) -> list[str]:

@@ -31,7 +31,8 @@ OF_LAUNCHERS = (
     *("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "MASTER_ADDR", "MASTER_PORT"),
 )
 OF_TORCHRUN = ("RANK", "WORLD_SIZE")
-ALLOCATION = ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CONF", "SLURM_CLUSTER_NAME")  # srun joins the job by them
+IN_ALLOCATION = ("SLURM_JOB_ID", "SLURM_JOBID")
+ALLOCATION = (*IN_ALLOCATION, "SLURM_CONF", "SLURM_CLUSTER_NAME")  # srun joins the job by them
 
 
 class Job(NamedTuple):
@@ -56,7 +57,7 @@ def self_tests() -> Iterator[Finding]:
             yield Finding(name, "note", f"no {program} on PATH")
         elif find_spec(job.package) is None:
             yield Finding(name, "note", f"{job.package} is not installed")
-        elif program == "srun" and not any(os.environ.get(variable) for variable in ALLOCATION):
+        elif program == "srun" and not any(os.environ.get(variable) for variable in IN_ALLOCATION):
             yield Finding(name, "note", "not tried outside of a Slurm job", "salloc -n 2, then hvd-sketch doctor there")
         else:
             yield run_job(name, job.line)

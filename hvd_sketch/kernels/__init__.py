@@ -7,6 +7,13 @@ from types import ModuleType
 
 import torch
 
+try:
+    # The first module whose compiled kernels Numba keeps.
+    from hvd_sketch.kernels import _cpu_few_bits as _few_bits  # noqa: F401
+except RuntimeError as error:
+    error.add_note("compiled kernels find no folder to be kept in: set NUMBA_CACHE_DIR to one that all ranks can write")
+    raise
+
 BACKENDS = {
     "reference": "hvd_sketch.kernels.reference",
     "numba": "hvd_sketch.kernels.cpu",

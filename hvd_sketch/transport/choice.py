@@ -115,7 +115,7 @@ def choose() -> tuple[str, str]:
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
         return "mpi", f"MPI.COMM_WORLD has {mpi.COMM_WORLD.size} ranks"
     for variable in MPI_SIZES:
-        if os.environ.get(variable, "1") not in ("0", "1"):
+        if os.environ.get(variable, "1") not in ("", "0", "1"):
             return "mpi", f"{variable} is {os.environ[variable]}"
     return LOCAL, "nothing else was found"
 

@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -86,7 +86,8 @@ class StallWatch:
         self._look_s = min(stall_s / LOOKS_PER_STALL, LONGEST_LOOK_S)
         self._waits: dict[int, Wait] = {}  # the innermost one of every thread
         self._late: WeakKeyDictionary[Attendance, tuple[int, float]] = WeakKeyDictionary()  # where, and since when
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
+        self._looked_s, self._has_failed = 0.0, False
 
     def over(
         self, rank: int | None, size: int, step: int | None, doing: str, attendance: Attendance | None = None
@@ -103,12 +104,12 @@ class StallWatch:
 
     def begin(self, wait: Wait) -> Wait | None:
         """A thread waits from now on; returns what it waited in already."""
-        if not self._threads or not self._threads[0].is_alive():  # as in a process forked from this one
-            self._threads = [
-                threading.Thread(target=look, name=f"hvd_sketch stall watch, {name}", daemon=True)
-                for look, name in ((self._look_at_the_clock, "clock"), (self._speak_with_ranks, "ranks"))
-            ]
-            for thread in self._threads:
+        for name, look in (("clock", self._look_at_the_clock), ("ranks", self._speak)):
+            if name not in self._threads or not self._threads[name].is_alive():  # as in a process forked from this one
+                thread = threading.Thread(
+                    target=self._go_on, args=(look,), name=f"hvd_sketch stall watch, {name}", daemon=True
+                )
+                self._threads[name], self._looked_s = thread, time.monotonic()
                 thread.start()
         if wait.attendance is not None and wait.attendance not in self._late:
             self._late[wait.attendance] = -1, 0.0
@@ -124,27 +125,32 @@ class StallWatch:
         else:
             self._waits.pop(threading.get_ident(), None)
 
-    def _look_at_the_clock(self) -> None:
+    def _go_on(self, look: Callable[[], None]) -> None:
+        """Look again and again, whatever happens: without these threads a job that cannot end would wait for ever."""
         while True:
             time.sleep(self._look_s)
-            self._judge()
+            try:
+                look()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
+            except Exception:
+                if not self._has_failed:
+                    self._has_failed = True
+                    logger.exception("looking at what this rank waits for has failed; it is tried again")
 
-    def _judge(self) -> None:
+    def _look_at_the_clock(self) -> None:
+        now_s = time.monotonic()
+        gap_s, self._looked_s = now_s - self._looked_s - self._look_s, now_s
         for wait in list(self._waits.values()):
-            waited_s = time.monotonic() - wait.since_s
+            if gap_s > LONGEST_LOOK_S:  # stopped meanwhile, as a job that its scheduler suspends, it did not wait
+                wait.since_s = min(wait.since_s + gap_s, now_s)
+            waited_s = now_s - wait.since_s
             if waited_s > self._stall_s and not wait.is_reported:
                 wait.is_reported = True
                 _warn(wait, waited_s)
             if self._abort_s and waited_s > self._abort_s:
                 _end(wait, f"it has waited for {waited_s:.0f} s, and {ABORT_VARIABLE} is {self._abort_s:g}")
 
-    def _speak_with_ranks(self) -> None:
-        while True:
-            time.sleep(self._look_s)
-            self._speak()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
-
     def _speak(self) -> None:
-        waits = [wait for wait in self._waits.values() if wait.attendance is not None]
+        waits = [wait for wait in list(self._waits.values()) if wait.attendance is not None]
         for attendance in list(self._late):
             attendance.listen()
             attendance.answer()
@@ -167,9 +173,17 @@ class StallWatch:
             self._late[attendance] = where, 0.0
             logger.warning(
                 "rank %d of %d is late: %s for it in an exchange. What it does:",
-                *(attendance.rank, attendance.size, f"{name_ranks(sorted(waiting))} wait"),
+                *(attendance.rank, attendance.size, f"{name_ranks(sorted(waiting))} wait{'s' * (len(waiting) == 1)}"),
             )
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            _show_threads()
+
+
+def _show_threads() -> None:
+    """Where every thread is, on the first stream that is a file: what a program puts in stderr's place may be none."""
+    for stream in (sys.stderr, sys.__stderr__, 2):
+        with suppress(AttributeError, OSError, RuntimeError, ValueError):
+            faulthandler.dump_traceback(stream, all_threads=True)  # type: ignore[arg-type]
+            return
 
 
 def _speak_of(wait: Wait) -> None:
@@ -200,10 +214,13 @@ def _hopeless(attendance: Attendance, doing: str) -> str | None:
 
 
 def _end(wait: Wait, reason: str) -> None:
-    logger.critical("%s ends, in %s: %s", wait.who, wait.place, reason)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        logger.critical("%s ends, in %s: %s", wait.who, wait.place, reason)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # a full disk, or no stream
+                stream.flush()
+    finally:
+        os._exit(1)
 
 
 def _warn(wait: Wait, waited_s: float) -> None:

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import HashStore, TCPStore
 
 from hvd_sketch.ledger import CommLedger
-from hvd_sketch.transport import LocalTransport, attendance, metered, run_local
+from hvd_sketch.transport import LocalTransport, attendance, metered, processes, run_local
 from hvd_sketch.transport.attendance import Attendance, StoreAttendance
 from hvd_sketch.transport.metered import MeteredTransport
 from hvd_sketch.transport.processes import Fate, Process
@@ -223,6 +224,18 @@ def test_a_rank_of_another_host_is_named_when_it_does_not_answer(monkeypatch: py
     listen_for(0.5)
     assert "nothing was heard of rank 1 for" in near.elsewhere("agree")
     assert near.absent() == [1]
+
+
+def test_in_another_namespaces_table_nothing_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ``unshare --pid`` without ``--mount-proc``: a rank that runs is not to be taken for one that ended."""
+    monkeypatch.setattr(processes, "PROCESSES", tmp_path)
+    there = str(os.getpid() + 1)  # what this process is called in that table
+    (tmp_path / there / "ns").mkdir(parents=True)
+    (tmp_path / there / "ns/pid").symlink_to("pid:[1]")
+    (tmp_path / "self").symlink_to(there)
+    (tmp_path / "sys/kernel/random").mkdir(parents=True)
+    (tmp_path / "sys/kernel/random/boot_id").write_text("boot\n")
+    assert Process.of(os.getpid()).fate() == Fate.UNKNOWN
 
 
 def test_what_becomes_of_a_process_is_seen_on_its_host() -> None:

@@ -37,6 +37,7 @@ def test_nothing_found_is_one_rank_alone() -> None:
     [
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi"),
         ({"PMI_SIZE": "3"}, "mpi"),
+        ({"PMI_SIZE": ""}, "local"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "mpi"),
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, "local"),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "local"),  # a script of sbatch, which no srun has started

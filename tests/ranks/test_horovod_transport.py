@@ -89,7 +89,11 @@ def test_collectives_that_fail_leave_no_slot() -> None:
         (INTERFACE_VARIABLES[1], "lo", [LOOPBACK]),
         (INTERFACE_VARIABLES[2], "nowhere0,lo", [LOOPBACK]),
         (INTERFACE_VARIABLES[2], "127.0.0.0/8", [LOOPBACK]),
+        (INTERFACE_VARIABLES[2], "10.0.0.0/33", []),
         (INTERFACE_VARIABLES[3], "lo", [LOOPBACK]),
+        (INTERFACE_VARIABLES[3], "l", [LOOPBACK]),
+        (INTERFACE_VARIABLES[3], "=l", []),
+        (INTERFACE_VARIABLES[3], "=nowhere0,lo", [LOOPBACK]),
     ],
 )
 def test_interfaces_are_those_named(

@@ -267,3 +267,37 @@ def test_a_host_file_that_cannot_be_read_is_bad_use(tmp_path: Path, kind: str) -
     command = [sys.executable, "-m", "hvd_sketch", "doctor", "--no-self-test", "--hosts", str(hosts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 2 and "--hosts" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, ""),
+        ({"RANK": "0", "SLURM_PROCID": "2"}, ""),  # of srun torchrun
+        ({"OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "0"}, "OMPI_COMM_WORLD_RANK is 1"),
+        ({"RANK": "", "SLURM_PROCID": "3"}, "SLURM_PROCID is 3"),
+    ],
+)
+def test_one_rank_looks_and_the_others_say_that_they_do_not(
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in doctor.RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.other_rank() == told
+
+
+def test_another_rank_says_so() -> None:
+    command = [sys.executable, "-m", "hvd_sketch", "doctor"]
+    done = subprocess.run(command, env=os.environ | {"RANK": "1"}, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (0, "") and "RANK is 1, so that rank 0 alone looks" in done.stderr
+
+
+def test_a_cache_that_has_no_folder_is_told_with_what_to_set() -> None:
+    """As in a container where neither the package's folder nor the home can be written."""
+    without = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    nowhere = without | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    command = [sys.executable, "-m", "hvd_sketch", "--version"]
+    done = subprocess.run(command, env=nowhere, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1 and "set NUMBA_CACHE_DIR to one that all ranks can write" in done.stderr, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
 import subprocess
@@ -75,6 +76,10 @@ def test_links_permissions_and_devices_stay(tmp_path: Path) -> None:
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
     write_text(Path("/dev/null"))
     assert Path("/dev/null").is_char_device()
+    reading, writing = os.pipe()
+    write_text(Path(f"/dev/fd/{writing}"))
+    assert os.read(reading, 3) == b"new"
+    os.close(reading), os.close(writing)
 
 
 WRITE_FOR_EVER = """
