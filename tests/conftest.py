@@ -69,4 +69,5 @@ def mark_folders(items: list[pytest.Item]) -> None:
             item.add_marker("multiprocess")
         if folder == "paper" and item.get_closest_marker("multiprocess"):  # a whole experiment, more than once
             item.add_marker("slow")
+        if folder == "paper" and item.path.name != "test_told_accuracy.py":  # which holds pages against records
             item.add_marker("daily")
