@@ -112,7 +112,8 @@ class SketchConfig:
             ratio: the paper's compression ratio, above 0; indices are not counted in it, and of values in fewer bits
                 the floats that have as many. HEAVYMIX counts with ``oversample`` 1.
             dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
-            **overrides: any other field. With ``cols``, k gets the rest of the floats; with ``k``, cols does.
+            **overrides: any other field. With ``cols``, k gets the rest of the floats; with ``k``, cols does,
+                and without a table k is refused.
 
         Raises:
             ValueError: ``ratio`` not positive, ``dim`` below 1, another field out of range, or a ratio that leaves no
@@ -124,7 +125,9 @@ class SketchConfig:
         per_column = rows * given.table_bits / 32 if given.has_table else 0
         per_choice = ((given.oversample if given.chooses else 1) + 1) * given.value_bits / 32
         floats = 2 * dim / ratio
-        if "k" in overrides and ("cols" in overrides or not per_column):
+        if "k" in overrides and not per_column:
+            raise ValueError(f"without a table k alone fixes the ratio: leave k={given.k} out of for_compression")
+        if "cols" in overrides and "k" in overrides:
             raise ValueError("give at most one of cols and k to for_compression: both fix the ratio already")
         if "cols" in overrides or not per_column:
             cols = given.cols

@@ -194,9 +194,8 @@ def scatter_(targets: Sequence[Tensor | None], starts: Tensor, indices: Tensor, 
     """See :func:`hvd_sketch.kernels.reference.scatter_`; one launch for any number of targets."""
     dtype = next((target.dtype for target in targets if target is not None), torch.float32)
     pointers = [0 if target is None else target.data_ptr() for target in targets]
-    addresses = torch.tensor(
-        pointers, pin_memory=values.is_cuda, device="cpu"
-    )  # from other memory a copy waits for the device
+    # From memory that is not pinned a copy waits for the device.
+    addresses = torch.tensor(pointers, pin_memory=values.is_cuda, device="cpu")
     arguments = addresses.to(values.device, non_blocking=True), starts, len(targets), indices, values, values.numel()
     constants = {"DTYPE": DTYPES[dtype], "STEPS": len(targets).bit_length(), "TILE": TILE}
     _launch(sums.scatter, ceil_div(values.numel(), TILE), *arguments, **constants)

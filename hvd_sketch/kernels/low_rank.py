@@ -68,7 +68,9 @@ def _highest_precision() -> Iterator[None]:
         if all_told is not None:
             torch.set_float32_matmul_precision(all_told)
         for each, told in each_told:
-            each.fp32_precision = told
+            each.fp32_precision = "none"  # that of all, which may be what was told
+            if each.fp32_precision != told:
+                each.fp32_precision = told
 
 
 def orthonormalize_(factors: Sequence[Tensor]) -> None:

@@ -140,9 +140,8 @@ class AveragingOptimizer(LoggedOptimizer):
 
         Communication: collective, all ranks. Modifies ``p.grad`` and the residuals.
         """
-        had_data = self._gradients.active
         if not self._progress.has_backward:  # called by DDP's join(): this rank has run out of data
-            self._gradients.average(Report(done=True, refusal=self._refused_in_join()))
+            self._average(Report(done=True, refusal=self._refused_in_join()), None)
             for parameter in self._parameters:
                 parameter.grad = None  # no step of its own takes it
         elif loss_scale is None:
@@ -152,9 +151,25 @@ class AveragingOptimizer(LoggedOptimizer):
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(loss_scale)
+
+    def _average(self, report: Report, inverse_scale: torch.Tensor | None) -> bool:
+        """Average, and where ranks are back that had left DDP's join() early, :meth:`catch_up_after_join`."""
+        had_data = self._gradients.active
+        is_averaged = self._gradients.average(report, inverse_scale)
         if not set(self._gradients.active) <= set(had_data):
-            # Ranks are back that had left DDP's join() early, which gave them parameters alone.
-            broadcast_optimizer_state(self.inner, had_data[0], self._transport)
+            self.catch_up_after_join(had_data)
+        return is_averaged
+
+    def catch_up_after_join(self, left_last: tuple[int, ...]) -> None:
+        """Ranks that left DDP's join() early, which gives them parameters alone, get the state of one that left last.
+
+        Args:
+            left_last: the ranks that had data in the last step.
+
+        Communication: collective, all ranks, where DDP's hook exchanges and some had none; otherwise none.
+        """
+        if self._progress.in_backward and len(left_last) < self._transport.size:
+            broadcast_optimizer_state(self.inner, left_last[0], self._transport)
 
     def _refused_in_join(self) -> RuntimeError | None:
         if isinstance(self._gradients, TwoLevels):
@@ -203,7 +218,7 @@ class AveragingOptimizer(LoggedOptimizer):
         inverse_scale = None if grad_scale is None else torch.as_tensor(grad_scale).double().reciprocal().float()
         observer = self.ledger.observer
         with observer.span(Kind.EXCHANGE, "exchange"):
-            is_averaged = self._gradients.average(report, inverse_scale)
+            is_averaged = self._average(report, inverse_scale)
         progress.forgives = False
         if not is_held:
             progress.note_exchange(is_averaged)

@@ -189,10 +189,10 @@ def load_checkpoint(
         try:
             inner = own.get("inner", {}) if own is not None and not is_of_other_kind else {}
             state = {**shared["optimizer"], **inner, STATE_KEY: exchange}
-            if is_of_other_kind:
-                state |= {ROUND_KEY: {**optimizer.state_dict().get(ROUND_KEY, {}), "done": 0, "start": []}}
             if isinstance(optimizer, DistributedOptimizer):
                 state.pop(ROUND_KEY, None)
+            elif is_of_other_kind:
+                state[ROUND_KEY] = {**optimizer.state_dict()[ROUND_KEY], "done": 0, "start": []}
             optimizer.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{folder.path} does not fit this optimizer: {error}") from error

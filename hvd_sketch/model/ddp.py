@@ -25,9 +25,9 @@ class DDPState:
     Every backward pass outside of ``no_sync()`` is an exchange of its own, also where several come before a step.
 
     In ``with model.join():`` a rank without data contributes what is left in its residual, and the mean is over all
-    ranks throughout. It takes over the optimizer's state of one that left last, with the first gradients that it has
-    again. With ``levels=2`` that is refused on every rank. The optimizer's own ``join()`` is refused: DDP has
-    collectives of its own.
+    ranks throughout. It takes over the optimizer's state of one that left last with the first gradients that it has
+    again, or in ``save_checkpoint`` before. With ``levels=2`` that is refused on every rank. The optimizer's own
+    ``join()`` is refused: DDP has collectives of its own.
 
     Args:
         model: a ``DistributedDataParallel`` on every rank, also as ``torch.compile`` wraps it.

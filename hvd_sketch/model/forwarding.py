@@ -172,7 +172,8 @@ class ExchangingOptimizer(ForwardingOptimizer):
         try:
             yield self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         except BaseException:
-            self.__dict__.pop("grad_scale", None), self.__dict__.pop("found_inf", None)
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise
 
     @property

@@ -284,6 +284,8 @@ class DistributedOptimizer(AveragingOptimizer):
 
         Communication: none; with ``consolidated`` collective, all ranks.
         """
+        if consolidated:
+            self.catch_up_after_join(self._gradients.active)
         return {**self.inner.state_dict(), STATE_KEY: self._gradients.state_dict(consolidated)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -129,11 +129,13 @@ class Progress:
             if self.exchanged is False:
                 return self._without_gradients(method, *arguments, **options)  # NaN: not to be stepped with
             if not self.has_new_gradients:
+                before = checksums(self._parameters)
                 versions = [parameter._version for parameter in self._parameters]
                 result = method(*arguments, **options)
-                if versions != [parameter._version for parameter in self._parameters]:
-                    if self.has_backward:  # the method's own backward pass
+                if self.has_backward:  # the method's own backward pass, of parameters that it may have put back
+                    if not torch.equal(before, checksums(self._parameters)):
                         raise _drifted(name)
+                elif versions != [parameter._version for parameter in self._parameters]:
                     if self.exchanged:  # otherwise zero_grad() has thrown away what was averaged
                         self.note_step()
                     self.start_over()

@@ -134,7 +134,8 @@ class StallWatch:
             except Exception:
                 if not self._has_failed:
                     self._has_failed = True
-                    logger.exception("looking at what this rank waits for has failed; it is tried again")
+                    with suppress(Exception):  # a closed stream
+                        logger.exception("looking at what this rank waits for has failed; it is tried again")
 
     def _look_at_the_clock(self) -> None:
         now_s = time.monotonic()

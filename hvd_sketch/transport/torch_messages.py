@@ -76,9 +76,8 @@ class DirectMessages(Carrier):
 
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
-        first = torch.empty(
-            self._size, FIRST_BYTES, dtype=torch.uint8, device="cpu"
-        )  # the messages of an allgather; its own, too
+        # The messages of an allgather; its own, too.
+        first = torch.empty(self._size, FIRST_BYTES, dtype=torch.uint8, device="cpu")
         self._first = list(first)
         self._lengths = first.view(torch.int64)[:, 0]
         self._arriving = self._await_first()

@@ -97,12 +97,22 @@ def test_a_state_that_is_not_taken_over_is_not_taken_over_in_part() -> None:
 
 
 class BackwardInside(SGD):
-    """As LOMO and some of its relatives."""
+    """As LOMO and some of its relatives, and as some of SAM's."""
 
     def backward_and_step(self, loss: Tensor) -> None:
         loss.backward()
         self.step()
         self.zero_grad()
+
+    def backward_nearby(self, model: nn.Module) -> None:
+        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        model(torch.ones(1, 30)).sum().backward()
+        with torch.no_grad():
+            for parameter, before in zip(model.parameters(), kept, strict=True):
+                parameter.copy_(before)
 
 
 def test_a_method_that_runs_the_backward_pass_itself_is_refused() -> None:
@@ -112,5 +122,11 @@ def test_a_method_that_runs_the_backward_pass_itself_is_refused() -> None:
         optimizer = DistributedOptimizer(inner, model.named_parameters(), None, transport)
         with pytest.raises(RuntimeError, match=r"backward_and_step\(\) changed parameters by gradients that were not"):
             optimizer.backward_and_step(model(torch.ones(1, 30)).sum())
+        optimizer.zero_grad()
+        before = flat(model.parameters())
+        optimizer.backward_nearby(model)
+        assert torch.equal(flat(model.parameters()), before)
+        optimizer.step()
+        assert optimizer.exchanges == 1 and not torch.equal(flat(model.parameters()), before)
 
     run_local(2, main, LIMIT_S)

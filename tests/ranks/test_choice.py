@@ -89,6 +89,7 @@ def test_who_waits_for_a_rank_of_another_transport_says_what_for(before: str) ->
 
 
 @pytest.mark.multiprocess
+@pytest.mark.daily
 @pytest.mark.parametrize(
     ("launcher", "before", "told"),
     [

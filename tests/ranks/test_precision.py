@@ -42,6 +42,9 @@ def test_products_are_exact_whatever_torch_was_told(name: str, precision: Callab
         assert all(torch.equal(told.step(gradient(0, step)).values, steps[step].values) for step in range(3))
     assert torch.equal(told.residual, plain.residual)
     assert precision() == before
+    if name == "of every backend":
+        torch.backends.fp32_precision = "ieee"
+        assert set(precision()) == {"ieee"}, "what one backend has from all it goes on having from all"
     with full_precision(torch.device("cpu")):
         assert set(precision()[1:]) == {"ieee"}
         assert torch.zeros(1, 1) @ torch.zeros(1, 1) == 0

@@ -216,6 +216,10 @@ def joins(transport: TorchTransport) -> dict[str, Any]:
                 loss_of(plain, transport.rank, step + 10 * epoch).backward()
                 beside.step()
                 beside.zero_grad(set_to_none=False)
+        optimizer.state_dict(consolidated=True)
+        states = [state["momentum_buffer"].flatten() for state in optimizer.inner.state.values()]
+        every = transport.allgather(torch.cat(states)).view(transport.size, -1)
+        assert torch.equal(every[0], every[1]), "between the epochs, too, where a checkpoint is saved"
     return {"hook": flat(model), "plain": flat(plain)}
 
 

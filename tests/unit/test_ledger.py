@@ -180,7 +180,7 @@ def test_bad_configurations(values: dict[str, Any], message: str) -> None:
         (10, 100, {"rows": 0}, "rows must be"), (10, 100, {"oversample": -1}, "oversample must be"),
         (10, 0, {}, "exchange dense"),
         (5, 1000, {"cols": 5, "k": 5}, "at most one of"),
-        (5, 1000, {"candidates": "random", "k": 5}, "at most one of"),
+        (5, 1000, {"candidates": "random", "k": 5}, "without a table k alone fixes the ratio"),
     ],
 )  # fmt: skip
 def test_ratios_that_cannot_be_met(ratio: float, dim: int, overrides: dict[str, Any], message: str) -> None:

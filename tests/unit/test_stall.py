@@ -12,7 +12,7 @@ import pytest
 
 from hvd_sketch.transport import stall
 from hvd_sketch.transport.stall import StallWatch
-from tests.support.harness import wait_until
+from tests.support.harness import child_environment, wait_until
 
 LIMIT_S = 60
 WAITS = """
@@ -22,19 +22,33 @@ from hvd_sketch.transport import stall
 stall.LONGEST_LOOK_S = 0.5
 {before}
 with stall.StallWatch(0.6, {abort_s}).over(0, 2, None, "wait"):
-    sys.stderr.write("waits\\n"), sys.stderr.flush()
+    {stderr}.write("waits\\n"), {stderr}.flush()
     for _ in range({tenths}):
         time.sleep(0.1)
 """
 
 
-def waiting(before: str, abort_s: float, tenths: int) -> subprocess.Popen[str]:
+def waiting(before: str, abort_s: float, tenths: int, stderr: str = "sys.stderr") -> subprocess.Popen[str]:
     """A process that waits for so many tenths of a second, once it does."""
-    program = WAITS.format(before=before, abort_s=abort_s, tenths=tenths)
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    program = WAITS.format(before=before, abort_s=abort_s, tenths=tenths, stderr=stderr)
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=child_environment())
     assert process.stderr is not None
     assert process.stderr.readline() == "waits\n"
     return process
+
+
+class Closed:
+    """As a stream that was closed: logging cannot even tell of its own error."""
+
+    def write(self, text: str) -> None:
+        raise ValueError("I/O operation on closed file")
+
+
+def test_who_cannot_write_errors_ends_all_the_same() -> None:
+    before = "from tests.unit.test_stall import Closed\nstderr, sys.stderr = sys.stderr, Closed()"
+    process = waiting(before, abort_s=1.0, tenths=10 * LIMIT_S, stderr="stderr")
+    assert process.wait(timeout=LIMIT_S) == 1
 
 
 @pytest.mark.parametrize("stdout", ["None", "open('/dev/full', 'w')"])
