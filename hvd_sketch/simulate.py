@@ -29,7 +29,7 @@ from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.gradients import shared_options
-from hvd_sketch.model.parameters import NamedParameter, check_exchangeable
+from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, first_names
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of, unsent_of
 from hvd_sketch.model.step_ahead import Ahead
 from hvd_sketch.transport.grid import in_grid
@@ -80,11 +80,7 @@ class Simulation:
         ranks: int,
         make: MakeExchange = make_exchange,
     ) -> None:
-        first_names: dict[Tensor, str] = {}
-        for name, parameter in named:
-            if parameter.requires_grad:
-                first_names.setdefault(parameter, name)  # tied weights come under several names
-        self._named = [(name, parameter) for parameter, name in first_names.items()]
+        self._named = [(name, parameter) for parameter, name in first_names(named).items() if parameter.requires_grad]
         check_exchangeable(self._named)
         self.ranks, self.updated = ranks, 0
         self._config = replace(sketch, deterministic=True) if sketch is not None else None

@@ -99,7 +99,7 @@ def cached_kernels() -> list:
 def _calls_of_every_kernel() -> list[Callable[[], object]]:
     """Calls of each kernel with each combination of types in an exchange; the cheapest to compile comes first."""
     hash = BlockHash(DIM, 3, 40, 2)
-    ones = partial(torch.ones, dtype=torch.float32)
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")
     v, u, table = ones(DIM), ones(DIM), ones(hash.table_shape)
     shard_table = table[:, 0].contiguous()
     some = torch.arange(0, DIM, 3, device="cpu")

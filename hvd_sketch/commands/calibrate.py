@@ -63,11 +63,8 @@ def seconds_of_other(name: str, shapes: Shapes, device: str = "cpu") -> float:
 
 def _gradient(dim: int, device: str) -> Tensor:
     """Heavy-tailed, as gradients are: float32 [dim]."""
-    return (
-        torch.randn(dim, dtype=torch.float32, generator=torch.Generator().manual_seed(0), device="cpu")
-        .pow_(3)
-        .to(device)
-    )
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(dim, dtype=torch.float32, device="cpu", generator=random).pow_(3).to(device)
 
 
 def waiting_for(device: str) -> Callable[[], None]:

@@ -97,11 +97,8 @@ class EarlyMessages:
             self._nominating.take_codes(None)
 
     def _with_nominations(self, source: NominatedCandidates, parts: Parts | None, words: Tensor) -> Tensor:
-        code = (
-            torch.empty(0, dtype=torch.uint8, device="cpu")
-            if parts is None
-            else source.nominate(self._feedback.v, parts)
-        )
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        code = nothing if parts is None else source.nominate(self._feedback.v, parts)
         with self._comm.phase("agree", self._feedback.v.device):
             every_words, codes = allgather_with_code(self._comm, words, code)
         source.take_codes(codes)

@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 
 try:
-    # The first module whose compiled kernels Numba keeps.
-    from hvd_sketch.kernels import _cpu_few_bits as _few_bits  # noqa: F401
+    import_module("hvd_sketch.kernels._cpu_few_bits")  # Numba looks for a folder when it meets the first kernel
 except RuntimeError as error:
     error.add_note("compiled kernels find no folder to be kept in: set NUMBA_CACHE_DIR to one that all ranks can write")
     raise

@@ -146,6 +146,6 @@ def _weights(beta2: float, longest: int, device: torch.device) -> Tensor:
 
 def warm_up() -> None:
     """Compile the kernel for CPUs where Numba's cache does not hold it. Communication: none."""
-    zeros = partial(torch.zeros, dtype=torch.float32)
+    zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
     state = State(zeros(1), zeros(1), torch.zeros(1, dtype=torch.int32, device="cpu"))
     lag_adam_(zeros(1), zeros(1), state, Settings(1, 0.1, 0.9, 0.999, 1e-8, 0.0))

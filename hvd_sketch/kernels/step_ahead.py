@@ -61,5 +61,5 @@ def by_torch_(parameter: Tensor, left: Tensor, exp_avg_sq: Tensor, kept: Tensor,
 
 def warm_up() -> None:
     """Compile the kernel for CPUs where Numba's cache does not hold it. Communication: none."""
-    ones = partial(torch.ones, 1, dtype=torch.float32)
+    ones = partial(torch.ones, 1, dtype=torch.float32, device="cpu")
     step_ahead_(ones(), ones(), ones(), ones(), Move(1.0, 1.0, 1e-8, 1.0, 1.0))

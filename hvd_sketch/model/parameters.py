@@ -80,9 +80,7 @@ def name_parameters(
             f"named_parameters holds more than one parameter named {', '.join(map(repr, repeated))}: "
             "put a prefix before the names of each model"
         )
-    names: dict[Tensor, str] = {}
-    for name, parameter in given:
-        names.setdefault(parameter, name)  # tied weights come under several names
+    names = first_names(given)
     unnamed = [f"{place} (shape {tuple(p.shape)})" for p, place in places.items() if p not in names]
     if unnamed:
         raise ValueError(
@@ -90,6 +88,14 @@ def name_parameters(
             "pass the named_parameters() of every model the optimizer trains, or leave them out"
         )
     return [(names[parameter], parameter) for parameter in places]
+
+
+def first_names(named: Iterable[NamedParameter]) -> dict[Tensor, str]:
+    """Each parameter with its first name, in order: tied weights come under several."""
+    names: dict[Tensor, str] = {}
+    for name, parameter in named:
+        names.setdefault(parameter, name)
+    return names
 
 
 def check_exchangeable(named: Sequence[NamedParameter]) -> None:

@@ -54,7 +54,7 @@ NOBODY = Process("", 0, 0)
 def _host() -> str:
     try:
         if (PROCESSES / "self").readlink() != Path(str(os.getpid())):
-            return ""  # a table of another namespace, where our numbers are those of strangers
+            return ""  # /proc shows another namespace's processes, among which our number is another one's
         boot = (PROCESSES / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {(PROCESSES / 'self/ns/pid').readlink()}"
     except OSError:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hvd_sketch import DistributedOptimizer, SketchConfig
 from hvd_sketch.config import Compression
 from hvd_sketch.transport import LocalTransport, run_local
+from hvd_sketch.warm_up import _calls_of_every_kernel
 from tests.support.rounds import COMPRESSIONS, flat, network, wrap
 from tests.support.toy import LIMIT_S
 
@@ -64,6 +65,12 @@ def trained(name: str, every: int, dtype: torch.dtype = torch.float32, device: s
 def test_updates_have_the_same_bits_under_any_default_dtype(name: str, every: int, dtype: torch.dtype) -> None:
     for ours, theirs in zip(trained(name, every, dtype), trained(name, every), strict=True):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+
+
+def test_kernels_are_compiled_on_any_default_device() -> None:
+    with torch.device("meta"):
+        for call in _calls_of_every_kernel():
+            call()
 
 
 @pytest.mark.parametrize("every", [0, 2])
