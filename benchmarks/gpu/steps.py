@@ -127,7 +127,7 @@ def _inside(events: Any) -> list[Any]:
 def main() -> None:
     out, is_rehearsal = asked()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    width, batch, rounds = (16, 8, 1) if is_rehearsal else (64, 512, ROUNDS)
+    width, batch, rounds = (8, 8, 1) if is_rehearsal else (64, 512, ROUNDS)
     steps = {name: Step(name, width, batch, device) for name in NAMES}
     rows = measure(steps, device, rounds)
     print(*rows, sep="\n", flush=True)

@@ -23,7 +23,7 @@ from hvd_sketch.coding.host import words_of_ones
 from hvd_sketch.hashing import PRIME, BlockHash, ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels._cpu_loops import count_ones
-from hvd_sketch.transport.staging import empty_on_host, to_device, to_host
+from hvd_sketch.transport.staging import empty_on_host, to_device, to_host, to_host_together
 
 FEW = 1 << 19  # positions, or bytes of code, that are coded on the host
 MOST_UNARY_BITS = 7  # mean per position: at the least b tried, the high part of the mean gap is below 6
@@ -42,7 +42,7 @@ class Stream(NamedTuple):
 
 
 def encode_positions(positions: Tensor, span: int) -> Tensor:
-    """See :func:`hvd_sketch.coding.host.encode_positions`."""
+    """See :func:`hvd_sketch.coding.host.encode_positions`; few may be on the host already."""
     if positions.numel() <= FEW:
         return host.encode_positions(to_host(positions), span)
     hosted = to_host(_encode(positions, span))
@@ -66,7 +66,7 @@ def decode_union(encoded: Tensor, span: int, device: torch.device) -> Tensor:
 def encode_choice(positions: Tensor, values: Tensor) -> Tensor:
     """See :func:`hvd_sketch.coding.host.encode_choice`."""
     if values.numel() <= FEW:
-        return host.encode_choice(to_host(positions), to_host(values))
+        return host.encode_choice(*to_host_together(positions, values))
     chosen = torch.zeros((ceil_div(len(values), 8), 8), dtype=torch.uint8, device=values.device)
     chosen.view(-1).index_fill_(0, positions, 1)
     bitmap = (chosen << _numbers(8, chosen)).sum(dim=1, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from hvd_sketch.exchange.few_bits import RoundedShares, rounded_shares
 from hvd_sketch.exchange.together import allgather_with_code, alltoall_together
 from hvd_sketch.transport.base import in_equal_shares
 from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.transport.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class EarlyMessages:
         else:
             offered, is_finite = self._feedback.offer_early(candidates, parts)
         shares = rounded_shares(self._kernels, offered, self._comm.size, self._bits)
-        own = [words.to(shares.codes.device).expand(self._comm.size, -1), shares.codes]
+        own = [to_device(words, shares.codes.device).expand(self._comm.size, -1), shares.codes]
         if beside is not None:
             own.append(in_equal_shares(beside, self._comm.size))
         with self._comm.phase("agree"):

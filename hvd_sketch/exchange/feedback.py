@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_sketch.exchange.agreement import all_finite
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.sketch import CountSketch
+from hvd_sketch.transport.staging import to_device
 
 # The largest float32 but for rounding: W addends of a W-th of it each have a finite sum.
 LARGEST_SUM = torch.finfo(torch.float32).max * (1 - 2**-20)
@@ -106,9 +107,10 @@ class Feedback:
         values = self._kernels.gather(
             self.v, indices, out=torch.empty(indices.numel(), dtype=torch.float32, device=self.v.device)
         )
-        for start, stop, gradient in parts:
+        bounds = to_device(torch.tensor([part[:2] for part in parts], device="cpu").view(-1, 2), values.device)
+        places = torch.searchsorted(indices, bounds).tolist()  # of all parts, for which a device is waited for once
+        for (start, _, gradient), (first, last) in zip(parts, places, strict=True):
             if gradient is not None:
-                first, last = torch.searchsorted(indices, torch.tensor([start, stop], device=values.device)).tolist()
                 values[first:last] += gradient[indices[first:last] - start]
         largest = largest_of(values)
         if largest <= self._least_limit:
@@ -160,8 +162,11 @@ class Feedback:
             torch.ops.aten.hardshrink.out(kept, LEAST_KEPT, out=kept)
 
     def excess(self, indices: Tensor, sums: Tensor) -> Tensor | None:
-        """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes; None where all does."""
-        if largest_of(sums) <= self._least_limit * self._size:
+        """What of sums over all ranks, float32 [n], does not fit the parameters' dtypes.
+
+        None where all does; on a device zeros, for which nobody waits.
+        """
+        if self._kernels.ON_HOST and largest_of(sums) <= self._least_limit * self._size:
             return None
         limits = self._limits.at(indices) * self._size
         return sums - torch.minimum(torch.maximum(sums, -limits), limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from math import prod
 from typing import Any, Unpack
 
@@ -214,9 +215,8 @@ class LowRankAllreduce(ResidualExchange):
             powers.append((largest.view(torch.int32) & EXPONENT).view(torch.float32))
             torch.div(right, powers[-1], out=self._rights[number])
             columns += [(number, column) for column in range(len(right))]
-        are_zero = torch.cat(powers).flatten().eq(0).nonzero().flatten().tolist() if powers else []
-        for at in are_zero:
-            number, column = columns[at]
+        are_zero = torch.cat(powers).flatten().eq(0).tolist() if powers else []
+        for number, column in compress(columns, are_zero):
             self._rights[number][column] = self._draw(number, column, self._step + 1)
 
     def _draw(self, number: int, column: int, step: int) -> Tensor:

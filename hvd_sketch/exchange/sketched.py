@@ -25,7 +25,7 @@ from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
 from hvd_sketch.kernels.selection import top_k
 from hvd_sketch.transport.base import Transport, in_equal_shares
-from hvd_sketch.transport.staging import to_device
+from hvd_sketch.transport.staging import to_device, to_host, to_host_together
 from hvd_sketch.warm_up import warm_up
 from hvd_sketch.wire_bytes import all_sums_travel
 
@@ -184,7 +184,11 @@ class SketchedAllreduce(ResidualExchange):
         """
         k = self.config.k if self.config.chooses else candidates
         if all_sums_travel(candidates, k):
-            sums = self._gather(own_sums.cpu(), own_beside)  # so few that the host picks
+            if own_beside is None:
+                own_sums = to_host(own_sums)  # so few that the host picks
+            else:
+                own_sums, own_beside = to_host_together(own_sums, own_beside)
+            sums = self._gather(own_sums, own_beside)
             positions = top_k(sums, k)
             return positions, sums.index_select(0, positions)
         return self._choose_above(own_sums, own_beside)

@@ -86,6 +86,13 @@ class ShardEstimates:
             self._kept, self._kept_from = kept, start
         return counts
 
+    def first_above(self, bound: int) -> tuple[Tensor, Tensor]:
+        """Of the estimates with magnitude bits from ``bound`` upwards the first ``limit``, with zeros behind them.
+
+        On a device, for which this does not wait.
+        """
+        return self._kernels.owned_above(*self._where, bound - 1, self._limit)
+
     def above(self, threshold: Threshold) -> tuple[Tensor, Tensor]:
         wanted = threshold.edge - 1, threshold.own
         if self._kept is None:

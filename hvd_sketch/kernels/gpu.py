@@ -173,15 +173,12 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
     return _above(_elements(values), threshold, size)[0]
 
 
-def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
-    """See :func:`hvd_sketch.kernels.reference.values_above`; waits for the device."""
-    chosen, kept = _above(_elements(values), threshold, None)
-    return (chosen, kept) if chosen.numel() <= limit else None
+def first_above(values: Tensor, threshold: int, size: int) -> tuple[Tensor, Tensor]:
+    """Positions and values of the first ``size`` above the threshold, with zeros behind them; see :func:`select_above`.
 
-
-def sums_above(values: Tensor, addends: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
-    """See :func:`hvd_sketch.kernels.reference.sums_above`; waits for the device."""
-    return values_above(values + addends, threshold, limit)
+    It does not wait for the device.
+    """
+    return _above(_elements(values), threshold, size)
 
 
 def keep_above(positions: Tensor, values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:

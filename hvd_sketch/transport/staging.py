@@ -18,6 +18,15 @@ def to_host(tensor: Tensor) -> Tensor:
     return empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
+def to_host_together(*tensors: Tensor) -> list[Tensor]:
+    """As :func:`to_host` of each, with one wait for all; they are on one device."""
+    without_wait = [
+        empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor, non_blocking=True)
+        for tensor in tensors[:-1]
+    ]
+    return [*without_wait, to_host(tensors[-1])]  # the stream copies in order
+
+
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host memory that ``device`` copies from and to at full speed."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Transport, name_ranks
@@ -87,7 +87,7 @@ class StallWatch:
         self._waits: dict[int, Wait] = {}  # the innermost one of every thread
         self._late: WeakKeyDictionary[Attendance, tuple[int, float]] = WeakKeyDictionary()  # where, and since when
         self._threads: dict[str, threading.Thread] = {}
-        self._looked_s, self._has_failed = 0.0, False
+        self._looked_s = 0.0
 
     def over(
         self, rank: int | None, size: int, step: int | None, doing: str, attendance: Attendance | None = None
@@ -106,8 +106,9 @@ class StallWatch:
         """A thread waits from now on; returns what it waited in already."""
         for name, look in (("clock", self._look_at_the_clock), ("ranks", self._speak)):
             if name not in self._threads or not self._threads[name].is_alive():  # as in a process forked from this one
+                again = WeakMethod(look), self._look_s
                 thread = threading.Thread(
-                    target=self._go_on, args=(look,), name=f"hvd_sketch stall watch, {name}", daemon=True
+                    target=_go_on, args=again, name=f"hvd_sketch stall watch, {name}", daemon=True
                 )
                 self._threads[name], self._looked_s = thread, time.monotonic()
                 thread.start()
@@ -124,18 +125,6 @@ class StallWatch:
             self._waits[threading.get_ident()] = wait.outer
         else:
             self._waits.pop(threading.get_ident(), None)
-
-    def _go_on(self, look: Callable[[], None]) -> None:
-        """Look again and again, whatever happens: without these threads a job that cannot end would wait for ever."""
-        while True:
-            time.sleep(self._look_s)
-            try:
-                look()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
-            except Exception:
-                if not self._has_failed:
-                    self._has_failed = True
-                    with suppress(Exception):  # a closed stream
-                        logger.exception("looking at what this rank waits for has failed; it is tried again")
 
     def _look_at_the_clock(self) -> None:
         now_s = time.monotonic()
@@ -177,6 +166,23 @@ class StallWatch:
                 *(attendance.rank, attendance.size, f"{name_ranks(sorted(waiting))} wait{'s' * (len(waiting) == 1)}"),
             )
             _show_threads()
+
+
+def _go_on(look: WeakMethod[Callable[[], None]], look_s: float) -> None:
+    """Look again and again while the watch is there, whatever happens: a job that cannot end would wait for ever."""
+    has_failed = False
+    while True:
+        time.sleep(look_s)
+        if (look_once := look()) is None:
+            return
+        try:
+            look_once()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
+        except Exception:
+            if not has_failed:
+                has_failed = True
+                with suppress(Exception):  # a closed stream
+                    logger.exception("looking at what this rank waits for has failed; it is tried again")
+        del look_once
 
 
 def _show_threads() -> None:

@@ -248,9 +248,11 @@ def test_selection_from_a_vector_equals_the_reference(data: st.DataObject, value
         kept = gpu.keep_above(*on_device(positions), ours, threshold, size)
         for got, right in zip(kept, reference.keep_above(positions, values, threshold), strict=True):
             assert torch.equal(got.cpu().view(torch.int32), right.view(torch.int32))
-    found = gpu.values_above(ours, threshold, expected.numel())
-    assert found is not None and torch.equal(found[0].cpu(), expected) and same_bits(found[1], values[expected])
-    assert expected.numel() == 0 or gpu.values_above(ours, threshold, expected.numel() - 1) is None
+    for size in (expected.numel() + 2, expected.numel() // 2):
+        found, kept = (tensor.cpu() for tensor in gpu.first_above(ours, threshold, size))
+        count = min(size, expected.numel())
+        assert torch.equal(found[:count], expected[:count]) and same_bits(kept[:count], values[expected[:count]])
+        assert len(kept) == size and not kept[count:].any()
 
 
 @pytest.mark.parametrize("start", [FAR - 1000, 3 * 2**31 + 7, 2**31 - 400])

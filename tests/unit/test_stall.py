@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -79,13 +80,26 @@ def test_where_threads_are_is_shown_whatever_stands_for_stderr(
 
 def test_an_error_while_it_looks_is_told_once_and_it_looks_again(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
-        looked = 0
+        looked, is_cut_off = 0, True
 
         def listen(self) -> None:
             self.looked += 1
             raise OSError("no words")
 
+        def describe_absent(self) -> str:
+            return ""
+
     broken: Any = Broken()
     with StallWatch(0.06).over(0, 2, None, "wait", broken):
         wait_until(lambda: broken.looked > 3, LIMIT_S)
     assert caplog.text.count("is tried again") == 1
+
+
+def test_the_threads_end_with_the_watch() -> None:
+    before = set(threading.enumerate())
+    watch = StallWatch(0.06)
+    with watch.over(0, 2, None, "wait"):
+        started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    del watch
+    wait_until(lambda: not any(thread.is_alive() for thread in started), LIMIT_S)

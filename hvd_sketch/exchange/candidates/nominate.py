@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.candidates.on_device import largest_above
 from hvd_sketch.exchange.feedback import Parts
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import ceil_div
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Look, search, top_k
+from hvd_sketch.kernels.selection import SORTED, Look, search, top_k
 from hvd_sketch.transport.metered import MeteredTransport
 
 # Of v above its bound a rank keeps so many, in units of what it names, and some in any case. The bound is further below
@@ -56,12 +57,20 @@ class NominatedCandidates:
     def nominate(self, v: Tensor, parts: Parts) -> Tensor:
         """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
         parts = _joined(parts)
-        if not self._kernels.ON_HOST and len(parts) > 1:
-            v, parts = self._in_one(v, parts), [(0, self._dim, None)]
-        return self._coding.encode_positions(self._own_largest(v, parts), self._dim)
+        if self._kernels.ON_HOST or not parts:
+            largest = self._own_largest(v, parts)
+        else:
+            largest = self._largest_on_device(*self._in_one(v, parts))
+        return self._coding.encode_positions(largest, self._dim)
 
-    def _in_one(self, v: Tensor, parts: Parts) -> Tensor:
-        """v with the gradients taken in, zeros outside of the parts: on a device each part would take a wait."""
+    def _in_one(self, v: Tensor, parts: Parts) -> tuple[int, Tensor]:
+        """Where the parts begin, and v from there with the gradients taken in and zeros between the parts.
+
+        On a device, where each part by itself would take a wait.
+        """
+        if len(parts) == 1:
+            ((start, stop, gradient),) = parts
+            return start, v[start:stop] if gradient is None else v[start:stop] + gradient
         sums = torch.zeros_like(v)
         targets = [sums[start:stop] for start, stop, _ in parts]
         torch._foreach_copy_(targets, [v[start:stop] for start, stop, _ in parts])
@@ -70,14 +79,14 @@ class NominatedCandidates:
         ]
         if fed:
             torch._foreach_add_(*map(list, zip(*fed, strict=True)))
-        return sums
+        return 0, sums
 
     def take_codes(self, codes: Tensor | None) -> None:
         """All ranks' codes have arrived already, one after the other; None: they have not, or are not wanted."""
         self._codes = codes
 
     def _own_largest(self, v: Tensor, spans: Parts) -> Tensor:
-        """The coordinates in some parts at which this rank's v is largest: int64, ascending."""
+        """The coordinates in some parts at which this rank's v, on the host, is largest: int64, ascending."""
         bound = max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
         limit = KEPT_PER_CANDIDATE * self._own_count + KEPT_ALWAYS
         found = self._values_above(v, spans, bound - 1, limit) if bound else None
@@ -86,6 +95,25 @@ class NominatedCandidates:
             found = self._values_above(v, spans, threshold.edge - 1, threshold.own)
             assert found is not None
         return self._largest_of(*found, bound)
+
+    def _largest_on_device(self, start: int, values: Tensor) -> Tensor:
+        """Coordinates from ``start`` on at which ``values``, of a device, are largest: int64, ascending."""
+        count, bound = self._own_count, max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
+        room = min(KEPT_PER_CANDIDATE * count + KEPT_ALWAYS, values.numel(), SORTED)
+        found = None
+        if bound and count <= room:
+            positions, above = self._kernels.first_above(values, bound - 1, room)
+            found = largest_above(positions, above, count)
+        if found is None:
+            threshold = search(self._look_at(values, [(0, values.numel(), None)]), count)
+            if not threshold.own:
+                return torch.empty(0, dtype=torch.int64, device=self._device)
+            positions, above = self._kernels.first_above(values, threshold.edge - 1, threshold.own + 1)
+            found = largest_above(positions, above, min(count, threshold.own))
+            assert found is not None
+        positions, edge = found
+        self.predictor.update(edge)
+        return positions + start
 
     def _largest_of(self, positions: Tensor, values: Tensor, bound: int) -> Tensor:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""

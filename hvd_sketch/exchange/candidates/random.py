@@ -12,6 +12,7 @@ from hvd_sketch.config import SketchConfig
 from hvd_sketch.exchange.threshold import ThresholdPredictor
 from hvd_sketch.hashing import Purpose, random_words
 from hvd_sketch.transport.metered import MeteredTransport
+from hvd_sketch.transport.staging import to_device
 
 CHUNK = 1 << 14  # strata at a time: what they need stays in a cache
 
@@ -49,4 +50,4 @@ class RandomCandidates:
             upper = words.random_raw(stop - start) >> np.uint64(32)
             # Uniform up to a bias of width * 2^-32.
             drawn[start:stop] = bounds[:-1] + ((upper * widths) >> np.uint64(32)).astype(np.int64)
-        return torch.from_numpy(drawn).to(self._device)
+        return to_device(torch.from_numpy(drawn), self._device)

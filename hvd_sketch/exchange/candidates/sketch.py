@@ -9,10 +9,11 @@ from torch import Tensor
 
 from hvd_sketch.coding import load_coding
 from hvd_sketch.config import SketchConfig
+from hvd_sketch.exchange.candidates.on_device import largest_above
 from hvd_sketch.exchange.threshold import Magnitudes, ShardEstimates, ThresholdPredictor, find_threshold
 from hvd_sketch.hashing import Purpose, ceil_div, random_words
 from hvd_sketch.kernels import load_backend
-from hvd_sketch.kernels.selection import Threshold, search, top_k
+from hvd_sketch.kernels.selection import SORTED, Threshold, search, top_k
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.transport.base import Handle
 from hvd_sketch.transport.metered import MeteredTransport
@@ -109,18 +110,30 @@ class SketchCandidates:
     def _choose(self, summed: Tensor) -> Tensor:
         """Candidates from this rank's shard of the summed table. Communication: collective."""
         count = self._config.candidate_count(self._sketch.hash.dim)
-        limit = KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS
+        own_size = self._sketch.hash.owned_size(self._comm.rank)
+        limit = min(KEPT_PER_CANDIDATE * ceil_div(count, self._comm.size) + KEPT_ALWAYS, own_size)
         estimates = ShardEstimates(self._kernels, self._sketch.hash, summed, self._comm.rank, limit)
-        own_count = ceil_div(count * self._sketch.hash.owned_size(self._comm.rank), self._sketch.hash.dim)
-        if self._config.chooses:
-            threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
-        else:
-            threshold = _own_threshold(estimates, own_count, self.predictor.lower_bound())
+        if not self._config.chooses:
+            own_count = ceil_div(count * own_size, self._sketch.hash.dim)
+            return self._allgather_candidates(self._own_largest(estimates, own_count, limit))
+        threshold = self._find_threshold(estimates, count, self.predictor.lower_bound())
+        self.predictor.update(threshold.edge)
+        return self._allgather_candidates(estimates.above(threshold)[0])
+
+    def _own_largest(self, estimates: ShardEstimates, count: int, limit: int) -> Tensor:
+        """Positions of the ``count`` largest estimates of this rank's shard, ascending. Communication: none."""
+        bound = self.predictor.lower_bound()
+        if bound and not self._kernels.ON_HOST and 0 < count <= limit <= SORTED:
+            found = largest_above(*estimates.first_above(bound), count)
+            if found is not None:
+                self.predictor.update(found[1])
+                return found[0]
+        threshold = _own_threshold(estimates, count, bound)
         self.predictor.update(threshold.edge)
         positions, values = estimates.above(threshold)
-        if threshold.excess and not self._config.chooses:  # equal estimates, of which coarse tables have many
-            positions = positions[top_k(values, own_count, threshold.edge)]
-        return self._allgather_candidates(positions)
+        if threshold.excess:  # equal estimates, of which coarse tables have many
+            positions = positions[top_k(values, count, threshold.edge)]
+        return positions
 
     def _find_threshold(self, estimates: Magnitudes, count: int, lower_bound: int = 0) -> Threshold:
         with self._comm.phase("select", self._device):
