@@ -28,6 +28,7 @@ from hvd_sketch.config import Compression
 from hvd_sketch.exchange.agreement import Report, all_finite
 from hvd_sketch.exchange.base import Exchange, SparseUpdate
 from hvd_sketch.ledger import CommLedger
+from hvd_sketch.model.flat_parameters import separate_gradients
 from hvd_sketch.model.gradients import shared_options
 from hvd_sketch.model.parameters import NamedParameter, check_exchangeable, first_names
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, mark_sparse, routes_of, unsent_of
@@ -80,7 +81,9 @@ class Simulation:
         ranks: int,
         make: MakeExchange = make_exchange,
     ) -> None:
-        self._named = [(name, parameter) for parameter, name in first_names(named).items() if parameter.requires_grad]
+        names = first_names(named)
+        self._named = [(name, parameter) for parameter, name in names.items() if parameter.requires_grad]
+        self._frozen = [(name, parameter) for parameter, name in names.items() if not parameter.requires_grad]
         check_exchangeable(self._named)
         self.ranks, self.updated = ranks, 0
         self._config = replace(sketch, deterministic=True) if sketch is not None else None
@@ -99,7 +102,19 @@ class Simulation:
         return build_exchanges(self._routes, self._config, in_grid(transport), options, make=make)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell a ``LagAdamW`` of these parameters which are compressed, as ``DistributedOptimizer`` does."""
+        """Tell a ``LagAdamW`` of these parameters which are compressed, as ``DistributedOptimizer`` does.
+
+        Raises:
+            ValueError: the optimizer updates parameters that the simulation does not exchange.
+        """
+        known = {id(parameter) for _, parameter in self._named}
+        others = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        count = sum(id(parameter) not in known for parameter in others)
+        if count:
+            raise ValueError(
+                f"the optimizer updates {count} parameters that the simulation does not know of, or that were frozen "
+                "when it was made, by the gradient of the last rank alone: make the simulation of all of them"
+            )
         mark_sparse(optimizer, self._named, self._config)
 
     def accumulate(self, rank: int) -> None:
@@ -108,11 +123,20 @@ class Simulation:
         A parameter without a gradient on rank 0 must have none on any rank, and is not updated.
 
         Raises:
-            ValueError: another rank's turn, or other parameters have gradients than on rank 0.
+            ValueError: another rank's turn, or other parameters have gradients than on rank 0, or than were trained
+                when the simulation was made.
             FloatingPointError: a gradient is not finite.
         """
         if rank != self._next:
             raise ValueError(f"ranks come in order and once per step: expected {self._next}, got {rank}")
+        thawed = [name for name, parameter in self._frozen if parameter.requires_grad and parameter.grad is not None]
+        if thawed:
+            raise ValueError(
+                f"{', '.join(thawed[:5])} began to require a gradient after the simulation was made, and would be "
+                "updated by the gradient of the last rank alone: make a simulation anew, with load_state_dict() for "
+                "what the ranks have kept"
+            )
+        separate_gradients(parameter for _, parameter in self._named)
         used = [parameter.grad is not None for _, parameter in self._named]
         if rank == 0:
             self._used = used
@@ -143,7 +167,7 @@ class Simulation:
             rank: whose.
             optimizer: the one that is stepped after :meth:`agree`.
         """
-        if self._ahead is None:
+        if self._ahead is None or self._ahead.optimizer is not optimizer:
             self._ahead = Ahead(optimizer)
         self._ahead.go_(unsent_of(self._routes, self._exchanges[rank]))
         try:

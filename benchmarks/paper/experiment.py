@@ -134,11 +134,11 @@ class Session:
         labels = {**labels, "steps": steps}
         if before := self.find(labels):
             return before
-        training, done, curve = make(), 0, list[dict[str, float]]()
+        training, done, seconds, curve = make(), 0, 0.0, list[dict[str, float]]()
         if saved := self._load_checkpoint(labels):
             training.load_state_dict(saved["training"])
-            done, curve = saved["done"], saved["curve"]
-        started, rank = time.perf_counter(), self._transport.rank
+            done, seconds, curve = saved["done"], saved["seconds"], saved["curve"]
+        started, rank = time.perf_counter() - seconds, self._transport.rank
         shown = {"desc": " ".join(map(str, labels.values())), "unit": "step", "disable": rank != 0}
         with tqdm(total=steps, initial=done, mininterval=0.5, **shown) as bar:
             while done < steps:
@@ -152,8 +152,8 @@ class Session:
                 if done in record_at and rank == 0:
                     curve.append({"step": done, **training.measure()})
                     self._write_log({**labels, "batch_loss": loss, "wire_bytes": sent_bytes, **curve[-1]})
-                self._save_if_due({**self._about(labels), "done": done, "curve": curve}, training)
-        seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                self._save_if_due({**self._about(labels), "done": done, "seconds": seconds, "curve": curve}, training)
         final = curve[-1] if curve else {}  # rank 0 has it
         figures = {"commit": self._results.get("commit"), "seconds": seconds, "final": final, "curve": curve}
         run = self.add(labels, **asdict(training.traffic()), **figures)

@@ -27,6 +27,7 @@ class AveragingOptimizer(LoggedOptimizer):
     """With the averaging of gradients, once for every step, whoever asks for it."""
 
     _progress: Progress
+    _is_outside: bool  # of its process set
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets backward passes since the last step. Communication: none."""
@@ -96,9 +97,9 @@ class AveragingOptimizer(LoggedOptimizer):
         if isinstance(gradients, TwoLevels):
             raise ValueError("ahead() is for levels=1: with two, one rank of a host has the residuals of all of them")
         if not gradients.unsent:
-            if not any(map(is_sharded, self._parameters)):
+            if not self._is_outside and not any(map(is_sharded, self._parameters)):
                 raise ValueError("nothing is compressed, so nothing is sent late: leave ahead() out")
-            yield  # other ranks may hold shards that are compressed
+            yield  # other ranks may hold shards that are compressed, or be in a process set
             return
         ahead = self._progress.ahead = self._progress.ahead or Ahead(self.inner, gradients.scale)
         if ahead.is_there:  # a block inside of another one

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -239,6 +240,32 @@ def _check_placements(name: str, parameter: Any) -> None:
             f"parameter {name!r} is placed {there} on its mesh, and its gradient {here}: "
             "p.grad = p.grad.redistribute(placements=p.placements) before the step"
         )
+
+
+def separate_gradients(parameters: Iterable[Tensor]) -> None:
+    """Copy gradients that lie in the memory of others: what is written to one would change another.
+
+    As autograd leaves those of ``a.view(-1) + b.view(-1)``. Communication: none.
+    """
+    by_start = []
+    for parameter in parameters:
+        gradient = _local_gradient(parameter)
+        if gradient is not None and gradient.layout == torch.strided and gradient.numel():
+            start = gradient.data_ptr()
+            by_start.append((start, start + _extent_bytes(gradient), parameter))
+    end = 0
+    for start, stop, parameter in sorted(by_start, key=itemgetter(0)):
+        if start < end and parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+        end = max(end, stop)
+
+
+def _extent_bytes(tensor: Tensor) -> int:
+    """From a tensor's first element to behind its last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _local_gradient(parameter: Tensor) -> Tensor | None:

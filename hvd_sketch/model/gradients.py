@@ -18,6 +18,7 @@ from hvd_sketch.exchange.residual import ResidualExchange
 from hvd_sketch.exchange.saved import WITHOUT_RESIDUALS, SavedState
 from hvd_sketch.ledger import CommLedger
 from hvd_sketch.model.drift import are_equal_everywhere, checksums, describe_drift, digest, digest_of_checksums
+from hvd_sketch.model.flat_parameters import separate_gradients
 from hvd_sketch.model.mesh import ShardRanks, require_equal_shards
 from hvd_sketch.model.parameters import NamedParameter, describe_dtype
 from hvd_sketch.model.routes import MakeExchange, build_exchanges, make_exchange, routes_of, unsent_of
@@ -218,6 +219,7 @@ class GradientExchange:
 
     def _pack(self, inverse_scale: Tensor | None, is_behind: bool) -> list[list[Tensor]]:
         """This rank's vector for each route, in slices. Where its parameters are out of date, they do not decay."""
+        separate_gradients(parameter for _, parameter in self._named)
         for route in self._routes:
             route.flat.check_unchanged()
         weight_decay = 0.0 if is_behind else self._weight_decay

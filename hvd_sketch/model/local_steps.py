@@ -20,6 +20,7 @@ from hvd_sketch.exchange.saved import SavedState
 from hvd_sketch.exchange.setup import refused_together, require_equal
 from hvd_sketch.logs import outputs_of
 from hvd_sketch.model.broadcast import broadcast_optimizer_state
+from hvd_sketch.model.flat_parameters import separate_gradients
 from hvd_sketch.model.forwarding import ForwardingOptimizer
 from hvd_sketch.model.gradients import CHECK_EVERY, GradientExchange
 from hvd_sketch.model.joining import join
@@ -252,6 +253,7 @@ class LocalSteps(LoggedOptimizer):
     def _unscale(self, scale: Any) -> None:
         if scale is None:
             return
+        separate_gradients(self._parameters)
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(float(scale))

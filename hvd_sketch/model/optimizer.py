@@ -128,6 +128,7 @@ class DistributedOptimizer(AveragingOptimizer):
     ) -> None:
         sketch, compression = compression_of(sketch, compression)
         self._transport, sketch = transport_of(transport, process_set, sketch)
+        self._is_outside = is_outside(process_set)
         horovod = HorovodArguments(compression, op, gradient_predivide_factor, num_groups, groups, sparse_as_dense)
         passes = {"backward_passes_per_step": (backward_passes_per_step, 1)}
         counts = {**passes, "check_every": (check_every, 0), "max_skips": (max_skips, 0)}
@@ -137,7 +138,7 @@ class DistributedOptimizer(AveragingOptimizer):
             named = name_parameters(optimizer, named_parameters)
             check_exchangeable(named)
             about = describe(optimizer, named, sketch) | {"levels": levels}
-            if is_outside(process_set):
+            if self._is_outside:
                 log = trace = tensorboard = None
             shard = shard_number(named)
             outputs = outputs_of(self._transport, shard, about, log=log, trace=trace, tensorboard=tensorboard)

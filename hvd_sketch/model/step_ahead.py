@@ -38,7 +38,7 @@ class Ahead:
                 "what Adam, AdamW and hvd_sketch.optim.LagAdamW make of a gradient that arrives late is known, got "
                 f"{type(optimizer).__name__}: leave ahead() out"
             )
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._scale = scale
         self._kept: dict[Tensor, Tensor] = {}  # where parameters were; the memory stays
         self._moved: list[tuple[Tensor, int]] = []  # parameters that are ahead, and their version then
@@ -54,9 +54,9 @@ class Ahead:
 
         One that it has no state of yet, or that is frozen, stays.
         """
-        groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter, left in unsent:
-            state = self._optimizer.state.get(parameter)
+            state = self.optimizer.state.get(parameter)
             if not state or not parameter.requires_grad:
                 continue
             here, group = local(parameter), groups[parameter]

@@ -82,9 +82,7 @@ class LagAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for an argument of the group that is refused."""
-        for name, reason in REFUSED.items():
-            if param_group.get(name, self.defaults[name]):
-                raise ValueError(f"LagAdamW does not take {name}=True: {reason}. Leave it out, or use AdamW")
+        _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def mark_sparse(self, parameters: Iterable[Tensor]) -> None:
@@ -93,9 +91,13 @@ class LagAdamW(torch.optim.AdamW):
         A parameter that has been stepped before goes on as if every coordinate had arrived in its last step.
 
         Raises:
-            ValueError: a parameter that the optimizer does not hold.
+            ValueError: a parameter that the optimizer does not hold, or that is complex.
         """
         marked = set(parameters)
+        if any(map(torch.is_complex, marked)):
+            raise ValueError(
+                "mark_sparse takes real parameters, got a complex one: leave it out, or train two real ones"
+            )
         unknown = marked - {p for group in self.param_groups for p in group["params"]}
         if unknown:
             raise ValueError(
@@ -136,8 +138,9 @@ class LagAdamW(torch.optim.AdamW):
         exp_avgs, exp_avg_sqs, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         own = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
+        own |= {"amsgrad": False, "beta1": beta1, "beta2": beta2, "has_complex": any(map(torch.is_complex, parameters))}
         gradients = [_strided_gradient(parameter) for parameter in parameters]
-        adamw(parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, **own)
+        adamw(parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, **own)
 
     def _step_sparse(self, group: Mapping[str, Any], parameter: Tensor) -> None:
         gradient = _strided_gradient(parameter)
@@ -162,18 +165,39 @@ class LagAdamW(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; also a state of AdamW."""
-        super().load_state_dict(state_dict)
+        """As torch's; also a state of AdamW.
+
+        Raises:
+            ValueError: it was saved with an argument that changes the update and is refused. Nothing is taken over.
+        """
+        given: dict[str, Any] = {}
+
+        def see(_: Any, state: dict[str, Any]) -> None:
+            for group in state["param_groups"]:
+                _check_group({"amsgrad": group.get("amsgrad", False)})
+            given.update(state)
+
+        hook = self.register_load_state_dict_pre_hook(see)  # after the user's own, which may put another in its place
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         # Torch gives every state but "step" the parameter's dtype.
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
-            last_step = state_dict["state"].get(number, {}).get("last_step")
+            last_step = given["state"].get(number, {}).get("last_step")
             if last_step is not None:
                 self.state[parameter]["last_step"] = last_step.to(parameter.device, torch.int32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sparse": self._sparse}
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name, reason in REFUSED.items():
+        if group.get(name):
+            raise ValueError(f"LagAdamW does not take {name}=True: {reason}. Leave it out, or use AdamW")
 
 
 def _strided_gradient(parameter: Tensor) -> Tensor:

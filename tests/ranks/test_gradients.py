@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,52 @@ def test_a_large_plain_gradient_is_read_as_it_lies() -> None:
     in_one = flat_parameters.FlatParameters([pair for pair in model.named_parameters() if pair[1].ndim > 1])
     assert torch.equal(torch.cat(parts), in_one.pack()[0])
     assert flat.pack(weight_decay=0.1)[1].data_ptr() != large[0].grad.data_ptr()
+
+
+class SharedGradients(nn.Module):
+    """Autograd leaves gradients in one memory: of a and b the same, of c and d the two halves of e's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(64, 64)) for _ in range(2))
+        self.c, self.d, self.e = (nn.Parameter(torch.zeros(rows, 50)) for rows in (30, 10, 40))
+
+    def backward(self, rank: int, step: int) -> None:
+        draw = torch.Generator().manual_seed(100 * step + rank)
+        square, line = torch.randn(64, 64, generator=draw), torch.randn(40, 50, generator=draw)
+        loss = ((self.a.view(-1) + self.b.view(-1)).view(64, 64) * square).sum()
+        (loss + ((torch.cat([self.c, self.d]) + self.e) * line).sum()).backward()
+
+
+@pytest.mark.parametrize("dense_below", [0, 1000])  # with 1000 one half of e's is dense
+@pytest.mark.parametrize(
+    "config",
+    [SketchConfig(k=400, candidates="nominate"), SketchConfig(k=400, candidates="random"), LowRankConfig(rank=4)],
+)
+def test_gradients_that_share_memory_lose_nothing(config: Any, dense_below: int) -> None:
+    def main(transport: LocalTransport) -> None:
+        model = SharedGradients()
+        compression = replace(config, dense_below=dense_below)
+        optimizer = DistributedOptimizer(
+            SGD(model.parameters(), lr=1.0), model.named_parameters(), compression, transport
+        )
+        produced = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for step in range(5):
+            optimizer.zero_grad()
+            model.backward(transport.rank, step)
+            starts = [parameter.grad.data_ptr() for parameter in model.parameters()]
+            assert starts[0] == starts[1], "or this tests nothing"
+            for total, parameter in zip(produced, model.parameters(), strict=True):
+                total += transport.allreduce_(parameter.grad.clone()) / transport.size
+            optimizer.step()
+        left = transport.allreduce_(optimizer.exchange.residual.clone()) / transport.size
+        compressed = [n for n, parameter in enumerate(model.parameters()) if parameter.numel() >= dense_below]
+        pieces = dict(zip(compressed, left.split([produced[n].numel() for n in compressed]), strict=True))
+        for number, (total, parameter) in enumerate(zip(produced, model.parameters(), strict=True)):
+            kept = pieces[number].view(total.shape) if number in pieces else 0.0
+            torch.testing.assert_close(kept - parameter.detach(), total, rtol=1e-4, atol=1e-4)
+
+    run_local(2, main)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -158,6 +158,40 @@ def test_misuse_is_refused() -> None:
         Simulation(model.named_parameters(), SketchConfig.paper(cols=40, k=10_000, dense_below=100), 2)
 
 
+def test_parameters_that_the_ranks_do_not_exchange_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 1))
+    model[0].requires_grad_(False)
+    simulation = Simulation(model.named_parameters(), CONFIG, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [torch.randn(8, 40) for _ in range(2)]
+
+    def loss_of(_: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    assert len(list(train(model, optimizer, simulation, loss_of, batches))) == 1
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="updates 2 parameters that the simulation does not know of"):
+        simulation.prepare(optimizer)
+    loss_of(model, batches[0]).backward()
+    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias began to require a gradient"):
+        simulation.accumulate(0)
+
+
+def test_steps_ahead_are_of_the_optimizer_that_is_given() -> None:
+    model = nn.Linear(40, 30)
+    simulation = Simulation(model.named_parameters(), SketchConfig(k=50, candidates="nominate", dense_below=100), 2)
+    first = torch.optim.AdamW(model.parameters(), lr=0.1)
+    batches = [torch.randn(8, 40) for _ in range(8)]
+    list(train(model, first, simulation, lambda m, batch: m(batch).square().mean(), batches, step_ahead=True))
+    before = model.weight.detach().clone()
+    with simulation.ahead(0, first):
+        assert not torch.equal(model.weight, before)
+    with simulation.ahead(0, torch.optim.AdamW(model.parameters(), lr=0.1)):
+        assert torch.equal(model.weight, before), "without a state it does not know where it will come to"
+    with pytest.raises(ValueError, match="got SGD"), simulation.ahead(0, torch.optim.SGD(model.parameters(), lr=0.1)):
+        pass
+
+
 def test_trains_any_model_on_batches_dealt_to_the_ranks() -> None:
     torch.manual_seed(0)
     model = nn.Linear(40, 30)

@@ -279,6 +279,21 @@ def test_refusals() -> None:
     run_local(1, job, LIMIT_S)
 
 
+def test_a_rank_outside_of_its_process_set_stays_where_it_is() -> None:
+    class Others:
+        def included(self) -> bool:
+            return False
+
+    model = network()
+    others: Any = Others()
+    optimizer = DistributedOptimizer(
+        AdamW(model.parameters()), None, COMPRESSIONS["nominate"], "horovod", process_set=others
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with optimizer.ahead():
+        assert all(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("compiled", ["model", "step", "both"])
 def test_compiled_models_and_steps_train_as_others(compiled: str) -> None:
     def job(transport: LocalTransport, of: str) -> Tensor:

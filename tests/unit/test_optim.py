@@ -273,6 +273,45 @@ def test_arguments_that_are_refused(name: str) -> None:
         LagAdamW([{"params": parameters, name: True}])
 
 
+def test_a_state_with_amsgrad_is_refused_and_changes_nothing() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    theirs, ours = torch.optim.AdamW([parameter], amsgrad=True), LagAdamW([parameter], lr=0.5)
+    with pytest.raises(ValueError, match="does not take amsgrad=True"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5 and not ours.param_groups[0]["amsgrad"]
+
+
+def test_a_hook_may_load_another_state() -> None:
+    """As torch's documentation maps states to parameters by their names."""
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    saved, loaded = LagAdamW(parameters), LagAdamW(parameters[::-1])
+    for optimizer in (saved, loaded):
+        optimizer.mark_sparse(parameters)
+    for step in range(3):
+        for number, parameter in enumerate(parameters):
+            parameter.grad = torch.full((4,), float(number or not step))
+        saved.step()
+    loaded.register_load_state_dict_pre_hook(
+        lambda _, given: {**given, "state": {0: given["state"][1], 1: given["state"][0]}}
+    )
+    loaded.load_state_dict(deepcopy(saved.state_dict()))
+    assert [loaded.state[p]["last_step"].tolist() for p in parameters] == [[1] * 4, [3] * 4]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_complex_parameters_are_pairs_of_real_ones(foreach: bool) -> None:
+    start = torch.randn(5, dtype=torch.complex64, generator=draws())
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = LagAdamW([ours], lr=0.1, foreach=foreach), torch.optim.AdamW([theirs], lr=0.1, foreach=foreach)
+    for step in range(3):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = torch.randn(5, dtype=torch.complex64, generator=draws(step))
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="got a complex one"):
+        optimizers[0].mark_sparse([ours])
+
+
 def test_unknown_parameters_and_sparse_gradients_are_refused() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = LagAdamW([parameter])
