@@ -86,18 +86,24 @@ def orthonormalize_(factors: Sequence[Tensor]) -> None:
 
 
 def _orthonormalize_by_torch_(factors: Sequence[Tensor]) -> None:
-    """By the Cholesky factor of the columns' products, twice, for factors of one shape together: few launches.
+    """By the Cholesky factor of the columns' products, twice, for all factors of one rank together: few launches.
 
     Where that factor does not exist, or a column nearly depends on others, column by column. One wait for the device.
     """
-    by_shape: dict[torch.Size, list[Tensor]] = {}
+    by_rank: dict[int, dict[torch.Size, list[Tensor]]] = {}
     for factor in factors:
-        by_shape.setdefault(factor.shape, []).append(factor)
-    groups = list(by_shape.values())
-    bases = [_cholesky_bases(torch.stack(group).double()) for group in groups]
-    are_good = torch.cat([is_good for _, is_good in bases]).tolist() if bases else []
-    for factor, basis in zip(chain(*groups), chain.from_iterable(basis for basis, _ in bases), strict=True):
-        if are_good.pop(0):
+        by_rank.setdefault(len(factor), {}).setdefault(factor.shape, []).append(factor)
+    if not by_rank:
+        return
+    bases: list[Tensor] = []
+    are_good: list[Tensor] = []
+    for by_shape in by_rank.values():
+        of_shapes, is_good = _cholesky_bases([torch.stack(alike).double() for alike in by_shape.values()])
+        bases += chain.from_iterable(of_shapes)
+        are_good.append(is_good)
+    in_order = chain.from_iterable(alike for by_shape in by_rank.values() for alike in by_shape.values())
+    for factor, basis, is_usable in zip(in_order, bases, torch.cat(are_good).tolist(), strict=True):
+        if is_usable:
             factor.copy_(basis)
         else:
             _orthonormalize_columns_(factor)
@@ -110,15 +116,22 @@ def load_linear_algebra(device: torch.device) -> None:
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=device))
 
 
-def _cholesky_bases(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float64 [n, rank, length]; and whether each is to be used: bool [n]."""
-    lower, info = torch.linalg.cholesky_ex(columns @ columns.mT)
-    rests = lower.diagonal(dim1=1, dim2=2)
-    is_good = (info == 0) & (rests > SAFE_REST * columns.norm(dim=2)).all(dim=1)
-    nearly = torch.linalg.solve_triangular(lower, columns, upper=False)
-    lower, _ = torch.linalg.cholesky_ex(nearly @ nearly.mT)
-    bases = torch.linalg.solve_triangular(lower, nearly, upper=False)
-    return bases, is_good & torch.isfinite(bases).all(dim=2).all(dim=1)
+def _cholesky_bases(columns: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Of float64 [n, rank, length], of any n and length; and whether each of all is to be used: bool [sum of n]."""
+    products = torch.cat([each @ each.mT for each in columns])
+    lower, info = torch.linalg.cholesky_ex(products)
+    rests, norms = lower.diagonal(dim1=1, dim2=2), products.diagonal(dim1=1, dim2=2).sqrt()
+    is_good = (info == 0) & (rests > SAFE_REST * norms).all(dim=1)
+    nearly = _without(lower, columns)
+    lower, _ = torch.linalg.cholesky_ex(torch.cat([each @ each.mT for each in nearly]))
+    return _without(lower, nearly), is_good & torch.isfinite(lower).all(dim=2).all(dim=1)
+
+
+def _without(lower: Tensor, columns: Sequence[Tensor]) -> list[Tensor]:
+    """Columns times the inverses of their Cholesky factors, float64 [sum of n, rank, rank]."""
+    one = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
+    inverses = torch.linalg.solve_triangular(lower, one, upper=False).split([len(each) for each in columns])
+    return [inverse @ each for inverse, each in zip(inverses, columns, strict=True)]
 
 
 def _orthonormalize_columns_(factor: Tensor) -> None:

@@ -184,9 +184,11 @@ class FlatParameters:
     @torch.no_grad()
     def unpack_dense(self, values: Tensor, used: Sequence[bool] | None = None) -> None:
         """Set every ``p.grad`` to its part of ``values``, ``dtype`` [dim]; see :meth:`unpack_sparse`."""
-        for gradient, (_, start, stop) in zip(self.writable_gradients(used), self._places, strict=True):
-            if gradient is not None:
-                gradient.copy_(values[start:stop].view(gradient.shape))
+        gradients = zip(self.writable_gradients(used), self._places, strict=True)
+        pairs = [(g, values[start:stop].view(g.shape)) for g, (_, start, stop) in gradients if g is not None]
+        if pairs:
+            targets, sources = zip(*pairs, strict=True)
+            torch._foreach_copy_(targets, sources)  # in few launches on a GPU
 
     @torch.no_grad()
     def fill_gradients(self, value: float, used: Sequence[bool] | None = None) -> None:
