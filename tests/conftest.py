@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,14 @@ DAYS = 3  # in which every daily test has its turn
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def nothing_slows_later_tests() -> Iterator[None]:
+    yield
+    if tracemalloc.is_tracing():
+        tracemalloc.stop()
+        pytest.fail("tracemalloc was left on: Python is up to twenty times as slow in all tests that follow")
 
 
 def cells_of_today(config: pytest.Config) -> tuple[list[str], bool]:
