@@ -48,7 +48,10 @@ def warm_up(as_json: AsJson = False) -> None:
     from hvd_sketch.warm_up import cache_folder, warm_up  # not before: it imports Numba, which --version does not need
 
     start_s = time.perf_counter()
-    compiled = warm_up(None if as_json else typer.echo)
+    try:
+        compiled = warm_up(None if as_json else typer.echo)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if as_json:
         elapsed_s = round(time.perf_counter() - start_s, 3)
         typer.echo(json.dumps({"compiled": compiled, "elapsed_s": elapsed_s, "folder": str(cache_folder())}, indent=2))
@@ -108,7 +111,7 @@ def report(
         written = reporting.write_report(runs, output)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(json.dumps(written, indent=2) if as_json else reporting.told(written))
+    _tell_of(output, json.dumps(written, indent=2) if as_json else reporting.told(written))
 
 
 @app.command("merge-traces")
@@ -124,7 +127,12 @@ def merge_traces(
         written = merging.merge_traces(traces, output)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(json.dumps(written, indent=2) if as_json else merging.told(written))
+    _tell_of(output, json.dumps(written, indent=2) if as_json else merging.told(written))
+
+
+def _tell_of(output: Path, told: str) -> None:
+    """Print what was written; beside the output where that is a pipe or the terminal, such as ``/dev/stdout``."""
+    typer.echo(told, err=not output.is_file())
 
 
 def main() -> None:

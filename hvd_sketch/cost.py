@@ -135,6 +135,7 @@ class Workload:
         overlaps: whether other methods exchange during the backward pass, as ``DistributedDataParallel`` does.
         backward_s: what a step takes without its exchange.
         small: shapes of tensors that go dense beside single coordinates.
+        device: where the exchange is, "cpu" or "cuda".
     """
 
     shapes: Shapes
@@ -145,6 +146,7 @@ class Workload:
     overlaps: bool = True
     backward_s: float = 0.0
     small: Shapes = ()
+    device: str = "cpu"
 
     @property
     def dim(self) -> int:
@@ -194,21 +196,23 @@ def _ours(workload: Workload, network: Network) -> dict[str, Method]:
 
     The agreement before a step, a small allreduce of the library's, is taken to do so, too.
     """
-    ranks = network.ranks
-    messages, rounds = (messages_of(ranks), 2) if is_grid(ranks) and network.carrier.can_split else (ranks - 1, 1)
+    ranks, can_split = network.ranks, network.carrier.can_split
+    messages, rounds = (messages_of(ranks), 2) if is_grid(ranks) and can_split else (ranks - 1, 1)
     every, small, found = workload.every, workload.small, {}
-    for name, config in configurations(workload.shapes, workload.ratio, ranks, workload.bits, small).items():
+    made = configurations(workload.shapes, workload.ratio, ranks, workload.bits, small, can_split)
+    for name, config in made.items():
         is_low_rank = isinstance(config, LowRankConfig)
         shapes = [*workload.shapes, *small] if is_low_rank else workload.shapes
         beside = 0 if is_low_rank else elements_of(small)  # elements
-        sent = (bytes_of(config, shapes, ranks) + DENSE_BYTES * beside) * network.share
-        kept = kept_bytes(config, shapes) + (8 * workload.elements if every > 1 else 0)  # a round's start, a momentum
+        sent = (bytes_of(config, shapes, ranks, can_split) + DENSE_BYTES * beside) * network.share
+        kept = kept_bytes(config, shapes, workload.device)
+        kept += 8 * workload.elements if every > 1 else 0  # where a round began, and a momentum
         collectives, local_s = collectives_of(name, config), _local_s(workload, name)
         collectives += 2 if beside > MOST_BESIDE else 0  # fewer travel in the others'
         if every > 1:
             local_s += ROUND_PASSES * _local_s(workload, "dense")
         found[name] = Method(
-            title_of(name, config, workload.ratio, shapes, ranks),
+            title_of(name, config, workload.ratio, shapes, ranks, can_split),
             *(local_s, collectives, collectives, collectives * messages, collectives * rounds),
             *(sent, sent, kept),
             inside_s=network.inside_s(workload.elements),

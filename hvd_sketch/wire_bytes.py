@@ -58,21 +58,25 @@ def all_sums_travel(candidates: int, k: int) -> bool:
     return 4 * candidates <= _choosing_bytes(candidates, k) + MESSAGE_BYTES
 
 
-def step_bytes(settings: Settings, dim: int, ranks: int) -> float:
-    """Ring bytes of a step of one sketched exchange, everything counted; nominations are taken to be distinct."""
+def step_bytes(settings: Settings, dim: int, ranks: int, can_split: bool = True) -> float:
+    """Ring bytes of a step of one sketched exchange, everything counted; nominations are taken to be distinct.
+
+    Args:
+        can_split: whether the transport can be split, so that many ranks form a grid; here and below.
+    """
     count = settings.candidate_count(dim)
     return (
-        agreement_bytes(ranks)
-        + table_bytes(settings, ranks)
-        + _finding_bytes(settings, dim, ranks)
-        + _values_bytes(settings, count, ranks)
+        agreement_bytes(ranks, can_split=can_split)
+        + table_bytes(settings, ranks, can_split)
+        + _finding_bytes(settings, dim, ranks, can_split)
+        + _values_bytes(settings, count, ranks, can_split)
     )
 
 
-def agreement_bytes(ranks: int, parameters: int = 0) -> int:
+def agreement_bytes(ranks: int, parameters: int = 0, can_split: bool = True) -> int:
     """Ring bytes of the agreement before a step, of which ``parameters`` say whether they have a gradient."""
     payload_bytes = 8 * (ranks + counter_words(ranks, parameters))
-    return round(RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks))
+    return round(RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks, can_split))
 
 
 def counter_words(ranks: int, counters: int) -> int:
@@ -80,21 +84,21 @@ def counter_words(ranks: int, counters: int) -> int:
     return ceil_div(counters, COUNTER_BITS // ranks.bit_length())
 
 
-def table_bytes(settings: Settings, ranks: int) -> int:
+def table_bytes(settings: Settings, ranks: int, can_split: bool = True) -> int:
     """Ring bytes of the table: each rank's shard of every row."""
     if not settings.has_table:
         return 0
     payload_bytes = settings.rows * ranks * coded_bytes(settings.cols // ranks, settings.table_bits)
-    return round(summed_bytes(payload_bytes, settings.table_bits, ranks))
+    return round(summed_bytes(payload_bytes, settings.table_bits, ranks, can_split))
 
 
-def summed_bytes(payload_bytes: float, bits: int, ranks: int) -> float:
+def summed_bytes(payload_bytes: float, bits: int, ranks: int, can_split: bool = True) -> float:
     """Ring bytes that bring every rank's values to those that sum a share each; below 32 bits by an alltoall."""
-    return payload_bytes if bits == 32 else payload_bytes * _passes("alltoall", payload_bytes, ranks)
+    return payload_bytes if bits == 32 else payload_bytes * _passes("alltoall", payload_bytes, ranks, can_split)
 
 
-def _passes(collective: str, payload_bytes: float, ranks: int) -> float:
-    return passes(collective, payload_bytes, grid_of(ranks)) if is_grid(ranks) else 1.0
+def _passes(collective: str, payload_bytes: float, ranks: int, can_split: bool) -> float:
+    return passes(collective, payload_bytes, grid_of(ranks)) if can_split and is_grid(ranks) else 1.0
 
 
 def coded_bytes(count: int, bits: int) -> int:
@@ -107,7 +111,7 @@ def position_bytes(mean_gap: float) -> float:
     return (log2(max(mean_gap, 1)) + 1.5) / 8
 
 
-def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
+def _finding_bytes(settings: Settings, dim: int, ranks: int, can_split: bool) -> float:
     """To agree on the candidates."""
     count = settings.candidate_count(dim)
     codes = CODE_OVERHEAD_BYTES * ranks
@@ -116,19 +120,19 @@ def _finding_bytes(settings: Settings, dim: int, ranks: int) -> float:
     if settings.candidates == "nominate":
         named = ranks * ceil_div(count, ranks)
         return codes + named * position_bytes(dim * ranks / named)
-    histograms = _histogram_bytes(count, ranks) if settings.chooses else 0.0  # one: where it begins is expected
+    histogram = _histogram_bytes(count, ranks, can_split)
+    histograms = histogram if settings.chooses else 0.0  # one: where it begins is expected
     if settings.candidates == "heavymix":
-        norm = 8 * settings.rows * ranks * _passes("allgather", 8 * settings.rows * ranks, ranks)
-        histograms = norm + looks(count) * _histogram_bytes(count, ranks)
+        histograms = 8 * settings.rows * ranks + looks(count) * histogram  # and the rows' norms
     return codes + count * position_bytes(dim / count) + histograms
 
 
-def _values_bytes(settings: Settings, count: int, ranks: int) -> float:
+def _values_bytes(settings: Settings, count: int, ranks: int, can_split: bool) -> float:
     """The candidates' values, and back what is updated."""
     if settings.candidates == "nominate":
         count = ranks * ceil_div(count, ranks)
     one_way = ranks * coded_bytes(ceil_div(count, ranks), settings.value_bits)
-    there = summed_bytes(one_way, settings.value_bits, ranks)
+    there = summed_bytes(one_way, settings.value_bits, ranks, can_split)
     if not settings.chooses or all_sums_travel(count, settings.k):
         return there + one_way
     return there + _choosing_bytes(count, settings.k)
@@ -138,6 +142,6 @@ def _choosing_bytes(candidates: int, k: int) -> float:
     return candidates / 8 + min(4 * CHOSEN_AND_MORE * k, 4 * candidates)
 
 
-def _histogram_bytes(k: int, ranks: int) -> float:
+def _histogram_bytes(k: int, ranks: int, can_split: bool) -> float:
     payload_bytes = 4 * histogram_bins(k)
-    return RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks)
+    return RING_PASSES["allreduce"] * payload_bytes * _passes("allreduce", payload_bytes, ranks, can_split)

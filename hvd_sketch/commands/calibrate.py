@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_sketch.at_ratio import Shapes, configurations
+from hvd_sketch.at_ratio import Shapes, configurations, elements_of
 from hvd_sketch.commands.plan_options import shapes_of_size
-from hvd_sketch.config import Compression
+from hvd_sketch.config import Compression, SketchConfig
 from hvd_sketch.cost import POWERSGD_RANK, TOP_SHARE
+from hvd_sketch.exchange.matrices import least_bytes
 from hvd_sketch.measured_costs import Work, Works
 from hvd_sketch.model.routes import make_exchange
 from hvd_sketch.transport import local_transports
+from hvd_sketch.wire_bytes import DENSE_BYTES
 
 LARGEST_TIMED = {"cpu": 4_000_000, "cuda": 100_000_000}  # coordinates, by device
 LEAST_S = 0.2  # of every measurement
@@ -33,16 +36,29 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda: torch sees no GPU here; leave out --calibrate and --measure, or --device")
 
 
-def works_here(shapes: Shapes, ratio: float, ranks: int, bits: int = 4, device: str = "cpu") -> Works:
+def works_here(
+    shapes: Shapes, ratio: float, ranks: int, bits: int = 4, device: str = "cpu", can_split: bool = True
+) -> Works:
     """By method, on this machine and in as many threads as torch has; of a smaller model where this one is large."""
-    largest = LARGEST_TIMED[device]
-    if sum(map(math.prod, shapes)) > largest:
-        shapes = shapes_of_size(largest)
-    dim = sum(map(math.prod, shapes))
-    found = {name: Work(1e9 * seconds_of_other(name, shapes, device) / dim) for name in OTHERS}
-    for name, config in configurations(shapes, ratio, ranks, bits).items():
-        found[name] = Work(1e9 * seconds_of_step(config, shapes, device) / dim)
+    whole, largest = elements_of(shapes), LARGEST_TIMED[device]
+    timed = shapes if whole <= largest else shapes_of_size(largest)
+    dim = elements_of(timed)
+    found = {name: Work(1e9 * seconds_of_other(name, timed, device) / dim) for name in OTHERS}
+    for name, config in configurations(shapes, ratio, ranks, bits, can_split=can_split).items():
+        own = config if timed is shapes else _smaller(config, dim / whole, timed)
+        found[name] = Work(1e9 * seconds_of_step(own, timed, device) / dim)
     return found
+
+
+def _smaller(config: Compression, share: float, shapes: Shapes) -> Compression:
+    """Of a model that is a ``share`` as large: with as many coordinates and cells per element.
+
+    It need not have the ratio: what every step takes, whatever the size, leaves a small model less, or nothing.
+    """
+    if isinstance(config, SketchConfig):
+        return replace(config, k=max(round(share * config.k), 1), cols=math.ceil(share * config.cols))
+    highest = DENSE_BYTES * elements_of(shapes) / least_bytes(shapes, config.value_bits)
+    return config if config.ratio is None else replace(config, ratio=min(config.ratio, highest))
 
 
 def seconds_of_step(config: Compression, shapes: Shapes, device: str = "cpu") -> float:
@@ -50,7 +66,7 @@ def seconds_of_step(config: Compression, shapes: Shapes, device: str = "cpu") ->
 
     Communication: none.
     """
-    (alone,), dim = local_transports(1), sum(map(math.prod, shapes))
+    (alone,), dim = local_transports(1), elements_of(shapes)
     exchange = make_exchange(config, dim, alone, torch.device(device), shapes=shapes)
     gradient, own = _gradient(dim, device), torch.empty(dim, dtype=torch.float32, device=device)
     return seconds_of(lambda: exchange.step(own), device, lambda: own.copy_(gradient))
@@ -58,7 +74,7 @@ def seconds_of_step(config: Compression, shapes: Shapes, device: str = "cpu") ->
 
 def seconds_of_other(name: str, shapes: Shapes, device: str = "cpu") -> float:
     """Of a method of :data:`OTHERS` without a network, as :func:`seconds_of_step` of ours. Communication: none."""
-    return seconds_of(OTHERS[name](_gradient(sum(map(math.prod, shapes)), device), shapes), device)
+    return seconds_of(OTHERS[name](_gradient(elements_of(shapes), device), shapes), device)
 
 
 def _gradient(dim: int, device: str) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hvd_sketch.at_ratio import Shapes, configurations, title_of
+from hvd_sketch.at_ratio import Shapes, configurations, sketch_at_ratio, title_of
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import Compression, SketchConfig
 from hvd_sketch.model.routes import make_exchange
@@ -22,7 +23,9 @@ from hvd_sketch.transport import local_transports
 ROWS = (1, 3, 5, 7)
 TABLE_SHARES = (0.25, 0.5, 0.75)  # of the bytes
 OVERSAMPLES = (2, 4, 8)
+DIVIDED = ("rows", "cols", "k", "oversample")  # what is tried; all else is the method's
 LOW_RANK_STEPS = 3  # it begins with random factors, and goes on from those of the step before
+NUMPY = b"\x93NUMPY"  # how its files begin
 SAVE = "hvd_sketch.save_gradient(model.parameters(), FILE)"
 NOTE = (
     "Of one step, rounding to few bits included; training sends the rest in later steps. Nominations are taken to be "
@@ -61,7 +64,9 @@ def load_gradient(path: Path) -> Tensor:
         ValueError: the file holds no finite vector of floats, or only zeros.
     """
     try:
-        if path.suffix == ".npy":
+        with path.open("rb") as file:
+            is_numpy = file.read(len(NUMPY)) == NUMPY  # whatever its suffix is: save_gradient takes any
+        if is_numpy:
             loaded: Any = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -85,6 +90,7 @@ class Comparison:
         ratio: bytes of a dense ring over those of a step.
         ranks: how many share the bytes.
         bits: of a value.
+        can_split: whether the transport can be split, so that many ranks form a grid.
 
     Attributes:
         best: of each method, the one that captures most first.
@@ -92,10 +98,21 @@ class Comparison:
     Communication: none.
     """
 
-    def __init__(self, gradient: Tensor, shapes: Shapes | None, ratio: float, ranks: int, bits: int = 4) -> None:
+    def __init__(
+        self,
+        gradient: Tensor,
+        shapes: Shapes | None,
+        ratio: float,
+        ranks: int,
+        bits: int = 4,
+        can_split: bool = True,
+    ) -> None:
         best: dict[str, Captured] = {}
-        for name, config in _candidates(gradient.numel(), shapes, ratio, ranks, bits):
-            title = title_of(name, config, ratio, shapes or [tuple(gradient.shape)], ranks)
+        every_shape = shapes or [tuple(gradient.shape)]
+        plain = configurations(every_shape, ratio, ranks, bits, can_split=can_split)
+        at_ratio = partial(sketch_at_ratio, ratio, gradient.numel(), ranks, can_split)
+        for name, config in _candidates(plain, at_ratio, ranks, shapes is not None):
+            title = title_of(name, config, ratio, every_shape, ranks, can_split)
             captured = Captured(name, title, config, energy_captured(config, gradient, shapes))
             if name not in best or captured.energy > best[name].energy:
                 best[name] = captured
@@ -124,32 +141,29 @@ class Comparison:
 
 
 def _candidates(
-    dim: int, shapes: Shapes | None, ratio: float, ranks: int, bits: int
+    plain: Mapping[str, Compression], at_ratio: Callable[..., SketchConfig], ranks: int, has_shapes: bool
 ) -> Iterator[tuple[str, Compression]]:
-    """Every configuration that is tried, of equal bytes."""
-    for name, config in configurations(shapes or [(dim,)], ratio, ranks, bits).items():
+    """Every configuration that is tried, of equal bytes: ``plain`` by method, and other divisions of its tables."""
+    for name, config in plain.items():
         if not isinstance(config, SketchConfig):
-            if shapes is not None:
+            if has_shapes:
                 yield name, config
         elif not config.has_table:
             yield name, config
         else:
-            yield from ((name, other) for other in _tables(config, ratio, dim, ranks))
+            yield from ((name, other) for other in _tables(config, at_ratio, ranks))
 
 
-def _tables(config: SketchConfig, ratio: float, dim: int, ranks: int) -> Iterator[SketchConfig]:
+def _tables(config: SketchConfig, at_ratio: Callable[..., SketchConfig], ranks: int) -> Iterator[SketchConfig]:
     """Other divisions of the same bytes among rows, columns and coordinates."""
-    fields = ("value_bits", "table_bits", "momentum")
-    kept = {name: getattr(config, name) for name in fields}
+    kept = {name: value for name, value in asdict(config).items() if name not in DIVIDED}
     cells = 2 * config.rows * config.cols  # in all of the bytes: half of them go to the table
     for rows in ROWS:
         for share in TABLE_SHARES:
             for oversample in OVERSAMPLES if config.chooses else (1,):
                 cols = max(int(share * cells / rows), ranks)
                 try:
-                    yield SketchConfig.for_wire_ratio(
-                        ratio, dim, ranks, rows=rows, cols=cols, oversample=oversample, **kept
-                    )
+                    yield at_ratio(rows=rows, cols=cols, oversample=oversample, **kept)
                 except ValueError:  # a division that leaves no coordinate
                     continue
 

@@ -56,7 +56,14 @@ def output(*command: str) -> str | None:
 def finished(*command: str) -> subprocess.CompletedProcess[str] | None:
     """A command that has ended; None where it is missing, or takes too long."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # what other hosts print may be in another encoding
+            timeout=COMMAND_S,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
 

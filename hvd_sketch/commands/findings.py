@@ -29,6 +29,7 @@ BINDERS = (
 OPENMP_BINDERS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 HOSTS_AT_ONCE = 32
 SSH_FAILED = 255
+MARKER = "hvd_sketch versions:"
 
 
 def all_findings() -> Iterator[Finding]:
@@ -174,9 +175,9 @@ def hosts(names: Sequence[str]) -> list[Finding]:
     """Whether other hosts have this package, in equal versions, at the place of this Python. By ssh, all at once."""
     if not names:
         return []
-    program = "import hvd_sketch, torch, numpy; print(hvd_sketch.__version__, torch.__version__, numpy.__version__)"
-    command = [sys.executable, "-c", program]
-    here = (output(*command) or "").strip()
+    versions = "hvd_sketch.__version__, torch.__version__, numpy.__version__"
+    command = [sys.executable, "-c", f"import hvd_sketch, torch, numpy; print({MARKER!r}, {versions})"]
+    here = _marked(output(*command) or "")
     with ThreadPoolExecutor(HOSTS_AT_ONCE) as pool:
         return list(pool.map(partial(_host, line=shlex.join(command), here=here), names))
 
@@ -191,11 +192,17 @@ def _host(name: str, line: str, here: str) -> Finding:
         told = f"no hvd_sketch at this Python's path: {telling_line(done.stderr)}"
         mend = "install hvd_sketch in an environment at the same path on every host"
         return Finding(f"host {name}", "wrong", told, mend)
-    there = done.stdout.strip()
+    there = _marked(done.stdout)
     if there != here:
         told = f"hvd_sketch, torch, numpy are {there} there and {here} here"
         return Finding(f"host {name}", "wrong", told, "install the same versions on every host")
     return Finding(f"host {name}", "ok", f"hvd_sketch, torch, numpy {there}")
+
+
+def _marked(printed: str) -> str:
+    """What follows the marker; a host's ``.bashrc`` may print before it, and its ``.bash_logout`` behind it."""
+    lines = printed.rpartition(MARKER)[2].splitlines()
+    return lines[0].strip() if lines else ""
 
 
 def _read(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from hvd_sketch.files import replaced, require_other
 from hvd_sketch.logs.trace import PERIOD_NS
 
 START_OF_HOROVOD = "start_time_since_epoch_in_micros"
+BETWEEN = re.compile(r"\s*,?\s*")  # events
+IDS = ("id", "bind_id")  # of arrows and of what goes on beside others; viewers drop those that are no whole numbers
+LONGEST_EVENT = 1 << 16  # characters: where more cannot be read, a file is damaged, and not cut short
 Event = dict[str, Any]
 # What it raises to read a file of another kind, or a damaged one.
 NOT_A_TRACE = (
@@ -39,11 +43,15 @@ def merge_traces(paths: Sequence[Path], output: Path) -> dict[str, Any]:
     require_other(output, paths)
     merged: list[Event] = []
     processes: dict[tuple[Path, Any], int] = {}
+    arrows: dict[tuple[Path, Any], int] = {}
+    names = [path.name for path in paths]
     for path in paths:
+        told = path.name if names.count(path.name) == 1 else str(path)
         try:
             for event in _events(path):
                 number = processes.setdefault((path, event.get("pid")), len(processes))
-                merged.append({**event, "pid": number, **_told_apart(event, path)})
+                numbers = {key: arrows.setdefault((path, event[key]), len(arrows) + 1) for key in IDS if key in event}
+                merged.append({**event, "pid": number, **numbers, **_named(event, told)})
         except NOT_A_TRACE as error:
             raise ValueError(
                 f"{path} is no trace ({error}): expected what DistributedOptimizer(trace=…), torch's profiler, or "
@@ -59,14 +67,11 @@ def told(written: dict[str, Any]) -> str:
     return f"{written['trace']}: {written['events']:,} events of {written['processes']} processes"
 
 
-def _told_apart(event: Event, path: Path) -> Event:
-    """What an event says in another way where several files say the same."""
-    changed: Event = {}
-    if "id" in event:
-        changed["id"] = f"{path.name} {event['id']}"
+def _named(event: Event, path: str) -> Event:
+    """The name of a process with that of its file, as several files have processes of one name."""
     if event.get("name") == "process_name" and "name" in event.get("args", {}):
-        changed["args"] = {"name": f"{event['args']['name']} ({path.name})"}
-    return changed
+        return {"args": {"name": f"{event['args']['name']} ({path})"}}
+    return {}
 
 
 def _events(path: Path) -> Iterator[Event]:
@@ -86,4 +91,22 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return json.loads(text[: text.rindex("}") + 1] + "]")
+        events = _whole_events(text)
+        if not events:
+            raise
+        return events
+
+
+def _whole_events(text: str) -> list[Any]:
+    """The first events of an array whose end is missing; none where what is missing is no end."""
+    decoder = json.JSONDecoder()
+    events: list[Any] = []
+    between = re.match(r"\s*\[\s*", text)
+    while between is not None:
+        try:
+            event, end = decoder.raw_decode(text, between.end())
+        except ValueError:
+            return events if len(text) - between.end() <= LONGEST_EVENT else []
+        events.append(event)
+        between = BETWEEN.match(text, end)
+    return []

@@ -50,7 +50,7 @@ def plan(
 
     Times are those of a model: bytes over bandwidth, messages, and local work.
     """
-    from hvd_sketch.checks import check_choice
+    from hvd_sketch.checks import check_choice, check_positive
     from hvd_sketch.commands import calibrate as calibrating
     from hvd_sketch.commands import capture, plan_figure
     from hvd_sketch.commands import measure as measuring
@@ -69,6 +69,7 @@ def plan(
         check_choice("--bits", bits, BITS)
         check_choice("--optimizer", optimizer, planning.ADVISED)
         ratio = planning.RATIOS[optimizer] if ratio is None else ratio
+        check_positive("--ratio", ratio)
         backward_s = seconds(backward)
         network = options.network_of(ranks, bandwidth, latency, launcher, per_host)
         if measure or calibrate:
@@ -76,17 +77,18 @@ def plan(
         if measure:
             job = measuring.job_here(device)
             network = job.network
-        works = WORKS[device]
+        works, can_split = WORKS[device], network.carrier.can_split
         if measure or calibrate:
-            works = calibrating.works_here(shapes, ratio, network.ranks, bits, device)
+            works = calibrating.works_here(shapes, ratio, network.ranks, bits, device, can_split)
         if job is not None and not job.is_first:
             return
-        workload = Workload(shapes, ratio, works, bits, every, overlap, backward_s, small)
+        workload = Workload(shapes, ratio, works, bits, every, overlap, backward_s, small, device)
         made = planning.Plan(workload, network, optimizer)
         if plot is not None:
             plan_figure.write_figure(plot, workload, network)
         if flat is not None:
-            captured = capture.Comparison(flat, shapes if model is not None else None, ratio, network.ranks, bits)
+            known = shapes if model is not None else None
+            captured = capture.Comparison(flat, known, ratio, network.ranks, bits, can_split)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     parts = [part for part in (made, job, captured) if part is not None]

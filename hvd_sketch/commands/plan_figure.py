@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def write_figure(path: Path, workload: Workload, network: Network) -> None:
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install hvd_sketch[plot]") from error
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    _check_suffix(path, figure.canvas.get_supported_filetypes())
     by_rate, by_ranks = figure.subplots(1, 2)
     found = {ranks: methods(workload, replace(network, ranks=ranks)) for ranks in RANKS}
     own = methods(workload, network)
@@ -59,6 +60,13 @@ def write_figure(path: Path, workload: Workload, network: Network) -> None:
             figure.savefig(draft, dpi=DPI)
     except (OSError, ValueError) as error:
         raise ValueError(f"--plot {path}: {error}") from error
+
+
+def _check_suffix(path: Path, known: Collection[str]) -> None:
+    """Refuse a file whose suffix names no format. Raises ValueError."""
+    if path.suffix[1:].lower() not in known:
+        suffixes = ", ".join(f".{name}" for name in sorted(known))
+        raise ValueError(f"--plot {path}: expected a file with one of the suffixes {suffixes}")
 
 
 def _at(found: Mapping[str, Method], name: str, network: Network, ranks: int) -> float:

@@ -18,7 +18,7 @@ def write_report(paths: Sequence[Path], output: Path) -> dict[str, Any]:
     """Write a page about the runs that some logs tell of.
 
     Args:
-        paths: logs of rank 0.
+        paths: logs of rank 0; those of its other ranks may be among them.
         output: is replaced.
 
     Returns:
@@ -33,18 +33,25 @@ def write_report(paths: Sequence[Path], output: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError("hvd-sketch report needs Plotly: pip install 'hvd_sketch[report]'") from error
     require_other(output, [log for path in paths for log in logs_of(path).values()])
-    runs = read_runs(paths)
+    runs = read_runs(firsts_of(paths))
     names = [run.name for run in runs]
     text = page(", ".join(names), [summary(runs), configuration(runs)], charts(runs), names, get_plotlyjs())
+    data = text.encode()
     with replaced(output) as draft:
-        draft.write_text(text, encoding="utf-8")
-    return {"page": str(output), "page_bytes": output.stat().st_size, "runs": [figures(run) for run in runs]}
+        draft.write_bytes(data)
+    return {"page": str(output), "page_bytes": len(data), "runs": [figures(run) for run in runs]}
 
 
 def told(written: dict[str, Any]) -> str:
     """The same in words."""
     names, steps = ", ".join(run["name"] for run in written["runs"]), sum(run["steps"] for run in written["runs"])
     return f"{written['page']}: {names}, {steps:,} steps, {told_bytes(written['page_bytes'])}"
+
+
+def firsts_of(paths: Sequence[Path]) -> list[Path]:
+    """Those of some logs that are not of another rank of one of them, as ``run*.jsonl`` names them all."""
+    others = {log.resolve() for path in paths for rank, log in logs_of(path).items() if rank}
+    return [path for path in paths if path.resolve() not in others]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

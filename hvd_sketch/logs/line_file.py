@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 MOST_BYTES = 256 << 20
+KEPT = ".old"  # added to the name of the file of a run before
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +108,7 @@ class LineFile:
 
     def _open(self) -> int:
         if not self._goes_on and self.path.is_file():
-            self.path.replace(self.path.with_name(self.path.name + ".old"))
+            self.path.replace(self.path.with_name(self.path.name + KEPT))
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._size = os.fstat(file).st_size

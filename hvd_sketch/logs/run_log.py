@@ -40,6 +40,10 @@ class RunLog(Output):
         self._begin = [json.dumps({"run": FORMAT, "started": time.time(), **about}, default=str)]  # until it is written
         self._start_s = 0.0  # of the first step
         self._line = _Line(0.0)
+        self._rest: dict[str, float] = {}  # after the last step
+
+    def interrupt(self, step_s: float, dense_bytes: int) -> None:
+        self._rest = {"step_s": round(step_s, 6), "dense_bytes": dense_bytes}
 
     def write(self, steps: Sequence[Step]) -> None:
         lines = []
@@ -57,8 +61,9 @@ class RunLog(Output):
         if self._file is None:
             return
         lines = [self._end_line()] if self._line.steps else []
-        if last:
-            lines.append(json.dumps({"values": as_json(last)}))
+        if last or self._rest:
+            lines.append(json.dumps({"values": as_json(last), **self._rest}))
+        self._rest = {}
         self._append(lines)
         self._file.close()
 

@@ -76,6 +76,10 @@ class Output(ABC):
     def write(self, steps: Sequence[Step]) -> None:
         """Some steps have ended, one after the other."""
 
+    def interrupt(self, step_s: float, dense_bytes: int) -> None:
+        """Local steps after the last step have no exchange, and none follows: their time, and bytes as of a step."""
+        return  # few outputs tell of them
+
     @abstractmethod
     def close(self, last: Mapping[str, float]) -> None:
         """No more steps come; ``last`` was logged after the last one."""
@@ -117,16 +121,21 @@ class StepObserver(Observer):
         self._norms: list[Tensor] = []
         self._seen = 0
         self._has_begun = self._is_profiled = False
+        self._local_s = 0.0  # when a local step was last made
         self._before = self._now(-1, True)  # the last step that was handed over
         self._ended: list[_Ended] = []
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[Any]:
         if kind is _EXCHANGE:  # asked once a step: each time would take a third of a span's time
             self._is_profiled = torch.autograd._profiler_enabled()
-            self.begin_step()
+            self._begin()
         return _Timed(self._spans, kind, name, super().span(kind, name) if self._is_profiled else None)
 
     def begin_step(self) -> None:
+        self._begin()
+        self._local_s = time.perf_counter()
+
+    def _begin(self) -> None:
         if not self._has_begun:
             self._before = self._now(-1, True)  # what came before is set-up
             self._has_begun = True
@@ -179,8 +188,18 @@ class StepObserver(Observer):
         given, self._values = self._values, {}
         with self._never_in_the_way():
             last = _means(given)
+            self._interrupt()
             for output in self._outputs:
                 output.close(last)
+
+    def _interrupt(self) -> None:
+        """Hand over local steps of which no exchange has come, once."""
+        before = self._before
+        if self._has_begun and self._local_s > before.end_s:
+            self._before = self._now(before.number, True)
+            dense_bytes = self._dense_bytes_between(before, self._before)
+            for output in self._outputs:
+                output.interrupt(self._local_s - before.end_s, dense_bytes)
 
     @contextmanager
     def _never_in_the_way(self) -> Iterator[None]:
@@ -197,6 +216,9 @@ class StepObserver(Observer):
         counted = ledger.wire_bytes_by_phase(), ledger.dense_ring_bytes, ledger.compression_ratio()
         return _Ended(step, time.perf_counter(), self._spans, *counted, is_averaged, self._values, self._norms)
 
+    def _dense_bytes_between(self, before: _Ended, ended: _Ended) -> int:
+        return round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._ledger.ring_share)
+
     def _step(self, before: _Ended, ended: _Ended) -> Step:
         norm, captured = _measured(ended.norms)
         exchange_s, collective_s = _spent(ended.spans)
@@ -208,7 +230,7 @@ class StepObserver(Observer):
             collective_s=collective_s,
             sent_bytes={phase: sent - before.sent_bytes.get(phase, 0) for phase, sent in ended.sent_bytes.items()},
             sent_so_far=sum(ended.sent_bytes.values()),
-            dense_bytes=round((ended.dense_ring_bytes - before.dense_ring_bytes) * self._ledger.ring_share),
+            dense_bytes=self._dense_bytes_between(before, ended),
             ratio=ended.ratio,
             is_skipped=not ended.is_averaged,
             values=_means(ended.values),

@@ -204,10 +204,12 @@ def _curves(
 
 def running_mean(y: Numbers, width: int) -> Numbers:
     """The mean of the last ``width`` numbers at each of them, [n]; of the last tenth of a series where that is less."""
-    before = np.concatenate([[0.0], np.cumsum(y)])
     ends = np.arange(1, len(y) + 1)
     widths = np.clip(ends // 10, 1, max(width, 1))
-    return (before[ends] - before[ends - widths]) / widths
+    # Each window by itself: a difference of sums from the start is wrong for good after one very large number.
+    bounds = np.stack([ends - widths, ends], axis=1).ravel()
+    most = widths.max()  # by which all are divided first: a sum of large numbers is not finite
+    return np.add.reduceat(np.append(y / most, 0.0), bounds)[::2] * (most / widths)
 
 
 def _logarithmic(values: NDArray[Any], told: Callable[[float], str]) -> dict[str, Any]:

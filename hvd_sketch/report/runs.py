@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,15 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_sketch.logs.run_log import FORMAT
+from hvd_sketch.logs.line_file import KEPT
+from hvd_sketch.report.log_lines import Lines, read_lines
 
 STARTED_WITHIN_S = 600.0  # ranks of a run, by the clocks of their hosts
-NUMBERS = ("step", "steps", "time_s", "step_s", "longest_s", "exchange_s", "dense_bytes", "skipped")  # of every line
 OF_RANK = {"rank", "started", "hvd_sketch", "torch"}  # entries of a first line that ranks may have each for themselves
 logger = logging.getLogger(__name__)
 
 Numbers = NDArray[np.float64]
-Lines = dict[int, dict[str, Any]]  # by the number of their last step, ascending
 
 
 @dataclass(frozen=True)
@@ -123,18 +120,26 @@ def read_run(path: Path, name: str) -> Run:
     Of a run that went on from a checkpoint, what was trained again counts as the last time.
 
     Raises:
-        ValueError: the file is no log, or has no step; a line is not as it was written.
+        ValueError: the file is no log, or is that of another rank, or has no step; a line is not as it was written.
     """
     logs = logs_of(path)
-    about, own = _read_lines(path)
+    about, own = read_lines(path)
+    if about.get("rank", 0):
+        raise ValueError(f"{path} is the log of rank {about['rank']}: give that of rank 0, beside which it is found")
     if not own:
         raise ValueError(f"{path} has no step: expected a log of DistributedOptimizer")
-    every = {0: own}
-    for rank in sorted(logs.keys() - {0}):
-        its_about, lines = _read_lines(logs[rank])
-        if rank < about["size"] and lines and _is_of_run(logs[rank], its_about, about):
-            every[rank] = lines
-    return _put_together(name, about, every)
+    others = {rank: _lines_of_other(logs[rank], about) for rank in sorted(logs) if 0 < rank < about["size"]}
+    return _put_together(name, about, {0: own} | {rank: lines for rank, lines in others.items() if lines})
+
+
+def _lines_of_other(path: Path, of_first: Mapping[str, Any]) -> Lines:
+    """The lines of another rank's log; none where it is of another run, or cannot be read, which is told."""
+    try:
+        about, lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        logger.warning("a log of another rank is left out: %s", error)
+        return {}
+    return lines if lines and _is_of_run(path, about, of_first) else {}
 
 
 def logs_of(path: Path) -> dict[int, Path]:
@@ -159,65 +164,13 @@ def _is_of_run(path: Path, about: Mapping[str, Any], of_first: Mapping[str, Any]
 
 def _rank_of(other: Path, path: Path) -> int | None:
     """The rank whose log ``other`` is, where ``path`` is that of rank 0; None: of no other rank of this run."""
-    start = f"{path.stem}.rank"
-    if other.suffix != path.suffix or not other.stem.startswith(start):
+    if other.suffix != path.suffix:
         return None
-    number = other.stem.removeprefix(start)
-    return int(number) if number.isdecimal() else None
-
-
-def _read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
-    """What a log says of the run, and its lines."""
-    about: dict[str, Any] = {}
-    lines: Lines = {}
-    before_s = 0.0  # of training, before the last start
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(text)
-        except (RecursionError, ValueError):
-            continue  # cut short by a kill
-        if not isinstance(record, dict):
-            continue
-        if not _is_as_written(record):
-            raise ValueError(f"{path} has a line that DistributedOptimizer(log=…) has not written so: {text:.200}")
-        if "run" in record:
-            about, before_s = record, max((line["time_s"] for line in lines.values()), default=0.0)
-        elif "step" in record:
-            while lines and next(reversed(lines)) > record["step"] - record["steps"]:
-                lines.popitem()
-            lines[record["step"]] = {**record, "time_s": before_s + record["time_s"]}
-        elif lines:
-            last = lines[next(reversed(lines))]
-            last["values"] = {**last["values"], **record.get("values", {})}
-    if about.get("run") != FORMAT:
-        raise ValueError(
-            f"{path} is no log of this version: expected a file that DistributedOptimizer(log=…) wrote, of format "
-            f"{FORMAT}, found {about.get('run', 'another')}"
-        )
-    return about, lines
-
-
-def _is_as_written(record: Mapping[str, Any]) -> bool:
-    """Whether a line has what is read of its kind."""
-    if "run" in record:
-        return record["run"] != FORMAT or (type(record.get("size")) is int and _is_number(record.get("started", 0)))
-    values, phases = record.get("values", {}), record.get("phases", {})
-    if not isinstance(values, dict) or not all(value is None or _is_number(value) for value in values.values()):
-        return False
-    if "step" not in record:
-        return True
-    measured = [record[name] for name in ("residual_norm", "captured") if record.get(name) is not None]
-    return (
-        all(_is_number(record.get(name)) for name in NUMBERS)
-        and {"values", "phases"} <= record.keys()
-        and isinstance(phases, dict)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in phases.values())
-        and all(map(_is_number, measured))
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    number = other.stem.removeprefix(f"{path.stem}.rank")
+    if number != other.stem and number.isdecimal():
+        return int(number)
+    # The log of a run before: run.jsonl.old, and run.rank1.jsonl.old.
+    return _rank_of(other.with_suffix(""), path.with_suffix("")) if path.suffix == KEPT else None
 
 
 def _put_together(name: str, about: Mapping[str, Any], logs: Mapping[int, Lines]) -> Run:
@@ -281,4 +234,4 @@ def _series(given: list[list[Any]]) -> Series:
     numbers = _numbers(given)
     counts = np.isfinite(numbers).sum(0)
     at = np.flatnonzero(counts)
-    return Series(at, np.nansum(numbers[:, at], 0) / counts[at])
+    return Series(at, np.nansum(numbers[:, at] / counts[at], 0))  # a sum of large numbers is not finite

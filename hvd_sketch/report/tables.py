@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +45,17 @@ def figures(run: Run) -> dict[str, Any]:
         "name": run.name,
         "ranks": run.about["size"],
         "logs": run.found,
-        "steps": int(steps),
-        "skipped_steps": int(run.skipped.sum()),
+        "steps": round(steps),
+        "skipped_steps": round(run.skipped.sum()),
         "training_s": number(run.time_s[-1]),
         "step_s": number(np.nanmean(run.step_s, 0).sum() / steps),
         "longest_step_s": number(run.longest_s.max()),
         "sent_bytes": round(sent),
         "dense_bytes": round(dense),
         "ratio": number(dense / sent) if sent else None,
-        "shares_of_a_step": {name: number(np.nansum(seconds) / total_s) for name, seconds in run.parts_s.items()},
+        "shares_of_a_step": {
+            name: number(np.nansum(seconds) / total_s) if total_s else None for name, seconds in run.parts_s.items()
+        },
         "last_values": {name: _last(series) for name, series in run.values.items() if len(series.at)},
     }
 
@@ -72,17 +74,21 @@ def _sums(run: Run) -> dict[str, str]:
         "ranks": f"{of['ranks']}" + ("" if run.has_all_ranks else f", logs of {run.found}"),
         "steps": f"{of['steps']}" + _about_steps(run),
         "skipped steps": f"{of['skipped_steps']}",
-        "time of training": told_seconds(of["training_s"]),
-        "time of a step": told_seconds(of["step_s"]),
-        "longest step": told_seconds(of["longest_step_s"]),
+        "time of training": _told(of["training_s"], told_seconds),
+        "time of a step": _told(of["step_s"], told_seconds),
+        "longest step": _told(of["longest_step_s"], told_seconds),
         "bytes of a step, sent": told_bytes(of["sent_bytes"] / of["steps"]),
         "bytes sent by a rank": told_bytes(of["sent_bytes"]),
         "bytes received by a rank": told_bytes(of["sent_bytes"]),
         "a dense exchange sends": told_bytes(of["dense_bytes"]),
-        "times fewer bytes": f"{of['ratio']:.1f}" if of["ratio"] is not None else NONE,
+        "times fewer bytes": _told(of["ratio"], "{:.1f}".format),
     }
-    found |= {f"of a step: {name}": f"{share:.1%}" for name, share in of["shares_of_a_step"].items()}
-    return found | {f"{name}, last": f"{value:.3g}" for name, value in of["last_values"].items()}
+    found |= {f"of a step: {name}": _told(share, "{:.1%}".format) for name, share in of["shares_of_a_step"].items()}
+    return found | {f"{name}, last": _told(value, "{:.3g}".format) for name, value in of["last_values"].items()}
+
+
+def _told(value: float | None, tell: Callable[[float], str]) -> str:
+    return NONE if value is None else tell(value)
 
 
 def _about_steps(run: Run) -> str:
@@ -95,7 +101,8 @@ def _about_steps(run: Run) -> str:
 
 def _last(series: Series) -> float | None:
     """The mean of the last 50th of a series: single losses are noisy."""
-    return number(float(np.mean(series.values[-max(len(series.values) // 50, 1) :])))
+    last = series.values[-max(len(series.values) // 50, 1) :]
+    return number(float(np.sum(last / len(last))))  # a sum of large numbers is not finite
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:

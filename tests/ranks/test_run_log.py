@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from tests.support.logged import (
     SLOW_S,
     STEPS,
     lines_of,
+    local_steps,
     train,
     train_local_steps,
     wrapped,
@@ -194,6 +196,32 @@ def test_a_step_of_local_steps_is_an_exchange(tmp_path: Path) -> None:
     assert run.has_all_ranks and np.sum(run.parts_s["waiting for the slowest"][0]) > SLOW_S
     told = {name: texts[0] for name, texts in summary([run]).rows}
     assert told["steps"] == f"{ROUNDS}, exchanges after {EVERY} steps of a rank"
+
+
+def test_steps_of_a_round_that_is_interrupted_are_in_the_log(tmp_path: Path) -> None:
+    path, starts, own_s = tmp_path / "run.jsonl", (EVERY + 2, 2 * EVERY), 0.01
+
+    def rank_main(transport: LocalTransport) -> int:
+        state: dict[str, Any] = {}
+        for steps in starts:
+            model, optimizer = local_steps(transport, log=path)
+            if state:
+                optimizer.load_state_dict(state)
+            for step in range(steps):
+                optimizer.zero_grad()
+                model.backward(transport.rank, step)
+                time.sleep(own_s)
+                optimizer.step()
+            state = optimizer.state_dict()
+            optimizer.close_logs()
+            optimizer.close_logs()  # writes nothing twice
+        return optimizer.ledger.dense_ring_bytes
+
+    counted = run_local(2, rank_main, LIMIT_S)
+    run = read_run(path, "run")
+    assert run.step.tolist() == [0, 1, 2] and run.has_all_ranks
+    assert counted == [2 * run.dense_bytes.sum()] * 2 == [2 * 63 * 4 * sum(starts)] * 2
+    assert np.nansum(run.step_s[0]) > own_s * (sum(starts) - 2) and (np.diff(run.time_s) > 0).all()
 
 
 def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import hvd_sketch
 from hvd_sketch import SketchConfig
 from hvd_sketch.__main__ import app
-from hvd_sketch.at_ratio import bytes_of
+from hvd_sketch.at_ratio import bytes_of, configurations
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.commands.capture import Comparison, energy_captured, load_gradient
 from hvd_sketch.commands.plan_options import tensors_of
@@ -78,6 +79,19 @@ def test_energy_of_exact_values_is_that_of_the_largest() -> None:
     assert energy_captured(config, gradient, None) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_every_row_is_of_the_method_that_it_names() -> None:
+    plain = configurations(SHAPES, RATIO, RANKS)
+    gradient = torch.randn(DIM, generator=torch.Generator().manual_seed(2)) ** 3
+    compared = Comparison(gradient, SHAPES, RATIO, RANKS)
+    assert {captured.name for captured in compared.best} == plain.keys()
+    for captured in compared.best:
+        config = captured.config
+        if isinstance(config, SketchConfig):
+            divided = {name: getattr(config, name) for name in ("rows", "cols", "k", "oversample")}
+            config = replace(plain[captured.name], **divided)
+        assert captured.config == config, captured.name
+
+
 @pytest.mark.parametrize(("options", "suffix"), [([], "npy"), (["--model", "tests.unit.test_capture:model"], "pt")])
 def test_command_line(options: list[str], suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"gradient.{suffix}"
@@ -104,8 +118,9 @@ def deep() -> torch.nn.Module:
     return torch.nn.Sequential(*layers)
 
 
-def test_a_saved_gradient_is_of_the_tensors_that_are_compressed(tmp_path: Path) -> None:
-    path, made = tmp_path / "gradient.pt", deep()
+@pytest.mark.parametrize("suffix", ["pt", "npy"])
+def test_a_saved_gradient_is_of_the_tensors_that_are_compressed(suffix: str, tmp_path: Path) -> None:
+    path, made = tmp_path / f"gradient.{suffix}", deep()
     with pytest.raises(ValueError, match=r"at least one of the 3 tensors .* after backward"):
         hvd_sketch.save_gradient(made.parameters(), path)
     first, norm, last, unused = made

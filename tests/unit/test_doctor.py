@@ -19,8 +19,9 @@ from hvd_sketch.commands import doctor, finding, findings, libraries
 from hvd_sketch.local_ranks import LOCAL_SIZES
 
 TIMEOUT_S = 240
-HOSTS = "good slots=2\n# a comment\n\nother slots=2\nbare\naway\n"
+HOSTS = "good slots=2\n# a comment\n\nloud slots=2\nother slots=2\nbare\naway\n"
 SSH = """[ "$3" = good ] && exec sh -c "$4"
+[ "$3" = loud ] && { printf 'Gr\\374\\337e\\n'; sh -c "$4"; printf 'Bis bald\\n'; exit 0; }
 [ "$3" = other ] && echo 0.0.9 2.13.0 2.4 && exit 0
 [ "$3" = bare ] && echo "ModuleNotFoundError: No module named 'hvd_sketch'" >&2 && exit 1
 echo "ssh: connect to host away port 22: No route to host" >&2

@@ -145,6 +145,14 @@ def test_the_log_of_a_run_before_is_left_out(
     )
 
 
+def test_one_large_number_does_not_change_the_mean_of_later_ones() -> None:
+    y = np.ones(100_000)
+    y[1000] = 1e300
+    mean = running_mean(y, 2000)
+    assert mean[:1000] == pytest.approx(1) and mean[-90_000:] == pytest.approx(1)
+    assert running_mean(np.full(400, 1.79769e308), 8) == pytest.approx(np.full(400, 1.79769e308))
+
+
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(1, 20))
 def test_peaks_and_sums_keep_what_matters(values: list[float], buckets: int) -> None:
     y = np.array(values)
@@ -209,7 +217,7 @@ def test_names_cannot_break_out_of_the_page(log: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     for text, told in (
-        ("", "is no log of this version"),
+        ("", "is empty: expected a file that"),
         ('{"loss": 1}\nnot json\n3\n[]\n', "is no log of this version"),
         (json.dumps({"run": 99, "size": 1}) + "\n", "of format 1, found 99"),
         (json.dumps({"run": 1, "size": 1}) + "\n", "has no step"),
@@ -227,12 +235,15 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     [
         *({name: None} for name in ("steps", "phases", "values", "time_s")),
         {"step": "x"},
+        {"steps": 0},
         {"step_s": float("nan")},
         {"phases": {"left": [1]}},
         {"values": [1]},
         {"values": {"loss": "abc"}},
         {"captured": "much"},
         {"time_s": 10**400},
+        {"step_s": 1e308},
+        {"phases": {"left": [1e308, 0]}},
     ],
 )
 def test_a_line_that_nobody_wrote_is_refused_with_its_file(change: dict[str, Any], tmp_path: Path) -> None:
