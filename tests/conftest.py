@@ -22,8 +22,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def nothing_slows_later_tests() -> Iterator[None]:
+    is_asked_for = tracemalloc.is_tracing()  # by PYTHONTRACEMALLOC
     yield
-    if tracemalloc.is_tracing():
+    if tracemalloc.is_tracing() and not is_asked_for:
         tracemalloc.stop()
         pytest.fail("tracemalloc was left on: Python is up to twenty times as slow in all tests that follow")
 

@@ -137,7 +137,7 @@ class Session:
         training, done, seconds, curve = make(), 0, 0.0, list[dict[str, float]]()
         if saved := self._load_checkpoint(labels):
             training.load_state_dict(saved["training"])
-            done, seconds, curve = saved["done"], saved["seconds"], saved["curve"]
+            done, seconds, curve = saved["done"], saved.get("seconds", 0.0), saved["curve"]
         started, rank = time.perf_counter() - seconds, self._transport.rank
         shown = {"desc": " ".join(map(str, labels.values())), "unit": "step", "disable": rank != 0}
         with tqdm(total=steps, initial=done, mininterval=0.5, **shown) as bar:

@@ -1,4 +1,4 @@
-"""The sketch kernels for CUDA GPUs, in Triton: the functions of :mod:`hvd_sketch.kernels.reference`.
+"""The sketch kernels for CUDA GPUs, in Triton: functions of :mod:`hvd_sketch.kernels.reference`, and a few more.
 
 Results equal the reference's to the bit, with two exceptions. Atomic sums are added in any order, which changes their
 rounding, and they flush subnormal numbers to zero. The payload of a NaN may differ.
@@ -20,7 +20,7 @@ estimate                 4: written                                    4 r, read
 owned_histogram          0                                             4 r, read    4 r / L
 owned_above, .._kept     24 per coordinate returned                    8 r, read    8 r / L (counts, then writes)
 magnitude_histogram      4                                             -            4 / M
-select_above, values_..  8; 24 per coordinate returned                 -            8 / M
+select_above, first_..   8; 24 per coordinate returned                 -            8 / M
 quantize                 4 read, bits / 8 + 2 / chunk written          -            (4 + bits / 8) / M
 dequantize_sum           4 written, bits / 8 + 2 / chunk a term read   -            (4 + terms * bits / 8) / M
 subtract_at_             76 per coordinate given: 12, and its sectors  -            76 / M
@@ -173,10 +173,10 @@ def select_above(values: Tensor, threshold: int, size: int | None = None) -> Ten
     return _above(_elements(values), threshold, size)[0]
 
 
-def first_above(values: Tensor, threshold: int, size: int) -> tuple[Tensor, Tensor]:
-    """Positions and values of the first ``size`` above the threshold, with zeros behind them; see :func:`select_above`.
+def first_above(values: Tensor, threshold: int, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Positions and values of the first ``size`` above the threshold, with zeros behind them; without it, of all.
 
-    It does not wait for the device.
+    They are those of :func:`hvd_sketch.kernels.reference.select_above`.
     """
     return _above(_elements(values), threshold, size)
 

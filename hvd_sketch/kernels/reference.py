@@ -144,7 +144,7 @@ def values_above(values: Tensor, threshold: int, limit: int) -> tuple[Tensor, Te
 
 
 def sums_above(values: Tensor, addends: Tensor, threshold: int, limit: int) -> tuple[Tensor, Tensor] | None:
-    """:func:`values_above` of ``values + addends``, which other backends do not write to memory."""
+    """:func:`values_above` of ``values + addends``, which a CPU does not write to memory."""
     return values_above(values + addends, threshold, limit)
 
 

@@ -245,7 +245,7 @@ def _check_placements(name: str, parameter: Any) -> None:
 
 
 def separate_gradients(parameters: Iterable[Tensor]) -> None:
-    """Copy gradients that lie in the memory of others: what is written to one would change another.
+    """Copy gradients whose stretches of memory overlap: what is written to one may change another.
 
     As autograd leaves those of ``a.view(-1) + b.view(-1)``. Communication: none.
     """

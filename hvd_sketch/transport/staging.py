@@ -20,11 +20,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def to_host_together(*tensors: Tensor) -> list[Tensor]:
     """As :func:`to_host` of each, with one wait for all; they are on one device."""
-    without_wait = [
-        empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor, non_blocking=True)
-        for tensor in tensors[:-1]
+    hosted = [
+        empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor, non_blocking=True) for tensor in tensors
     ]
-    return [*without_wait, to_host(tensors[-1])]  # the stream copies in order
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return hosted
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, ref
 
 from hvd_sketch.transport.attendance import Attendance
 from hvd_sketch.transport.base import Transport, name_ranks
@@ -87,7 +87,7 @@ class StallWatch:
         self._waits: dict[int, Wait] = {}  # the innermost one of every thread
         self._late: WeakKeyDictionary[Attendance, tuple[int, float]] = WeakKeyDictionary()  # where, and since when
         self._threads: dict[str, threading.Thread] = {}
-        self._looked_s = 0.0
+        self._looked_s, self._has_failed = 0.0, False
 
     def over(
         self, rank: int | None, size: int, step: int | None, doing: str, attendance: Attendance | None = None
@@ -104,9 +104,9 @@ class StallWatch:
 
     def begin(self, wait: Wait) -> Wait | None:
         """A thread waits from now on; returns what it waited in already."""
-        for name, look in (("clock", self._look_at_the_clock), ("ranks", self._speak)):
+        for name, look in (("clock", StallWatch._look_at_the_clock), ("ranks", StallWatch._speak)):
             if name not in self._threads or not self._threads[name].is_alive():  # as in a process forked from this one
-                again = WeakMethod(look), self._look_s
+                again = ref(self), look, self._look_s
                 thread = threading.Thread(
                     target=_go_on, args=again, name=f"hvd_sketch stall watch, {name}", daemon=True
                 )
@@ -125,6 +125,16 @@ class StallWatch:
             self._waits[threading.get_ident()] = wait.outer
         else:
             self._waits.pop(threading.get_ident(), None)
+
+    def _try(self, look: Callable[[StallWatch], None]) -> None:
+        """Look, whatever happens: without the threads that do, a job that cannot end would wait for ever."""
+        try:
+            look(self)  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                with suppress(Exception):  # a closed stream
+                    logger.exception("looking at what this rank waits for has failed; it is tried again")
 
     def _look_at_the_clock(self) -> None:
         now_s = time.monotonic()
@@ -168,21 +178,14 @@ class StallWatch:
             _show_threads()
 
 
-def _go_on(look: WeakMethod[Callable[[], None]], look_s: float) -> None:
-    """Look again and again while the watch is there, whatever happens: a job that cannot end would wait for ever."""
-    has_failed = False
+def _go_on(watch: ref[StallWatch], look: Callable[[StallWatch], None], look_s: float) -> None:
+    """Look again and again while the watch is there."""
     while True:
         time.sleep(look_s)
-        if (look_once := look()) is None:
+        if (here := watch()) is None:
             return
-        try:
-            look_once()  # whose variables end with it: they would keep the ranks of an elastic job's former worlds
-        except Exception:
-            if not has_failed:
-                has_failed = True
-                with suppress(Exception):  # a closed stream
-                    logger.exception("looking at what this rank waits for has failed; it is tried again")
-        del look_once
+        here._try(look)
+        del here
 
 
 def _show_threads() -> None:

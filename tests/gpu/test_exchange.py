@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvd_sketch import CountSketch, LowRankAllreduce, LowRankConfig, SketchConfig, SketchedAllreduce
 from hvd_sketch import kernels as backends
+from hvd_sketch.exchange.candidates import nominate, sketch
 from hvd_sketch.model.flat_parameters import FlatParameters
 from hvd_sketch.transport import LocalTransport, run_local
 from tests.gpu.test_kernels import DEVICE
@@ -79,17 +80,21 @@ def test_exchange_selects_what_the_reference_selects(
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "most_sorted"),
     [
-        pytest.param(SketchConfig(rows=3, cols=400, k=60, deterministic=True), id="sketch"),
-        pytest.param(SketchConfig(k=60, candidates="nominate"), id="nominate"),
-        pytest.param(SketchConfig(k=60, candidates="random"), id="random"),
+        pytest.param(SketchConfig(rows=3, cols=400, k=60, deterministic=True), 5_000, id="sketch"),
+        pytest.param(SketchConfig(rows=3, cols=400, k=60, deterministic=True), 50, id="sketch, too many to sort"),
+        pytest.param(SketchConfig(k=60, candidates="nominate"), 5_000, id="nominate"),
+        pytest.param(SketchConfig(k=60, candidates="nominate"), 50, id="nominate, too many to sort"),
+        pytest.param(SketchConfig(k=60, candidates="random"), 5_000, id="random"),
     ],
 )
 def test_few_bit_exchanges_of_threads_have_the_reference_bits(
-    config: SketchConfig, monkeypatch: pytest.MonkeyPatch
+    config: SketchConfig, most_sorted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with few positions, which the host codes."""
+    for module in (nominate, sketch):
+        monkeypatch.setattr(module, "SORTED", most_sorted)
     gradients = [random_integers(2_000, seed) for seed in range(2)]
 
     def three_steps(device: torch.device, transport: LocalTransport) -> list[Tensor]:

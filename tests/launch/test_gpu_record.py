@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.gpu.record import read
 from benchmarks.gpu.training import LANGUAGE, RESNET9
 from tests.support.harness import ROOT, run_command
+from tests.support.pretend_cuda import build
 
 pytestmark = pytest.mark.multiprocess
 RUN_ALL = str(ROOT / "benchmarks/gpu/run_all.sh")
@@ -55,6 +58,24 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert "not measured" not in (out / "summary.md").read_text().replace("## Goals\n\nnot measured", "")
     files = list(out.iterdir())
     assert len(files) <= 8 and all(file.stat().st_size < 16 << 20 for file in files)
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a CUDA of its own")
+@pytest.mark.parametrize(("part", "methods"), [("training", RESNET9), ("language", LANGUAGE)])
+def test_every_method_trains_on_a_pretended_device(part: str, methods: list[tuple[str, float]], tmp_path: Path) -> None:
+    """Where tensors of two devices meet, a copy has not arrived, or a thread has no device, a training would fail."""
+    write_data(tmp_path / "data")
+    library, out = build(tmp_path), tmp_path / "out"
+    out.mkdir()
+    run = [sys.executable, "-m", "tests.support.pretend_cuda_run", str(library)]
+    for module, arguments in (("record", ["rehearse"]), ("training", [str(tmp_path / "data"), part, "--rehearse"])):
+        command = [*run, f"benchmarks.gpu.{module}", str(out), *arguments]
+        status, output = run_command(command, timeout_s=900, OMP_NUM_THREADS="1")
+        assert status == 0, output
+    assert read(out)["machine"]["device"] == "pretended"
+    assert [(row["method"], row["ratio"]) for row in read(out)[part]["rows"]] == methods
 
 
 def test_mistakes_are_said_before_anything_runs(tmp_path: Path) -> None:

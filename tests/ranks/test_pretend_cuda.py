@@ -14,7 +14,7 @@ import torch
 from tests.support.harness import LAUNCHERS, run_command
 from tests.support.pretend_cuda import build
 
-LIMIT_S = 600
+LIMIT_S = 900
 # "heavymix" waits for sizes, too; "random" has the fewest collectives, and waits for places in the gradient's tensors.
 MOST_WAITS_BEYOND_COLLECTIVES = {"nominate": 1, "random": 3, "heavymix": 3}
 CASES = (
@@ -51,6 +51,7 @@ def run_all(library: Path, carrier: str) -> dict[str, Any]:
     return {result["case"]: result for result in map(json.loads, told)}
 
 
+@pytest.mark.daily("pretended over threads")
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_on_the_cpu(results: Callable[[str], dict[str, Any]], case: str) -> None:
     check(results("local")[case])
@@ -63,14 +64,18 @@ def test_trains_as_on_the_cpu_over_gloo(results: Callable[[str], dict[str, Any]]
 
 
 def check(result: dict[str, Any]) -> None:
-    assert result["from_other"] == 0
+    assert result["between_ranks"] == 0
     is_rounded_otherwise = result["case"] in ("low rank", "ahead")  # torch's operations there, loops of ours on a CPU
     assert result["from_cpu"] <= (1e-6 if is_rounded_otherwise else 0)
 
 
+@pytest.mark.daily("pretended over threads")
 @pytest.mark.parametrize("case", CASES[:8])
 def test_the_host_waits_once_per_collective(results: Callable[[str], dict[str, Any]], case: str) -> None:
-    """Over a carrier that takes tensors of the device. A profile of an H100 had counted 9 waits of a sketched step."""
+    """Over a carrier that takes tensors of the device, where thresholds are as predicted.
+
+    A profile of an H100 had counted 9 waits of a sketched step with 5 collectives.
+    """
     result = results("local")[case]
     most = result["collectives"] + MOST_WAITS_BEYOND_COLLECTIVES.get(case, 0)
     assert 0 < len(result["waits"]) <= most, "\n".join(result["waits"])

@@ -80,14 +80,11 @@ def test_where_threads_are_is_shown_whatever_stands_for_stderr(
 
 def test_an_error_while_it_looks_is_told_once_and_it_looks_again(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
-        looked, is_cut_off = 0, True
+        looked = 0
 
         def listen(self) -> None:
             self.looked += 1
             raise OSError("no words")
-
-        def describe_absent(self) -> str:
-            return ""
 
     broken: Any = Broken()
     with StallWatch(0.06).over(0, 2, None, "wait", broken):

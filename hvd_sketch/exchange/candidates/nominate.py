@@ -57,10 +57,12 @@ class NominatedCandidates:
     def nominate(self, v: Tensor, parts: Parts) -> Tensor:
         """The code of this rank's largest coordinates in some parts: uint8, on the CPU. Communication: none."""
         parts = _joined(parts)
-        if self._kernels.ON_HOST or not parts:
+        if self._kernels.ON_HOST:
             largest = self._own_largest(v, parts)
-        else:
+        elif parts:
             largest = self._largest_on_device(*self._in_one(v, parts))
+        else:
+            largest = torch.empty(0, dtype=torch.int64, device=self._device)
         return self._coding.encode_positions(largest, self._dim)
 
     def _in_one(self, v: Tensor, parts: Parts) -> tuple[int, Tensor]:
@@ -99,21 +101,20 @@ class NominatedCandidates:
     def _largest_on_device(self, start: int, values: Tensor) -> Tensor:
         """Coordinates from ``start`` on at which ``values``, of a device, are largest: int64, ascending."""
         count, bound = self._own_count, max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
-        room = min(KEPT_PER_CANDIDATE * count + KEPT_ALWAYS, values.numel(), SORTED)
-        found = None
-        if bound and count <= room:
+        room = min(KEPT_PER_CANDIDATE * count + KEPT_ALWAYS, values.numel())
+        if bound and count <= room <= SORTED:
             positions, above = self._kernels.first_above(values, bound - 1, room)
             found = largest_above(positions, above, count)
-        if found is None:
+            if found is not None:
+                self.predictor.update(found[1])
+                return found[0] + start
+            bound = 0
+        if bound:
+            positions, above = self._kernels.first_above(values, bound - 1)
+        if not bound or above.numel() < count:
             threshold = search(self._look_at(values, [(0, values.numel(), None)]), count)
-            if not threshold.own:
-                return torch.empty(0, dtype=torch.int64, device=self._device)
-            positions, above = self._kernels.first_above(values, threshold.edge - 1, threshold.own + 1)
-            found = largest_above(positions, above, min(count, threshold.own))
-            assert found is not None
-        positions, edge = found
-        self.predictor.update(edge)
-        return positions + start
+            positions, above = self._kernels.first_above(values, threshold.edge - 1, threshold.own)
+        return self._largest_of(positions, above, bound) + start
 
     def _largest_of(self, positions: Tensor, values: Tensor, bound: int) -> Tensor:
         """The positions of the largest values, as many as this rank names; ``bound`` is probably below them."""

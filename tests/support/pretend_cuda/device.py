@@ -166,15 +166,16 @@ class PretendedDevice(TorchDispatchMode):
     def _transfer(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
         """What a copy between the devices, which has been made, means to the host."""
         to_device, from_device = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
-        if to_device == from_device:
+        if to_device == from_device or not target.numel():
             return
         if not non_blocking:
             self.wait("a copy to the device" if to_device else "a copy to the host")
         elif to_device and self.is_pinned(source):  # other memory has been read on return
             self._read.append((source, source.clone(), _caller()))
         elif from_device and self.is_pinned(target):
-            self._arriving.append((target, target.clone()))
+            values = target.clone()
             target.view(torch.uint8).fill_(RUBBISH)
+            self._arriving.append((target, values))  # last: another thread may wait at any moment
         elif from_device:
             self.wait("a copy to memory that is not pinned")
 
