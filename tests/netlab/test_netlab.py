@@ -155,14 +155,16 @@ class TestOneLab:
 
     @pytest.mark.parametrize(("rate", "mebibytes"), [("100mbit", 16), ("1gbit", 128), ("10gbit", 1024)])
     def test_rate_is_kept(self, lab2: str, tmp_path: Path, rate: str, mebibytes: int) -> None:
-        status, output = run_command([NETLAB, "shape", "--name", lab2, "--rate", rate], 10)
-        assert status == 0, output
         send = [PYTHON, "-m", "tests.support.lab_main", "send", f"{lab2}-2", str(mebibytes)]
-        # The best of three: what is on trial is the shaping, not what else this machine has to do.
-        reached = max(float(run_on(lab2, tmp_path, *send)[1].splitlines()[0]) for _ in range(3))
-        limit_mbit_s = {"100mbit": 100, "1gbit": 1000, "10gbit": 10_000}[rate]
-        headers = 1448 / 1514
-        assert 0.93 * limit_mbit_s * headers < reached < 1.02 * limit_mbit_s * headers
+        reached = {}
+        for shaped in ("none", rate):
+            status, output = run_command([NETLAB, "shape", "--name", lab2, "--rate", shaped], 10)
+            assert status == 0, output
+            # The best of three: what is on trial is the shaping, not what else this machine has to do.
+            reached[shaped] = max(float(run_on(lab2, tmp_path, *send)[1].splitlines()[0]) for _ in range(3))
+        payload_mbit_s = {"100mbit": 100, "1gbit": 1000, "10gbit": 10_000}[rate] * 1448 / 1514  # without headers
+        most_here = 0.6 * reached["none"]  # of a machine that is busy, or that sends less than 10 Gbit/s
+        assert 0.93 * min(payload_mbit_s, most_here) < reached[rate] < 1.02 * payload_mbit_s
 
     def test_shape_takes_the_limit_away_again(self, lab2: str) -> None:
         for rate in ("1mbit", "none"):
