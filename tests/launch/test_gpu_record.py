@@ -39,7 +39,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     out = tmp_path / "out"
     command = [RUN_ALL, str(out), "--rehearse", "--data-dir", str(tmp_path / "data")]
-    status, output = run_command(command, timeout_s=300, PYTHON="python")
+    status, output = run_command(command, timeout_s=600, PYTHON="python")
     assert status == 0, output
     record = read(out)
     assert record["machine"]["rehearsal"] and {name: record[name]["status"] for name in PARTS} == dict.fromkeys(
