@@ -11,12 +11,10 @@ from hvd_sketch.config import Compression, LowRankConfig, SketchConfig
 from hvd_sketch.exchange.candidates.sketch import CELLS_TOGETHER
 from hvd_sketch.exchange.matrices import as_matrices, factor_bytes, least_bytes, within_bytes
 from hvd_sketch.kernels.selection import looks
-from hvd_sketch.rank_grid import is_grid
 from hvd_sketch.wire_bytes import DENSE_BYTES, step_bytes
 
 Shapes = Sequence[tuple[int, ...]]
 COLLECTIVES = {"nominate": 3, "random": 2, "lowrank": 5, "sketch": 5, "heavymix": 6, "paper": 6}  # with a small table
-ROUNDS = 3  # until a ratio is met within a thousandth: step_bytes is nearly proportional to k
 TITLES = {
     "lowrank": "low rank, {} bit",
     "nominate": "nominated, {} bit",
@@ -65,23 +63,11 @@ def configurations(
     }
     for name, own in settings.items():
         try:
-            config = sketch_at_ratio(ratio, dim, ranks, can_split, **{"value_bits": bits, **own})
+            config = SketchConfig.for_wire_ratio(ratio, dim, ranks, can_split, **{"value_bits": bits, **own})
         except ValueError:  # a ratio that leaves no coordinate
             continue
         found[name] = config if config.has_table else replace(config, cols=0)
     return found
-
-
-def sketch_at_ratio(ratio: float, dim: int, ranks: int, can_split: bool = True, **settings: Any) -> SketchConfig:
-    """As of ``for_wire_ratio``, which takes many ranks to form a grid; also where they do not. Raises ValueError."""
-    config = SketchConfig.for_wire_ratio(ratio, dim, ranks, **settings)
-    if can_split or not is_grid(ranks):
-        return config
-    in_grid = ratio
-    for _ in range(ROUNDS):
-        in_grid *= step_bytes(config, dim, ranks, can_split=False) / (DENSE_BYTES * dim / ratio)
-        config = SketchConfig.for_wire_ratio(in_grid, dim, ranks, **settings)
-    return config
 
 
 def bytes_of(config: Compression, shapes: Shapes, ranks: int, can_split: bool = True) -> float:

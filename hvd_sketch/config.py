@@ -147,7 +147,9 @@ class SketchConfig:
         return cls.paper(**{**overrides, "cols": cols, "k": k})
 
     @classmethod
-    def for_wire_ratio(cls, ratio: float, dim: int, ranks: int, **overrides: Any) -> SketchConfig:
+    def for_wire_ratio(
+        cls, ratio: float, dim: int, ranks: int, can_split: bool = True, **overrides: Any
+    ) -> SketchConfig:
         """The configuration whose steps send a ``ratio``-th of a dense ring allreduce, every byte counted.
 
         With a table, half of the bytes go to it. Nominations are taken to be distinct: where ranks name the same
@@ -160,6 +162,8 @@ class SketchConfig:
                 coordinates. Tensors that go dense are beside it: see :func:`hvd_sketch.recommended`.
             dim: how many coordinates are sketched (see :func:`hvd_sketch.sketched_dim`).
             ranks: how many there will be.
+            can_split: False where the transport cannot be split (Horovod's own collectives), so that 32 ranks and more
+                form no grid, in which some bytes go twice.
             **overrides: any other field, but ``k``. With ``cols``, k gets the rest of the bytes.
 
         Raises:
@@ -178,10 +182,10 @@ class SketchConfig:
         least, most = 0, dim + 1  # a k that fits, and one that does not
         while most - least > 1:
             middle = (least + most) // 2
-            fits = step_bytes(replace(config, k=middle), dim, ranks) <= budget
+            fits = step_bytes(replace(config, k=middle), dim, ranks, can_split) <= budget
             least, most = (middle, most) if fits else (least, middle)
         if least == 0:
-            needed = step_bytes(replace(config, k=1), dim, ranks)
+            needed = step_bytes(replace(config, k=1), dim, ranks, can_split)
             raise ValueError(
                 f"a ratio of {ratio:g} at dim {dim} leaves {budget:.0f} bytes per step, but to update one coordinate "
                 f"takes {needed:.0f}: lower the ratio, or exchange dense"

@@ -112,8 +112,9 @@ class Simulation:
         count = sum(id(parameter) not in known for parameter in others)
         if count:
             raise ValueError(
-                f"the optimizer updates {count} parameters that the simulation does not know of, or that were frozen "
-                "when it was made, by the gradient of the last rank alone: make the simulation of all of them"
+                f"the optimizer updates {count} parameters that the simulation was not given, or that were frozen when "
+                "it was made: it would not average their gradients over the ranks. Make a new Simulation of all "
+                "parameters that are trained"
             )
         mark_sparse(optimizer, self._named, self._config)
 
@@ -132,9 +133,8 @@ class Simulation:
         thawed = [name for name, parameter in self._frozen if parameter.requires_grad and parameter.grad is not None]
         if thawed:
             raise ValueError(
-                f"{', '.join(thawed[:5])} began to require a gradient after the simulation was made, and would be "
-                "updated by the gradient of the last rank alone: make a simulation anew, with load_state_dict() for "
-                "what the ranks have kept"
+                f"{', '.join(thawed[:5])} began to require a gradient after the simulation was made, which would not "
+                "average it over the ranks. Make a new Simulation of all parameters that are trained"
             )
         separate_gradients(parameter for _, parameter in self._named)
         used = [parameter.grad is not None for _, parameter in self._named]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hvd_sketch.at_ratio import Shapes, configurations, sketch_at_ratio, title_of
+from hvd_sketch.at_ratio import Shapes, configurations, title_of
 from hvd_sketch.commands.calls import as_call
 from hvd_sketch.config import Compression, SketchConfig
 from hvd_sketch.model.routes import make_exchange
@@ -110,7 +110,7 @@ class Comparison:
         best: dict[str, Captured] = {}
         every_shape = shapes or [tuple(gradient.shape)]
         plain = configurations(every_shape, ratio, ranks, bits, can_split=can_split)
-        at_ratio = partial(sketch_at_ratio, ratio, gradient.numel(), ranks, can_split)
+        at_ratio = partial(SketchConfig.for_wire_ratio, ratio, gradient.numel(), ranks, can_split)
         for name, config in _candidates(plain, at_ratio, ranks, shapes is not None):
             title = title_of(name, config, ratio, every_shape, ranks, can_split)
             captured = Captured(name, title, config, energy_captured(config, gradient, shapes))

@@ -249,25 +249,23 @@ def separate_gradients(parameters: Iterable[Tensor]) -> None:
 
     As autograd leaves those of ``a.view(-1) + b.view(-1)``. Communication: none.
     """
-    by_start = []
-    for parameter in parameters:
-        gradient = _local_gradient(parameter)
-        if gradient is not None and gradient.layout == torch.strided and gradient.numel():
-            start = gradient.data_ptr()
-            by_start.append((start, start + _extent_bytes(gradient), parameter))
+    stretches = []
+    for parameter in parameters:  # in every step: each call of a tensor's here takes 0.2 us
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            held = local(gradient)
+            stretches.append((held.data_ptr(), held.nbytes if held.is_contiguous() else _extent_bytes(held), parameter))
     end = 0
-    for start, stop, parameter in sorted(by_start, key=itemgetter(0)):
+    for start, extent_bytes, parameter in sorted(stretches, key=itemgetter(0)):
         if start < end and parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
-        end = max(end, stop)
+        end = max(end, start + extent_bytes)
 
 
 def _extent_bytes(tensor: Tensor) -> int:
     """From a tensor's first element to behind its last one."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _local_gradient(parameter: Tensor) -> Tensor | None:

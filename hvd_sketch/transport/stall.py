@@ -106,9 +106,11 @@ class StallWatch:
         """A thread waits from now on; returns what it waited in already."""
         for name, look in (("clock", StallWatch._look_at_the_clock), ("ranks", StallWatch._speak)):
             if name not in self._threads or not self._threads[name].is_alive():  # as in a process forked from this one
-                again = ref(self), look, self._look_s
                 thread = threading.Thread(
-                    target=_go_on, args=again, name=f"hvd_sketch stall watch, {name}", daemon=True
+                    target=_go_on,
+                    args=(ref(self), look, self._look_s),
+                    name=f"hvd_sketch stall watch, {name}",
+                    daemon=True,
                 )
                 self._threads[name], self._looked_s = thread, time.monotonic()
                 thread.start()

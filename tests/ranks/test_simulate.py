@@ -170,7 +170,7 @@ def test_parameters_that_the_ranks_do_not_exchange_are_refused() -> None:
 
     assert len(list(train(model, optimizer, simulation, loss_of, batches))) == 1
     model[0].requires_grad_(True)
-    with pytest.raises(ValueError, match="updates 2 parameters that the simulation does not know of"):
+    with pytest.raises(ValueError, match="updates 2 parameters that the simulation was not given"):
         simulation.prepare(optimizer)
     loss_of(model, batches[0]).backward()
     with pytest.raises(ValueError, match=r"0\.weight, 0\.bias began to require a gradient"):

@@ -89,7 +89,7 @@ class NominatedCandidates:
 
     def _own_largest(self, v: Tensor, spans: Parts) -> Tensor:
         """The coordinates in some parts at which this rank's v, on the host, is largest: int64, ascending."""
-        bound = max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
+        bound = self._bound()
         limit = KEPT_PER_CANDIDATE * self._own_count + KEPT_ALWAYS
         found = self._values_above(v, spans, bound - 1, limit) if bound else None
         if found is None or found[0].numel() < self._own_count:
@@ -98,9 +98,13 @@ class NominatedCandidates:
             assert found is not None
         return self._largest_of(*found, bound)
 
+    def _bound(self) -> int:
+        """Magnitude bits that the least of the largest will hardly be below; 0: it may be anything."""
+        return max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
+
     def _largest_on_device(self, start: int, values: Tensor) -> Tensor:
         """Coordinates from ``start`` on at which ``values``, of a device, are largest: int64, ascending."""
-        count, bound = self._own_count, max(self.predictor.lower_bound() - FURTHER_MARGIN, 0)
+        count, bound = self._own_count, self._bound()
         room = min(KEPT_PER_CANDIDATE * count + KEPT_ALWAYS, values.numel())
         if bound and count <= room <= SORTED:
             positions, above = self._kernels.first_above(values, bound - 1, room)

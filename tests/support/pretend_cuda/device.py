@@ -61,7 +61,7 @@ class DeviceTensor(Tensor):
 
     @data.setter
     def data(self, values: Any) -> None:
-        Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
+        vars(torch._C.TensorBase)["data"].__set__(self, values)
         self.on_host = values.on_host
 
     def __repr__(self, *_: Any) -> str:

@@ -20,29 +20,31 @@ def install() -> PretendedDevice:
     """From now on this thread, and every thread that begins later, has the device."""
     device = PretendedDevice()
     stream = _Stream(device)
-    replaced = {
-        "_lazy_init": lambda: None,
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "current_stream": lambda device=None: stream,
-        "stream": lambda stream: nullcontext(),
-        "device_of": lambda tensor: nullcontext(),
-        "Stream": lambda *_, **__: _Stream(device),
-        "Event": lambda *_, **__: _Event(device),
-        "synchronize": lambda _=None: device.wait("the whole device"),
-        "get_device_properties": lambda device=None: PROPERTIES,
-        "get_device_name": lambda device=None: PROPERTIES.name,
+    replaced: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "_lazy_init": lambda: None,
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "set_device": lambda device: None,
+            "current_stream": lambda device=None: stream,
+            "stream": lambda stream: nullcontext(),
+            "device_of": lambda tensor: nullcontext(),
+            "Stream": lambda *_, **__: _Stream(device),
+            "Event": lambda *_, **__: _Event(device),
+            "synchronize": lambda _=None: device.wait("the whole device"),
+            "get_device_properties": lambda device=None: PROPERTIES,
+            "get_device_name": lambda device=None: PROPERTIES.name,
+        },
+        torch: {name: _made_on_host(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")},
+        torch.backends.cudnn: {"enabled": False},
+        gpu: {"_launch": _launched_on_host(gpu._launch)},
+        threading.Thread: {"run": _run_with(device, threading.Thread.run)},
     }
-    for name, value in replaced.items():
-        setattr(torch.cuda, name, value)
-    for name in ("tensor", "as_tensor", "asarray"):
-        setattr(torch, name, _made_on_host(getattr(torch, name)))
-    torch.backends.cudnn.enabled = False
-    gpu._launch = _launched_on_host(gpu._launch)
-    _enter_in_threads(device)
+    for owner, values in replaced.items():
+        for name, value in values.items():
+            setattr(owner, name, value)
     device.__enter__()
     return device
 
@@ -96,11 +98,9 @@ def _launched_on_host(launch: Any) -> Any:
     return launched
 
 
-def _enter_in_threads(device: PretendedDevice) -> None:
-    run = threading.Thread.run
-
+def _run_with(device: PretendedDevice, run: Any) -> Any:
     def run_with_device(thread: threading.Thread) -> None:
         with device:
             run(thread)
 
-    threading.Thread.run = run_with_device  # type: ignore[method-assign]
+    return run_with_device
